@@ -1,0 +1,66 @@
+"""Progress for people: bars on a terminal, plain lines elsewhere. Everything that shows progress goes through here.
+
+Owns no computation. Lines go through `logging` to stderr, so that stdout stays for results.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOGGER = logging.getLogger("miniplm")
+
+
+def configure_logging(level: str | None = None) -> None:
+    """Sends the project's log to stderr, one line a record; `MINIPLM_LOG_LEVEL` or `level` sets how much."""
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    LOGGER.setLevel(level or os.environ.get("MINIPLM_LOG_LEVEL", "INFO"))
+
+
+class Progress:
+    """Counts units of work: a tqdm bar where stderr is a terminal, else a log line every `every_seconds`."""
+
+    def __init__(self, label: str, total: float | None = None, unit: str = "it", every_seconds: float = 10.0):
+        self.label, self.total, self.unit, self.every_seconds = label, total, unit, every_seconds
+        self.done = 0.0
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False)
+
+    def update(self, n: float = 1, **facts: object) -> None:
+        """Adds `n` units; `facts` (a loss, a rate) stand behind the count."""
+        self.done += n
+        if self._bar is not None:
+            self._bar.set_postfix(facts, refresh=False)
+            self._bar.update(n)
+        elif time.monotonic() - self._last >= self.every_seconds:
+            self._last = time.monotonic()
+            LOGGER.info("%s", self._line(facts))
+
+    def _line(self, facts: dict[str, object]) -> str:
+        of = f" of {self.total:,.0f}" if self.total else ""
+        rate = self.done / max(time.monotonic() - self._start, 1e-9)
+        tail = "".join(f", {key} {value}" for key, value in facts.items())
+        return f"{self.label}: {self.done:,.0f}{of} {self.unit}, {rate:,.1f} {self.unit}/s{tail}"
+
+    def close(self, **facts: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        LOGGER.info("%s", self._line(facts))
+
+
+@contextmanager
+def progress(label: str, total: float | None = None, unit: str = "it") -> Iterator[Progress]:
+    """A `Progress` that closes itself, also when the work raises."""
+    shown = Progress(label, total, unit)
+    try:
+        yield shown
+    finally:
+        shown.close()

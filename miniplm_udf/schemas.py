@@ -1,0 +1,256 @@
+"""The tables, declared once: column, type, nullability, unit, meaning, key. Spark's and Arrow's schemas derive from it.
+
+Owns names and types; writes nothing (`tables.py` writes, and checks against this). Imports nothing heavy: pyspark and
+pyarrow are loaded only by the function that makes their schema.
+
+A Delta table holds a column as nullable or not exactly as declared here. Units are in names: `_nats`, `_bytes`,
+`_tokens`; `n_` is a count. Timestamps are UTC microseconds. Ids are 128-bit hashes as 32 hexadecimal digits.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql.types import StructType
+
+SPLITS = ("pool", "reference", "heldout")
+
+_SPARK_TYPES = {
+    "string": "string",
+    "int32": "int",
+    "int64": "bigint",
+    "float64": "double",
+    "bool": "boolean",
+    "timestamp": "timestamp",
+    "binary": "binary",
+    "list<string>": "array<string>",
+    "list<int32>": "array<int>",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column. `type` is a key of `_SPARK_TYPES`; lists hold no nulls."""
+
+    name: str
+    type: str
+    meaning: str
+    nullable: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One table. `key` is unique; `append_only` tables carry `query_id` and `batch_id`.
+
+    `statistics` names the columns Delta keeps minimum and maximum of (text and tokens stay out of the log).
+    `pinnable` tables keep their files for years, so that time travel to an old version is never refused.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    append_only: bool = True
+    pinnable: bool = False
+    statistics: tuple[str, ...] = ()
+
+    @property
+    def column_names(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+    def spark_schema(self) -> "StructType":
+        """The Spark schema, nullability included."""
+        from pyspark.sql.types import ArrayType, StructField, StructType, _parse_datatype_string
+
+        def field(column: Column) -> "StructField":
+            data_type = _parse_datatype_string(_SPARK_TYPES[column.type])
+            if isinstance(data_type, ArrayType):
+                data_type = ArrayType(data_type.elementType, containsNull=False)
+            return StructField(column.name, data_type, column.nullable)
+
+        return StructType([field(column) for column in self.columns])
+
+    def arrow_schema(self) -> "pa.Schema":
+        """The Arrow schema, nullability included."""
+        import pyarrow as pa
+
+        types: dict[str, Any] = {
+            "string": pa.string(),
+            "int32": pa.int32(),
+            "int64": pa.int64(),
+            "float64": pa.float64(),
+            "bool": pa.bool_(),
+            "timestamp": pa.timestamp("us", tz="UTC"),
+            "binary": pa.binary(),
+            "list<string>": pa.list_(pa.field("element", pa.string(), nullable=False)),
+            "list<int32>": pa.list_(pa.field("element", pa.int32(), nullable=False)),
+        }
+        return pa.schema([pa.field(c.name, types[c.type], nullable=c.nullable) for c in self.columns])
+
+    def delta_properties(self) -> dict[str, str]:
+        """Table properties to set when the table is made. None of them is a feature that delta-rs cannot read."""
+        properties = {"delta.dataSkippingStatsColumns": ",".join(self.statistics)} if self.statistics else {}
+        if self.pinnable:
+            properties["delta.deletedFileRetentionDuration"] = "interval 3650 days"
+            properties["delta.logRetentionDuration"] = "interval 3650 days"
+        return properties
+
+
+_QUERY = (
+    Column("query_id", "string", "id of the query that wrote the row (new with every new checkpoint)"),
+    Column("batch_id", "int64", "micro-batch of that query"),
+)
+
+INSTANCES = Table(
+    name="instances",
+    key=("instance_id",),
+    statistics=("instance_id", "source", "split", "query_id", "batch_id"),
+    columns=(
+        Column("instance_id", "string", "hash of document ids, ordinal, text and chunking spec"),
+        Column("stream_id", "string", "the token stream it was cut from: a document, or one packed run of documents"),
+        Column("ordinal", "int64", "position in that stream: ordinals n and n+1 are adjacent text"),
+        Column("document_ids", "list<string>", "documents in it, in order; a cut document stands in every slice"),
+        Column("start_byte", "int64", "UTF-8 byte offset of the text's start inside its first document"),
+        Column("source", "string", "domain"),
+        Column("text", "string", "the text, sliced from the source byte for byte"),
+        Column("segment_ends", "list<int32>", "UTF-8 byte offsets in text where a document ends and another begins"),
+        Column("starts_document", "bool", "the text begins at the beginning of its first document"),
+        Column("ends_document", "bool", "the text ends at the end of its last document"),
+        Column("n_bytes", "int64", "UTF-8 length of the text"),
+        Column("content_hash", "string", "hash of the text alone"),
+        Column("split", "string", "pool, reference or heldout"),
+        Column("metadata", "string", "JSON array, one object a document, of the carried fields", nullable=True),
+        Column("ingested_at", "timestamp", "when the micro-batch was written"),
+        *_QUERY,
+    ),
+)
+
+SCORES = Table(
+    name="scores",
+    key=("instance_id", "model_revision"),
+    statistics=("instance_id", "model_revision", "query_id", "batch_id"),
+    columns=(
+        Column("instance_id", "string", "the scored instance"),
+        Column("model_id", "string", "alias in the config, for people"),
+        Column("model_revision", "string", "hash of weights, dtype, separator and prefix tokens, context"),
+        Column("tokenizer_hash", "string", "hash of the tokenizer"),
+        Column("nll_sum_nats", "float64", "sum of -log p over the scored tokens"),
+        Column("n_tokens", "int64", "number of scored tokens"),
+        Column("n_bytes", "int64", "UTF-8 bytes that the scored tokens cover"),
+        Column("dtype", "string", "dtype of the forward pass"),
+        Column("context_tokens", "int64", "longest input of one forward pass"),
+        Column("run_id", "string", "the command that scored it"),
+        Column("scored_at", "timestamp", "when the micro-batch was written"),
+        *_QUERY,
+    ),
+)
+
+REJECTS = Table(
+    name="rejects",
+    key=("reject_id",),
+    statistics=("stage", "reason", "query_id", "batch_id"),
+    columns=(
+        Column("reject_id", "string", "hash of stage, reason, place and bytes"),
+        Column("stage", "string", "ingest, or score:<model_revision>"),
+        Column("reason", "string", "a fixed word, e.g. invalid_json"),
+        Column("detail", "string", "what was found, for people", nullable=True),
+        Column("source_file", "string", "the file it came from", nullable=True),
+        Column("instance_id", "string", "the instance that could not be scored", nullable=True),
+        Column("raw", "binary", "the offending bytes, cut to 4,096", nullable=True),
+        Column("n_bytes", "int64", "their full length", nullable=True),
+        Column("rejected_at", "timestamp", "when the micro-batch was written"),
+        *_QUERY,
+    ),
+)
+
+CORPORA = Table(
+    name="corpora",
+    key=("name", "version"),
+    columns=(
+        Column("name", "string", "name of the refined corpus"),
+        Column("version", "int64", "Delta version of refined/<name>"),
+        Column("config", "string", "JSON: the resolved corpus config"),
+        Column("inputs", "string", "JSON: matrix version, last (query_id, batch_id) of each query, model revisions"),
+        Column("threshold", "float64", "score at the cut: the lowest kept", nullable=True),
+        Column("n_candidates", "int64", "rows that passed `where`"),
+        Column("candidate_tokens", "int64", "their tokens"),
+        Column("n_instances", "int64", "rows kept"),
+        Column("n_tokens", "int64", "their tokens"),
+        Column("fingerprint", "string", "hash of the kept ids and scores, independent of order"),
+        Column("code_revision", "string", "version of this package that refined"),
+        Column("created_at", "timestamp", "when"),
+    ),
+)
+
+
+def packed(name: str, tokenizer: str) -> Table:
+    """The table of token sequences of corpus `name` for one student tokenizer."""
+    return Table(
+        name=f"packed/{name}/{tokenizer}",
+        key=("sequence_id",),
+        append_only=False,
+        pinnable=True,
+        statistics=("sequence_id",),
+        columns=(
+            Column("sequence_id", "int64", "position in the stored order"),
+            Column("token_ids", "binary", "sequence_length + 1 token ids, int32 little-endian"),
+            Column("target_mask", "binary", "sequence_length bytes: 1 where token_ids[i + 1] is a target of token i"),
+            Column("n_targets", "int32", "sum of target_mask"),
+        ),
+    )
+
+
+def score_matrix(aliases: list[str]) -> Table:
+    """The wide form of `scores`: one row an instance, five columns a model alias."""
+    models = tuple(
+        column
+        for alias in aliases
+        for column in (
+            Column(f"{alias}_nll_mean", "float64", "nll_sum_nats / n_tokens, nats per token"),
+            Column(f"{alias}_nll_sum_nats", "float64", "sum of -log p"),
+            Column(f"{alias}_n_tokens", "int64", "scored tokens"),
+            Column(f"{alias}_bits_per_byte", "float64", "null unless every byte was scored", nullable=True),
+            Column(f"{alias}_revision", "string", "model_revision"),
+        )
+    )
+    return Table(
+        name="score_matrix",
+        key=("instance_id",),
+        statistics=("instance_id", "source", "split", "query_id", "batch_id"),
+        columns=(
+            Column("instance_id", "string", "the instance"),
+            Column("source", "string", "domain"),
+            Column("split", "string", "pool, reference or heldout"),
+            Column("n_bytes", "int64", "UTF-8 length of the text"),
+            Column("content_hash", "string", "hash of the text alone"),
+            *models,
+            *_QUERY,
+        ),
+    )
+
+
+def refined(name: str, aliases: list[str]) -> Table:
+    """A corpus: the kept ids, the score and what it was made of. No text."""
+    models = tuple(
+        column
+        for alias in aliases
+        for column in (
+            Column(f"{alias}_nll_mean", "float64", "nats per token"),
+            Column(f"{alias}_n_tokens", "int64", "scored tokens"),
+        )
+    )
+    return Table(
+        name=f"refined/{name}",
+        key=("instance_id",),
+        append_only=False,
+        pinnable=True,
+        statistics=("instance_id", "source", "score"),
+        columns=(
+            Column("instance_id", "string", "a kept instance"),
+            Column("source", "string", "domain"),
+            Column("n_tokens", "int64", "tokens of the model that the selection counts with"),
+            Column("n_bytes", "int64", "UTF-8 length of the text"),
+            Column("score", "float64", "the rank statistic; higher is kept first"),
+            *models,
+        ),
+    )

@@ -1,0 +1,168 @@
+"""Delta tables at their places: made with properties, checked before every write, registered by name. Driver only.
+
+Inputs: DataFrames; outputs: commits to `<root>/tables/...`. A writer refuses a frame whose columns, types or
+nullability are not the declared ones (schemas.py). An append takes (query_id, batch_id) as Delta's transaction id, so a
+replayed micro-batch writes nothing a second time. Owns no query and no model.
+"""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from miniplm_udf import schemas, storage
+from miniplm_udf.errors import CorpusError, SchemaMismatchError
+
+if TYPE_CHECKING:
+    from delta.tables import DeltaTableBuilder
+    from pyspark.sql import DataFrame, SparkSession
+
+
+def exists(spark: "SparkSession", uri: str) -> bool:
+    from delta.tables import DeltaTable
+
+    return bool(DeltaTable.isDeltaTable(spark, uri))
+
+
+def create(spark: "SparkSession", uri: str, table: schemas.Table) -> None:
+    """Makes the empty table with its declared schema and properties where there is none."""
+    from delta.tables import DeltaTable
+
+    _build(DeltaTable.createIfNotExists(spark), uri, table)
+
+
+def _build(builder: "DeltaTableBuilder", uri: str, table: schemas.Table) -> None:
+    # Delta compares the location with Hadoop's own form of it, which has one slash.
+    builder = builder.location(uri.replace("file:///", "file:/", 1)).addColumns(table.spark_schema())
+    for key, value in table.delta_properties().items():
+        builder = builder.property(key, value)
+    builder.execute()
+
+
+def _set_columns(spark: "SparkSession", uri: str, table: schemas.Table) -> None:
+    """Makes the table, or empties it and gives it the declared columns where it has others (`overwriteSchema` would
+    make every column nullable)."""
+    from delta.tables import DeltaTable
+
+    create(spark, uri, table)
+    if spark.read.format("delta").load(uri).columns != table.column_names:
+        _build(DeltaTable.replace(spark), uri, table)
+
+
+def read(spark: "SparkSession", uri: str, version: int | None = None) -> "DataFrame":
+    """The table, at a version or the newest.
+
+    Raises:
+        CorpusError: there is no table.
+    """
+    if not exists(spark, uri):
+        raise CorpusError(
+            f"table {storage.redact(uri)}: expected a Delta table, found none; run the stage that writes it first"
+        )
+    reader = spark.read.format("delta")
+    return (reader if version is None else reader.option("versionAsOf", version)).load(uri)
+
+
+def version(spark: "SparkSession", uri: str) -> int | None:
+    """The newest version of the table, or None where there is none."""
+    from delta.tables import DeltaTable
+
+    if not exists(spark, uri):
+        return None
+    return int(DeltaTable.forPath(spark, uri).history(1).select("version").collect()[0][0])
+
+
+def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
+    """Selects the declared columns in order and checks types. Nullability is checked by the table itself on write.
+
+    Raises:
+        SchemaMismatchError: a column is missing, is too much, or has another type.
+    """
+    from pyspark.sql.types import ArrayType, DataType
+
+    def bare(data_type: DataType) -> DataType:
+        return ArrayType(data_type.elementType, True) if isinstance(data_type, ArrayType) else data_type
+
+    declared = {field.name: bare(field.dataType) for field in table.spark_schema().fields}
+    found = {field.name: bare(field.dataType) for field in frame.schema.fields}
+    if declared != found:
+        missing, extra = sorted(declared.keys() - found.keys()), sorted(found.keys() - declared.keys())
+        types = [
+            f"{name}: expected {declared[name].simpleString()}, found {found[name].simpleString()}"
+            for name in declared.keys() & found.keys()
+            if declared[name] != found[name]
+        ]
+        raise SchemaMismatchError(
+            f"table {table.name}: expected the columns of schemas.py; missing {missing}, extra {extra}, types {types}"
+        )
+    return frame.select(*table.column_names)
+
+
+def append(
+    frame: "DataFrame", uri: str, table: schemas.Table, query_id: str | None = None, batch_id: int | None = None
+) -> None:
+    """Appends a frame once: with (query_id, batch_id), a second write under the same pair is dropped by Delta."""
+    spark = frame.sparkSession
+    create(spark, uri, table)
+    writer = conform(frame, table).write.format("delta").mode("append")
+    if query_id is not None and batch_id is not None:
+        writer = writer.option("txnAppId", query_id).option("txnVersion", batch_id)
+    writer.save(uri)
+
+
+def overwrite(
+    frame: "DataFrame", uri: str, table: schemas.Table, metadata: dict[str, Any] | None = None,
+    query_id: str | None = None, batch_id: int | None = None,
+) -> int:  # fmt: skip
+    """Replaces the table's rows in one commit and returns its version; `metadata` becomes `userMetadata`.
+
+    A table with other columns is emptied by a commit of its own first; `frame` must not read that table then.
+    """
+    spark = frame.sparkSession
+    _set_columns(spark, uri, table)
+    writer = conform(frame, table).write.format("delta").mode("overwrite")
+    if metadata is not None:
+        writer = writer.option("userMetadata", json.dumps(metadata, sort_keys=True))
+    if query_id is not None and batch_id is not None:
+        writer = writer.option("txnAppId", query_id).option("txnVersion", batch_id)
+    writer.save(uri)
+    return int(version(spark, uri) or 0)
+
+
+def user_metadata(spark: "SparkSession", uri: str, at: int | None = None) -> dict[str, Any] | None:
+    """The parsed `userMetadata` of a version's commit (the newest by default), or None where it has none."""
+    from delta.tables import DeltaTable
+
+    history = DeltaTable.forPath(spark, uri).history().select("version", "userMetadata")
+    wanted = version(spark, uri) if at is None else at
+    rows = history.where(history.version == wanted).collect()
+    return json.loads(rows[0][1]) if rows and rows[0][1] else None
+
+
+def missing_from(frame: "DataFrame", others: "DataFrame", key: str = "instance_id") -> "DataFrame":
+    """Rows of `frame` whose key is not in `others`."""
+    return frame.join(others.select(key), on=key, how="left_anti")
+
+
+def register_tables(spark: "SparkSession", root: str) -> list[str]:
+    """Makes every table under `root` reachable by name in this session, as temporary views; returns the names.
+
+    `instances`, `scores`, `score_matrix`, `rejects`, `corpora`; `refined_<name>`, and with its text `<name>_text`.
+    """
+    root = storage.to_uri(root)
+    registered = []
+    for name in ("instances", "scores", "score_matrix", "rejects", "corpora"):
+        uri = storage.join(root, "tables", name)
+        if exists(spark, uri):
+            spark.read.format("delta").load(uri).createOrReplaceTempView(name)
+            registered.append(name)
+    if "corpora" in registered:
+        for (name,) in spark.table("corpora").select("name").distinct().orderBy("name").collect():
+            registered += _register_corpus(spark, root, name)
+    return registered
+
+
+def _register_corpus(spark: "SparkSession", root: str, name: str) -> list[str]:
+    corpus = spark.read.format("delta").load(storage.join(root, "tables", "refined", name))
+    corpus.createOrReplaceTempView(f"refined_{name}")
+    text = spark.table("instances").select("instance_id", "document_ids", "text")
+    corpus.join(text, "instance_id").createOrReplaceTempView(f"{name}_text")
+    return [f"refined_{name}", f"{name}_text"]

@@ -1,0 +1,91 @@
+"""The config: the shipped files resolve, overrides win, students inherit, and every mistake is named."""
+
+from pathlib import Path
+
+import pytest
+
+from miniplm_udf.config import ExperimentConfig, fingerprint, load_config
+from miniplm_udf.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+DEMO = CONF / "demo.yaml"
+
+
+def test_shipped_files_resolve() -> None:
+    demo, pile = load_config(DEMO), load_config(CONF / "pile_qwen.yaml")
+    assert list(demo.models) == ["teacher", "reference"]
+    assert pile.models["teacher"].path == "Qwen/Qwen1.5-1.8B"
+    # The paper's recipe is the default: nothing of it is repeated in the file.
+    recipe = pile.students["qwen_200m"].train
+    assert (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_eps) == (0.9, 0.98, 1e-6)
+    assert (recipe.steps, recipe.batch_sequences, recipe.warmup_steps, recipe.loss) == (100_000, 512, 2000, "official")
+    rates = {name: student.train.learning_rate for name, student in pile.students.items()}
+    assert rates["qwen_200m"] == rates["qwen_200m_conventional"] == 6e-4
+    assert rates["qwen_1_2b"] == 2.5e-4
+
+
+def test_overrides_win_and_are_yaml() -> None:
+    config = load_config(DEMO, ["ingest.input=[a, b]", "models.teacher.context_tokens=64", "root=/x/y/",
+                                "models.teacher.window_overlap_tokens=8"])  # fmt: skip
+    assert config.ingest.inputs == ["a", "b"]
+    assert config.models["teacher"].context_tokens == 64
+    assert config.root == "file:///x/y"
+    assert config.table_uri("scores") == "file:///x/y/tables/scores"
+
+
+def test_train_section_is_inherited_key_by_key() -> None:
+    config = load_config(DEMO, ["train.learning_rate=0.5", "students.miniplm.train.warmup_steps=3"])
+    assert config.reference is not None
+    assert config.students["miniplm"].train.learning_rate == 0.5
+    assert config.students["miniplm"].train.warmup_steps == 3
+    assert config.students["conventional"].train.warmup_steps == config.train.warmup_steps
+    assert config.reference.train.learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ingest.inptu=3", r"unknown key ingest\.inptu; did you mean 'input'\?"),
+        (
+            "models.teacher.contxt_tokens=3",
+            r"unknown key models\.teacher\.contxt_tokens; did you mean 'context_tokens'",
+        ),
+        ("students.miniplm.trian.steps=3", r"students\.miniplm\.trian; did you mean 'train'"),
+        ("train.steps=abc", "abc"),
+        ("ingest.chunking.mode=paged", "'document', 'packed'"),
+        ("students.miniplm.corpus=diference", "did you mean 'difference'"),
+        ("train.warmup_steps=100000", "warmup_steps"),
+        ("refine.corpora.difference.select.ratio=2", "ratio above 0 and at most 1, found 2"),
+        ("models.teacher.path=null", r"models\.teacher\.path"),
+        ("refine.corpora.bad-name={}", "letters, digits and _"),
+        ("root=", "root"),
+        ("novalue", "key=value"),
+        ("root=[1", "not YAML"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(DEMO, [override])
+
+
+def test_no_file_and_no_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="mapping of sections"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_report_folder_of_a_remote_root_must_be_named() -> None:
+    with pytest.raises(ConfigError, match=r"report\.folder"):
+        ExperimentConfig(root="s3a://key:secret@bucket/x").report_folder()
+    with pytest.raises(ConfigError) as caught:
+        ExperimentConfig(root="s3a://key:secret@bucket/x").report_folder()
+    assert "secret" not in str(caught.value)
+
+
+def test_fingerprint_is_of_the_content() -> None:
+    first, same = load_config(DEMO), load_config(DEMO)
+    other = load_config(DEMO, ["score.workers=2"])
+    assert fingerprint(first.score, {"a": 1, "b": 2}) == fingerprint(same.score, {"b": 2, "a": 1})
+    assert fingerprint(first.score) != fingerprint(other.score)
