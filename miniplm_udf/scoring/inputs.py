@@ -1,0 +1,209 @@
+"""From an instance's text to what the model is fed: token ids, which of them are scored, and how many bytes they cover.
+
+Owns the two arithmetics of DESIGN, "Scoring" (`context_prefix` none: the official one, and token). Refuses models: no
+torch here. Input: text, `segment_ends` (UTF-8 byte offsets where one document ends and the next begins) and
+`ends_document`. Output: an `EncodedText`, or a `Failure` where the text cannot be encoded. Executor side; pure.
+
+Each segment is encoded alone. A segment longer than 64 Ki characters is encoded in pieces, cut before a space, so that
+a text of 50 MB never becomes Python lists or `Encoding` objects as a whole. Tokenizers that split words at spaces give
+the same ids as for the whole; those that put a space of their own in front (sentencepiece) do so to each piece.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from miniplm_udf.scoring.description import ModelDescription
+
+PIECE_CHARACTERS = 64 * 1024
+# Pieces that are encoded by one call: bounds the memory that `Encoding` objects take.
+_CALL_CHARACTERS = 4 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A text that could not be scored: a fixed word and, for people, what was found."""
+
+    reason: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedText:
+    """A text as the model sees it.
+
+    Attributes:
+        ids: int32, shape (L,): prefix, text tokens and separators.
+        scored: bool, shape (L - 1,): whether the prediction of ids[1 + i] from ids[: 1 + i] counts.
+        n_bytes: UTF-8 bytes of the text that scored tokens cover.
+    """
+
+    ids: np.ndarray
+    scored: np.ndarray
+    n_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Ids of a stretch of text; bytes of its first token, and of its tokens that stand behind a separator's id."""
+
+    ids: np.ndarray
+    first_token_bytes: int
+    behind_separator_bytes: int
+
+
+def pieces(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cuts text into pieces of at most `limit` characters, before a space that follows a non-space where there is one.
+
+    Joined pieces are the text. Without such a place the piece has `limit` characters exactly.
+    """
+    start = 0
+    while len(text) - start > limit:
+        cut = start + limit
+        space = text.rfind(" ", start + 1, cut + 1)
+        while space > start and text[space - 1].isspace():
+            space = text.rfind(" ", start + 1, space)
+        cut = space if space > start else cut
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def segments(text: str, segment_ends: Sequence[int]) -> list[str]:
+    """The documents' parts of a text: it cut at UTF-8 byte offsets.
+
+    Raises:
+        ValueError: if offsets do not ascend, lie outside the text, or cut a character.
+    """
+    if len(segment_ends) == 0:
+        return [text]
+    raw = text.encode("utf-8")
+    bounds = [0, *(int(end) for end in segment_ends), len(raw)]
+    if any(left > right for left, right in itertools.pairwise(bounds)):
+        raise ValueError(f"segment_ends: expected ascending offsets within {len(raw)} bytes, found {bounds[1:-1]}")
+    return [raw[left:right].decode("utf-8") for left, right in itertools.pairwise(bounds)]
+
+
+class TextEncoder:
+    """Encodes instances for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, description: ModelDescription) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = description.vocab_size
+        self._separator_id = description.document_separator_id
+        self._prefix_id = description.prefix_token_id if description.context_prefix == "token" else None
+
+    def encode(self, text: str | None, segment_ends: Sequence[int], ends_document: bool) -> EncodedText | Failure:
+        """Encodes one instance.
+
+        Args:
+            text: the text, or None where the row has none.
+            segment_ends: UTF-8 byte offsets where one document ends and the next begins.
+            ends_document: whether the text ends at a document's end: a separator then stands behind it.
+
+        Returns:
+            The input, or Failure("tokenizer_failed") or Failure("no_tokens").
+        """
+        if text is None:
+            return Failure("tokenizer_failed", "expected a text, found null")
+        try:
+            parts = segments(text, segment_ends)
+            total_bytes = len(text.encode("utf-8"))
+            encoded = [list(self._encode_pieces(part)) for part in parts]
+        except Exception as error:  # the Rust library raises bare Exception, and TypeError for lone surrogates
+            return Failure("tokenizer_failed", f"{type(error).__name__}: {error}")
+        closed = [True] * (len(parts) - 1) + [bool(ends_document)]
+        joined = self._with_prefix if self._prefix_id is not None else self._official
+        return self._checked(joined(encoded, closed, total_bytes))
+
+    def _official(self, encoded: list[list[_Piece]], closed: list[bool], total_bytes: int) -> EncodedText:
+        """Predictions count where the *input* token is not the separator; predictions of a separator count."""
+        separator = np.array([self._separator_id], dtype=np.int32)
+        parts: list[np.ndarray] = []
+        unscored_bytes = 0
+        for segment, has_separator in zip(encoded, closed, strict=True):
+            for piece in segment:
+                # The text's first token has no prediction; one behind a separator's id has one that does not count.
+                if not parts or parts[-1][-1] == self._separator_id:
+                    unscored_bytes += piece.first_token_bytes
+                unscored_bytes += piece.behind_separator_bytes
+                parts.append(piece.ids)
+            if has_separator:
+                parts.append(separator)
+        ids = _concatenate(parts)
+        return EncodedText(ids, ids[:-1] != self._separator_id, max(total_bytes - unscored_bytes, 0))
+
+    def _with_prefix(self, encoded: list[list[_Piece]], closed: list[bool], total_bytes: int) -> EncodedText:
+        """The prefix in front; every text token counts; separators are context and not predicted."""
+        assert self._prefix_id is not None
+        parts = [np.array([self._prefix_id], dtype=np.int32)]
+        scored = [np.zeros(1, dtype=bool)]
+        for segment, has_separator in zip(encoded, closed, strict=True):
+            for piece in segment:
+                parts.append(piece.ids)
+                scored.append(np.ones(len(piece.ids), dtype=bool))
+            if has_separator:
+                parts.append(np.array([self._separator_id], dtype=np.int32))
+                scored.append(np.zeros(1, dtype=bool))
+        if closed[-1]:  # context of nothing
+            parts.pop(), scored.pop()
+        return EncodedText(_concatenate(parts), np.concatenate(scored)[1:], total_bytes)
+
+    def _checked(self, encoded: EncodedText) -> EncodedText | Failure:
+        n_scored = int(encoded.scored.sum())
+        if n_scored == 0:
+            return Failure(
+                "no_tokens",
+                f"expected a token to score, found {len(encoded.ids)} tokens and none",
+            )
+        largest = int(encoded.ids.max())
+        if largest >= self._vocab_size:
+            return Failure(
+                "tokenizer_failed",
+                f"token id {largest} is outside the model's {self._vocab_size} ids",
+            )
+        return encoded
+
+    def _encode_pieces(self, segment: str) -> Iterator[_Piece]:
+        group: list[str] = []
+        size = 0
+        for piece in pieces(segment):
+            group.append(piece)
+            size += len(piece)
+            if size >= _CALL_CHARACTERS:
+                yield from self._encode_group(group)
+                group, size = [], 0
+        if group:
+            yield from self._encode_group(group)
+
+    def _encode_group(self, group: list[str]) -> Iterator[_Piece]:
+        for text, encoding in zip(
+            group,
+            self._tokenizer.encode_batch(group, add_special_tokens=False),
+            strict=True,
+        ):
+            if len(encoding.ids):
+                yield self._reduce(text, encoding)
+
+    def _reduce(self, text: str, encoding: Encoding) -> _Piece:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        behind = np.flatnonzero(ids[:-1] == self._separator_id) + 1
+        return _Piece(
+            ids=ids,
+            first_token_bytes=_token_bytes(text, encoding, 0),
+            behind_separator_bytes=sum(_token_bytes(text, encoding, int(position)) for position in behind),
+        )
+
+
+def _token_bytes(text: str, encoding: Encoding, position: int) -> int:
+    """UTF-8 bytes of the characters that a token covers, also those that it covers in part."""
+    span = encoding.token_to_chars(position)
+    return len(text[span[0] : span[1]].encode("utf-8")) if span else 0
+
+
+def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)

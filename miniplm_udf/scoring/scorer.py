@@ -1,0 +1,220 @@
+"""Scores texts with a causal language model: sums of -log p in nats, token and byte counts. Pure torch, no Spark.
+
+Owns slices, batches, the forward pass and what becomes of a batch that does not fit. Input: texts with their segment
+ends; output: a `Score` or a `Failure` for each, in input order. Never holds batch x time x vocabulary logits (`head`),
+nor more than one slice of texts as token ids. Executor side (and the trainer's evaluation). Deterministic up to
+floating-point addition: a retry gives the same numbers to about 1e-6.
+
+Source: MiniPLM, arXiv 2410.17215, section 3; nll_sum_nats = - sum over scored i of log p(ids[i + 1] | ids[: i + 1]).
+"""
+
+import dataclasses
+import gc
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.scoring.head import Head
+from miniplm_udf.scoring.inputs import EncodedText, Failure, TextEncoder
+from miniplm_udf.scoring.windows import Window, batches, windows
+
+__all__ = ["Failure", "Score", "Scorer"]
+
+LOGGER = logging.getLogger("miniplm.scorer")
+
+# Texts are tokenized and sorted by length this many batches' worth at a time: enough to fill batches with like lengths,
+# little enough that memory does not grow with the corpus and that results flow.
+_BATCHES_PER_SLICE = 8
+_BYTES_PER_TOKEN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Sum of -log p in nats over the scored tokens, their number, and the UTF-8 bytes of text that they cover."""
+
+    nll_sum_nats: float
+    n_tokens: int
+    n_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One window of one text of a slice."""
+
+    text: int
+    window: Window
+
+
+class Scorer:
+    """A loaded model that scores texts.
+
+    Attributes:
+        slice_bytes: UTF-8 bytes of text that are worth handing over at once.
+        on_progress: called after each forward pass with the tokens that it scored.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        description: ModelDescription,
+        tokens_per_batch: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Takes a model that is on `device` already (`models.load_model`)."""
+        self.description = description
+        self.on_progress: Callable[[int], None] | None = None
+        self.slice_bytes = _BATCHES_PER_SLICE * _BYTES_PER_TOKEN * tokens_per_batch
+        self._tokens_per_batch = tokens_per_batch
+        self._device = torch.device(device)
+        self._head = Head(model)
+        self._encoder = TextEncoder(tokenizer, description)
+
+    def score(
+        self,
+        texts: Sequence[str | None],
+        segment_ends: Sequence[Sequence[int]],
+        ends_document: Sequence[bool],
+    ) -> list[Score | Failure]:
+        """Scores texts.
+
+        Args:
+            texts: the instances' texts.
+            segment_ends: of each, UTF-8 byte offsets where one document ends and the next begins.
+            ends_document: of each, whether it ends at a document's end.
+
+        Returns:
+            One result a text, in order. Failure reasons: no_tokens, nan_score, tokenizer_failed, out_of_memory.
+        """
+        results: list[Score | Failure] = []
+        for start, end in self._slices(texts):
+            encoded = [
+                self._encoder.encode(*row)
+                for row in zip(
+                    texts[start:end],
+                    segment_ends[start:end],
+                    ends_document[start:end],
+                    strict=True,
+                )
+            ]
+            results.extend(self._score_slice(encoded))
+        return results
+
+    def _slices(self, texts: Sequence[str | None]) -> Iterator[tuple[int, int]]:
+        start, size = 0, 0
+        for end, text in enumerate(texts, start=1):
+            size += len(text or "")
+            if size >= self.slice_bytes or end == len(texts):
+                yield start, end
+                start, size = end, 0
+
+    def _score_slice(self, encoded: list[EncodedText | Failure]) -> list[Score | Failure]:
+        jobs = [
+            _Job(text, window)
+            for text, item in enumerate(encoded)
+            if isinstance(item, EncodedText)
+            for window in self._windows(item)
+        ]
+        sums = np.zeros(len(encoded), dtype=np.float64)
+        results: list[Score | Failure | None] = [item if isinstance(item, Failure) else None for item in encoded]
+        for indices in batches([len(job.window) for job in jobs], self._tokens_per_batch):
+            self._score_batch([jobs[index] for index in indices], encoded, sums, results)
+        return [
+            result if result is not None else _finished(item, float(total))
+            for result, item, total in zip(results, encoded, sums, strict=True)
+        ]
+
+    def _windows(self, item: EncodedText) -> Iterator[Window]:
+        """The windows of a text that hold a scored prediction."""
+        context, overlap = (
+            self.description.context_tokens,
+            self.description.window_overlap_tokens,
+        )
+        for window in windows(len(item.ids) - 1, context, overlap):
+            if item.scored[window.first_scored : window.end].any():
+                yield window
+
+    def _score_batch(
+        self,
+        jobs: list[_Job],
+        encoded: list[EncodedText | Failure],
+        sums: np.ndarray,
+        results: list[Score | Failure | None],
+    ) -> None:
+        """Adds a batch's sums; halves a batch that does not fit; a window that does not fit alone fails its text."""
+        # A text that failed in an earlier batch is not worth its other windows.
+        jobs = [job for job in jobs if results[job.text] is None]
+        if not jobs:
+            return
+        out_of_memory: str | None = None
+        try:
+            nll, n_scored = self._forward(jobs, encoded)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            out_of_memory = str(error) or type(error).__name__
+        if out_of_memory is None:
+            np.add.at(sums, [job.text for job in jobs], nll)
+            if self.on_progress is not None:
+                self.on_progress(n_scored)
+            return
+        # Outside the except block: the traceback would keep the failed pass's tensors alive.
+        self._free_memory()
+        if len(jobs) == 1:
+            detail = f"a window of {len(jobs[0].window)} tokens does not fit in memory: {out_of_memory[:500]}"
+            results[jobs[0].text] = Failure("out_of_memory", detail)
+            return
+        LOGGER.warning("a batch of %d windows does not fit in memory: halved", len(jobs))
+        half = len(jobs) // 2
+        self._score_batch(jobs[:half], encoded, sums, results)
+        self._score_batch(jobs[half:], encoded, sums, results)
+
+    @torch.inference_mode()
+    def _forward(self, jobs: list[_Job], encoded: list[EncodedText | Failure]) -> tuple[np.ndarray, int]:
+        """One forward pass: the nats of each window (float64) and the number of predictions that they hold."""
+        n_rows, longest = len(jobs), max(len(job.window) for job in jobs)
+        input_BT = np.zeros((n_rows, longest), dtype=np.int64)
+        target_BT = np.zeros((n_rows, longest), dtype=np.int64)
+        scored_BT = np.zeros((n_rows, longest), dtype=bool)
+        for row, job in enumerate(jobs):
+            item, window = encoded[job.text], job.window
+            assert isinstance(item, EncodedText)
+            input_BT[row, : len(window)] = item.ids[window.start : window.end]
+            target_BT[row, : len(window)] = item.ids[window.start + 1 : window.end + 1]
+            first = window.first_scored - window.start
+            scored_BT[row, first : len(window)] = item.scored[window.first_scored : window.end]
+        row_N = scored_BT.nonzero()[0]
+        hidden_BTD = self._head.hidden(torch.from_numpy(input_BT).to(self._device))
+        hidden_ND = hidden_BTD[torch.from_numpy(scored_BT).to(self._device)]
+        target_N = torch.from_numpy(target_BT[scored_BT]).to(self._device)
+        nll_N = self._head.nll(hidden_ND, target_N).double().cpu().numpy()
+        return np.bincount(row_N, weights=nll_N, minlength=n_rows), len(row_N)
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _finished(item: EncodedText | Failure, total: float) -> Score | Failure:
+    assert isinstance(item, EncodedText)
+    n_tokens = int(item.scored.sum())
+    if not math.isfinite(total):
+        return Failure("nan_score", f"expected a finite sum over {n_tokens} tokens, found {total}")
+    return Score(total, n_tokens, item.n_bytes)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's error has a class of its own; the CPU allocator's is a RuntimeError with a message."""
+    message = str(error).lower()
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in message
+        or "can't allocate memory" in message
+    )

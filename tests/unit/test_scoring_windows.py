@@ -1,0 +1,48 @@
+"""Windows and batches: hand-made goldens, and the invariants over a grid."""
+
+import pytest
+
+from miniplm_udf.scoring.windows import Window, batches, windows
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "context", "overlap", "expected"),
+    [
+        (0, 4, 1, []),
+        (1, 4, 1, [Window(0, 0, 1)]),
+        (4, 4, 1, [Window(0, 0, 4)]),
+        (5, 4, 1, [Window(0, 0, 4), Window(3, 4, 5)]),
+        (10, 4, 1, [Window(0, 0, 4), Window(3, 4, 7), Window(6, 7, 10)]),
+        (6, 3, 0, [Window(0, 0, 3), Window(3, 3, 6)]),
+        (5, 3, 2, [Window(0, 0, 3), Window(1, 3, 4), Window(2, 4, 5)]),
+    ],
+)
+def test_windows_golden(n_tokens: int, context: int, overlap: int, expected: list[Window]) -> None:
+    assert list(windows(n_tokens, context, overlap)) == expected
+
+
+def test_every_token_predicts_once_and_with_its_context() -> None:
+    for n_tokens in range(30):
+        for context in range(1, 9):
+            for overlap in range(context):
+                found = list(windows(n_tokens, context, overlap))
+                predicted = [token for window in found for token in range(window.first_scored, window.end)]
+                assert predicted == list(range(n_tokens)), (n_tokens, context, overlap)
+                assert all(len(window) <= context for window in found)
+                assert all(window.first_scored - window.start == overlap for window in found[1:])
+
+
+def test_batches_golden() -> None:
+    # Longest first; 5 alone, as 2 x 5 is over 8; then 4 and 3 in 2 x 4; then 1 and 1.
+    assert list(batches([1, 5, 3, 4, 1], 8)) == [[1], [3, 2], [0, 4]]
+    assert list(batches([], 8)) == []
+    assert list(batches([9], 8)) == [[0]]
+
+
+def test_batches_hold_each_index_once_within_the_budget() -> None:
+    lengths = [(7 * i) % 13 + 1 for i in range(50)]
+    for budget in (1, 5, 13, 40, 10_000):
+        found = list(batches(lengths, budget))
+        assert sorted(index for batch in found for index in batch) == list(range(50))
+        for batch in found:
+            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget

@@ -1,0 +1,260 @@
+"""The Arrow functions, called with record batches: every score at its row, failures as data, models kept."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from miniplm_udf import udf
+from miniplm_udf.config import ModelConfig
+from miniplm_udf.errors import ConfigError, ModelLoadError, ScoringError
+from miniplm_udf.scoring.inputs import Failure
+from miniplm_udf.udf import (
+    DESCRIBED_SCHEMA,
+    SCORED_SCHEMA,
+    ModelScorerFactory,
+    describe_arrow,
+    description_of,
+    model_config_json,
+    score_arrow,
+)
+from tests.unit import tiny_models
+
+REQUEST_SCHEMA = pa.schema(
+    [
+        ("instance_id", pa.string()),
+        ("text", pa.string()),
+        ("segment_ends", pa.list_(pa.int32())),
+        ("ends_document", pa.bool_()),
+        ("model_ids", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclasses.dataclass
+class FakeScore:
+    nll_sum_nats: float
+    n_tokens: int
+    n_bytes: int
+
+
+class FakeScorer:
+    """A score that is a function of the row, so that one at the wrong row shows."""
+
+    slice_bytes = 40
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.calls: list[int] = []
+
+    def score(
+        self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]], ends_document: Sequence[bool]
+    ) -> list[Any]:
+        self.calls.append(len(texts))
+        return [
+            Failure("no_tokens", f"found {text!r}")
+            if not text
+            else FakeScore(self.factor * sum(text.encode()) + sum(ends) + 0.5 * ended, len(text), len(text.encode()))
+            for text, ends, ended in zip(texts, segment_ends, ends_document, strict=True)
+        ]
+
+
+@dataclasses.dataclass
+class FakeFactory:
+    factor: float
+    key: str
+    made: list[FakeScorer] = dataclasses.field(default_factory=list)
+
+    def __call__(self) -> FakeScorer:
+        self.made.append(FakeScorer(self.factor))
+        return self.made[-1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(udf, "_SCORERS", {})
+
+
+def request(rows: int, aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist(
+        [
+            {
+                "instance_id": f"id{row}",
+                "text": f"text number {row} é",
+                "segment_ends": [row % 5],
+                "ends_document": row % 2 == 0,
+                "model_ids": list(aliases),
+            }
+            for row in range(rows)
+        ],
+        schema=REQUEST_SCHEMA,
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 20])
+def test_every_score_is_at_its_row(rows: int) -> None:
+    factories = {"teacher": FakeFactory(1.0, "one"), "reference": FakeFactory(2.0, "two")}
+    batches = list(score_arrow(factories)(iter([request(rows, ["teacher", "reference"])])))
+    found = {(row["instance_id"], row["model_id"]): row for batch in batches for row in batch.to_pylist()}
+    assert len(found) == sum(batch.num_rows for batch in batches) == 2 * rows
+    for row in range(rows):
+        text = f"text number {row} é"
+        for alias, factor in (("teacher", 1.0), ("reference", 2.0)):
+            one = found[f"id{row}", alias]
+            assert one["nll_sum_nats"] == factor * sum(text.encode()) + row % 5 + 0.5 * (row % 2 == 0)
+            assert (one["n_tokens"], one["n_bytes"]) == (len(text), len(text.encode()))
+            assert (one["reason"], one["detail"]) == (None, None)
+            assert one["seconds"] >= 0
+    assert all(batch.schema == SCORED_SCHEMA for batch in batches)
+    if rows == 20:
+        assert max(factories["teacher"].made[0].calls) <= 3, "slices of about 40 bytes"
+
+
+def test_a_row_is_scored_by_the_models_it_names() -> None:
+    batch = pa.RecordBatch.from_pylist(
+        [
+            {"instance_id": "a", "text": "x", "model_ids": ["teacher"], "segment_ends": [], "ends_document": True},
+            {"instance_id": "b", "text": "y", "model_ids": ["reference"], "segment_ends": None, "ends_document": None},
+            {"instance_id": "c", "text": "z", "model_ids": [], "segment_ends": [], "ends_document": True},
+            {"instance_id": "d", "text": "w", "model_ids": ["reference", "teacher"], "segment_ends": [1]},
+        ],
+        schema=REQUEST_SCHEMA,
+    )
+    factories = {"teacher": FakeFactory(1.0, "one"), "reference": FakeFactory(2.0, "two")}
+    rows = [row for out in score_arrow(factories)(iter([batch])) for row in out.to_pylist()]
+    assert {(row["instance_id"], row["model_id"], row["nll_sum_nats"]) for row in rows} == {
+        ("a", "teacher", ord("x") + 0.5),
+        ("d", "teacher", ord("w") + 1.0),
+        ("b", "reference", 2.0 * ord("y")),
+        ("d", "reference", 2.0 * ord("w") + 1.0),
+    }
+
+
+def test_failures_are_rows_without_numbers() -> None:
+    batch = pa.RecordBatch.from_pylist(
+        [{"instance_id": f"i{n}", "text": text, "model_ids": ["teacher"]} for n, text in enumerate(["a", "", None])],
+        schema=REQUEST_SCHEMA,
+    )
+    rows = [row for out in score_arrow({"teacher": FakeFactory(1.0, "one")})(iter([batch])) for row in out.to_pylist()]
+    assert [row["reason"] for row in rows] == [None, "no_tokens", "no_tokens"]
+    assert [row["nll_sum_nats"] for row in rows] == [float(ord("a")), None, None]
+    assert [row["n_tokens"] for row in rows] == [1, None, None]
+    assert rows[2]["detail"] == "found None"
+
+
+def test_scorers_are_kept_by_their_key_and_made_when_needed() -> None:
+    teacher, reference = FakeFactory(1.0, "one"), FakeFactory(2.0, "two")
+    run = score_arrow({"teacher": teacher, "reference": reference})
+    list(run(iter([request(2), request(2)])))
+    list(run(iter([request(2)])))
+    assert (len(teacher.made), len(reference.made)) == (1, 0)
+    # Another session of the worker unpickles another factory that makes the same.
+    again = FakeFactory(1.0, "one")
+    list(score_arrow({"teacher": again})(iter([request(1)])))
+    assert len(again.made) == 0
+    # Another model takes its place.
+    list(score_arrow({"teacher": FakeFactory(3.0, "three")})(iter([request(1)])))
+    assert set(udf._SCORERS) == {"three"}
+
+
+def test_a_factory_without_a_key_is_called_once_a_call() -> None:
+    made: list[int] = []
+
+    def factory() -> FakeScorer:
+        made.append(1)
+        return FakeScorer(1.0)
+
+    run = score_arrow({"teacher": factory})
+    list(run(iter([request(3), request(3)])))
+    assert len(made) == 1
+    list(run(iter([request(3)])))
+    assert len(made) == 2
+
+
+def test_unknown_alias_and_lost_rows_raise() -> None:
+    with pytest.raises(ScoringError, match="found 'other'"):
+        list(score_arrow({"teacher": FakeFactory(1.0, "one")})(iter([request(1, ["other"])])))
+
+    class Loser(FakeScorer):
+        def score(self, *columns: Any) -> list[Any]:
+            return super().score(*columns)[1:]
+
+    with pytest.raises(ScoringError, match="lost rows"):
+        list(score_arrow({"teacher": lambda: Loser(1.0)})(iter([request(2)])))
+
+
+def test_the_function_travels_as_spark_sends_it(tmp_path: Path) -> None:
+    """A real scorer, pickled into a process that has nothing but the package, for two rows."""
+    cloudpickle = pytest.importorskip("pyspark.cloudpickle")
+    config = ModelConfig(path=str(tiny_models.make_model_folder(tmp_path)), context_tokens=64, window_overlap_tokens=8)
+    row = described(config)
+    factory = ModelScorerFactory(config, description_of(row), tokens_per_batch=128)
+    (tmp_path / "function").write_bytes(cloudpickle.dumps(score_arrow({"teacher": factory})))
+    with pa.OSFile(str(tmp_path / "rows"), "wb") as sink, pa.ipc.new_stream(sink, REQUEST_SCHEMA) as writer:
+        writer.write_batch(request(2))
+    script = (
+        "import pickle, sys, pyarrow as pa\n"
+        "run = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "for batch in run(iter(pa.ipc.open_stream(open(sys.argv[2], 'rb')))):\n"
+        "    print(batch.to_pylist())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "function"), str(tmp_path / "rows")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("'reason': None") == 2
+    assert "teacher: loaded on" in done.stderr
+
+
+def described(config: ModelConfig, dtype: str | None = "float32", config_json: str | None = None) -> dict[str, Any]:
+    batch = pa.RecordBatch.from_pylist(
+        [{"alias": "teacher", "config_json": config_json or model_config_json(config), "dtype": dtype}],
+        schema=pa.schema([("alias", pa.string()), ("config_json", pa.string()), ("dtype", pa.string())]),
+    )
+    (out,) = describe_arrow(iter([batch]))
+    assert out.schema == DESCRIBED_SCHEMA
+    return dict(out.to_pylist()[0])
+
+
+def test_describe(tmp_path: Path) -> None:
+    folder = tiny_models.make_model_folder(tmp_path)
+    config = ModelConfig(path=str(folder), context_tokens=64, window_overlap_tokens=8)
+    found = description_of(described(config, dtype=None))
+    assert (found.model_id, found.context_tokens, found.document_separator_id) == ("teacher", 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"context_tokens": 4096}, ConfigError), ({"path": "/no/such/model"}, ModelLoadError)],
+)
+def test_errors_come_to_the_driver_with_their_class(
+    tmp_path: Path, changes: dict[str, Any], expected: type[Exception]
+) -> None:
+    folder = tiny_models.make_model_folder(tmp_path)
+    row = described(dataclasses.replace(ModelConfig(path=str(folder)), **changes))
+    assert row["description_json"] is None
+    with pytest.raises(expected):
+        description_of(row)
+
+
+def test_unforeseen_errors_come_too() -> None:
+    with pytest.raises(ModelLoadError, match=r"models\.teacher: TypeError"):
+        description_of(described(ModelConfig(), config_json=json.dumps({"no_such": 1})))
+
+
+@pytest.mark.parametrize(
+    "module", ["miniplm_udf.udf", "miniplm_udf.scoring.description", "miniplm_udf.scoring.tokenizer"]
+)
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    script = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'pyspark') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
