@@ -1,0 +1,260 @@
+"""Packing in Spark: against the pure packer, with its tokenizers, its provenance and what a second run does."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+from jobs import pack as job
+from miniplm_udf import packing, schemas, storage, tables
+from miniplm_udf.config import ExperimentConfig, PackConfig, TokenizerConfig
+from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
+from miniplm_udf.pack import pack_corpus, pack_reference
+from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
+from miniplm_udf.tokenizer_folders import ensure_tokenizer
+from tests.unit.tiny_models import SEPARATOR, make_model_folder
+
+LENGTH = 16
+
+
+def instance(stream: str, ordinal: int, text: str, split: str = "pool", **changes: Any) -> dict[str, Any]:
+    plain = {
+        "instance_id": hashlib.sha256(f"{stream} {ordinal}".encode()).hexdigest()[:32],
+        "stream_id": stream,
+        "ordinal": ordinal,
+        "document_ids": [stream],
+        "start_byte": 0,
+        "source": "web",
+        "text": text,
+        "segment_ends": [],
+        "starts_document": True,
+        "ends_document": True,
+        "n_bytes": len(text.encode()),
+        "content_hash": "",
+        "split": split,
+        "metadata": None,
+        "ingested_at": datetime.datetime(2025, 1, 1),
+        "query_id": "q",
+        "batch_id": 0,
+    }
+    return {**plain, **changes}
+
+
+POOL = [instance(f"s{i}", j, f"stream {i} slice {j} of naïve text\n") for i in range(6) for j in range(4)]
+OTHERS = [instance(f"r{i}", 0, f"reference {i} zzzz zzzz zzzz", "reference") for i in range(3)]
+OTHERS += [instance("h", 0, "qqqq qqqq qqqq qqqq", "heldout")]
+
+
+def write_instances(spark: Any, config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> None:
+    frame = spark.createDataFrame(
+        [tuple(row[name] for name in schemas.INSTANCES.column_names) for row in rows], schemas.INSTANCES.spark_schema()
+    )
+    tables.append(frame, config.table_uri("instances"), schemas.INSTANCES)
+
+
+def write_refined(spark: Any, config: ExperimentConfig, rows: Sequence[dict[str, Any]], corpus: str = "kept") -> int:
+    table = schemas.refined(corpus, [])
+    frame = spark.createDataFrame(
+        [(row["instance_id"], row["source"], 8, row["n_bytes"], 0.0) for row in rows], table.spark_schema()
+    )
+    return tables.overwrite(frame, config.table_uri(f"refined/{corpus}"), table, {"threshold": 0.25, "n": len(rows)})
+
+
+@pytest.fixture
+def config(demo_config: ExperimentConfig) -> ExperimentConfig:
+    corpora = {"kept": demo_config.refine.corpora["random"], "other": demo_config.refine.corpora["random"]}
+    student = dataclasses.replace(demo_config.students["miniplm"], corpus="kept", tokenizer="bpe")
+    return dataclasses.replace(
+        demo_config,
+        refine=dataclasses.replace(demo_config.refine, corpora=corpora),
+        tokenizers={"bpe": TokenizerConfig(vocab_size=300)},
+        pack=PackConfig(sequence_length=LENGTH, shards=1),
+        students={"one": student, "two": student},
+    )
+
+
+def stored(uri: str) -> list[dict[str, Any]]:
+    """All rows in stored order, as the trainer reads them: files by path, then rows; checked against the schema."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(DeltaTable(storage.local_path(uri)).file_uris()):
+        found = pq.read_table(storage.local_path(path))
+        assert found.schema.remove_metadata().names == schemas.packed("c", "t").column_names
+        rows += found.to_pylist()
+    return rows
+
+
+def kept_text(config: ExperimentConfig, rows: list[dict[str, Any]], name: str = "bpe") -> str:
+    """The text of all targets and of the shards' first tokens, without separators."""
+    folder = Path(storage.local_path(config.model_uri(f"tokenizer_{name}")))
+    tokenizer, info = load_tokenizer(folder), json.loads((folder / "miniplm.json").read_text())
+    ids: list[int] = []
+    for i, row in enumerate(rows):
+        row_ids = np.frombuffer(row["token_ids"], "<i4").tolist()
+        ids += row_ids if i == 0 or rows[i - 1]["token_ids"][-4:] != row["token_ids"][:4] else row_ids[1:]
+    return tokenizer.decode([i for i in ids if i != info["document_separator_id"]], skip_special_tokens=False)
+
+
+def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, config: ExperimentConfig):
+    kept = [row for row in POOL if (row["stream_id"], row["ordinal"]) not in {("s1", 2), ("s4", 0)}]
+    write_instances(spark, config, [*POOL, *OTHERS])
+    version = write_refined(spark, config, kept)
+    summary = job.run(spark, config)["packed"]
+    assert list(summary) == ["kept/bpe"], "two students of one corpus and tokenizer: packed once"
+    found = summary["kept/bpe"]
+    rows = stored(found["path"])
+
+    # The order of streams is read off the table's own text; all else is the pure packer's.
+    text = kept_text(config, rows)
+    order = sorted({row["stream_id"] for row in kept}, key=lambda s: text.index(f"stream {s[1:]} "))
+    folder = Path(storage.local_path(config.model_uri("tokenizer_bpe")))
+    info = json.loads((folder / "miniplm.json").read_text())
+    slices = [
+        packing.Slice(*(row[name] for name in ("stream_id", "ordinal", "text", "segment_ends")), True, True)
+        for stream in order
+        for row in kept
+        if row["stream_id"] == stream
+    ]
+    expected = list(packing.pack(slices, load_tokenizer(folder), info["document_separator_id"], LENGTH))
+    assert [row["token_ids"] for row in rows] == [s.token_ids.tobytes() for s in expected]
+    assert [row["target_mask"] for row in rows] == [s.target_mask.tobytes() for s in expected]
+    assert [row["n_targets"] for row in rows] == [int(s.target_mask.sum()) for s in expected]
+    assert [row["sequence_id"] for row in rows] == list(range(len(expected)))
+    assert order != sorted(order), "streams stand in the order of a hash"
+    assert spark.read.format("delta").load(found["path"]).schema == schemas.packed("kept", "bpe").spark_schema()
+
+    metadata = tables.user_metadata(spark, found["path"])
+    assert metadata is not None
+    assert metadata["refined_version"] == version
+    assert metadata["refined_metadata"] == {"threshold": 0.25, "n": len(kept)}
+    assert metadata["tokenizer_hash"] == tokenizer_hash(folder) == info["tokenizer_hash"]
+    assert metadata["n_tokens"] == sum(s.n_new_tokens for s in expected) == found["n_tokens"]
+    assert metadata["n_instances"] == len(kept)
+    assert metadata["n_sequences"] == len(rows)
+
+    again = job.run(spark, config)["packed"]["kept/bpe"]
+    assert again == {**found, "skipped": True}
+
+    # The same inputs in another table: the same bytes. A newer version of the corpus: packed anew.
+    shutil.rmtree(storage.local_path(found["path"]))
+    assert not pack_corpus(spark, config, "kept", "bpe")["skipped"]
+    assert stored(found["path"]) == rows
+    write_refined(spark, config, kept[:5])
+    fewer = pack_corpus(spark, config, "kept", "bpe")
+    assert (fewer["skipped"], fewer["n_instances"]) == (False, 5)
+
+
+def test_shards_hold_everything_once_in_stored_order(spark: Any, config: ExperimentConfig):
+    config = dataclasses.replace(config, pack=PackConfig(sequence_length=LENGTH, shards=4))
+    write_instances(spark, config, POOL)
+    write_refined(spark, config, POOL)
+    found = pack_corpus(spark, config, "kept", "bpe")
+    rows = stored(found["path"])
+    assert [row["sequence_id"] for row in rows] == list(range(found["n_sequences"]))
+    text = kept_text(config, rows)
+    assert sorted(text.splitlines()) == sorted("".join(row["text"] for row in POOL).splitlines())
+    # Every token but the first of each shard that holds any is a target: nothing else is broken here.
+    n_shards = found["n_tokens"] - found["n_targets"]
+    assert 1 < n_shards <= 4
+
+
+def test_a_trained_tokenizer_knows_the_pool_alone_and_is_frozen(spark: Any, config: ExperimentConfig, caplog: Any):
+    write_instances(spark, config, [*POOL, *OTHERS])
+    made = ensure_tokenizer(spark, config, "bpe")
+    folder = Path(storage.local_path(config.model_uri("tokenizer_bpe")))
+    vocabulary = load_tokenizer(folder).get_vocab()
+    assert any("stream" in token for token in vocabulary)
+    assert not any("zz" in token or "qq" in token for token in vocabulary)
+
+    write_instances(spark, config, [instance("new", 0, "wwww wwww wwww " * 50)])
+    assert ensure_tokenizer(spark, config, "bpe") == made
+    changed = dataclasses.replace(config, tokenizers={"bpe": TokenizerConfig(vocab_size=310)})
+    with caplog.at_level("WARNING", logger="miniplm"):
+        assert ensure_tokenizer(spark, changed, "bpe").tokenizer_hash != made.tokenizer_hash
+    assert "made anew" in caplog.text
+
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.eos_token == SEPARATOR
+    text = "stream 1 naïve 🙂\n"
+    assert loaded(text)["input_ids"] == load_tokenizer(folder).encode(text, add_special_tokens=False).ids
+
+
+def test_training_stops_at_train_bytes_in_the_order_of_ids(spark: Any, config: ExperimentConfig):
+    rows = [
+        instance(f"s{i}", 0, ("aaaa " if i < 8 else "bbbb ") * 20, instance_id=f"{i:x}" + "0" * 31) for i in range(16)
+    ]
+    write_instances(spark, config, rows)
+    half = dataclasses.replace(config, tokenizers={"bpe": TokenizerConfig(vocab_size=400, train_bytes=800)})
+    vocabulary = ensure_tokenizer(spark, half, "bpe").content.decode()
+    assert "aaaa" in vocabulary
+    assert "bbbb" not in vocabulary
+
+
+def test_a_tokenizer_is_copied_from_a_folder(spark: Any, config: ExperimentConfig, tmp_path: Path):
+    model = make_model_folder(tmp_path / "model", "llama")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(model / "tokenizer.json", alone)
+    for name, folder in (("whole", model), ("alone", alone)):
+        copied = dataclasses.replace(config, students={}, tokenizers={name: TokenizerConfig(path=str(folder))})
+        assert ensure_tokenizer(spark, copied, name).tokenizer_hash == tokenizer_hash(model)
+    for wanted, error in (
+        (TokenizerConfig(path=str(alone), document_separator="<none>"), ConfigError),
+        (TokenizerConfig(path=str(tmp_path / "absent")), ModelLoadError),
+    ):
+        with pytest.raises(error):
+            ensure_tokenizer(spark, dataclasses.replace(config, students={}, tokenizers={"bad": wanted}), "bad")
+    assert not Path(storage.local_path(config.model_uri("tokenizer_bad"))).exists()
+
+
+def test_the_reference_is_packed_with_the_tokenizer_of_its_model(spark: Any, config: ExperimentConfig, tmp_path: Path):
+    model = make_model_folder(tmp_path / "model", "llama")
+    teacher = dataclasses.replace(
+        config.models["teacher"], path=str(model), context_tokens=128, window_overlap_tokens=32
+    )
+    config = dataclasses.replace(config, models={**config.models, "teacher": teacher})
+    write_instances(spark, config, POOL)
+    with pytest.raises(CorpusError, match=r"ingest\.split\.reference"):
+        job.run_reference(spark, config)
+    write_instances(spark, config, OTHERS)
+    found = job.run_reference(spark, config)["packed"]["reference/teacher"]
+    text = kept_text(config, stored(found["path"]), "teacher")
+    assert sorted(text[i : i + len(OTHERS[0]["text"])] for i in range(0, len(text), len(OTHERS[0]["text"]))) == [
+        row["text"] for row in OTHERS if row["split"] == "reference"
+    ]
+    metadata = tables.user_metadata(spark, found["path"])
+    assert metadata is not None
+    assert metadata["refined_version"] is None
+    assert metadata["tokenizer_hash"] == tokenizer_hash(model)
+    assert pack_reference(spark, config)["skipped"]
+
+
+def test_what_is_missing_is_said(spark: Any, config: ExperimentConfig):
+    with pytest.raises(CorpusError, match="refine"):
+        pack_corpus(spark, config, "kept", "bpe")
+    write_instances(spark, config, OTHERS)
+    write_refined(spark, config, POOL[:2])
+    with pytest.raises(CorpusError, match="pool"):
+        pack_corpus(spark, config, "kept", "bpe")
+    write_instances(spark, config, POOL[2:])
+    with pytest.raises(CorpusError, match="2 that are not there"):
+        pack_corpus(spark, config, "kept", "bpe")
+    write_refined(spark, config, [])
+    with pytest.raises(CorpusError, match="keeps nothing"):
+        pack_corpus(spark, config, "kept", "bpe")
+    with pytest.raises(ConfigError, match="section tokenizers"):
+        pack_corpus(spark, config, "kept", "none")
+    with pytest.raises(ConfigError, match="students"):
+        job.run(spark, dataclasses.replace(config, students={}))
+    with pytest.raises(ConfigError, match="reference"):
+        pack_reference(spark, dataclasses.replace(config, reference=None))
