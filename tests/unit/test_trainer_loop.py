@@ -1,0 +1,207 @@
+"""The loop: micro-batches, ranks and restarts change nothing; the same seed gives the same weights; it learns."""
+
+import math
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from miniplm_udf.config import TrainConfig
+from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
+from tests.unit.test_trainer_model import FAMILIES
+from tests.unit.trainer_roots import LLAMA
+from trainer.checkpoint import Checkpoints
+from trainer.distributed import World, process_group
+from trainer.loop import Loop, StepMeasures, make_optimizer
+from trainer.model import build_model, model_config
+
+LENGTH, VOCAB, SEPARATOR = 12, 40, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models of some thousand weights run faster on one thread than on all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class FakeSequences:
+    """Rows that are a function of their number; the last one is mostly padding."""
+
+    sequence_length = LENGTH
+
+    def __init__(self, n_sequences: int = 10):
+        self.n_sequences = n_sequences
+        generator = np.random.default_rng(0)
+        self.tokens = generator.integers(0, 20, (n_sequences, LENGTH + 1)).astype("i4")
+        self.mask = np.ones((n_sequences, LENGTH), "u1")
+        self.mask[-1, 4:] = 0
+
+    def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens[rows], self.mask[rows]
+
+
+def make_loop(
+    world: World | None = None, architecture: dict[str, Any] = LLAMA, sequences: Any = None, **train: Any
+) -> Loop:
+    settings = {"steps": 5, "batch_sequences": 6, "micro_batch_sequences": 6, "learning_rate": 0.01, "warmup_steps": 2}
+    config = TrainConfig(**settings | {"log_every_steps": 1, "save_every_steps": 2} | train)
+    shape = model_config(architecture, where="x", vocab_size=VOCAB, separator_id=SEPARATOR, max_positions=LENGTH)
+    model = build_model(shape, where="x", seed=config.seed)
+    sequences = sequences or FakeSequences()
+    return Loop(model, make_optimizer(model, config), sequences, config, SEPARATOR, world or World())
+
+
+def run(loop: Loop, steps_done: int = 0) -> list[StepMeasures]:
+    measures: list[StepMeasures] = []
+    loop.run(steps_done, measures.append, lambda m: None)
+    return measures
+
+
+def weights(loop: Loop) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in loop.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["official", "token_mean"])
+@pytest.mark.parametrize("micro", [1, 4])
+def test_micro_batches_are_one_batch(kind: str, micro: int) -> None:
+    whole, parts = make_loop(loss=kind), make_loop(loss=kind, micro_batch_sequences=micro)
+    first, second = run(whole), run(parts)
+    assert [m.loss for m in first] == pytest.approx([m.loss for m in second], abs=1e-5)
+    # Adam forgives a gradient that is too large by a factor: the norms must agree, too.
+    assert [m.gradient_norm for m in first] == pytest.approx([m.gradient_norm for m in second], rel=1e-3)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], value, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["official", "token_mean"])
+def test_the_loss_is_the_stated_mean(kind: str) -> None:
+    loop = make_loop(loss=kind, batch_sequences=10)
+    tokens = torch.from_numpy(loop.sequences.get(np.arange(10))[0]).long()
+    mask = torch.from_numpy(loop.sequences.get(np.arange(10))[1]).bool()
+    with torch.no_grad():
+        log_p = torch.log_softmax(loop.model(input_ids=tokens[:, :-1]).logits, -1)
+    nll = -log_p.gather(2, tokens[:, 1:, None])[..., 0]
+    means, everything = [], []
+    for row in range(10):
+        official = mask[row] & (tokens[row, :-1] != SEPARATOR)
+        means.append(float(nll[row][official].mean()))
+        everything += nll[row][mask[row]].tolist()
+    expected = np.mean(means) if kind == "official" else np.mean(everything)
+    assert run(loop)[0].loss == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_seed_gives_the_same_weights_and_it_learns(family: str) -> None:
+    # GPT-2 has dropout: its random numbers must be a function of the step, too.
+    first, again = (make_loop(architecture=FAMILIES[family], steps=12) for _ in range(2))
+    losses = [m.loss for m in run(first)]
+    assert losses == [m.loss for m in run(again)]
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(first).items())
+    assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.5)
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_another_seed_gives_other_weights() -> None:
+    first, other = make_loop(), make_loop(seed=1)
+    assert run(first)[-1].loss != run(other)[-1].loss
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_resumed_after_any_step_ends_bit_identical(tmp_path: Path, family: str) -> None:
+    whole = make_loop(architecture=FAMILIES[family])
+    run(whole)
+    for stop in range(5):
+        killed = make_loop(architecture=FAMILIES[family])
+        for step in range(stop):
+            killed.step(step)
+        Checkpoints(tmp_path, "f", keep=1).save(stop, killed.model, killed.optimizer, {})
+        resumed = make_loop(architecture=FAMILIES[family])
+        state = Checkpoints(tmp_path, "f", keep=1).load(resumed.model, resumed.optimizer)
+        assert state is not None
+        assert state["steps_done"] == stop
+        run(resumed, stop)
+        assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_measures() -> None:
+    measures = run(make_loop(log_every_steps=2))
+    assert [m.steps_done for m in measures] == [2, 4, 5]
+    assert [m.tokens for m in measures] == [2 * 6 * LENGTH, 4 * 6 * LENGTH, 5 * 6 * LENGTH]
+    assert measures[0].learning_rate == pytest.approx(0.01)
+    assert all(m.gradient_norm > 0 and m.tokens_per_second > 0 for m in measures)
+
+
+def test_saves_on_time_and_at_the_end() -> None:
+    saved: list[int] = []
+    make_loop().run(0, lambda m: None, lambda m: saved.append(m.steps_done))
+    assert saved == [2, 4, 5]
+
+
+def test_one_sequence_and_a_batch_larger_than_the_table() -> None:
+    assert len(run(make_loop(sequences=FakeSequences(1)))) == 5
+
+
+def test_clipping_bounds_the_update() -> None:
+    free, clipped = make_loop(steps=1, warmup_steps=0), make_loop(steps=1, warmup_steps=0, gradient_clip_norm=1e-9)
+    start = weights(free)
+    run(free), run(clipped)
+    # Adam divides by the gradient's size, so only a gradient far under adam_eps shows in the update.
+    moved = [sum(float((weights(loop)[n] - v).abs().sum()) for n, v in start.items()) for loop in (free, clipped)]
+    assert moved[1] < moved[0] / 10
+
+
+def test_divergence_is_an_error_and_is_not_saved() -> None:
+    loop = make_loop()
+    with torch.no_grad():
+        next(loop.model.parameters()).fill_(float("nan"))
+    saved: list[StepMeasures] = []
+    with pytest.raises(MiniplmError, match="at step 1 the loss is nan"):
+        loop.run(0, lambda m: None, saved.append)
+    assert saved == []
+
+
+def test_no_target_at_all() -> None:
+    sequences = FakeSequences()
+    sequences.mask[:] = 0
+    with pytest.raises(CorpusError, match="no target"):
+        run(make_loop(sequences=sequences))
+
+
+def test_fewer_sequences_than_ranks() -> None:
+    with pytest.raises(ConfigError, match="at least one a rank"):
+        make_loop(World(size=7, rank=0))
+
+
+def _train_rank(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    with process_group() as world:
+        loop = make_loop(world, batch_sequences=5, micro_batch_sequences=2)  # 3 rows and 2: unequal shares
+        measures = [(m.loss, m.gradient_norm) for m in run(loop)]
+        assert world.from_first(f"rank {rank}") == "rank 0"
+        state = loop.model.module.state_dict()  # type: ignore[union-attr,operator]
+        torch.save({"measures": measures, "weights": state}, Path(folder) / f"{rank}.pt")
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_train_rank, args=(port, str(tmp_path)), nprocs=2)
+    one = make_loop(batch_sequences=5)
+    measures = [(m.loss, m.gradient_norm) for m in run(one)]
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for found in ranks:
+        np.testing.assert_allclose(found["measures"], measures, rtol=1e-3)
+        for name, value in weights(one).items():
+            torch.testing.assert_close(found["weights"][name], value, atol=2e-5, rtol=1e-4)

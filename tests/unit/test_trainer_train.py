@@ -1,0 +1,305 @@
+"""Training as a command does it: what is written, what is left alone, what a kill costs, what MLflow holds."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from miniplm_udf import storage
+from miniplm_udf.config import ExperimentConfig, MlflowConfig, load_config
+from miniplm_udf.errors import ConfigError, CorpusError
+from tests.unit.trainer_roots import (
+    make_root,
+    pack,
+    packed_metadata,
+    some_texts,
+    write_config,
+    write_packed,
+    write_tokenizer,
+)
+from trainer import evaluate as evaluation
+from trainer.__main__ import main
+from trainer.checkpoint import Checkpoints
+from trainer.targets import all_targets, reference_target, student_target
+from trainer.tracking import connect
+from trainer.train import train
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bit-identical weights need the same number of threads, and so small a model is fastest on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a prepared MLflow store (5 s to make), to be copied."""
+    folder = tmp_path_factory.mktemp("fresh")
+    # An experiment of another name: one's artifacts stay where it was made.
+    connect(dataclasses.replace(make_root(folder), mlflow=MlflowConfig(experiment="prepared")))
+    return folder
+
+
+@pytest.fixture
+def config(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentConfig:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(fresh, tmp_path, dirs_exist_ok=True)
+    return load_config(write_config(tmp_path, tmp_path / "root"))
+
+
+def folder(config: ExperimentConfig, name: str) -> Path:
+    return Path(storage.local_path(config.model_uri(name)))
+
+
+def student(config: ExperimentConfig, **options: Any) -> dict[str, Any]:
+    return train(config, student_target(config, "small"), **options)
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_model_folder_is_whole(config: ExperimentConfig) -> None:
+    training = student(config)
+    found = folder(config, "small")
+    names = {path.name for path in found.iterdir()} - {"generation_config.json"}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"}
+    tokenizer = folder(config, "tokenizer_bpe")
+    assert (found / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    architecture = json.loads((found / "config.json").read_text())
+    assert (architecture["use_cache"], architecture["max_position_embeddings"]) == (True, 16)
+    written = json.loads((found / "training.json").read_text())
+    assert training == {**written, "skipped": False}
+    assert (written["steps"], written["sequences"], written["tokens"]) == (6, 24, 24 * 16)
+    assert written["packed_version"] == 0
+    assert written["lineage"]["refined_version"] == 3
+    assert written["final_loss"] > 0
+    assert not list(found.parent.glob(".*"))
+
+
+def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: ExperimentConfig, tmp_path: Path) -> None:
+    first = student(config)
+    before = (folder(config, "small") / "model.safetensors").stat().st_mtime_ns
+    assert student(config) == {**first, "skipped": True}
+    watched = load_config(write_config(tmp_path, tmp_path / "root", log_every_steps=3, micro_batch_sequences=1))
+    assert student(watched)["skipped"]
+    assert (folder(config, "small") / "model.safetensors").stat().st_mtime_ns == before
+    other = load_config(write_config(tmp_path, tmp_path / "root", seed=1))
+    assert not student(other)["skipped"]
+    table = Path(storage.local_path(config.table_uri("packed/kept/bpe")))
+    tokenizer = write_tokenizer(tmp_path / "same")
+    write_packed(table, *pack(tokenizer, some_texts(15)), packed_metadata(folder(config, "tokenizer_bpe")))
+    again = student(other)
+    assert (again["skipped"], again["packed_version"]) == (False, 1)
+    assert student(other, retrain=True)["skipped"] is False
+
+
+def test_the_reference_is_frozen(config: ExperimentConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = train(config, reference_target(config))
+    assert json.loads((folder(config, "reference") / "config.json").read_text())["max_position_embeddings"] == 32
+    changed = load_config(write_config(tmp_path, tmp_path / "root", seed=5))
+    shutil.rmtree(Path(storage.local_path(config.table_uri("packed"))))
+    with caplog.at_level("WARNING", logger="miniplm"):
+        assert train(changed, reference_target(changed)) == {**first, "skipped": True}
+    assert "config has changed" in caplog.text
+    with pytest.raises(CorpusError, match="run the pack stage"):
+        train(changed, reference_target(changed), retrain=True)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours may catch it."""
+
+
+@pytest.mark.parametrize("save", [1, 2, 3])
+def test_a_killed_run_ends_with_the_same_weights_in_the_same_run(
+    config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: int
+) -> None:
+    whole = student(config)
+    shutil.copytree(folder(config, "small"), tmp_path / "whole")
+    shutil.rmtree(folder(config, "small"))
+    shutil.rmtree(Path(storage.local_path(config.checkpoint_uri("train/small"))))
+    original = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, steps_done: int, *arguments: Any) -> Path:
+        path = original(self, steps_done, *arguments)
+        if steps_done == 2 * save:
+            raise Killed
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(Killed):
+        student(config)
+    assert not folder(config, "small").exists()
+    monkeypatch.setattr(Checkpoints, "save", original)
+    resumed = student(config)
+    assert same_weights(folder(config, "small"), tmp_path / "whole")
+    assert resumed["final_loss"] == whole["final_loss"]
+    assert resumed["run_id"] != whole["run_id"]
+    client = connect(config).MlflowClient()
+    experiment = client.get_experiment_by_name("miniplm").experiment_id
+    runs = {run.info.run_id: run for run in client.search_runs([experiment])}
+    assert set(runs) == {whole["run_id"], resumed["run_id"]}
+    assert runs[resumed["run_id"]].info.status == "FINISHED"
+    curve = client.get_metric_history(resumed["run_id"], "train_loss")
+    assert {point.step for point in curve} == set(range(1, 7))
+
+
+def test_checkpoints_are_kept_and_others_removed(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    Checkpoints(tmp_path, "old", keep=2).save(9, model, optimizer, {})
+    mine = Checkpoints(tmp_path, "new", keep=2)
+    assert mine.load(model, optimizer) is None
+    for step in (2, 4, 10):
+        mine.save(step, model, optimizer, {"loss": step})
+    (tmp_path / "step-12").mkdir()  # without state.json: not whole
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-12", "step-4"]
+    assert mine.load(model, optimizer) == {"loss": 10, "steps_done": 10, "fingerprint": "new"}
+
+
+def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig) -> None:
+    training = student(config)
+    root = Path(storage.local_path(config.root))
+    assert (root / "mlflow.db").exists()
+    run = connect(config).MlflowClient().get_run(training["run_id"])
+    assert run.info.run_name == "small"
+    assert run.info.artifact_uri.startswith((root / "mlartifacts").as_uri())
+    assert run.data.params["train.learning_rate"] == "0.01"
+    assert run.data.params["architecture.hidden_size"] == "16"
+    wanted = {"train_loss", "learning_rate", "tokens", "tokens_per_second", "gradient_norm"}
+    assert wanted <= set(run.data.metrics)
+    assert run.data.metrics["train_loss"] == pytest.approx(training["final_loss"])
+    tags = run.data.tags
+    assert tags["delta_table_uri"] == storage.redact(config.table_uri("packed/kept/bpe"))
+    assert (tags["delta_table_version"], tags["refined_version"], tags["corpus"]) == ("0", "3", "kept")
+    assert json.loads(tags["model_revisions"]) == {"teacher": "a" * 32}
+    (dataset,) = run.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("packed/kept/bpe", training["manifest_hash"])
+    assert dataset.tags[0].value == "training"
+
+
+def test_packed_with_another_tokenizer(config: ExperimentConfig) -> None:
+    path = folder(config, "tokenizer_bpe") / "miniplm.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_hash": "b" * 32}))
+    with pytest.raises(CorpusError, match="tokenizer_hash"):
+        student(config)
+
+
+def test_evaluation_counts_every_byte_and_is_not_repeated(config: ExperimentConfig) -> None:
+    with pytest.raises(CorpusError, match="train --reference"):
+        evaluation.evaluate(config)
+    trainings = {target.name: train(config, target) for target in all_targets(config)}
+    found = evaluation.evaluate(config)
+    assert set(found) == {"reference", "small"}
+    heldout = evaluation.read_heldout(config)
+    written = json.loads((folder(config, "small") / "evaluation.json").read_text())
+    assert found["small"] == {**written, "skipped": False}
+    assert written["n_instances"] == len(heldout.rows) == 6
+    assert written["n_bytes"] == sum(len(row["text"].encode()) for row in heldout.rows)
+    assert sum(numbers["n_bytes"] for numbers in written["by_source"].values()) == written["n_bytes"]
+    nats = written["heldout_nats_per_token"] * written["n_tokens"]
+    assert written["heldout_bits_per_byte"] == pytest.approx(nats / np.log(2) / written["n_bytes"])
+    metrics = connect(config).MlflowClient().get_run(trainings["small"]["run_id"]).data.metrics
+    assert metrics["heldout_bits_per_byte"] == pytest.approx(written["heldout_bits_per_byte"])
+    books = written["by_source"]["books"]["heldout_bits_per_byte"]
+    assert metrics["heldout_bits_per_byte/books"] == pytest.approx(books)
+    assert all(model["skipped"] for model in evaluation.evaluate(config).values())
+
+
+def test_evaluation_equals_a_plain_forward_pass(config: ExperimentConfig) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    student(config)
+    bare = load_config(write_config_without_reference(config), [])
+    found = evaluation.evaluate(bare)["small"]
+    model = AutoModelForCausalLM.from_pretrained(folder(config, "small"))
+    tokenizer = Tokenizer.from_file(str(folder(config, "small") / "tokenizer.json"))
+    total, n_tokens = 0.0, 0
+    short = [row["text"] for row in evaluation.read_heldout(bare).rows]
+    for text in short:
+        ids = torch.tensor([[0, *tokenizer.encode(text).ids]])
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(input_ids=ids[:, :-1]).logits, -1)
+        total -= float(log_p.gather(2, ids[:, 1:, None]).sum())
+        n_tokens += ids.shape[1] - 1
+    assert found["n_tokens"] == n_tokens
+    assert found["heldout_nats_per_token"] == pytest.approx(total / n_tokens, abs=1e-4)
+
+
+def write_config_without_reference(config: ExperimentConfig) -> Path:
+    """The same root with only the student, and a length in which every held-out text is one window."""
+    root = Path(storage.local_path(config.root))
+    raw = json.loads((root.parent / "experiment.yaml").read_text())
+    del raw["reference"], raw["models"]["reference"]
+    path = root.parent / "bare.yaml"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_no_heldout_text(config: ExperimentConfig) -> None:
+    shutil.rmtree(Path(storage.local_path(config.table_uri("instances"))))
+    with pytest.raises(CorpusError, match="run the ingest stage"):
+        evaluation.read_heldout(config)
+
+
+def test_the_bound_of_instances_per_source(config: ExperimentConfig, tmp_path: Path) -> None:
+    raw = json.loads((tmp_path / "experiment.yaml").read_text()) | {"evaluate": {"max_instances_per_source": 1}}
+    (tmp_path / "experiment.yaml").write_text(json.dumps(raw))
+    rows = evaluation.read_heldout(load_config(tmp_path / "experiment.yaml")).rows
+    assert sorted(row["source"] for row in rows) == ["books", "web"]
+
+
+def test_the_command(config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conf = str(tmp_path / "experiment.yaml")
+    assert main(["train", "train.steps=2", "-c", conf, "--student", "small", "train.warmup_steps=0", "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["status"], plan["tokens"], plan["n_parameters"] > 0) == ("to train", 2 * 4 * 16, True)
+    assert not folder(config, "small").exists()
+    assert main(["train", "-c", conf, "--student", "small", "train.steps=2", "train.warmup_steps=0"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert main(["evaluate", "-c", conf, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["waits_for_training"] == ["reference"]
+    assert main(["evaluate", "-c", conf]) == 1
+    assert capsys.readouterr().err.startswith("error: no trained model")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--student", "smal"], "did you mean 'small'"),
+        (["--student", "small", "train.stepss=3"], "train.steps"),
+        (["--student", "small", "students.small.architecture.model_type=lama"], "did you mean 'llama'"),
+        (["--student", "small", "students.small.architecture.layers=2"], "no key 'layers'"),
+    ],
+)
+def test_a_wrong_config_is_one_line_and_exit_2(
+    config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["train", "-c", str(tmp_path / "experiment.yaml"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_wrong_usage_is_exit_2(tmp_path: Path) -> None:
+    for words in (["train", "-c", "x"], ["train", "-c", "x", "--student", "a", "--reference"], ["train", "oops"], []):
+        with pytest.raises(SystemExit) as raised:
+            main(words)
+        assert raised.value.code == 2
+
+
+def test_no_reference_section(config: ExperimentConfig) -> None:
+    with pytest.raises(ConfigError, match="no such section"):
+        reference_target(load_config(write_config_without_reference(config)))

@@ -1,0 +1,117 @@
+"""A causal LM with fresh weights from an architecture dict: any `AutoModelForCausalLM` config class.
+
+Input: `AutoConfig` keywords with `model_type`. Output: a torch module in fp32 on the CPU. Owns the checks (unknown
+model type, unknown key, too small a vocabulary or context) and the defaults that follow from the data: vocabulary and
+special tokens from the tokenizer, longest input from the packed sequences. Reads and writes no file.
+"""
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from miniplm_udf.errors import ConfigError
+
+# Keys that transformers 5 turns into `rope_parameters` of the config.
+_ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+
+
+def _config_class(where: str, model_type: Any) -> type[PretrainedConfig]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = list(CONFIG_MAPPING.keys())
+    if model_type not in known:
+        close = difflib.get_close_matches(str(model_type), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else " (llama, qwen2, gpt2, mamba, ...)"
+        raise ConfigError(f"{where}.model_type: expected a model type of transformers, found {model_type!r}{hint}")
+    found: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
+    return found
+
+
+def _check_keys(where: str, config_class: type[PretrainedConfig], keys: list[str]) -> None:
+    names = set(inspect.signature(config_class.__init__).parameters) - {
+        "self",
+        "kwargs",
+    }
+    names |= set(config_class.attribute_map)
+    if hasattr(config_class(), "rope_parameters"):
+        names |= _ROPE_KEYS
+    for key in keys:
+        if key not in names:
+            close = difflib.get_close_matches(key, sorted(names), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{where}: {config_class.__name__} has no key {key!r}{hint}")
+
+
+def model_config(
+    architecture: dict[str, Any],
+    *,
+    where: str,
+    vocab_size: int,
+    separator_id: int,
+    max_positions: int,
+) -> PretrainedConfig:
+    """The config of a model to train.
+
+    Args:
+        architecture: `AutoConfig` keywords, `model_type` among them.
+        where: the config key of it, for messages.
+        vocab_size: of the tokenizer; a larger `architecture.vocab_size` (a multiple of 64, say) is kept.
+        separator_id: becomes the bos and eos token.
+        max_positions: longest input the model will see, in tokens; the default of `max_position_embeddings`.
+
+    Raises:
+        ConfigError: unknown `model_type` or key, a value of the wrong kind, vocabulary or context too small.
+    """
+    keywords = dict(architecture)
+    if "model_type" not in keywords:
+        raise ConfigError(f"{where}.model_type: expected a model type of transformers (llama, qwen2, ...), found none")
+    config_class = _config_class(where, keywords.pop("model_type"))
+    _check_keys(where, config_class, list(keywords))
+    keywords.setdefault("vocab_size", vocab_size)
+    keywords.setdefault("bos_token_id", separator_id)
+    keywords.setdefault("eos_token_id", separator_id)
+    # A padding id would freeze that row of the embedding at zero, and we never feed padding that counts.
+    keywords.setdefault("pad_token_id", None)
+    positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if hasattr(config_class(), positions) and not {
+        positions,
+        "max_position_embeddings",
+    } & set(keywords):
+        keywords[positions] = max_positions
+    try:
+        config = config_class(**keywords)
+    except Exception as error:  # strict dataclasses raise huggingface_hub's own errors
+        raise ConfigError(f"{where}: {config_class.__name__} refuses it: {error}") from error
+    if config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"{where}.vocab_size: expected at least {vocab_size}, the tokenizer's, found {config.vocab_size}"
+        )
+    if getattr(config, "max_position_embeddings", max_positions) < max_positions:
+        raise ConfigError(
+            f"{where}.max_position_embeddings: expected at least {max_positions}, the longest input (pack."
+            f"sequence_length or the model's context_tokens), found {config.max_position_embeddings}"
+        )
+    return config
+
+
+def build_model(config: PretrainedConfig, *, where: str, seed: int) -> PreTrainedModel:
+    """A model with fresh fp32 weights, a function of `config` and `seed` alone.
+
+    Raises:
+        ConfigError: the model type has no causal LM, or its sizes do not fit together.
+    """
+    torch.manual_seed(seed)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ConfigError(f"{where}: no causal LM can be built from it: {first_line}") from error
+    return model
+
+
+def n_parameters(model: torch.nn.Module) -> int:
+    """Number of weights; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

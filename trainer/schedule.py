@@ -1,0 +1,22 @@
+"""The learning rate of a step: linear warm-up, then a cosine down to a share of the peak. A pure function.
+
+Source: the recipe of arXiv 2410.17215, appendix: 2,000 warm-up steps, cosine to a tenth of the peak rate.
+"""
+
+import math
+
+
+def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, min_ratio: float) -> float:
+    """Rate of the update number `step`.
+
+    Args:
+        step: 0-based; the first update already has a rate above zero, the last warm-up update has the peak.
+        steps: updates in the whole run.
+        warmup_steps: updates of linear warm-up.
+        peak: highest rate.
+        min_ratio: rate at the end of the cosine, as a share of `peak`.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps + 1) / max(1, steps - warmup_steps))
+    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
