@@ -1,0 +1,41 @@
+"""Writes the HTML report of an experiment.
+
+    spark-submit jobs/report.py -c conf/demo.yaml          (or: miniplm report -c conf/demo.yaml)
+
+Reads:  instances, rejects, scores, score_matrix, corpora, refined/*; <root>/models/*; MLflow.
+Writes: report.html in the report folder, and the artifacts of the MLflow run "comparison". A rerun replaces both.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jobs.session import stage_main
+from miniplm_udf import storage
+from miniplm_udf.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def run(spark: "SparkSession", config: ExperimentConfig, summary: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Builds the report; without a `summary` it takes summary.json from the report folder, where there is one.
+
+    Returns:
+        {"report": path, "seconds"}.
+    """
+    from miniplm_udf.report.render import build_report  # matplotlib and jinja2: not for `--help`
+
+    started = time.monotonic()
+    if summary is None:
+        summary = storage.read_json(str(config.report_folder() / "summary.json")) or {}
+    path = build_report(spark, config, summary)
+    return {"report": str(path), "seconds": time.monotonic() - started}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return stage_main("report", run, __doc__, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

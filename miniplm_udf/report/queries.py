@@ -1,0 +1,337 @@
+"""What the report asks of the tables: counts, histograms as bucket counts, shares per source, a few texts. Driver only.
+
+Inputs: `instances`, `rejects`, `scores`, `score_matrix`, `corpora`, `refined/<name>` under the root. Outputs: small
+frozen dataclasses of plain numbers and strings; 1,026 bucket counts a histogram, one row a source and a few dozen texts
+come to the driver, however large the tables. Scores are nats per token unless a corpus's own expression says otherwise.
+Owns no rule of selection: what was kept is read from the refined version. Reads only, so a retry repeats it.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from miniplm_udf import storage, tables
+from miniplm_udf.config import CorpusConfig, ExperimentConfig
+from miniplm_udf.report.histogram import Histogram, histogram
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, Row, SparkSession
+
+LOGGER = logging.getLogger("miniplm.report")
+
+TEXT_CHARACTERS = 600
+SHOWN_SOURCES = 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableFacts:
+    """One Delta table: where it is, its newest version and its rows."""
+
+    name: str
+    uri: str
+    version: int
+    n_rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RejectCount:
+    """Rejected rows of one stage and reason."""
+
+    stage: str
+    reason: str
+    n_rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overview:
+    """Counts over the whole experiment, from the tables themselves."""
+
+    n_instances: int
+    instances_by_split: dict[str, int]
+    rejects: list[RejectCount]
+    scored: dict[str, int]
+    models: dict[str, dict[str, Any]]
+    tables: list[TableFacts]
+
+    @property
+    def n_rejected(self) -> int:
+        return sum(reject.n_rows for reject in self.rejects)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceShare:
+    """One source's candidates of a corpus, and how much of it was kept."""
+
+    source: str
+    n_candidates: int
+    n_kept: int
+    candidate_tokens: int
+    kept_tokens: int
+    n_negative: int
+    score_mean: float
+
+    @property
+    def kept_share(self) -> float:
+        return self.n_kept / self.n_candidates
+
+    @property
+    def negative_share(self) -> float:
+        return self.n_negative / self.n_candidates
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """One shown instance; `text` holds at most TEXT_CHARACTERS of its `n_characters` characters."""
+
+    instance_id: str
+    source: str
+    score: float
+    kept: bool
+    nll_means: dict[str, float]
+    text: str
+    n_characters: int
+
+    @property
+    def is_cut(self) -> bool:
+        return len(self.text) < self.n_characters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusFacts:
+    """The newest version of a refined corpus: its row in `corpora`, and what its candidates look like."""
+
+    name: str
+    uri: str
+    record: dict[str, Any]
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+    score: Histogram
+    nll_means: dict[str, Histogram]
+    sources: list[SourceShare]
+    total: SourceShare
+    examples: dict[str, list[Example]]
+    notes: list[str]
+
+    @property
+    def rule(self) -> str:
+        return str(self.config.get("select", {}).get("rule", "top_ratio"))
+
+    @property
+    def cut(self) -> float | None:
+        """The lowest kept score, where the score decides: a random corpus has no cut."""
+        return None if self.rule == "random" else self.record["threshold"]
+
+
+def overview(spark: "SparkSession", config: ExperimentConfig) -> Overview:
+    """Counts instances, rejects and scores from the tables.
+
+    Raises:
+        CorpusError: there is no `instances` table.
+    """
+    instances = tables.read(spark, config.table_uri("instances"))
+    by_split = {row["split"]: row["count"] for row in instances.groupBy("split").count().orderBy("split").collect()}
+    models = {alias: storage.read_json(f"{config.model_uri(alias)}.json") for alias in config.scored_aliases}
+    models = {alias: found for alias, found in models.items() if found}
+    return Overview(
+        n_instances=sum(by_split.values()),
+        instances_by_split=by_split,
+        rejects=_rejects(spark, config, models),
+        scored=_scored(spark, config, models),
+        models=models,
+        tables=list(_table_facts(spark, config)),
+    )
+
+
+def _rejects(spark: "SparkSession", config: ExperimentConfig, models: dict[str, dict[str, Any]]) -> list[RejectCount]:
+    if not tables.exists(spark, config.table_uri("rejects")):
+        return []
+    alias_of = {f"score:{found['model_revision']}": f"score, {alias}" for alias, found in models.items()}
+    rows = tables.read(spark, config.table_uri("rejects")).groupBy("stage", "reason").count()
+    return [
+        RejectCount(stage=alias_of.get(row["stage"], row["stage"]), reason=row["reason"], n_rows=row["count"])
+        for row in rows.orderBy("stage", "reason").collect()
+    ]
+
+
+def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Rows in `scores` per alias, of the revision that is current."""
+    if not tables.exists(spark, config.table_uri("scores")):
+        return {}
+    rows = tables.read(spark, config.table_uri("scores")).groupBy("model_id", "model_revision").count().collect()
+    counts = {(row["model_id"], row["model_revision"]): row["count"] for row in rows}
+    return {alias: counts.get((alias, found["model_revision"]), 0) for alias, found in models.items()}
+
+
+def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[TableFacts]:
+    names = ["instances", "scores", "score_matrix", "rejects", "corpora"]
+    names += [f"refined/{corpus}" for corpus in config.refine.corpora]
+    packed = {f"packed/{student.corpus}/{student.tokenizer}" for student in config.students.values()}
+    for name in names + sorted(packed):
+        uri = config.table_uri(name)
+        version = tables.version(spark, uri)
+        if version is not None:
+            n_rows = tables.read(spark, uri).count()
+            yield TableFacts(name=name, uri=storage.redact(uri), version=version, n_rows=n_rows)
+
+
+def corpora(spark: "SparkSession", config: ExperimentConfig) -> list[CorpusFacts]:
+    """The newest version of each corpus that was refined, in the order of the config; others by name behind them."""
+    uri = config.table_uri("corpora")
+    if not tables.exists(spark, uri):
+        return []
+    newest: dict[str, dict[str, Any]] = {}
+    for row in tables.read(spark, uri).orderBy("version").collect():
+        newest[row["name"]] = row.asDict()
+    order = [*config.refine.corpora, *sorted(newest)]
+    return [_corpus(spark, config, newest[name]) for name in dict.fromkeys(order) if name in newest]
+
+
+def _corpus(spark: "SparkSession", config: ExperimentConfig, record: dict[str, Any]) -> CorpusFacts:
+    name = record["name"]
+    resolved, inputs = json.loads(record["config"]), json.loads(record["inputs"])
+    if resolved["select"]["rule"] == "random":  # its resolved score is the random draw: the configured one says more
+        resolved["score"] = config.refine.corpora.get(name, CorpusConfig()).score
+    notes: list[str] = []
+    frame = _candidates(spark, config, record, resolved, inputs, notes).persist()
+    try:
+        aliases = [column.removesuffix("_nll_mean") for column in frame.columns if column.endswith("_nll_mean")]
+        score = histogram(frame, "score")
+        sources = source_shares(frame)
+        total = _sum("all sources", sources)
+        if not notes and total.n_candidates != record["n_candidates"]:
+            missing = record["n_candidates"] - total.n_candidates
+            notes.append(f"{missing:,} candidates have no finite score: they are never kept and not shown below.")
+        return CorpusFacts(
+            name=name,
+            uri=storage.redact(config.table_uri(f"refined/{name}")),
+            record=record,
+            config=resolved,
+            inputs=inputs,
+            score=score,
+            nll_means={alias: histogram(frame, f"{alias}_nll_mean") for alias in aliases},
+            sources=_shown(sources),
+            total=total,
+            examples=_examples(spark, config, frame, aliases, score.median(), resolved["select"]["rule"]),
+            notes=notes,
+        )
+    finally:
+        frame.unpersist()
+
+
+def _candidates(
+    spark: "SparkSession", config: ExperimentConfig, record: dict[str, Any], resolved: dict[str, Any],
+    inputs: dict[str, Any], notes: list[str],
+) -> "DataFrame":  # fmt: skip
+    """The rows that the corpus was chosen from: instance_id, source, n_tokens, score, `<alias>_nll_mean`, kept."""
+    from pyspark.sql import functions as F
+
+    matrix = _matrix_at(spark, config, inputs.get("matrix_version"), notes)
+    tokens = f"{resolved['tokens_of']}_n_tokens"
+    means = [column for column in matrix.columns if column.endswith("_nll_mean")]
+    refined = tables.read(spark, config.table_uri(f"refined/{record['name']}"), record["version"])
+    kept = refined.select("instance_id", F.lit(True).alias("kept"))
+    scored = (
+        matrix.where("split = 'pool'")
+        .where(resolved["where"])
+        .withColumn("score", F.expr(resolved["score"]).cast("double"))
+    )
+    finite = scored.where("score is not null and not isnan(score) and abs(score) < double('inf')")
+    columns = ["instance_id", "source", F.col(tokens).alias("n_tokens"), "score", *means]
+    return finite.select(*columns).join(kept, "instance_id", "left").fillna(False, subset=["kept"])
+
+
+def _matrix_at(spark: "SparkSession", config: ExperimentConfig, version: int | None, notes: list[str]) -> "DataFrame":
+    """`score_matrix` as the refinement saw it; where that version is gone the newest, with a note."""
+    from pyspark.errors import PySparkException
+
+    uri = config.table_uri("score_matrix")
+    if version is not None:
+        try:
+            return tables.read(spark, uri, version)
+        except PySparkException as error:
+            LOGGER.warning("score_matrix version %s cannot be read any more: %s", version, str(error).splitlines()[0])
+            notes.append(
+                f"Version {version} of score_matrix, which this corpus was chosen from, cannot be read any more: "
+                "candidates are those of the newest version, and rows scored since then count as dropped."
+            )
+    return tables.read(spark, uri)
+
+
+def source_shares(frame: "DataFrame") -> list[SourceShare]:
+    """Kept and dropped per source, the source with the most candidates first."""
+    from pyspark.sql import functions as F
+
+    kept = F.col("kept").cast("bigint")
+    rows = frame.groupBy("source").agg(
+        F.count("*").alias("n_candidates"),
+        F.sum(kept).alias("n_kept"),
+        F.sum("n_tokens").alias("candidate_tokens"),
+        F.sum(F.col("n_tokens") * kept).alias("kept_tokens"),
+        F.count_if(F.col("score") < 0).alias("n_negative"),
+        F.avg("score").alias("score_mean"),
+    )
+    return [SourceShare(**row.asDict()) for row in rows.orderBy(F.desc("n_candidates"), "source").collect()]
+
+
+def _sum(label: str, shares: Sequence[SourceShare]) -> SourceShare:
+    n_candidates = sum(share.n_candidates for share in shares)
+    weighted = sum(share.score_mean * share.n_candidates for share in shares)
+    return SourceShare(
+        source=label,
+        n_candidates=n_candidates,
+        n_kept=sum(share.n_kept for share in shares),
+        candidate_tokens=sum(share.candidate_tokens for share in shares),
+        kept_tokens=sum(share.kept_tokens for share in shares),
+        n_negative=sum(share.n_negative for share in shares),
+        score_mean=weighted / n_candidates,
+    )
+
+
+def _shown(shares: list[SourceShare]) -> list[SourceShare]:
+    """The largest sources, and one row for all others."""
+    if len(shares) <= SHOWN_SOURCES:
+        return shares
+    others = shares[SHOWN_SOURCES:]
+    return [*shares[:SHOWN_SOURCES], _sum(f"({len(others):,} more sources)", others)]
+
+
+def _examples(
+    spark: "SparkSession", config: ExperimentConfig, frame: "DataFrame", aliases: Sequence[str], median: float,
+    rule: str,
+) -> dict[str, list[Example]]:  # fmt: skip
+    """Instances at the ends, in the middle and, where the score decides, on both sides of the cut."""
+    from pyspark.sql import functions as F
+
+    n = config.report.examples
+    up, down, by_id = F.asc("score"), F.desc("score"), F.asc("instance_id")
+    chosen: dict[str, list[Row]] = {
+        "Highest": frame.orderBy(down, by_id).limit(n).collect(),
+        "Middle": frame.orderBy(F.abs(F.col("score") - F.lit(median)), by_id).limit(n).collect(),
+        "Lowest": frame.orderBy(up, by_id).limit(n).collect(),
+    }
+    if rule != "random":
+        chosen["Just above the cut"] = frame.where("kept").orderBy(up, by_id).limit(n).collect()
+        chosen["Just below the cut"] = frame.where("not kept").orderBy(down, by_id).limit(n).collect()
+    texts = _texts(spark, config, {row["instance_id"] for rows in chosen.values() for row in rows})
+
+    def example(row: "Row") -> Example:
+        text, n_characters = texts.get(row["instance_id"], ("", 0))
+        means = {alias: row[f"{alias}_nll_mean"] for alias in aliases}
+        return Example(
+            instance_id=row["instance_id"], source=row["source"], score=row["score"], kept=row["kept"],
+            nll_means=means, text=text, n_characters=n_characters,
+        )  # fmt: skip
+
+    return {label: [example(row) for row in rows] for label, rows in chosen.items()}
+
+
+def _texts(spark: "SparkSession", config: ExperimentConfig, ids: set[str]) -> dict[str, tuple[str, int]]:
+    """{instance_id: (beginning of its text, length in characters)}."""
+    from pyspark.sql import functions as F
+
+    instances = tables.read(spark, config.table_uri("instances")).where(F.col("instance_id").isin(sorted(ids)))
+    beginning = F.substring("text", 1, TEXT_CHARACTERS)
+    rows = instances.select("instance_id", beginning.alias("text"), F.length("text").alias("n")).collect()
+    return {row["instance_id"]: (row["text"], row["n"]) for row in rows}

@@ -1,0 +1,142 @@
+"""Writes `report.html`: one page, no network, no other file. Driver only.
+
+Inputs: the experiment's tables and model folders (queries.py, students.py) and the pipeline's summary. Outputs:
+`<report folder>/report.html`, replaced whole by rename, and the same page with summary.json in MLflow. Every text of
+the corpus, every name and every number goes through jinja2 with autoescape: corpus text is untrusted. Owns the page's
+words and formats, no numbers. A retry writes the page again and finds its MLflow run.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from miniplm_udf import storage
+from miniplm_udf.config import ExperimentConfig
+from miniplm_udf.report import figures, queries
+from miniplm_udf.report import students as students_module
+from miniplm_udf.report.queries import CorpusFacts
+from miniplm_udf.report.students import StudentFacts
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+LOGGER = logging.getLogger("miniplm.report")
+_NONE = "–"
+
+
+def build_report(spark: "SparkSession", config: ExperimentConfig, summary: dict[str, Any]) -> Path:
+    """Writes the report of an experiment and logs it to MLflow.
+
+    Args:
+        spark: a session.
+        config: the experiment; its tables are read at their newest versions.
+        summary: the pipeline's summary.json: `seconds` per stage and `tokens_per_second` per model are taken from it,
+            all counts come from the tables. May be empty.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        CorpusError: nothing was ingested yet.
+        ConfigError: the root is not local and `report.folder` is not set.
+    """
+    path = config.report_folder() / "report.html"
+    overview = queries.overview(spark, config)
+    corpora = queries.corpora(spark, config)
+    students = students_module.students(config)
+    storage.write_text(str(path), render(config, summary, overview, corpora, students))
+    LOGGER.info("report: %s (%s bytes)", path, f"{path.stat().st_size:,}")
+    students_module.log_comparison(config, path, summary)
+    return path
+
+
+def render(
+    config: ExperimentConfig, summary: dict[str, Any], overview: queries.Overview, corpora: list[CorpusFacts],
+    students: list[StudentFacts],
+) -> str:  # fmt: skip
+    """The page as HTML."""
+    sources = students_module.sources(students)
+    curves = [student for student in students if student.curve]
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            root=storage.redact(config.root),
+            created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            package_version=importlib.metadata.version("miniplm"),
+            seconds=summary.get("seconds") or {},
+            tokens_per_second=summary.get("tokens_per_second") or {},
+            overview=overview,
+            corpora=[(corpus, _corpus_figures(corpus)) for corpus in corpora],
+            students=students,
+            evaluated=[student for student in students if student.evaluation],
+            sources=sources,
+            curves=figures.training_curves(curves) if curves else None,
+            heldout=figures.heldout_bars(students, sources[: queries.SHOWN_SOURCES]) if sources else None,
+            without_curve=[student.name for student in students if not student.curve],
+            differences=students_module.differences(students),
+            noise_training_tokens=students_module.NOISE_TRAINING_TOKENS,
+            noise_heldout_tokens=students_module.NOISE_HELDOUT_TOKENS,
+            text_characters=queries.TEXT_CHARACTERS,
+            mlflow_uri=storage.redact(config.mlflow_uri()),
+            mlflow_experiment=config.mlflow.experiment,
+            instances_uri=storage.redact(config.table_uri("instances")),
+            matrix_uri=storage.redact(config.table_uri("score_matrix")),
+        )
+    )
+
+
+def _corpus_figures(corpus: CorpusFacts) -> dict[str, str]:
+    return {
+        "score": figures.score_histogram(corpus.score, str(corpus.config["score"]), corpus.cut),
+        "nll": figures.nll_histograms(corpus.nll_means) if corpus.nll_means else "",
+        "sources": figures.kept_shares(corpus.sources, corpus.total.kept_share),
+    }
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("miniplm_udf.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(n=_count, x=_decimal, pct=_percent, duration=_duration, pretty=_pretty)
+    return environment
+
+
+def _count(value: float | None) -> str:
+    """1234567 -> 1,234,567; nothing -> a dash."""
+    return _NONE if value is None else f"{value:,.0f}"
+
+
+def _decimal(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    if value is None:
+        return _NONE
+    return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")
+
+
+def _percent(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    if value is None:
+        return _NONE
+    return f"{value:{'+' if sign else ''}.{digits}%}".replace("-", "−").replace("%", " %")
+
+
+def _duration(seconds: float | None) -> str:
+    """75.2 -> 1 min 15 s."""
+    if seconds is None:
+        return _NONE
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)

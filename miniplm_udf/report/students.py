@@ -1,0 +1,178 @@
+"""What the report says of trained students: their records, their curves from MLflow, their differences. Driver.
+
+Inputs: `<root>/models/<student>/training.json` and `evaluation.json` (the trainer's), and the metric history
+`train_loss` of the run that training.json names. Losses are nats per token or bits per byte. Also owns the MLflow run
+"comparison", which holds the report and the summary as artifacts: a rerun finds it and replaces them. Neither torch
+nor the trainer is loaded. Needs no Spark.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miniplm_udf import storage
+from miniplm_udf.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+LOGGER = logging.getLogger("miniplm.report")
+
+COMPARISON_RUN = "comparison"
+ROOT_TAG = "miniplm_root"
+# Below these a difference between two students is noise. The paper's smallest comparison trains on 50 billion tokens.
+NOISE_TRAINING_TOKENS = 1_000_000_000
+NOISE_HELDOUT_TOKENS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentFacts:
+    """One trained student. `curve` is [(step, train_loss in nats per token)], empty where MLflow has none."""
+
+    name: str
+    corpus: str
+    tokenizer: str
+    is_random: bool
+    training: dict[str, Any]
+    evaluation: dict[str, Any]
+    curve: list[tuple[int, float]]
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.evaluation.get("heldout_bits_per_byte")
+
+    def source_bits_per_byte(self, source: str) -> float | None:
+        """Held-out bits per byte of one source; None where it has none."""
+        numbers = self.evaluation.get("by_source", {}).get(source, {})
+        found: float | None = numbers.get("heldout_bits_per_byte", numbers.get("bits_per_byte"))
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Held-out bits per byte of `name` minus those of `baseline`: below 0, `name` is better."""
+
+    name: str
+    baseline: str
+    bits_per_byte: float
+    relative: float
+    is_noise: bool
+
+    @property
+    def is_win(self) -> bool:
+        return self.bits_per_byte < 0
+
+
+def students(config: ExperimentConfig) -> list[StudentFacts]:
+    """The students of the config that are trained, in its order."""
+    found = []
+    for name, student in config.students.items():
+        training = storage.read_json(storage.join(config.model_uri(name), "training.json"))
+        if training is None:
+            continue
+        selection = config.refine.corpora[student.corpus].select
+        found.append(
+            StudentFacts(
+                name=name,
+                corpus=student.corpus,
+                tokenizer=student.tokenizer,
+                is_random=selection.rule == "random",
+                training=training,
+                evaluation=storage.read_json(storage.join(config.model_uri(name), "evaluation.json")) or {},
+                curve=_curve(config, training.get("run_id")),
+            )
+        )
+    return found
+
+
+def sources(found: Sequence[StudentFacts]) -> list[str]:
+    """Every source that any student was evaluated on, sorted."""
+    return sorted({source for student in found for source in student.evaluation.get("by_source", {})})
+
+
+def differences(found: Sequence[StudentFacts]) -> list[Difference]:
+    """Every evaluated student against the baseline: the first one on a random corpus, else the first."""
+    evaluated = [student for student in found if student.bits_per_byte]
+    if len(evaluated) < 2:
+        return []
+    baseline = next((student for student in evaluated if student.is_random), evaluated[0])
+    base = baseline.bits_per_byte or 0.0
+    return [
+        Difference(
+            name=student.name,
+            baseline=baseline.name,
+            bits_per_byte=(student.bits_per_byte or 0.0) - base,
+            relative=(student.bits_per_byte or 0.0) / base - 1.0,
+            is_noise=_is_small(student) or _is_small(baseline),
+        )
+        for student in evaluated
+        if student is not baseline
+    ]
+
+
+def _is_small(student: StudentFacts) -> bool:
+    trained, heldout = student.training.get("tokens", 0), student.evaluation.get("n_tokens", 0)
+    return bool(trained < NOISE_TRAINING_TOKENS or heldout < NOISE_HELDOUT_TOKENS)
+
+
+def _client(config: ExperimentConfig) -> "MlflowClient":
+    """A client of its own: `mlflow.set_tracking_uri` would change the whole process and its environment."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):  # the making of a new SQLite file, line by line
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = config.mlflow_uri()
+    if uri.startswith("sqlite:"):
+        config.report_folder().mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _curve(config: ExperimentConfig, run_id: str | None) -> list[tuple[int, float]]:
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return []
+    try:
+        history = _client(config).get_metric_history(run_id, "train_loss")
+    except (MlflowException, OSError) as error:
+        LOGGER.warning("no training curve: MLflow has no run %s (%s)", run_id, str(error).splitlines()[0])
+        return []
+    # A resumed run logs some steps twice; the later value is the one that the final weights saw.
+    return sorted({point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}.items())
+
+
+def log_comparison(config: ExperimentConfig, report: Path, summary: dict[str, Any]) -> str | None:
+    """Puts the report and the summary into MLflow, as artifacts of the run "comparison" of this root.
+
+    Returns:
+        The run's id; None (and a warning) where MLflow refuses: the report itself is written all the same.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = _client(config)
+        run_id = _comparison_run(client, config)
+        client.log_artifact(run_id, str(report))
+        client.log_dict(run_id, summary, "summary.json")
+        client.set_terminated(run_id)
+    except (MlflowException, OSError) as error:
+        LOGGER.warning("the report is not in MLflow (%s)", storage.redact(str(error).splitlines()[0]))
+        return None
+    return run_id
+
+
+def _comparison_run(client: "MlflowClient", config: ExperimentConfig) -> str:
+    experiment = client.get_experiment_by_name(config.mlflow.experiment)
+    if experiment is None:
+        experiment_id = client.create_experiment(config.mlflow.experiment, artifact_location=config.artifact_uri())
+    else:
+        experiment_id = experiment.experiment_id
+    root = storage.redact(config.root)
+    for run in client.search_runs([experiment_id], f"attributes.run_name = '{COMPARISON_RUN}'"):
+        if run.data.tags.get(ROOT_TAG) == root:
+            return str(run.info.run_id)
+    return str(client.create_run(experiment_id, run_name=COMPARISON_RUN, tags={ROOT_TAG: root}).info.run_id)
