@@ -1,0 +1,98 @@
+"""`miniplm score`: instances -> scores -> score_matrix, with every configured model.
+
+Reads `instances` (split = pool), appends to `scores` and `rejects`, keeps `score_matrix` up to date; writes the models'
+records `<root>/models/<alias>.json`. Two Structured Streaming queries with checkpoints under `<root>/_checkpoints/`;
+what is scored already, with the same weights and settings, is never scored again. A rerun goes on after a kill.
+Submit: `spark-submit jobs/score.py -c conf/demo.yaml [key=value ...]`, or `miniplm score -c conf/demo.yaml`.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jobs.session import new_run_id, stage_main
+from miniplm_udf import matrix, scores
+from miniplm_udf.config import ExperimentConfig
+from miniplm_udf.errors import CorpusError
+from miniplm_udf.model_records import describe_models, model_configs
+from miniplm_udf.queries import wait_for_all
+from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.udf import ModelScorerFactory
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def run(
+    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, scores.Factory] | None = None
+) -> dict[str, Any]:
+    """Scores the pool and brings the matrix up to date.
+
+    Args:
+        factories: makers of scorers by alias, instead of the models' own.
+
+    Returns:
+        Counts by alias (rows in all, new rows, new tokens, tokens per second of scoring), rejects, matrix rows.
+
+    Raises:
+        CorpusError: there is nothing to score, or a model scored nothing at all.
+    """
+    start = time.monotonic()
+    models = model_configs(config)
+    descriptions = describe_models(spark, config, models)
+    if factories is None:
+        budget = config.score.tokens_per_batch
+        factories = {alias: ModelScorerFactory(models[alias], descriptions[alias], budget) for alias in models}
+    plan = scores.ScoringPlan(
+        models=scores.distinct_revisions(descriptions),
+        factories=factories,
+        instances_uri=config.table_uri("instances"),
+        scores_uri=config.table_uri("scores"),
+        rejects_uri=config.table_uri("rejects"),
+        workers=config.score.workers,
+        run_id=new_run_id(),
+    )
+    revisions = {alias: description.model_revision for alias, description in descriptions.items()}
+    counts: dict[str, scores.ModelCounts] = {}
+    checkpoint = config.checkpoint_uri(scores.checkpoint_name(plan.models))
+    scoring = scores.start_scoring(spark, plan, checkpoint, config.score, counts)
+    if config.score.trigger == "available_now":
+        wait_for_all([scoring])
+    matrix_checkpoint = config.checkpoint_uri(matrix.checkpoint_name(revisions))
+    keeping = matrix.start_matrix(spark, revisions, config.table_uri(""), matrix_checkpoint, config.score)
+    wait_for_all([scoring, keeping])
+    return _summary(spark, config, plan, descriptions, counts, time.monotonic() - start)
+
+
+def _summary(
+    spark: "SparkSession", config: ExperimentConfig, plan: scores.ScoringPlan,
+    descriptions: dict[str, ModelDescription], counts: dict[str, scores.ModelCounts], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    by_revision = scores.totals(spark, plan)
+    scored = {alias: by_revision.get(model.model_revision, 0) for alias, model in descriptions.items()}
+    rejected = scores.n_rejected(spark, plan)
+    if not all(scored.values()):
+        raise CorpusError(
+            f"scores: expected scored instances of the split `pool` for every model, found {scored} and {rejected} "
+            "rejects; see the table rejects, and whether ingest.split leaves a pool"
+        )
+    none = scores.ModelCounts()
+    return {
+        "scored": scored,
+        "new_scored": {alias: counts.get(alias, none).n_scored for alias in scored},
+        "rejected": rejected,
+        "tokens": {alias: counts.get(alias, none).n_tokens for alias in scored},
+        "tokens_per_second": {alias: counts.get(alias, none).tokens_per_second for alias in scored},
+        "seconds": round(seconds, 3),
+        "matrix_rows": spark.read.format("delta").load(config.table_uri("score_matrix")).count(),
+        "too_many_rejects": rejected > config.score.max_reject_share * (rejected + sum(by_revision.values())),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return stage_main("score", run, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

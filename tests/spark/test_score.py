@@ -1,0 +1,257 @@
+"""The score job: what is scored once is never scored again, whatever is added, lost or killed. Fake scorers."""
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from jobs import score
+from miniplm_udf import matrix, schemas, scores, storage, tables
+from miniplm_udf.config import ExperimentConfig, ModelConfig
+from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
+from tests.spark.score_tables import (
+    FakeFactory,
+    experiment,
+    fake_n_tokens,
+    fake_nll,
+    instance_id,
+    model_config,
+    scored_texts,
+    texts,
+    two_models,
+    write_instances,
+)
+from tests.unit.tiny_models import make_model_folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelConfig]:
+    folder = tmp_path_factory.mktemp("models")
+    return {**two_models(folder), "third": model_config(make_model_folder(folder, name="third", seed=3))}
+
+
+class Scored:
+    """An experiment with fake scorers, and the log of what they scored."""
+
+    scales: ClassVar[dict[str, float]] = {"teacher": 1.0, "reference": 2.0, "third": 3.0}
+
+    def __init__(self, spark: Any, config: ExperimentConfig, log: Path) -> None:
+        self.spark, self.config, self.log = spark, config, log
+
+    def run(self, config: ExperimentConfig | None = None) -> dict[str, Any]:
+        used = config or self.config
+        factories = {alias: FakeFactory(self.scales[alias], str(self.log)) for alias in used.scored_aliases}
+        return score.run(self.spark, used, factories)
+
+    def table(self, name: str) -> list[Any]:
+        return list(self.spark.read.format("delta").load(self.config.table_uri(name)).collect())
+
+    def with_models(self, models: dict[str, ModelConfig]) -> "Scored":
+        return Scored(self.spark, experiment(Path(storage.local_path(self.config.root)), models), self.log)
+
+
+@pytest.fixture
+def scored(spark: Any, tmp_path: Path, models: dict[str, ModelConfig]) -> Scored:
+    two = {alias: models[alias] for alias in ("teacher", "reference")}
+    return Scored(spark, experiment(tmp_path / "root", two), tmp_path / "calls.log")
+
+
+def keys(rows: list[Any]) -> list[tuple[str, str]]:
+    return sorted((row["instance_id"], row["model_id"]) for row in rows)
+
+
+def pairs(of: list[str], aliases: tuple[str, ...] = ("teacher", "reference")) -> list[tuple[str, str]]:
+    return sorted((instance_id(text), alias) for text in of for alias in aliases)
+
+
+def test_new_instances_models_and_lost_checkpoints_score_only_what_is_missing(
+    scored: Scored, models: dict[str, ModelConfig]
+) -> None:
+    first, second, later = texts(5), texts(3, start=5), texts(2, start=20)
+    write_instances(scored.spark, scored.config, first)
+    write_instances(scored.spark, scored.config, texts(4, start=50), split="reference")
+    write_instances(scored.spark, scored.config, texts(1, start=60), split="heldout")
+    summary = scored.run()
+    assert keys(scored.table("scores")) == pairs(first)
+    for row in scored.table("scores"):
+        text = next(text for text in first if instance_id(text) == row["instance_id"])
+        assert row["nll_sum_nats"] == fake_nll(text, scored.scales[row["model_id"]])
+        assert (row["n_tokens"], row["n_bytes"]) == (fake_n_tokens(text), len(text.encode()))
+    assert summary["scored"] == summary["new_scored"] == {"teacher": 5, "reference": 5}
+    assert summary["tokens"]["teacher"] == sum(map(fake_n_tokens, first))
+    assert summary["tokens_per_second"]["teacher"] > 0
+    assert summary["rejected"] == 0
+    assert summary["matrix_rows"] == 5
+    assert summary["too_many_rejects"] is False
+
+    again = scored.run()
+    assert again["new_scored"] == {"teacher": 0, "reference": 0}
+    assert again["tokens_per_second"]["teacher"] is None
+    write_instances(scored.spark, scored.config, second)
+    assert scored.run()["new_scored"] == {"teacher": 3, "reference": 3}
+
+    shutil.rmtree(storage.local_path(storage.join(scored.config.root, "_checkpoints")))
+    write_instances(scored.spark, scored.config, later)
+    lost = scored.run()
+    assert lost["new_scored"] == {"teacher": 2, "reference": 2}
+    assert lost["matrix_rows"] == 10
+
+    grown = scored.with_models(models).run()
+    assert grown["new_scored"] == {"teacher": 0, "reference": 0, "third": 10}
+    assert grown["matrix_rows"] == 10
+    everything = first + second + later
+    assert keys(scored.table("scores")) == pairs(everything, ("teacher", "reference", "third"))
+    # Each text went through each scorer once, in all these runs.
+    for scale in scored.scales.values():
+        assert scored_texts(scored.log, scale) == sorted(text[:40] for text in everything)
+    # Back to two models: the matrix has their columns again, nothing is scored.
+    assert scored.run()["matrix_rows"] == 10
+    aliases = ["teacher", "reference"]
+    found = scored.spark.read.format("delta").load(scored.config.table_uri("score_matrix"))
+    assert found.columns == schemas.score_matrix(aliases).column_names
+    assert found.count() == 10
+
+
+def test_a_bad_score_is_a_reject_and_nowhere_else(scored: Scored) -> None:
+    good, bad = texts(3), ["nan one two", "inf one two", "fail one two"]
+    write_instances(scored.spark, scored.config, good + bad)
+    summary = scored.run()
+    assert keys(scored.table("scores")) == pairs(good)
+    assert sorted(row["instance_id"] for row in scored.table("score_matrix")) == sorted(map(instance_id, good))
+    assert summary["rejected"] == 6
+    assert summary["too_many_rejects"] is True
+    revisions = {row["model_revision"] for row in scored.table("scores")}
+    rejects = scored.table("rejects")
+    assert {(row["instance_id"], row["stage"], row["reason"]) for row in rejects} == {
+        (instance_id(text), f"score:{revision}", reason)
+        for text, reason in zip(bad, ["nan_score", "nan_score", "no_tokens"], strict=True)
+        for revision in revisions
+    }
+    assert len({row["reject_id"] for row in rejects}) == 6
+    # Not tried again, neither on the same checkpoint nor without one.
+    shutil.rmtree(storage.local_path(storage.join(scored.config.root, "_checkpoints")))
+    assert scored.run()["rejected"] == 6
+    assert len(scored_texts(scored.log, 1.0)) == 6
+
+
+def plan_of(scored: Scored) -> scores.ScoringPlan:
+    from miniplm_udf.model_records import read_record
+
+    config = scored.config
+    return scores.ScoringPlan(
+        models=tuple(read_record(config, alias) for alias in config.scored_aliases),
+        factories={alias: FakeFactory(scored.scales[alias], str(scored.log)) for alias in config.scored_aliases},
+        instances_uri=config.table_uri("instances"),
+        scores_uri=config.table_uri("scores"),
+        rejects_uri=config.table_uri("rejects"),
+        workers=2,
+        run_id="r",
+    )
+
+
+def test_a_replayed_micro_batch_scores_nothing_and_rejects_what_has_no_row(scored: Scored) -> None:
+    write_instances(scored.spark, scored.config, texts(2))
+    scored.run()
+    more = [*texts(3, start=10), "fail again"]
+    write_instances(scored.spark, scored.config, more, batch_id=1)
+    batch = scored.spark.read.format("delta").load(scored.config.table_uri("instances")).where("batch_id = 1")
+    plan = plan_of(scored)
+    query_id = "a" * 32
+    tables_before = scored.table("rejects")
+    counts = scores.score_batch(plan, query_id, batch, 7)
+    assert {alias: (c.n_scored, c.n_failed) for alias, c in counts.items()} == {"teacher": (3, 1), "reference": (3, 1)}
+    n_calls, rows = len(scored_texts(scored.log, 1.0)), scored.table("scores")
+    # As after a kill between the commit of scores and that of rejects.
+    scored.spark.sql(f"DELETE FROM delta.`{scored.config.table_uri('rejects')}`")
+    assert scores.score_batch(plan, query_id, batch, 7) == {}
+    assert len(scored_texts(scored.log, 1.0)) == n_calls
+    assert sorted(scored.table("scores")) == sorted(rows)
+    assert tables_before == []
+    # An empty micro-batch works as well.
+    assert scores.score_batch(plan, query_id, batch.where("false"), 8) == {}
+
+
+def test_a_replay_rejects_under_the_reason_not_scored(scored: Scored) -> None:
+    write_instances(scored.spark, scored.config, [*texts(1), "fail once"])
+    scored.run()
+    batch = scored.spark.read.format("delta").load(scored.config.table_uri("instances"))
+    query_id = scored.table("scores")[0]["query_id"]
+    before = {row["reject_id"] for row in scored.table("rejects")}
+    # Looking for what other queries scored opens no file of this one: Delta's statistics tell a 32-character id whole.
+    found = scored.spark.read.format("delta").load(scored.config.table_uri("scores"))
+    assert found.where(found["query_id"] == query_id).inputFiles()
+    assert not found.where(found["query_id"] != query_id).inputFiles()
+    # As after a kill between the commit of scores and that of rejects: a table that knows nothing of this micro-batch.
+    plan = dataclasses.replace(plan_of(scored), rejects_uri=scored.config.table_uri("rejects_anew"))
+    tables.create(scored.spark, plan.rejects_uri, schemas.REJECTS)
+    assert scores.score_batch(plan, query_id, batch, 0) == {}
+    after = scored.table("rejects_anew")
+    assert {row["reason"] for row in after} == {"not_scored"}
+    assert {row["reject_id"] for row in after} == before
+
+
+def test_nothing_to_score_is_an_error(scored: Scored) -> None:
+    with pytest.raises(CorpusError, match="miniplm ingest"):
+        scored.run()
+    write_instances(scored.spark, scored.config, texts(2), split="heldout")
+    with pytest.raises(CorpusError, match="pool"):
+        scored.run()
+    write_instances(scored.spark, scored.config, texts(1, start=9))
+    assert scored.run()["scored"] == {"teacher": 1, "reference": 1}
+
+
+def test_models_that_are_not_there(spark: Any, tmp_path: Path, models: dict[str, ModelConfig]) -> None:
+    config = experiment(tmp_path / "root", {"teacher": model_config(tmp_path / "nowhere")})
+    write_instances(spark, config, texts(1))
+    with pytest.raises(ModelLoadError, match="nowhere"):
+        score.run(spark, config)
+    from miniplm_udf.config import ReferenceConfig
+
+    untrained = ExperimentConfig(
+        root=str(tmp_path / "root"), models={"teacher": models["teacher"], "ref": ModelConfig()},
+        reference=ReferenceConfig(alias="ref"),
+    )  # fmt: skip
+    with pytest.raises(ModelLoadError, match="miniplm reference"):
+        score.run(spark, untrained)
+    long = experiment(tmp_path / "root", {"teacher": ModelConfig(path=models["teacher"].path, context_tokens=4096)})
+    with pytest.raises(ConfigError, match="4096"):
+        score.run(spark, long)
+
+
+def test_two_aliases_of_one_model_are_scored_once(scored: Scored, models: dict[str, ModelConfig]) -> None:
+    same = scored.with_models({"teacher": models["teacher"], "reference": models["teacher"]})
+    write_instances(scored.spark, scored.config, texts(2))
+    assert same.run()["scored"] == {"teacher": 2, "reference": 2}
+    assert len(same.table("scores")) == 2
+    assert all(row["teacher_nll_mean"] == row["reference_nll_mean"] for row in same.table("score_matrix"))
+
+
+def test_real_models_score_as_a_plain_forward_pass(spark: Any, tmp_path: Path, models: dict[str, ModelConfig]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from miniplm_udf.scoring.tokenizer import load_tokenizer
+
+    config = experiment(tmp_path / "root", {"teacher": models["teacher"]})
+    text = "the quick brown fox, é and more"
+    write_instances(spark, config, [text])
+    score.run(spark, config)
+    row = spark.read.format("delta").load(config.table_uri("scores")).collect()[0]
+    folder = Path(str(models["teacher"].path))
+    tokenizer = load_tokenizer(folder)
+    ids = [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("<|endoftext|>")]
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits.float()
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(ids[1:]), reduction="sum").item()
+    assert row["n_tokens"] == len(ids) - 1
+    assert math.isclose(row["nll_sum_nats"], expected, abs_tol=1e-4 * len(ids))
+    record = storage.read_json(config.model_uri("teacher.json"))
+    assert record["model_revision"] == row["model_revision"]
+    assert record["dtype"] == row["dtype"]
+
+
+def test_the_checkpoints_belong_to_sets_of_models() -> None:
+    assert matrix.checkpoint_name({"a": "1", "b": "2"}) != matrix.checkpoint_name({"b": "2", "a": "1"})
