@@ -1,6 +1,6 @@
-"""Packs refined corpora into token sequences for the students, or, with --reference, the reference split.
+"""Packs refined corpora into token sequences for the students.
 
-    miniplm pack -c conf/demo.yaml [--reference] [key=value ...]
+    miniplm pack -c conf/demo.yaml [key=value ...]
     spark-submit jobs/pack.py -c conf/demo.yaml
 
 Reads `refined/<corpus>` and `instances`; writes `packed/<corpus>/<tokenizer>` and `models/tokenizer_<name>`. What is
@@ -40,9 +40,7 @@ def run_reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen = run_reference if "--reference" in arguments else run
-    return stage_main("pack", chosen, __doc__, [a for a in arguments if a != "--reference"])
+    return stage_main("pack", run, __doc__, argv)
 
 
 if __name__ == "__main__":

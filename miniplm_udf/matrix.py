@@ -19,7 +19,7 @@ import fsspec
 from miniplm_udf import schemas, storage, tables
 from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import MiniplmError
-from miniplm_udf.queries import RunningQuery, query_id_of, start_query
+from miniplm_udf.streaming import RunningQuery, checkpoint_query_id, start_query
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -67,7 +67,7 @@ def start_matrix(
 def _is_own_work(spark: "SparkSession", revisions: dict[str, str], tables_uri: str, checkpoint_uri: str) -> bool:
     """Whether the table's rows are this checkpoint's. All rows of the table are of one query."""
     try:
-        query_id = query_id_of(spark, checkpoint_uri)
+        query_id = checkpoint_query_id(spark, checkpoint_uri)
     except MiniplmError:
         return False
     uri = storage.join(tables_uri, "score_matrix")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from miniplm_udf import schemas, tables
 from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.queries import RunningQuery, start_query
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.streaming import RunningQuery, start_query
 from miniplm_udf.udf import SCORED_DDL, ScorerLike, score_arrow
 
 if TYPE_CHECKING:

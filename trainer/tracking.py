@@ -36,21 +36,15 @@ def connect(config: ExperimentConfig) -> Any:
         "mlflow.store.db.utils",
     ):  # the import sets them anew
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _default_store(config)
+    uri = config.mlflow_uri()
+    if uri.startswith("sqlite:"):
+        config.report_folder().mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     mlflow.disable_system_metrics_logging()
     if mlflow.get_experiment_by_name(config.mlflow.experiment) is None:
-        # Without a place of its own, a SQLite store puts artifacts under the current folder.
-        place = (config.report_folder() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-        mlflow.create_experiment(config.mlflow.experiment, artifact_location=place)
+        mlflow.create_experiment(config.mlflow.experiment, artifact_location=config.artifact_uri())
     mlflow.set_experiment(config.mlflow.experiment)
     return mlflow
-
-
-def _default_store(config: ExperimentConfig) -> str:
-    folder = config.report_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder}/mlflow.db"
 
 
 def _known_run(mlflow: Any, run_id: str | None) -> str | None:

@@ -41,7 +41,7 @@ class Head:
 
     def hidden(self, input_BT: torch.Tensor) -> torch.Tensor:
         """The decoder's last hidden states, shape (B, T, D). Right padding needs no mask: the model is causal."""
-        return self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc, no-any-return]
+        return self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Float32 logits of some positions, shape (..., V), as the model itself would give them."""

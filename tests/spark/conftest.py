@@ -1,4 +1,4 @@
-"""One Spark session for all Spark tests, and the small helpers that they share. `maxFailures` is 1: a failure shows at once."""
+"""One Spark session for all Spark tests, and small helpers. `maxFailures` is 1: a failure shows at once."""
 
 from collections.abc import Iterator
 from pathlib import Path

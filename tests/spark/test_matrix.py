@@ -9,7 +9,7 @@ import pytest
 
 from miniplm_udf import matrix, schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig
-from miniplm_udf.queries import wait_for_all
+from miniplm_udf.streaming import wait_for_all
 from tests.spark.score_tables import experiment, instance_id, texts, write_instances
 
 REVISIONS = {"teacher": "rev-t", "reference": "rev-r"}

@@ -1,17 +1,18 @@
-"""Running a `foreachBatch` query: its trigger, the id under which its rows stand, and its errors as they were raised.
+"""Structured Streaming queries that write through `foreachBatch`: start, wait, and the id of a checkpoint. Driver only.
 
 Input: a streaming DataFrame and a function of (micro-batch, query_id, batch_id). Output: a `RunningQuery` to wait for.
-Owns no table. Driver only. A restart on the same checkpoint has the same query id and replays the micro-batch that was
-not finished, under the same batch id.
+Owns no table. A restart on the same checkpoint has the same query id and replays the micro-batch that was not finished,
+under the same batch id; a new checkpoint has a new id, and rows of a lost one are told by their `query_id`.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from miniplm_udf import storage
 from miniplm_udf.config import ScoreConfig
-from miniplm_udf.errors import MiniplmError
-from miniplm_udf.streaming import checkpoint_query_id
+from miniplm_udf.errors import CorpusError, MiniplmError
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -22,13 +23,34 @@ _POLL_SECONDS = 1
 MicroBatch = Callable[["DataFrame", str, int], None]
 
 
-def query_id_of(spark: "SparkSession", checkpoint_uri: str) -> str:
-    """The checkpoint's query id as 32 hexadecimal digits.
+def checkpoint_query_id(spark: "SparkSession", checkpoint_uri: str) -> str:
+    """The query id that Spark keeps in `<checkpoint>/metadata`, as 32 hexadecimal digits; stable across restarts.
 
     Without its dashes, because Delta cuts the strings of its file statistics at 32 characters: of a longer id it cannot
     tell that a file holds no other, and `query_id != this one` would open every file.
+
+    Call it inside `foreachBatch`: Spark writes the file before the first batch. Spark itself reads it, so that every
+    storage that a checkpoint can be on works.
+
+    Args:
+        spark: any session, also a batch's own.
+        checkpoint_uri: as given to `checkpointLocation`.
+
+    Raises:
+        CorpusError: there is no such file, or it names no query.
     """
-    return checkpoint_query_id(spark, checkpoint_uri).replace("-", "")
+    from pyspark.errors import PySparkException
+
+    place = storage.join(checkpoint_uri, "metadata")
+    try:
+        lines = [row[0] for row in spark.read.text(place).collect()]
+        return str(json.loads("".join(lines))["id"]).replace("-", "")
+    except (PySparkException, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"checkpoint {storage.redact(checkpoint_uri)}: expected a file `metadata` with the query's id, found "
+            f"{type(error).__name__}; a checkpoint that was started has one: delete what is left of this one, and the "
+            "next run takes up again from the tables"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +78,7 @@ def start_query(stream: "DataFrame", micro_batch: MicroBatch, checkpoint_uri: st
 
     def guarded(batch: "DataFrame", batch_id: int) -> None:
         try:
-            micro_batch(batch, query_id_of(batch.sparkSession, checkpoint_uri), batch_id)
+            micro_batch(batch, checkpoint_query_id(batch.sparkSession, checkpoint_uri), batch_id)
         except MiniplmError as error:
             failures.append(error)
             raise

@@ -1,0 +1,169 @@
+"""`miniplm run`: all stages in order, skipping those whose inputs and config have not changed.
+
+    ingest -> reference -> score -> refine -> pack -> train -> evaluate -> report
+
+Reads and writes every table of DESIGN's drawing, through the stages. Spark stages share one session; the trainer's
+stages are processes of their own. A kill loses at most what the running stage was doing: each stage can be rerun.
+Submit: `miniplm run -c conf/demo.yaml [--dry-run] [--retrain-reference] [key=value ...]`.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jobs import records
+from jobs.session import add_config_arguments, exit_code, guarded, make_session
+from jobs.summary import build_summary, summary_text, write_summary
+from jobs.trainer_process import run_trainer
+from miniplm_udf import storage
+from miniplm_udf.config import ExperimentConfig, load_config, to_dict
+from miniplm_udf.errors import EXIT_DONE, ConfigError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+LOGGER = logging.getLogger("miniplm.jobs")
+
+STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
+
+Run = Callable[["SparkSession", ExperimentConfig], dict[str, Any]]
+
+
+def reference_exists(config: ExperimentConfig) -> bool:
+    assert config.reference is not None
+    return storage.exists(storage.join(config.model_uri(config.reference.alias), "config.json"))
+
+
+def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bool = False) -> dict[str, Run]:
+    """The function of each stage; the trainer's take the config file and overrides along to their process."""
+
+    def reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+        from jobs.pack import run_reference
+
+        assert config.reference is not None
+        if reference_exists(config) and not retrain_reference:
+            LOGGER.info("reference: trained already and frozen; --retrain-reference trains it anew")
+            return {"model": config.model_uri(config.reference.alias)}
+        summary = run_reference(spark, config)
+        options = ["--reference", *(["--retrain"] if retrain_reference else [])]
+        run_trainer("train", config_path, overrides, *options)
+        return {**summary, "model": config.model_uri(config.reference.alias)}
+
+    def train(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+        for name in config.students:
+            run_trainer("train", config_path, overrides, "--student", name)
+        return {"students": {name: config.model_uri(name) for name in config.students}}
+
+    def evaluate(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+        run_trainer("evaluate", config_path, overrides)
+        return {"students": list(config.students)}
+
+    def report(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+        from jobs.report import run
+
+        summary = build_summary(config, [stage for stage in STAGES if stage != "report"])
+        write_summary(config, summary)
+        return run(spark, config, summary)
+
+    def spark_stage(stage: str) -> Run:
+        def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+            import importlib
+
+            found: dict[str, Any] = importlib.import_module(f"jobs.{stage}").run(spark, config)
+            return found
+
+        return run
+
+    return {
+        **{stage: spark_stage(stage) for stage in ("ingest", "score", "refine", "pack")},
+        "reference": reference,
+        "train": train,
+        "evaluate": evaluate,
+        "report": report,
+    }
+
+
+def applies(config: ExperimentConfig, stage: str) -> bool:
+    """Whether the experiment has this stage at all."""
+    if stage == "reference":
+        return config.reference is not None
+    if stage == "refine":
+        return bool(config.refine.corpora)
+    if stage in ("pack", "train", "evaluate"):
+        return bool(config.students)
+    return True
+
+
+def must_run(spark: "SparkSession", config: ExperimentConfig, stage: str, retrain_reference: bool) -> bool:
+    if stage == "reference":
+        return retrain_reference or not reference_exists(config)
+    return not records.is_unchanged(spark, config, stage)
+
+
+def run_stages(
+    config: ExperimentConfig, runs: dict[str, Run], stages: Sequence[str], retrain_reference: bool, force: bool
+) -> int:
+    """Runs the stages that apply and are not up to date; returns the highest exit code of them."""
+    session = make_session(config, "miniplm")
+    worst = EXIT_DONE
+    try:
+        for stage in stages:
+            if not applies(config, stage):
+                if force:
+                    raise ConfigError(f"{stage}: the config has nothing for this stage")
+                continue
+            if not force and not must_run(session, config, stage, retrain_reference):
+                LOGGER.info("%s: unchanged, skipped", stage)
+                worst = max(worst, exit_code((records.read_record(config, stage) or {}).get("summary", {})))
+                continue
+            LOGGER.info("%s: starting", stage)
+            worst = max(worst, exit_code(records.execute(stage, runs[stage], session, config)))
+    finally:
+        session.stop()
+    return worst
+
+
+def dry_run(config: ExperimentConfig, stages: Sequence[str]) -> None:
+    """Prints the resolved config and what each stage has done so far. Starts nothing."""
+    print(json.dumps(to_dict(config), indent=2, default=str))
+    print("\nplan:")
+    for stage in stages:
+        if not applies(config, stage):
+            print(f"  {stage:<10} not part of this experiment")
+            continue
+        record = records.read_record(config, stage)
+        done = f"ran before ({record['seconds']:.0f} s); again only if its inputs changed" if record else "would run"
+        print(f"  {stage:<10} {done}")
+
+
+def main(argv: Sequence[str] | None = None, stage: str | None = None) -> int:
+    """`miniplm run`, or, with `stage`, that one stage, whether or not it is up to date."""
+    parser = argparse.ArgumentParser(
+        prog=f"miniplm {stage or 'run'}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    if stage in (None, "reference"):
+        parser.add_argument(
+            "--retrain-reference", action="store_true", help="train the reference anew (its scores are then made anew)"
+        )
+
+    def body() -> int:
+        arguments = parser.parse_intermixed_args(argv)
+        config = load_config(arguments.config, arguments.overrides)
+        stages = STAGES if stage is None else (stage,)
+        retrain = bool(getattr(arguments, "retrain_reference", False))
+        if arguments.dry_run:
+            dry_run(config, stages)
+            return EXIT_DONE
+        config.report_folder()
+        runs = stage_runs(arguments.config, arguments.overrides, retrain)
+        code = run_stages(config, runs, stages, retrain, force=stage is not None)
+        if stage is None:
+            print(summary_text(config, storage.read_json(str(config.report_folder() / "summary.json"))))
+        else:
+            print(json.dumps((records.read_record(config, stage) or {}).get("summary"), indent=2))
+        return code
+
+    return guarded(body)

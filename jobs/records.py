@@ -1,0 +1,134 @@
+"""What a stage read and made, kept under `<root>/_stages/`, so that an unchanged stage is skipped.
+
+Inputs: the session and the config. Output: one JSON record a stage: a fingerprint of its config and of its inputs'
+versions, its summary, its seconds. Owns the rule "unchanged means skipped". A record is
+written after the stage has committed: a stage that was killed has none for what it was doing, and runs again.
+Driver only.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from miniplm_udf import storage, tables
+from miniplm_udf.config import ExperimentConfig, fingerprint, to_dict
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+LOGGER = logging.getLogger("miniplm.jobs")
+
+Inputs = Callable[["SparkSession", ExperimentConfig], Any]
+
+
+def record_uri(config: ExperimentConfig, stage: str) -> str:
+    return storage.join(config.root, "_stages", f"{stage}.json")
+
+
+def read_record(config: ExperimentConfig, stage: str) -> dict[str, Any] | None:
+    record: dict[str, Any] | None = storage.read_json(record_uri(config, stage))
+    return record
+
+
+def _model_states(config: ExperimentConfig, names: list[str], file: str) -> dict[str, Any]:
+    return {name: storage.read_json(storage.join(config.model_uri(name), file)) for name in names}
+
+
+def _ingest_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    from miniplm_udf.inputs import input_state
+
+    tokenizer_of = config.models.get(config.ingest.chunking.tokenizer)
+    return [to_dict(config.ingest), to_dict(tokenizer_of) if tokenizer_of else None, input_state(spark, config.ingest)]
+
+
+def _score_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    aliases = config.scored_aliases
+    trained = _model_states(config, [a for a in aliases if config.models[a].path is None], "training.json")
+    # How fast is not part of what: a score is the same whatever the budget, the workers and the trigger.
+    return [
+        {alias: to_dict(config.models[alias]) for alias in aliases},
+        tables.version(spark, config.table_uri("instances")),
+        {name: (state or {}).get("fingerprint") for name, state in trained.items()},
+    ]
+
+
+def _refine_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    return [to_dict(config.refine), tables.version(spark, config.table_uri("score_matrix"))]
+
+
+def _students_corpora(config: ExperimentConfig) -> list[str]:
+    return sorted({student.corpus for student in config.students.values()})
+
+
+def _pack_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    pairs = sorted({(student.corpus, student.tokenizer) for student in config.students.values()})
+    versions = {c: tables.version(spark, config.table_uri(f"refined/{c}")) for c in _students_corpora(config)}
+    tokenizers = {name: to_dict(config.tokenizers[name]) for _, name in pairs}
+    return [to_dict(config.pack), pairs, versions, tokenizers]
+
+
+def _train_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    students = config.students.values()
+    packed = sorted({f"packed/{student.corpus}/{student.tokenizer}" for student in students})
+    versions = {name: tables.version(spark, config.table_uri(name)) for name in packed}
+    return [{name: to_dict(s) for name, s in config.students.items()}, versions, to_dict(config.mlflow)]
+
+
+def _evaluate_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    names = [*config.students, *([config.reference.alias] if config.reference else [])]
+    states = {name: (s or {}).get("fingerprint") for name, s in _model_states(config, names, "training.json").items()}
+    return [to_dict(config.evaluate), states, tables.version(spark, config.table_uri("instances"))]
+
+
+def _report_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    earlier = [read_record(config, stage) for stage in ("ingest", "score", "refine", "train", "evaluate")]
+    finished = [(record or {}).get("finished_at") for record in earlier]
+    report = config.report_folder() / "report.html"
+    return [to_dict(config.report), finished, report.exists()]
+
+
+INPUTS: dict[str, Inputs] = {
+    "ingest": _ingest_inputs,
+    "score": _score_inputs,
+    "refine": _refine_inputs,
+    "pack": _pack_inputs,
+    "train": _train_inputs,
+    "evaluate": _evaluate_inputs,
+    "report": _report_inputs,
+}
+
+
+def is_unchanged(spark: "SparkSession", config: ExperimentConfig, stage: str) -> bool:
+    """Whether the stage finished before with this config on these inputs."""
+    record = read_record(config, stage)
+    if record is None or stage not in INPUTS:
+        return False
+    return bool(record["fingerprint"] == fingerprint(json.loads(json.dumps(INPUTS[stage](spark, config), default=str))))
+
+
+def execute(
+    stage: str, run: Callable[["SparkSession", ExperimentConfig], dict[str, Any]], spark: "SparkSession",
+    config: ExperimentConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs a stage and writes its record.
+
+    The inputs are read before the stage runs (a file that arrives meanwhile makes the next run work again), except
+    where the stage's own output is what later stages look at.
+    """
+    inputs = INPUTS[stage](spark, config) if stage in INPUTS and stage != "report" else None
+    start = time.monotonic()
+    summary = run(spark, config)
+    seconds = time.monotonic() - start
+    if stage == "report":
+        inputs = INPUTS[stage](spark, config)
+    record = {
+        "fingerprint": fingerprint(json.loads(json.dumps(inputs, default=str))),
+        "summary": summary,
+        "seconds": round(seconds, 3),
+        "finished_at": time.time(),
+    }
+    storage.write_json(record_uri(config, stage), json.loads(json.dumps(record, default=str)))
+    LOGGER.info("%s: done in %.1f s", stage, seconds)
+    return summary

@@ -1,0 +1,33 @@
+"""Starts the torch trainer as a process of its own: no torch on the Spark driver, no JVM in the trainer.
+
+The child's log goes to this process's stderr; its exit code is passed on. A killed child leaves its checkpoints, and
+the same command resumes from them. Driver only.
+"""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from miniplm_udf.errors import EXIT_BAD_CONFIG, ConfigError, MiniplmError
+
+LOGGER = logging.getLogger("miniplm.jobs")
+
+
+def run_trainer(command: str, config_path: str, overrides: Sequence[str], *options: str) -> None:
+    """Runs `python -m trainer COMMAND` to its end.
+
+    Raises:
+        ConfigError: the trainer refused the config (it has said why on stderr).
+        MiniplmError: the trainer failed.
+    """
+    line = [sys.executable, "-m", "trainer", command, "-c", config_path, *options, *overrides]
+    LOGGER.info("starting %s", " ".join(line[1:]))
+    code = subprocess.run(line, stdout=sys.stderr, check=False).returncode
+    if code == EXIT_BAD_CONFIG:
+        raise ConfigError(f"the trainer refused `{command} {' '.join(options)}`: see its message above")
+    if code != 0:
+        raise MiniplmError(
+            f"the trainer ended `{command} {' '.join(options)}` with code {code}: see its log above; "
+            "the same command resumes from the last checkpoint"
+        )

@@ -1,0 +1,310 @@
+"""The ingest query: a stream over the input, deduplicated by id, into `instances` and `rejects`. Driver only.
+
+Input: an `ExperimentConfig`; output: rows appended to two tables, and a summary of counts. Owns the query's checkpoint,
+`<root>/_checkpoints/ingest`, and `<root>/tables/instances.json`, which says how the table is cut and split. No torch.
+
+A micro-batch that is run again finds its (query, batch) in each table and writes nothing twice; a file that comes twice
+is dropped by the state store; after a lost checkpoint new rows are anti-joined with those of other queries. A file that
+cannot be read to its end fails its micro-batch before anything is written: it becomes one row of `rejects`, and the
+batch runs again without it. The file source knows files by path alone: a file that was mended or has grown must come
+under another name.
+"""
+
+import dataclasses
+import datetime
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from miniplm_udf import schemas, storage, tables
+from miniplm_udf.config import ExperimentConfig, ModelConfig
+from miniplm_udf.documents import RAW_BYTES, STAGE, reject_id
+from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError, ModelLoadError
+from miniplm_udf.ingest import (
+    INSTANCE,
+    REJECT,
+    ChunkingSpec,
+    make_ingest_function,
+    output_spark_schema,
+    tokenizer_folder,
+)
+from miniplm_udf.inputs import InputFile, Inputs, find_inputs, list_files, same_file, stream
+from miniplm_udf.progress import Progress, progress
+from miniplm_udf.scoring.description import with_absolute_path
+from miniplm_udf.streaming import checkpoint_query_id
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+LOGGER = logging.getLogger("miniplm.ingest")
+
+QUERY = "ingest"
+# batch_id of a row that no micro-batch wrote: a file's quarantine.
+OUTSIDE_BATCHES = -1
+_Counts = tuple[dict[str, int], dict[str, int]]
+_UNREADABLE = re.compile(r"\[(FAILED_READ_FILE[.\w]*)\] Encountered error while reading file (.+?)\.(?:\s|$)")
+
+
+def ingest(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+    """Ingests all that is there and not ingested yet.
+
+    Returns:
+        `instances`, `rejected` (rows of the tables), `new_instances`, `new_rejected`, `files` (seen now; 0 for a
+        table), `by_split` (instances a split), `seconds`, `too_many_rejects`.
+
+    Raises:
+        ConfigError: the input, a field or the chunking does not fit (see `find_inputs`), or differs from what the
+            table was made with.
+        ModelLoadError: the chunking tokenizer cannot be loaded.
+        CorpusError: there is no instance in the end.
+    """
+    start = time.monotonic()
+    inputs = find_inputs(spark, config.ingest)
+    model = _chunking_model(config)
+    spec = ChunkingSpec.of(config.ingest, model, executor_tokenizer_hash(spark, model))
+    _settle_spec(spark, config, spec)
+    for table in (schemas.INSTANCES, schemas.REJECTS):
+        tables.create(spark, config.table_uri(table.name), table)
+    before = _counts(spark, config)
+    with progress("ingest", unit="rows") as shown:
+        _run_to_end(spark, config, inputs, model, spec, shown)
+    return _summary(config, inputs, before, _counts(spark, config), time.monotonic() - start)
+
+
+def executor_tokenizer_hash(spark: "SparkSession", model: ModelConfig) -> str:
+    """The hash of a model's tokenizer, found where the model's files are: on an executor.
+
+    Raises:
+        ModelLoadError: as the executor says.
+    """
+
+    def probe(batches: Iterator[Any]) -> Iterator[Any]:
+        import pyarrow as pa
+
+        from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
+
+        for _ in batches:
+            found, problem = None, None
+            try:
+                folder = tokenizer_folder(model)
+                load_tokenizer(folder)
+                found = tokenizer_hash(folder)
+            except MiniplmError as error:
+                problem = str(error)
+            yield pa.RecordBatch.from_pydict(
+                {"found": pa.array([found], pa.string()), "problem": pa.array([problem], pa.string())}
+            )
+
+    row = spark.range(0, 1, 1, 1).mapInArrow(probe, "found string, problem string").collect()[0]
+    if row.problem is not None:
+        raise ModelLoadError(f"ingest.chunking.tokenizer: {row.problem}")
+    return str(row.found)
+
+
+def _chunking_model(config: ExperimentConfig) -> ModelConfig:
+    alias = config.ingest.chunking.tokenizer
+    model = config.models[alias]
+    if model.path is None:
+        raise ConfigError(
+            f"ingest.chunking.tokenizer: expected a model that exists before the corpus does, found {alias!r}, which "
+            "this experiment trains; name the teacher"
+        )
+    return with_absolute_path(model)
+
+
+def _settle_spec(spark: "SparkSession", config: ExperimentConfig, spec: ChunkingSpec) -> None:
+    """Keeps how the table is cut and split: under two rules the same text would be there twice."""
+    uri, place = config.table_uri("instances"), config.table_uri("instances.json")
+    wanted = {"chunking": dataclasses.asdict(spec), "split": dataclasses.asdict(config.ingest.split)}
+    settled = storage.read_json(place)
+    if settled == wanted:
+        return
+    if settled is not None and tables.exists(spark, uri) and not tables.read(spark, uri).isEmpty():
+        changes = [
+            f"{section}.{key}: {settled.get(section, {}).get(key)!r} there, {value!r} now"
+            for section, values in wanted.items()
+            for key, value in values.items()
+            if settled.get(section, {}).get(key) != value
+        ]
+        raise ConfigError(
+            f"root {storage.redact(config.root)}: its instances were cut and split by other rules "
+            f"({'; '.join(changes)}); take these back, or ingest into a new root"
+        )
+    storage.write_json(place, wanted)
+
+
+def _run_to_end(
+    spark: "SparkSession",
+    config: ExperimentConfig,
+    inputs: Inputs,
+    model: ModelConfig,
+    spec: ChunkingSpec,
+    shown: Progress,
+) -> None:
+    """Runs the query until no file fails it."""
+    from pyspark.errors import StreamingQueryException
+
+    excluded = _quarantined(spark, config, inputs)
+    while True:
+        try:
+            return _run_query(spark, config, stream(spark, inputs, config.ingest, excluded), model, spec, shown)
+        except StreamingQueryException as error:
+            file, detail = _unreadable_file(spark, inputs, str(error))
+            if file is None or file in excluded:
+                raise
+            LOGGER.warning("ingest: %s is left out (mended, give it another name): %s", file.path, detail)
+            _quarantine(spark, config, file, detail)
+            excluded.append(file)
+
+
+def _run_query(
+    spark: "SparkSession",
+    config: ExperimentConfig,
+    rows: "DataFrame",
+    model: ModelConfig,
+    spec: ChunkingSpec,
+    shown: Progress,
+) -> None:
+    function = make_ingest_function(config.ingest, model, spec)
+    checkpoint = config.checkpoint_uri(QUERY)
+    # One input split is one partition, whatever else is in the micro-batch: packing never depends on the batch.
+    split_bytes = str(config.ingest.chunking.split_bytes)
+    settings = {
+        "spark.sql.files.maxPartitionBytes": split_bytes,
+        "spark.sql.files.openCostInBytes": split_bytes,
+        "spark.sql.shuffle.partitions": str(config.ingest.state_partitions),
+    }
+
+    def write(batch: "DataFrame", batch_id: int) -> None:
+        _write_batch(batch, batch_id, config, checkpoint, shown)
+
+    output = rows.mapInArrow(function, output_spark_schema()).dropDuplicates(["key"])
+    writer = output.writeStream.queryName(QUERY).option("checkpointLocation", checkpoint).trigger(availableNow=True)
+    with _session_settings(spark, settings):
+        query = writer.foreachBatch(write).start()
+        try:
+            query.awaitTermination()
+        finally:
+            query.stop()
+
+
+def _write_batch(batch: "DataFrame", batch_id: int, config: ExperimentConfig, checkpoint: str, shown: Progress) -> None:
+    """Appends a micro-batch to both tables. It is consumed whole before the first write, and never left early: Delta
+    skips the write of a replayed batch unread, and the state store would then miss its commit."""
+    from pyspark.sql import functions as F
+
+    spark = batch.sparkSession
+    batch.persist()
+    try:
+        n_rows = batch.count()
+        query_id = checkpoint_query_id(spark, checkpoint)
+        now = datetime.datetime.now(datetime.UTC)
+        marked = batch.withColumns({"query_id": F.lit(query_id), "batch_id": F.lit(batch_id).cast("bigint")})
+        instances = marked.where(F.col("kind") == INSTANCE).withColumn("ingested_at", F.lit(now))
+        rejects = marked.where(F.col("kind") == REJECT).withColumns(
+            {"reject_id": F.col("key"), "stage": F.lit(STAGE), "rejected_at": F.lit(now)}
+        )
+        for frame, table in ((instances, schemas.INSTANCES), (rejects, schemas.REJECTS)):
+            uri, key = config.table_uri(table.name), table.key[0]
+            # Rows of a lost checkpoint's query; Delta's statistics rule its files out where there are none.
+            others = tables.read(spark, uri).where(F.col("query_id") != query_id)
+            new = tables.missing_from(frame.select(*table.column_names), others, key)
+            tables.append(new, uri, table, query_id, batch_id)
+        shown.update(n_rows, batch=batch_id)
+    finally:
+        batch.unpersist()
+
+
+@contextmanager
+def _session_settings(spark: "SparkSession", settings: dict[str, str]) -> Iterator[None]:
+    """Sets session properties while a query runs, and takes them back.
+
+    The query's own copy of the session is not enough: a file source takes the size of its splits from the session that
+    made the stream, batch after batch (measured).
+    """
+    before = {key: spark.conf.get(key, None) for key in settings}
+    try:
+        for key, value in settings.items():
+            spark.conf.set(key, value)
+        yield
+    finally:
+        for key, old in before.items():
+            if old is None:
+                spark.conf.unset(key)
+            else:
+                spark.conf.set(key, old)
+
+
+def _unreadable_file(spark: "SparkSession", inputs: Inputs, message: str) -> tuple[InputFile | None, str]:
+    """The file whose reading failed a query, and the error; (None, "") where it failed for another reason."""
+    match = _UNREADABLE.search(message)
+    if match is None or inputs.format == "delta":
+        return None, ""
+    causes = re.findall(r"^Caused by: (.+)$", message, re.MULTILINE)
+    reading = [cause for cause in causes if not cause.startswith(("py4j.", "org.apache.spark."))]
+    detail = f"{match.group(1)}: {reading[-1] if reading else 'see the log'}"
+    files = [file for file in list_files(spark, inputs.path) if same_file(file.path, match.group(2))]
+    if not files:
+        raise CorpusError(f"{match.group(2)}: the file was there and went away while it was read; run again")
+    return files[0], detail
+
+
+def _quarantine_id(file: InputFile) -> str:
+    return reject_id("unreadable_file", file.path, f"{file.modified_micros} {file.n_bytes}")
+
+
+def _quarantine(spark: "SparkSession", config: ExperimentConfig, file: InputFile, detail: str) -> None:
+    row = {
+        "reject_id": _quarantine_id(file),
+        "stage": STAGE,
+        "reason": "unreadable_file",
+        "detail": detail[:RAW_BYTES],
+        "source_file": file.path,
+        "instance_id": None,
+        "raw": None,
+        "n_bytes": file.n_bytes,
+        "rejected_at": datetime.datetime.now(datetime.UTC),
+        "query_id": checkpoint_query_id(spark, config.checkpoint_uri(QUERY)),
+        "batch_id": OUTSIDE_BATCHES,
+    }
+    frame = spark.createDataFrame([row], schemas.REJECTS.spark_schema())
+    tables.append(frame, config.table_uri("rejects"), schemas.REJECTS)
+
+
+def _quarantined(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs) -> list[InputFile]:
+    """Files that could not be read before and have not changed since: a new checkpoint would take them up again."""
+    rejects = tables.read(spark, config.table_uri("rejects")).where(f"stage = '{STAGE}' AND reason = 'unreadable_file'")
+    known = {row[0] for row in rejects.select("reject_id").collect()}
+    return [file for file in inputs.files if known and _quarantine_id(file) in known]
+
+
+def _counts(spark: "SparkSession", config: ExperimentConfig) -> _Counts:
+    """(instances a split, rejects of ingest a reason)."""
+    instances = tables.read(spark, config.table_uri("instances")).groupBy("split").count()
+    rejects = tables.read(spark, config.table_uri("rejects")).where(f"stage = '{STAGE}'").groupBy("reason").count()
+    return dict(instances.collect()), dict(rejects.collect())
+
+
+def _summary(
+    config: ExperimentConfig, inputs: Inputs, before: _Counts, after: _Counts, seconds: float
+) -> dict[str, Any]:
+    total, rejected = (sum(counts.values()) for counts in after)
+    if total == 0:
+        raise CorpusError(
+            f"nothing was ingested: expected at least one document in {config.ingest.inputs}, found "
+            f"{len(inputs.files)} files and rejects {after[1] or 'none'}; "
+            f"look at {storage.redact(config.table_uri('rejects'))}"
+        )
+    return {
+        "instances": total,
+        "new_instances": total - sum(before[0].values()),
+        "rejected": rejected,
+        "new_rejected": rejected - sum(before[1].values()),
+        "files": len(inputs.files),
+        "by_split": {split: after[0].get(split, 0) for split in schemas.SPLITS},
+        "seconds": round(seconds, 3),
+        "too_many_rejects": rejected / (total + rejected) > config.ingest.max_reject_share,
+    }

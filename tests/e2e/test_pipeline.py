@@ -1,0 +1,160 @@
+"""The promises of `miniplm run` on a user's own files, in the order a user meets them. Tests share one experiment."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from tests.e2e.conftest import Experiment, make_documents, write_jsonl
+
+STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
+
+
+def read_table(root: Path, name: str, version: int | None = None) -> pa.Table:
+    """A table through delta-rs, without a JVM."""
+    from deltalake import DeltaTable
+
+    table = DeltaTable(str(root / "tables" / name), version=version)
+    return pa.concat_tables([pa.parquet.read_table(uri.removeprefix("file://")) for uri in table.file_uris()])
+
+
+def table_version(root: Path, name: str) -> int:
+    from deltalake import DeltaTable
+
+    return DeltaTable(str(root / "tables" / name)).version()
+
+
+def test_summary_holds_what_the_tables_hold(experiment: Experiment) -> None:
+    summary, root = experiment.summary, experiment.root
+    instances, scores = read_table(root, "instances"), read_table(root, "scores")
+    assert summary["instances"] == instances.num_rows > 0
+    assert summary["rejected"] == 0
+    pool = {row["instance_id"] for row in instances.to_pylist() if row["split"] == "pool"}
+    for alias in ("teacher", "reference"):
+        scored = [row["instance_id"] for row in scores.to_pylist() if row["model_id"] == alias]
+        assert len(scored) == len(set(scored)) == summary["scored"][alias]
+        assert set(scored) <= pool
+        assert summary["tokens_per_second"][alias] > 0
+    assert set(summary["seconds"]) == set(STAGES) - {"report"}
+    for name, corpus in summary["refined"].items():
+        assert read_table(root, f"refined/{name}", corpus["version"]).num_rows == summary["kept"][name] > 0
+    assert set(summary["students"]) == {"miniplm", "conventional"}
+    assert all(student["heldout_bits_per_byte"] > 0 for student in summary["students"].values())
+    assert (root / "report.html").stat().st_size > 10_000
+    assert (root / "mlflow.db").exists()
+
+
+def test_scores_equal_a_plain_forward_pass(experiment: Experiment) -> None:
+    """-log p summed over targets whose input is not the separator, from one unbatched call with full logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from miniplm_udf.scoring.tokenizer import load_tokenizer
+
+    scores = read_table(experiment.root, "scores").to_pylist()
+    instances = {row["instance_id"]: row for row in read_table(experiment.root, "instances").to_pylist()}
+    compared = 0
+    for alias, folder in (("teacher", experiment.teacher), ("reference", experiment.root / "models" / "reference")):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = load_tokenizer(folder)
+        separator = tokenizer.token_to_id("<|endoftext|>")
+        for score in [row for row in scores if row["model_id"] == alias][::7]:
+            ids = encode_instance(tokenizer, instances[score["instance_id"]], separator)
+            assert len(ids) <= 65, "the demo's chunks fit one window"
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
+            kept = [i for i in range(len(ids) - 1) if ids[i] != separator]
+            expected = -sum(float(log_p[i, ids[i + 1]]) for i in kept)
+            assert score["n_tokens"] == len(kept)
+            assert score["nll_sum_nats"] == pytest.approx(expected, abs=1e-4 * len(kept))
+            compared += 1
+    assert compared > 10
+
+
+def encode_instance(tokenizer: Any, instance: dict[str, Any], separator: int) -> list[int]:
+    data = instance["text"].encode()
+    ends = [*instance["segment_ends"], len(data)]
+    starts = [0, *instance["segment_ends"]]
+    ids: list[int] = []
+    for start, end in zip(starts, ends, strict=True):
+        ids += tokenizer.encode(data[start:end].decode(), add_special_tokens=False).ids
+        if end < len(data) or instance["ends_document"]:
+            ids.append(separator)
+    return ids
+
+
+def test_running_again_does_nothing(experiment: Experiment) -> None:
+    tables = ("instances", "scores", "score_matrix", "refined/difference", "packed/difference/bpe8k")
+    before = {name: table_version(experiment.root, name) for name in tables}
+    summary = experiment.summary
+    done = experiment.miniplm("run")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {name: table_version(experiment.root, name) for name in tables} == before
+    assert done.stderr.count("unchanged, skipped") == len(STAGES)
+    assert experiment.summary == summary
+
+
+def test_a_new_file_is_all_that_is_scored(experiment: Experiment) -> None:
+    before = read_table(experiment.root, "scores").to_pylist()
+    version = table_version(experiment.root, "refined/difference")
+    reference = (experiment.root / "models" / "reference" / "model.safetensors").read_bytes()
+    write_jsonl(experiment.texts / "c.jsonl", make_documents(30, seed=3))
+    done = experiment.miniplm("run")
+    assert done.returncode == 0, done.stderr[-4000:]
+    after = read_table(experiment.root, "scores").to_pylist()
+    old = {(row["instance_id"], row["model_revision"]): row for row in before}
+    new = {(row["instance_id"], row["model_revision"]): row for row in after}
+    assert {key: new[key] for key in old} == old
+    assert len(new) == len(after) > len(before)
+    assert {row["model_revision"] for row in after} == {row["model_revision"] for row in before}
+    assert (experiment.root / "models" / "reference" / "model.safetensors").read_bytes() == reference
+    assert table_version(experiment.root, "refined/difference") == version + 1
+    # The version of before is still there to be read.
+    assert read_table(experiment.root, "refined/difference", version).num_rows > 0
+    assert "reference: unchanged, skipped" in done.stderr
+
+
+def test_the_tables_answer_plain_sql(experiment: Experiment) -> None:
+    code = (
+        "import sys\n"
+        "from jobs.session import make_session\n"
+        "from miniplm_udf.config import ExperimentConfig\n"
+        "from miniplm_udf.tables import register_tables\n"
+        "spark = make_session(ExperimentConfig(root=sys.argv[1]), 'sql')\n"
+        "register_tables(spark, sys.argv[1])\n"
+        "n = spark.sql('select count(*) from difference_text where text is not null').first()[0]\n"
+        "k = spark.sql('select count(*) from refined_difference').first()[0]\n"
+        "bad = spark.sql('select count(*) from score_matrix where abs(teacher_nll_mean - "
+        "teacher_nll_sum_nats / teacher_n_tokens) > 1e-12').first()[0]\n"
+        "print(n == k > 0, bad)\n"
+        "spark.stop()\n"
+    )
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(experiment.root)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["True", "0"], done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "code", "message"),
+    [
+        ("ingest", "ingest.input=/no/such/*.jsonl", 2, "/no/such/*.jsonl"),
+        ("ingest", "ingest.fields.text=body", 2, "body"),
+        ("ingest", "models.teacher.path=/no/such/model", 1, "/no/such/model"),
+        ("score", "root=ROOT/empty", 1, "ingest"),
+        ("train", "root=ROOT/empty", 1, "pack"),
+    ],
+)
+def test_bad_input_exits_with_its_code_and_one_line(
+    experiment: Experiment, tmp_path: Path, command: str, override: str, code: int, message: str
+) -> None:
+    own_root = [f"root={tmp_path}/root"] if not override.startswith("root=") else []
+    done = experiment.miniplm(command, *own_root, override.replace("ROOT", str(tmp_path)))
+    assert done.returncode == code, done.stderr[-3000:]
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
