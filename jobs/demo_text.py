@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="miniplm demo-text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--to", type=Path, default=Path("build/demo-text"), help="folder of the shards")
-    parser.add_argument("--scale", type=float, default=1.0, help="1 is about 700 KB of text")
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is about 500 KB of text")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written; do nothing")
     arguments = parser.parse_args(argv)
 

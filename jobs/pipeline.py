@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("miniplm.jobs")
 
-STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
-
 Run = Callable[["SparkSession", ExperimentConfig], dict[str, Any]]
 
 
@@ -63,7 +61,7 @@ def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bo
     def report(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
         from jobs.report import run
 
-        summary = build_summary(config, [stage for stage in STAGES if stage != "report"])
+        summary = build_summary(config)
         write_summary(config, summary)
         return run(spark, config, summary)
 
@@ -152,7 +150,7 @@ def main(argv: Sequence[str] | None = None, stage: str | None = None) -> int:
     def body() -> int:
         arguments = parser.parse_intermixed_args(argv)
         config = load_config(arguments.config, arguments.overrides)
-        stages = STAGES if stage is None else (stage,)
+        stages = records.STAGES if stage is None else (stage,)
         retrain = bool(getattr(arguments, "retrain_reference", False))
         if arguments.dry_run:
             dry_run(config, stages)

@@ -18,6 +18,8 @@ from miniplm_udf.config import ExperimentConfig, fingerprint, to_dict
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
+
 LOGGER = logging.getLogger("miniplm.jobs")
 
 Inputs = Callable[["SparkSession", ExperimentConfig], Any]

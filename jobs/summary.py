@@ -4,17 +4,17 @@ Inputs: the stages' records (records.py), the models' `training.json` and `evalu
 keys that others rely on, and lines of text. A rerun that skipped everything gives the same summary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jobs.records import read_record
+from jobs.records import STAGES, read_record
 from miniplm_udf import storage
 from miniplm_udf.config import ExperimentConfig
 
 _HELDOUT = ("heldout_nats_per_token", "heldout_bits_per_byte")
 
 
-def build_summary(config: ExperimentConfig, stages: Iterable[str]) -> dict[str, Any]:
+def build_summary(config: ExperimentConfig) -> dict[str, Any]:
     """Counts, rates and seconds of all stages that have run, and the students' held-out numbers.
 
     Returns:
@@ -22,7 +22,7 @@ def build_summary(config: ExperimentConfig, stages: Iterable[str]) -> dict[str, 
         model alias, of its last scoring), `refined` (per corpus: `path`, `version`), `students` (per name), `seconds`
         (per stage, of its last run).
     """
-    records = {stage: record for stage in stages if (record := read_record(config, stage))}
+    records = {stage: record for stage in STAGES[:-1] if (record := read_record(config, stage))}
     ingest, score, refine = (records.get(stage, {}).get("summary", {}) for stage in ("ingest", "score", "refine"))
     evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
     return {
@@ -53,7 +53,9 @@ def summary_text(config: ExperimentConfig, summary: dict[str, Any]) -> str:
         *((f"kept in {name}", f"{n:,}") for name, n in summary["kept"].items()),
     ]
     speeds = [
-        (stage, f"{seconds:,.1f} s", _speeds(config, summary, stage)) for stage, seconds in summary["seconds"].items()
+        (stage, f"{summary['seconds'][stage]:,.1f} s", _speeds(config, summary, stage))
+        for stage in STAGES
+        if stage in summary["seconds"]
     ]
     students = [
         (name, config.students[name].corpus, *(f"{found[key]:.4f}" for key in _HELDOUT))

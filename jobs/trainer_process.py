@@ -1,7 +1,7 @@
 """Starts the torch trainer as a process of its own: no torch on the Spark driver, no JVM in the trainer.
 
-The child's log goes to this process's stderr; its exit code is passed on. A killed child leaves its checkpoints, and
-the same command resumes from them. Driver only.
+The child's log goes to this process's stderr, its exit code is passed on; what it prints is in its model's JSON files
+anyway. A killed child leaves its checkpoints, and the same command resumes from them. Driver only.
 """
 
 import logging
@@ -23,7 +23,7 @@ def run_trainer(command: str, config_path: str, overrides: Sequence[str], *optio
     """
     line = [sys.executable, "-m", "trainer", command, "-c", config_path, *options, *overrides]
     LOGGER.info("starting %s", " ".join(line[1:]))
-    code = subprocess.run(line, stdout=sys.stderr, check=False).returncode
+    code = subprocess.run(line, stdout=subprocess.DEVNULL, check=False).returncode
     if code == EXIT_BAD_CONFIG:
         raise ConfigError(f"the trainer refused `{command} {' '.join(options)}`: see its message above")
     if code != 0:
