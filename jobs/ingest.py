@@ -5,7 +5,7 @@ Reads `ingest.input`: JSONL (plain, .gz, .zst), Parquet or a Delta table. Writes
 work is in `miniplm_udf.ingest` (executors) and `miniplm_udf.ingest_query` (driver).
 
     miniplm ingest -c conf/demo.yaml root=/data/run1 ingest.input='/texts/*.jsonl.gz'
-    spark-submit --properties-file conf/spark/standalone.conf jobs/ingest.py -c conf/demo.yaml
+    spark-submit --properties-file conf/spark/local.conf jobs/ingest.py -c conf/demo.yaml
 """
 
 import sys

@@ -50,8 +50,7 @@ def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bo
         return {**summary, "model": config.model_uri(config.reference.alias)}
 
     def train(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-        for name in config.students:
-            run_trainer("train", config_path, overrides, "--student", name)
+        run_trainer("train", config_path, overrides)
         return {"students": {name: config.model_uri(name) for name in config.students}}
 
     def evaluate(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:

@@ -74,7 +74,6 @@ def _cores() -> int:
 def _defaults(cores: int) -> dict[str, str]:
     """Settings for a session of this project; a property file or `spark.conf` in the config may change each."""
     return {
-        **_delta_jars(),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.sql.session.timeZone": "UTC",
@@ -109,7 +108,8 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     cores = _cores()
     given = SparkConf()
     builder = SparkSession.builder.appName(name)
-    for key, value in {**_defaults(cores), **config.spark.conf}.items():
+    jars = {} if given.contains("spark.jars.packages") or given.contains("spark.jars") else _delta_jars()
+    for key, value in {**jars, **_defaults(cores), **config.spark.conf}.items():
         if not given.contains(key):
             builder = builder.config(key, value)
     if not given.contains("spark.master"):

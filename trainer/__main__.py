@@ -18,7 +18,7 @@ from miniplm_udf.errors import EXIT_DONE, MiniplmError
 from miniplm_udf.progress import configure_logging
 
 LOGGER = logging.getLogger("miniplm.trainer")
-_TRAIN = """Trains one model on its packed table and writes <root>/models/NAME/. A finished model of the same config and
+_TRAIN = """Trains models on their packed tables and writes <root>/models/NAME/. A finished model of the same config and
 data is left as it is; a killed training goes on from its last checkpoint. Several GPUs or processes:
 torchrun --nproc-per-node N -m trainer train ..."""
 _EVALUATE = """Scores the held-out text with every student of the config, and the reference if there is one, and writes
@@ -31,12 +31,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate")
     train = commands.add_parser(
         "train",
-        help="train a student or the reference",
+        help="train students, or the reference",
         description=_TRAIN,
         epilog=_EPILOG,
     )
-    which = train.add_mutually_exclusive_group(required=True)
-    which.add_argument("--student", metavar="NAME", help="a student of the config")
+    which = train.add_mutually_exclusive_group()
+    which.add_argument(
+        "--student", metavar="NAME", action="append", help="a student of the config, may be repeated; without it, all"
+    )
     which.add_argument(
         "--reference",
         action="store_true",
@@ -89,12 +91,15 @@ def _run(arguments: argparse.Namespace) -> Any:
         from trainer import targets
         from trainer.train import plan, train
 
-        target = (
-            targets.reference_target(config)
+        chosen = (
+            [targets.reference_target(config)]
             if arguments.reference
-            else targets.student_target(config, arguments.student)
+            else [targets.student_target(config, name) for name in arguments.student or config.students]
         )
-        return plan(config, target) if arguments.dry_run else train(config, target, retrain=arguments.retrain)
+        return {
+            target.name: plan(config, target) if arguments.dry_run else train(config, target, retrain=arguments.retrain)
+            for target in chosen
+        }
     from trainer import evaluate
 
     return evaluate.plan(config) if arguments.dry_run else evaluate.evaluate(config)
@@ -107,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = _run(arguments)
     except MiniplmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False))

@@ -1,13 +1,18 @@
 """The promises of `miniplm run` on a user's own files, in the order a user meets them. Tests share one experiment."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from tests.e2e.conftest import Experiment, make_documents, write_jsonl
+from tests.e2e.conftest import REPOSITORY, Experiment, make_documents, write_jsonl
 
 STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
@@ -17,7 +22,8 @@ def read_table(root: Path, name: str, version: int | None = None) -> pa.Table:
     from deltalake import DeltaTable
 
     table = DeltaTable(str(root / "tables" / name), version=version)
-    return pa.concat_tables([pa.parquet.read_table(uri.removeprefix("file://")) for uri in table.file_uris()])
+    paths = [unquote(uri).removeprefix("file://") for uri in table.file_uris()]
+    return pa.concat_tables([pa.parquet.read_table(path) for path in paths])
 
 
 def table_version(root: Path, name: str) -> int:
@@ -131,13 +137,28 @@ def test_the_tables_answer_plain_sql(experiment: Experiment) -> None:
         "print(n == k > 0, bad)\n"
         "spark.stop()\n"
     )
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-c", code, str(experiment.root)], capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["True", "0"], done.stderr[-3000:]
+
+
+def test_a_stage_is_a_file_for_spark_submit(experiment: Experiment) -> None:
+    before = table_version(experiment.root, "refined/difference")
+    submit = [
+        *("spark-submit", "--properties-file", str(REPOSITORY / "conf/spark/local.conf")),
+        *(str(REPOSITORY / "jobs/refine.py"), "-c", str(REPOSITORY / "conf/demo.yaml"), *experiment.overrides),
+    ]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYSPARK_PYTHON": sys.executable}
+    done = subprocess.run(
+        [*submit, "refine.corpora.difference.select.ratio=0.4"],
+        cwd=experiment.home, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert table_version(experiment.root, "refined/difference") == before + 1
+    found = json.loads(done.stdout)["refine"]["refined"]["difference"]
+    assert (found["version"], found["skipped"]) == (before + 1, False)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +167,7 @@ def test_the_tables_answer_plain_sql(experiment: Experiment) -> None:
         ("ingest", "ingest.input=/no/such/*.jsonl", 2, "/no/such/*.jsonl"),
         ("ingest", "ingest.fields.text=body", 2, "body"),
         ("ingest", "models.teacher.path=/no/such/model", 1, "/no/such/model"),
-        ("score", "root=ROOT/empty", 1, "ingest"),
+        ("score", "root=ROOT/empty", 1, "run `miniplm reference` first"),
         ("train", "root=ROOT/empty", 1, "pack"),
     ],
 )

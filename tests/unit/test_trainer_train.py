@@ -264,15 +264,15 @@ def test_the_bound_of_instances_per_source(config: ExperimentConfig, tmp_path: P
 def test_the_command(config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conf = str(tmp_path / "experiment.yaml")
     assert main(["train", "train.steps=2", "-c", conf, "--student", "small", "train.warmup_steps=0", "--dry-run"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    plan = json.loads(capsys.readouterr().out)["small"]
     assert (plan["status"], plan["tokens"], plan["n_parameters"] > 0) == ("to train", 2 * 4 * 16, True)
     assert not folder(config, "small").exists()
     assert main(["train", "-c", conf, "--student", "small", "train.steps=2", "train.warmup_steps=0"]) == 0
-    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert json.loads(capsys.readouterr().out)["small"]["steps"] == 2
     assert main(["evaluate", "-c", conf, "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["waits_for_training"] == ["reference"]
     assert main(["evaluate", "-c", conf]) == 1
-    assert capsys.readouterr().err.startswith("error: no trained model")
+    assert capsys.readouterr().err.startswith("miniplm: CorpusError: no trained model")
 
 
 @pytest.mark.parametrize(
@@ -289,12 +289,12 @@ def test_a_wrong_config_is_one_line_and_exit_2(
 ) -> None:
     assert main(["train", "-c", str(tmp_path / "experiment.yaml"), *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
+    assert error.startswith("miniplm: ConfigError: ")
     assert message in error
 
 
 def test_wrong_usage_is_exit_2(tmp_path: Path) -> None:
-    for words in (["train", "-c", "x"], ["train", "-c", "x", "--student", "a", "--reference"], ["train", "oops"], []):
+    for words in (["train"], ["train", "-c", "x", "--student", "a", "--reference"], ["train", "oops"], []):
         with pytest.raises(SystemExit) as raised:
             main(words)
         assert raised.value.code == 2
