@@ -37,10 +37,12 @@ check: setup ## lint, types, import contracts, unit tests: under a minute
 	ruff format --check .
 	mypy
 	lint-imports --no-logo
-	pytest -q tests/unit
+	pytest -q -n 2 -m "not slow" tests/unit
 
 test: check ## everything that CI runs
-	pytest -q tests --ignore=tests/unit
+	pytest -q -m slow tests/unit
+	@# Two at a time, a file each: a JVM rarely keeps two cores busy.
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/spark
 
 format: setup ## put the code in the house's format
 	ruff check --fix .

@@ -1,7 +1,7 @@
 """Packs refined corpora into token sequences for the students.
 
     miniplm pack -c conf/demo.yaml [key=value ...]
-    spark-submit jobs/pack.py -c conf/demo.yaml
+    spark-submit --properties-file conf/spark/local.conf jobs/pack.py -c conf/demo.yaml
 
 Reads `refined/<corpus>` and `instances`; writes `packed/<corpus>/<tokenizer>` and `models/tokenizer_<name>`. What is
 packed already from the same version with the same tokenizer is left alone: a rerun goes on where a kill stopped it.

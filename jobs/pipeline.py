@@ -18,8 +18,8 @@ from jobs.session import add_config_arguments, exit_code, guarded, make_session
 from jobs.summary import build_summary, summary_text, write_summary
 from jobs.trainer_process import run_trainer
 from miniplm_udf import storage
-from miniplm_udf.config import ExperimentConfig, load_config, to_dict
-from miniplm_udf.errors import EXIT_DONE, ConfigError
+from miniplm_udf.config import ExperimentConfig, load_config, printable, to_dict
+from miniplm_udf.errors import EXIT_DONE, ConfigError, CorpusError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -41,9 +41,6 @@ def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bo
         from jobs.pack import run_reference
 
         assert config.reference is not None
-        if reference_exists(config) and not retrain_reference:
-            LOGGER.info("reference: trained already and frozen; --retrain-reference trains it anew")
-            return {"model": config.model_uri(config.reference.alias)}
         summary = run_reference(spark, config)
         options = ["--reference", *(["--retrain"] if retrain_reference else [])]
         run_trainer("train", config_path, overrides, *options)
@@ -57,13 +54,6 @@ def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bo
         run_trainer("evaluate", config_path, overrides)
         return {"students": list(config.students)}
 
-    def report(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-        from jobs.report import run
-
-        summary = build_summary(config)
-        write_summary(config, summary)
-        return run(spark, config, summary)
-
     def spark_stage(stage: str) -> Run:
         def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
             import importlib
@@ -74,11 +64,10 @@ def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bo
         return run
 
     return {
-        **{stage: spark_stage(stage) for stage in ("ingest", "score", "refine", "pack")},
+        **{stage: spark_stage(stage) for stage in ("ingest", "score", "refine", "pack", "report")},
         "reference": reference,
         "train": train,
         "evaluate": evaluate,
-        "report": report,
     }
 
 
@@ -88,15 +77,32 @@ def applies(config: ExperimentConfig, stage: str) -> bool:
         return config.reference is not None
     if stage == "refine":
         return bool(config.refine.corpora)
-    if stage in ("pack", "train", "evaluate"):
-        return bool(config.students)
-    return True
+    if stage == "evaluate":
+        return bool(config.students) and config.ingest.split.heldout > 0
+    return bool(config.students) if stage in ("pack", "train") else True
 
 
 def must_run(spark: "SparkSession", config: ExperimentConfig, stage: str, retrain_reference: bool) -> bool:
-    if stage == "reference":
-        return retrain_reference or not reference_exists(config)
-    return not records.is_unchanged(spark, config, stage)
+    if stage != "reference":
+        return not records.is_unchanged(spark, config, stage)
+    if retrain_reference or not reference_exists(config):
+        return True
+    if records.read_record(config, stage) and not records.is_unchanged(spark, config, stage):
+        LOGGER.warning(
+            "reference: its config has changed since it was trained; it stays as it is, so that scores made with it "
+            "stay comparable; --retrain-reference trains it anew, and the corpus is then scored anew"
+        )
+    return False
+
+
+def _check_heldout(config: ExperimentConfig, ingested: dict[str, Any]) -> None:
+    """Refuses, before hours of training, a corpus that leaves nothing to evaluate on."""
+    if not ingested["by_split"].get("heldout"):
+        raise CorpusError(
+            f"ingest: expected held-out documents to evaluate the students on, found none: {ingested['instances']} "
+            f"instances, ingest.split.heldout {config.ingest.split.heldout}; ingest more text, or set a larger share "
+            "and a new root (a share of 0 leaves out the evaluation)"
+        )
 
 
 def run_stages(
@@ -111,12 +117,16 @@ def run_stages(
                 if force:
                     raise ConfigError(f"{stage}: the config has nothing for this stage")
                 continue
-            if not force and not must_run(session, config, stage, retrain_reference):
+            # A stage that was asked for by name runs, but for a frozen reference.
+            if not (force and stage != "reference") and not must_run(session, config, stage, retrain_reference):
                 LOGGER.info("%s: unchanged, skipped", stage)
                 worst = max(worst, exit_code((records.read_record(config, stage) or {}).get("summary", {})))
                 continue
             LOGGER.info("%s: starting", stage)
-            worst = max(worst, exit_code(records.execute(stage, runs[stage], session, config)))
+            summary = records.execute(stage, runs[stage], session, config)
+            worst = max(worst, exit_code(summary))
+            if stage == "ingest" and "evaluate" in stages and applies(config, "evaluate"):
+                _check_heldout(config, summary)
     finally:
         session.stop()
     return worst
@@ -124,7 +134,7 @@ def run_stages(
 
 def dry_run(config: ExperimentConfig, stages: Sequence[str]) -> None:
     """Prints the resolved config and what each stage has done so far. Starts nothing."""
-    print(json.dumps(to_dict(config), indent=2, default=str))
+    print(json.dumps(printable(to_dict(config)), indent=2))
     print("\nplan:")
     for stage in stages:
         if not applies(config, stage):
@@ -158,7 +168,9 @@ def main(argv: Sequence[str] | None = None, stage: str | None = None) -> int:
         runs = stage_runs(arguments.config, arguments.overrides, retrain)
         code = run_stages(config, runs, stages, retrain, force=stage is not None)
         if stage is None:
-            print(summary_text(config, storage.read_json(str(config.report_folder() / "summary.json"))))
+            summary = build_summary(config)
+            write_summary(config, summary)
+            print(summary_text(config, summary))
         else:
             print(json.dumps((records.read_record(config, stage) or {}).get("summary"), indent=2))
         return code

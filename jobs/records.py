@@ -47,12 +47,17 @@ def _ingest_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
 
 def _score_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
     aliases = config.scored_aliases
-    trained = _model_states(config, [a for a in aliases if config.models[a].path is None], "training.json")
+    # Weights may change under an old path; a hub name or a file of a package is no path, and its state is empty.
+    weights = {alias: storage.folder_state(config.models[alias].path or config.model_uri(alias)) for alias in aliases}
     # How fast is not part of what: a score is the same whatever the budget, the workers and the trigger.
     return [
         {alias: to_dict(config.models[alias]) for alias in aliases},
         tables.version(spark, config.table_uri("instances")),
-        {name: (state or {}).get("fingerprint") for name, state in trained.items()},
+        {
+            alias: [file for file in state if not file[0].endswith("evaluation.json")]
+            for alias, state in weights.items()
+        },
+        config.score.max_reject_share,
     ]
 
 
@@ -80,19 +85,23 @@ def _train_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
 
 def _evaluate_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
     names = [*config.students, *([config.reference.alias] if config.reference else [])]
-    states = {name: (s or {}).get("fingerprint") for name, s in _model_states(config, names, "training.json").items()}
-    return [to_dict(config.evaluate), states, tables.version(spark, config.table_uri("instances"))]
+    runs = {name: (s or {}).get("run_id") for name, s in _model_states(config, names, "training.json").items()}
+    return [to_dict(config.evaluate), runs, tables.version(spark, config.table_uri("instances"))]
 
 
 def _report_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
     earlier = [read_record(config, stage) for stage in ("ingest", "score", "refine", "train", "evaluate")]
     finished = [(record or {}).get("finished_at") for record in earlier]
-    report = config.report_folder() / "report.html"
-    return [to_dict(config.report), finished, report.exists()]
+    return [to_dict(config.report), finished]
+
+
+def _reference_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    return [to_dict(config.reference) if config.reference else None, config.pack.sequence_length]
 
 
 INPUTS: dict[str, Inputs] = {
     "ingest": _ingest_inputs,
+    "reference": _reference_inputs,
     "score": _score_inputs,
     "refine": _refine_inputs,
     "pack": _pack_inputs,
@@ -102,12 +111,38 @@ INPUTS: dict[str, Inputs] = {
 }
 
 
+def _has_outputs(spark: "SparkSession", config: ExperimentConfig, stage: str) -> bool:
+    """Whether all that the stage makes is there still."""
+    pairs = {(student.corpus, student.tokenizer) for student in config.students.values()}
+    made = {
+        "ingest": ["instances"],
+        "score": ["scores", "score_matrix"],
+        "refine": ["corpora", *(f"refined/{name}" for name in config.refine.corpora)],
+        "pack": [f"packed/{corpus}/{tokenizer}" for corpus, tokenizer in pairs],
+    }
+    files = {
+        "reference": [storage.join(config.model_uri(config.reference.alias), "config.json")]
+        if config.reference
+        else [],
+        "train": [storage.join(config.model_uri(name), "training.json") for name in config.students],
+        "evaluate": [storage.join(config.model_uri(name), "evaluation.json") for name in config.students],
+        "report": [str(config.report_folder() / "report.html")],
+    }
+    return all(tables.exists(spark, config.table_uri(name)) for name in made.get(stage, [])) and all(
+        storage.exists(uri) for uri in files.get(stage, [])
+    )
+
+
+def _input_fingerprint(spark: "SparkSession", config: ExperimentConfig, stage: str) -> str:
+    return fingerprint(json.loads(json.dumps(INPUTS[stage](spark, config), default=str)))
+
+
 def is_unchanged(spark: "SparkSession", config: ExperimentConfig, stage: str) -> bool:
-    """Whether the stage finished before with this config on these inputs."""
+    """Whether the stage finished before with this config on these inputs, and what it made is there."""
     record = read_record(config, stage)
-    if record is None or stage not in INPUTS:
+    if record is None or not _has_outputs(spark, config, stage):
         return False
-    return bool(record["fingerprint"] == fingerprint(json.loads(json.dumps(INPUTS[stage](spark, config), default=str))))
+    return bool(record["fingerprint"] == _input_fingerprint(spark, config, stage))
 
 
 def execute(
@@ -116,17 +151,19 @@ def execute(
 ) -> dict[str, Any]:  # fmt: skip
     """Runs a stage and writes its record.
 
-    The inputs are read before the stage runs (a file that arrives meanwhile makes the next run work again), except
-    where the stage's own output is what later stages look at.
+    The inputs are read before the stage runs: a file that arrives meanwhile makes the next run work again.
     """
-    inputs = INPUTS[stage](spark, config) if stage in INPUTS and stage != "report" else None
+    inputs = _input_fingerprint(spark, config, stage)
     start = time.monotonic()
     summary = run(spark, config)
     seconds = time.monotonic() - start
-    if stage == "report":
-        inputs = INPUTS[stage](spark, config)
+    earlier = (read_record(config, stage) or {}).get("summary", {})
+    if "tokens_per_second" in summary:
+        # Of its last scoring: a run that found nothing to score has no rate.
+        measured = {alias: rate for alias, rate in summary["tokens_per_second"].items() if rate is not None}
+        summary["tokens_per_second"] = {**earlier.get("tokens_per_second", {}), **measured}
     record = {
-        "fingerprint": fingerprint(json.loads(json.dumps(inputs, default=str))),
+        "fingerprint": inputs,
         "summary": summary,
         "seconds": round(seconds, 3),
         "finished_at": time.time(),

@@ -2,7 +2,9 @@
 
 Reads `score_matrix` and the models' records, writes `refined/<name>` and `corpora`. A corpus whose config and inputs
 have not changed is left as it is. Needs no GPU: change a ratio and run again.
-Submit: `spark-submit jobs/refine.py -c conf/demo.yaml [key=value ...]`, or `miniplm refine -c conf/demo.yaml`.
+
+    miniplm refine -c conf/demo.yaml [key=value ...]
+    spark-submit --properties-file conf/spark/local.conf jobs/refine.py -c conf/demo.yaml
 """
 
 import sys

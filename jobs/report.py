@@ -1,6 +1,7 @@
 """Writes the HTML report of an experiment.
 
-    spark-submit jobs/report.py -c conf/demo.yaml          (or: miniplm report -c conf/demo.yaml)
+    miniplm report -c conf/demo.yaml [key=value ...]
+    spark-submit --properties-file conf/spark/local.conf jobs/report.py -c conf/demo.yaml
 
 Reads:  instances, rejects, scores, score_matrix, corpora, refined/*; <root>/models/*; MLflow.
 Writes: report.html in the report folder, and the artifacts of the MLflow run "comparison". A rerun replaces both.
@@ -11,15 +12,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.session import stage_main
-from miniplm_udf import storage
+from jobs.summary import build_summary, write_summary
 from miniplm_udf.config import ExperimentConfig
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, summary: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Builds the report; without a `summary` it takes summary.json from the report folder, where there is one.
+def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+    """Writes summary.json over the stages that have run so far, and the report.
 
     Returns:
         {"report": path, "seconds"}.
@@ -27,8 +28,8 @@ def run(spark: "SparkSession", config: ExperimentConfig, summary: dict[str, Any]
     from miniplm_udf.report.render import build_report  # matplotlib and jinja2: not for `--help`
 
     started = time.monotonic()
-    if summary is None:
-        summary = storage.read_json(str(config.report_folder() / "summary.json")) or {}
+    summary = build_summary(config)
+    write_summary(config, summary)
     path = build_report(spark, config, summary)
     return {"report": str(path), "seconds": time.monotonic() - started}
 

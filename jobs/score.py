@@ -3,7 +3,9 @@
 Reads `instances` (split = pool), appends to `scores` and `rejects`, keeps `score_matrix` up to date; writes the models'
 records `<root>/models/<alias>.json`. Two Structured Streaming queries with checkpoints under `<root>/_checkpoints/`;
 what is scored already, with the same weights and settings, is never scored again. A rerun goes on after a kill.
-Submit: `spark-submit jobs/score.py -c conf/demo.yaml [key=value ...]`, or `miniplm score -c conf/demo.yaml`.
+
+    miniplm score -c conf/demo.yaml [key=value ...]
+    spark-submit --properties-file conf/spark/local.conf jobs/score.py -c conf/demo.yaml
 """
 
 import sys

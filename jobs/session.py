@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import records
 from miniplm_udf import progress, storage
-from miniplm_udf.config import ExperimentConfig, load_config, to_dict
+from miniplm_udf.config import ExperimentConfig, load_config, printable, to_dict
 from miniplm_udf.errors import EXIT_DONE, EXIT_TOO_MANY_REJECTS, MiniplmError
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def stage_main(
         arguments = stage_parser(stage, description).parse_intermixed_args(argv)
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            print(json.dumps(to_dict(config), indent=2, default=str))
+            print(json.dumps(printable(to_dict(config)), indent=2))
             return EXIT_DONE
         session = make_session(config, f"miniplm {stage}")
         try:

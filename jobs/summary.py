@@ -22,7 +22,7 @@ def build_summary(config: ExperimentConfig) -> dict[str, Any]:
         model alias, of its last scoring), `refined` (per corpus: `path`, `version`), `students` (per name), `seconds`
         (per stage, of its last run).
     """
-    records = {stage: record for stage in STAGES[:-1] if (record := read_record(config, stage))}
+    records = {stage: record for stage in STAGES if (record := read_record(config, stage))}
     ingest, score, refine = (records.get(stage, {}).get("summary", {}) for stage in ("ingest", "score", "refine"))
     evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
     return {

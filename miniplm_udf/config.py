@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Sequence
@@ -139,6 +140,10 @@ class IngestConfig:
     max_files_per_trigger: int = 1000
     max_reject_share: float = 0.05
 
+    def __post_init__(self) -> None:
+        for name in ("state_partitions", "max_files_per_trigger"):
+            _check(getattr(self, name) >= 1, f"ingest.{name}: expected at least 1, found {getattr(self, name)}")
+
     @property
     def inputs(self) -> list[str]:
         return [self.input] if isinstance(self.input, str) else list(self.input)
@@ -167,6 +172,10 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         _check(self.tokens_per_batch >= 1, f"tokens_per_batch: expected at least 1, found {self.tokens_per_batch}")
         _check(self.workers >= 1, f"workers: expected at least 1, found {self.workers}")
+        _check(
+            re.fullmatch(r"\d+[bkmgt]?b?", self.max_bytes_per_trigger.lower()) is not None,
+            f"score.max_bytes_per_trigger: expected a size such as 512m or 1g, found {self.max_bytes_per_trigger!r}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,6 +245,10 @@ class TokenizerConfig:
     vocab_size: int = 8192
     train_bytes: int = 100_000_000
     document_separator: str = "<|endoftext|>"
+
+    def __post_init__(self) -> None:
+        # 256 bytes and the separator.
+        _check(self.vocab_size >= 257, f"tokenizer vocab_size: expected at least 257, found {self.vocab_size}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -365,6 +378,11 @@ class ExperimentConfig:
         for kind, names in (("model", self.models), ("tokenizer", self.tokenizers), ("student", self.students)):
             for name in names:
                 _check_name(kind, name)
+        for name in self.students:
+            _check(
+                name not in self.models and not name.startswith("tokenizer_"),
+                f"student {name!r}: a model's folder has that name under <root>/models; choose another",
+            )
         self._check_links()
 
     def _check_links(self) -> None:
@@ -377,7 +395,7 @@ class ExperimentConfig:
             links += [("reference.alias", self.reference.alias, self.models)]
             links += [("reference.tokenizer", self.reference.tokenizer, self.models)]
         if self.refine.corpora:
-            links += [("refine.tokens_of", self.refine.tokens_of, self.models)]
+            links += [("refine.tokens_of", self.refine.tokens_of, self.scored_aliases)]
         for name, student in self.students.items():
             links += [(f"students.{name}.corpus", student.corpus, self.refine.corpora)]
             links += [(f"students.{name}.tokenizer", student.tokenizer, self.tokenizers)]
@@ -468,7 +486,7 @@ def _check_keys(raw: Any, owner: type, prefix: str = "") -> None:
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
-    """Sets one `a.b.c=value`; the value is YAML."""
+    """Sets one `a.b.c=value`; the value is YAML, or, where it is none (a glob may look like an alias), plain text."""
     import yaml
 
     key, equals, text = override.partition("=")
@@ -481,8 +499,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         target = target[name]
     try:
         target[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from error
+    except yaml.YAMLError:
+        target[last] = text
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places are one object: YAML anchors make such, and an override of one would be of all."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _inherit_train(raw: dict[str, Any]) -> None:
@@ -514,8 +539,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config {path}: cannot be read as YAML: {error}") from error
     _check(isinstance(raw, dict), f"config {path}: expected a mapping of sections, found {type(raw).__name__}")
+    raw = _unshared(raw)
     for override in overrides:
         _apply_override(raw, override)
+    raw = {key: value for key, value in raw.items() if value is not None}
     _check_keys(raw, ExperimentConfig)
     _check(bool(raw.get("root")), "root: where the tables go; set it in the file or as root=PATH")
     _inherit_train(raw)
@@ -535,6 +562,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved config as plain data, as it goes into provenance."""
     return dataclasses.asdict(config)
+
+
+def printable(value: Any) -> Any:
+    """Plain data fit for a terminal: URIs without their keys, and no value of a key that names a secret."""
+    if isinstance(value, dict):
+        return {
+            key: "(hidden)"
+            if re.search(r"secret|password|access\.key|(^|\.)token$", str(key), re.I)
+            else printable(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [printable(item) for item in value]
+    return storage.redact(value) if isinstance(value, str) and "://" in value else value
 
 
 def fingerprint(*parts: Any) -> str:

@@ -2,7 +2,8 @@
 
 Pure Python, on executors; refuses Spark and tokenizers. Inputs: the bytes of a JSON line, or the columns of a table
 row. Outputs: a `Document` or a `Reject`. Ids are 128-bit hashes (32 hexadecimal digits) of content alone, never of file
-names or times, so a retry, and the same file under another name, make the same ids.
+names or times, so a retry, and the same file under another name, make the same ids. The id of a reject alone tells the
+row's place too, so that bad rows are counted one by one.
 
 Reasons to refuse a row: `invalid_utf8` (lone surrogates too), `nul_byte` (also as an escape), `invalid_json`,
 `not_an_object`, `missing_text` (absent or null), `text_not_string`, `empty_text`; a whole file: `unreadable_file`.
@@ -11,6 +12,8 @@ Reasons to refuse a row: `invalid_utf8` (lone surrogates too), `nul_byte` (also 
 import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from miniplm_udf.config import FieldsConfig, SplitConfig
@@ -27,6 +30,7 @@ REJECT_REASONS = (
 )
 STAGE = "ingest"
 RAW_BYTES = 4096
+ABSENT: Any = object()  # of a field that an object does not have: null is a value
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -70,9 +74,13 @@ def instance_id(document_ids: list[str], ordinal: int, text: str, spec_hash: str
     return hash_parts("instance", len(document_ids), *document_ids, ordinal, text, spec_hash)
 
 
-def reject_id(reason: str, source_file: str, raw: bytes | str | None) -> str:
-    """Id of a reject: stage, reason, place and bytes."""
-    return hash_parts("reject", STAGE, reason, source_file, b"" if raw is None else raw)
+def reject_id(reason: str, source_file: str, raw: bytes | str | None, block_start: int = 0, row: int = 0) -> str:
+    """Id of a reject: stage, reason, place and bytes.
+
+    The place is the file, the start of the input split in it, and the row's number in that split (0 and 0 for a whole
+    file). Input splits are of fixed size, so a retry finds the same place, and each of many equal bad rows is a reject.
+    """
+    return hash_parts("reject", STAGE, reason, source_file, b"" if raw is None else raw, block_start, row)
 
 
 def split_of(text: str, shares: SplitConfig) -> str:
@@ -88,12 +96,36 @@ def split_of(text: str, shares: SplitConfig) -> str:
     return "reference" if position >= 1 - shares.reference else "pool"
 
 
+def find_field(row: dict[str, Any], name: str) -> Any:
+    """The value of a JSON object's field, or `ABSENT`: of the key that is spelled so, else, where the name has dots, of
+    nested objects: `meta.set` is the `set` of `meta`."""
+    if name in row:
+        return row[name]
+    for dot in (match.start() for match in re.finditer(r"\.", name)):
+        inner = row.get(name[:dot])
+        found = find_field(inner, name[dot + 1 :]) if isinstance(inner, dict) else ABSENT
+        if found is not ABSENT:
+            return found
+    return ABSENT
+
+
+def field_names(row: dict[str, Any]) -> Iterator[str]:
+    """All names that `find_field` takes for a JSON object; those of nested objects with dots."""
+    waiting = [("", row)]
+    while waiting:
+        prefix, values = waiting.pop()
+        for key, value in values.items():
+            yield prefix + key
+            if isinstance(value, dict):
+                waiting.append((f"{prefix}{key}.", value))
+
+
 @dataclasses.dataclass(frozen=True)
 class DocumentReader:
     """Turns input rows into documents.
 
     Attributes:
-        fields: names of the input's fields.
+        fields: names of the input's fields; for JSON lines, as `find_field` takes them.
         default_source: the source of rows that name none.
         shares: of the splits.
     """
@@ -133,15 +165,17 @@ class DocumentReader:
         return self._document(decoded, names[0], names[1], metadata if self.fields.metadata else None, text)
 
     def _from_row(self, row: dict[str, Any], line: bytes) -> Document | Reject:
-        text = row.get(self.fields.text)
-        if text is None:
-            found = f"found {sorted(row)[:20]}" if self.fields.text not in row else "found null"
+        text = find_field(row, self.fields.text)
+        if text is None or text is ABSENT:
+            found = f"found {sorted(row)[:20]}" if text is ABSENT else "found null"
             return Reject("missing_text", f"expected a string in field {self.fields.text!r}, {found}", line)
         if not isinstance(text, str):
             return Reject("text_not_string", f"expected a string, found {type(text).__name__}", line)
-        carried = {name: row[name] for name in self.fields.metadata if name in row}
+        named = {name: find_field(row, name) for name in self.fields.metadata}
+        carried = {name: value for name, value in named.items() if value is not ABSENT}
         metadata = json.dumps(carried, ensure_ascii=False, sort_keys=True) if self.fields.metadata else None
-        return self._document(text, _name(row.get(self.fields.id)), _name(row.get(self.fields.source)), metadata, line)
+        id, source = (_name(find_field(row, name)) for name in (self.fields.id, self.fields.source))
+        return self._document(text, id, source, metadata, line)
 
     def _document(
         self, text: str, id: str | None, source: str | None, metadata: str | None, raw: bytes
@@ -163,4 +197,6 @@ class DocumentReader:
 
 def _name(value: Any) -> str | None:
     """An id or a source as a string: numbers and the like as JSON writes them."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    if value is None or value is ABSENT:
+        return None
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

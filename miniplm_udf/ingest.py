@@ -142,11 +142,11 @@ def ingest_batches(
     """Cuts input splits: rows that follow one another with the same file and block start are one split."""
     out = _Output(fingerprint(spec))
     rows = (row for batch in batches for row in _rows(batch, reader))
-    for (source_file, _), split_rows in itertools.groupby(rows, key=lambda row: row[:2]):
+    for (source_file, block_start), split_rows in itertools.groupby(rows, key=lambda row: row[:2]):
         chunker = Chunker(encode, "packed" if spec.mode == "packed" else "document", spec.max_tokens)
-        for _, _, read in split_rows:
+        for row, (_, _, read) in enumerate(split_rows):
             if isinstance(read, Reject):
-                out.add_reject(read, source_file)
+                out.add_reject(read, source_file, block_start, row)
             elif read is not None:
                 for chunk in chunker.feed(read):
                     out.add_chunk(chunk)
@@ -195,8 +195,8 @@ class _Output:
         self.rows, self._n_bytes = [], 0
         return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
-    def add_reject(self, reject: Reject, source_file: str) -> None:
-        key = reject_id(reject.reason, source_file, reject.raw)
+    def add_reject(self, reject: Reject, source_file: str, block_start: int, row: int) -> None:
+        key = reject_id(reject.reason, source_file, reject.raw, block_start, row)
         raw = None if reject.raw is None else reject.raw[:RAW_BYTES]
         self._n_bytes += len(raw or b"")
         self.rows.append(

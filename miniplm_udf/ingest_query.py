@@ -1,13 +1,14 @@
 """The ingest query: a stream over the input, deduplicated by id, into `instances` and `rejects`. Driver only.
 
-Input: an `ExperimentConfig`; output: rows appended to two tables, and a summary of counts. Owns the query's checkpoint,
-`<root>/_checkpoints/ingest`, and `<root>/tables/instances.json`, which says how the table is cut and split. No torch.
+Input: an `ExperimentConfig`; output: rows appended to two tables, and a summary of counts. Owns the checkpoint of
+each format's query, `<root>/_checkpoints/ingest-<format>` (a checkpoint of one source is of no use to another), and
+`<root>/tables/instances.json`, which says how the table is cut and split. No torch.
 
 A micro-batch that is run again finds its (query, batch) in each table and writes nothing twice; a file that comes twice
-is dropped by the state store; after a lost checkpoint new rows are anti-joined with those of other queries. A file that
-cannot be read to its end fails its micro-batch before anything is written: it becomes one row of `rejects`, and the
-batch runs again without it. The file source knows files by path alone: a file that was mended or has grown must come
-under another name.
+is dropped by the state store; after a lost checkpoint, and beside another format's, new rows are anti-joined with those
+of other queries. A file that cannot be read to its end fails its micro-batch before anything is written: it becomes one
+row of `rejects`, and the batch runs again without it. The file source knows files by path alone: a file that was mended
+or has grown must come under another name.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from miniplm_udf.ingest import (
 from miniplm_udf.inputs import InputFile, Inputs, find_inputs, list_files, same_file, stream
 from miniplm_udf.progress import Progress, progress
 from miniplm_udf.scoring.description import with_absolute_path
-from miniplm_udf.streaming import checkpoint_query_id
+from miniplm_udf.streaming import checkpoint_query_id, executor_error
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -44,16 +45,24 @@ LOGGER = logging.getLogger("miniplm.ingest")
 QUERY = "ingest"
 # batch_id of a row that no micro-batch wrote: a file's quarantine.
 OUTSIDE_BATCHES = -1
-_Counts = tuple[dict[str, int], dict[str, int]]
 _UNREADABLE = re.compile(r"\[(FAILED_READ_FILE[.\w]*)\] Encountered error while reading file (.+?)\.(?:\s|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    """What the tables hold: instances a split, rejects of ingest a reason, documents that begin in an instance."""
+
+    instances: dict[str, int]
+    rejects: dict[str, int]
+    documents: int
 
 
 def ingest(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
     """Ingests all that is there and not ingested yet.
 
     Returns:
-        `instances`, `rejected` (rows of the tables), `new_instances`, `new_rejected`, `files` (seen now; 0 for a
-        table), `by_split` (instances a split), `seconds`, `too_many_rejects`.
+        `instances`, `rejected` (rows of the tables), `documents`, `new_instances`, `new_rejected`, `files` (seen now;
+        0 for a table), `by_split` (instances a split), `seconds`, `too_many_rejects` (of documents and rejects).
 
     Raises:
         ConfigError: the input, a field or the chunking does not fit (see `find_inputs`), or differs from what the
@@ -71,7 +80,9 @@ def ingest(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
     before = _counts(spark, config)
     with progress("ingest", unit="rows") as shown:
         _run_to_end(spark, config, inputs, model, spec, shown)
-    return _summary(config, inputs, before, _counts(spark, config), time.monotonic() - start)
+    summary = _summary(config, inputs, before, _counts(spark, config), time.monotonic() - start)
+    _warn_of_empty_splits(config, summary)
+    return summary
 
 
 def executor_tokenizer_hash(spark: "SparkSession", model: ModelConfig) -> str:
@@ -144,32 +155,35 @@ def _run_to_end(
     spec: ChunkingSpec,
     shown: Progress,
 ) -> None:
-    """Runs the query until no file fails it."""
+    """Runs the query until no file fails it. An error of ours on an executor is raised as it was there."""
     from pyspark.errors import StreamingQueryException
 
     excluded = _quarantined(spark, config, inputs)
     while True:
         try:
-            return _run_query(spark, config, stream(spark, inputs, config.ingest, excluded), model, spec, shown)
+            return _run_query(spark, config, inputs, excluded, model, spec, shown)
         except StreamingQueryException as error:
+            if (ours := executor_error(error)) is not None:
+                raise ours from error
             file, detail = _unreadable_file(spark, inputs, str(error))
             if file is None or file in excluded:
                 raise
             LOGGER.warning("ingest: %s is left out (mended, give it another name): %s", file.path, detail)
-            _quarantine(spark, config, file, detail)
+            _quarantine(spark, config, inputs, file, detail)
             excluded.append(file)
 
 
 def _run_query(
     spark: "SparkSession",
     config: ExperimentConfig,
-    rows: "DataFrame",
+    inputs: Inputs,
+    excluded: list[InputFile],
     model: ModelConfig,
     spec: ChunkingSpec,
     shown: Progress,
 ) -> None:
     function = make_ingest_function(config.ingest, model, spec)
-    checkpoint = config.checkpoint_uri(QUERY)
+    checkpoint = _checkpoint(config, inputs)
     # One input split is one partition, whatever else is in the micro-batch: packing never depends on the batch.
     split_bytes = str(config.ingest.chunking.split_bytes)
     settings = {
@@ -181,6 +195,7 @@ def _run_query(
     def write(batch: "DataFrame", batch_id: int) -> None:
         _write_batch(batch, batch_id, config, checkpoint, shown)
 
+    rows = stream(spark, inputs, config.ingest, excluded)
     output = rows.mapInArrow(function, output_spark_schema()).dropDuplicates(["key"])
     writer = output.writeStream.queryName(QUERY).option("checkpointLocation", checkpoint).trigger(availableNow=True)
     with _session_settings(spark, settings):
@@ -191,15 +206,22 @@ def _run_query(
             query.stop()
 
 
+def _checkpoint(config: ExperimentConfig, inputs: Inputs) -> str:
+    return config.checkpoint_uri(f"{QUERY}-{inputs.format}")
+
+
 def _write_batch(batch: "DataFrame", batch_id: int, config: ExperimentConfig, checkpoint: str, shown: Progress) -> None:
-    """Appends a micro-batch to both tables. It is consumed whole before the first write, and never left early: Delta
-    skips the write of a replayed batch unread, and the state store would then miss its commit."""
+    """Appends a micro-batch to the tables that it has rows for: an empty commit would be a new version of nothing.
+
+    It is consumed whole before the first write, and never left early: Delta skips the write of a replayed batch unread,
+    and the state store would then miss its commit.
+    """
     from pyspark.sql import functions as F
 
     spark = batch.sparkSession
     batch.persist()
     try:
-        n_rows = batch.count()
+        n_rows = {row["kind"]: row["count"] for row in batch.groupBy("kind").count().collect()}
         query_id = checkpoint_query_id(spark, checkpoint)
         now = datetime.datetime.now(datetime.UTC)
         marked = batch.withColumns({"query_id": F.lit(query_id), "batch_id": F.lit(batch_id).cast("bigint")})
@@ -207,13 +229,14 @@ def _write_batch(batch: "DataFrame", batch_id: int, config: ExperimentConfig, ch
         rejects = marked.where(F.col("kind") == REJECT).withColumns(
             {"reject_id": F.col("key"), "stage": F.lit(STAGE), "rejected_at": F.lit(now)}
         )
-        for frame, table in ((instances, schemas.INSTANCES), (rejects, schemas.REJECTS)):
+        parts = ((INSTANCE, instances, schemas.INSTANCES), (REJECT, rejects, schemas.REJECTS))
+        for frame, table in ((frame, table) for kind, frame, table in parts if n_rows.get(kind)):
             uri, key = config.table_uri(table.name), table.key[0]
             # Rows of a lost checkpoint's query; Delta's statistics rule its files out where there are none.
             others = tables.read(spark, uri).where(F.col("query_id") != query_id)
             new = tables.missing_from(frame.select(*table.column_names), others, key)
             tables.append(new, uri, table, query_id, batch_id)
-        shown.update(n_rows, batch=batch_id)
+        shown.update(sum(n_rows.values()), batch=batch_id)
     finally:
         batch.unpersist()
 
@@ -256,7 +279,7 @@ def _quarantine_id(file: InputFile) -> str:
     return reject_id("unreadable_file", file.path, f"{file.modified_micros} {file.n_bytes}")
 
 
-def _quarantine(spark: "SparkSession", config: ExperimentConfig, file: InputFile, detail: str) -> None:
+def _quarantine(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs, file: InputFile, detail: str) -> None:
     row = {
         "reject_id": _quarantine_id(file),
         "stage": STAGE,
@@ -267,7 +290,7 @@ def _quarantine(spark: "SparkSession", config: ExperimentConfig, file: InputFile
         "raw": None,
         "n_bytes": file.n_bytes,
         "rejected_at": datetime.datetime.now(datetime.UTC),
-        "query_id": checkpoint_query_id(spark, config.checkpoint_uri(QUERY)),
+        "query_id": checkpoint_query_id(spark, _checkpoint(config, inputs)),
         "batch_id": OUTSIDE_BATCHES,
     }
     frame = spark.createDataFrame([row], schemas.REJECTS.spark_schema())
@@ -282,29 +305,49 @@ def _quarantined(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs
 
 
 def _counts(spark: "SparkSession", config: ExperimentConfig) -> _Counts:
-    """(instances a split, rejects of ingest a reason)."""
-    instances = tables.read(spark, config.table_uri("instances")).groupBy("split").count()
+    from pyspark.sql import functions as F
+
+    # A document begins with its instance, or behind another's end inside of one.
+    begun = F.sum(F.col("starts_document").cast("int") + F.size("segment_ends"))
+    instances = tables.read(spark, config.table_uri("instances")).groupBy("split").agg(F.count("*"), begun).collect()
     rejects = tables.read(spark, config.table_uri("rejects")).where(f"stage = '{STAGE}'").groupBy("reason").count()
-    return dict(instances.collect()), dict(rejects.collect())
+    return _Counts(
+        instances={row[0]: row[1] for row in instances},
+        rejects=dict(rejects.collect()),
+        documents=sum(row[2] for row in instances),
+    )
 
 
 def _summary(
     config: ExperimentConfig, inputs: Inputs, before: _Counts, after: _Counts, seconds: float
 ) -> dict[str, Any]:
-    total, rejected = (sum(counts.values()) for counts in after)
+    total, rejected = sum(after.instances.values()), sum(after.rejects.values())
     if total == 0:
         raise CorpusError(
             f"nothing was ingested: expected at least one document in {config.ingest.inputs}, found "
-            f"{len(inputs.files)} files and rejects {after[1] or 'none'}; "
+            f"{len(inputs.files)} files and rejects {after.rejects or 'none'}; "
             f"look at {storage.redact(config.table_uri('rejects'))}"
         )
     return {
+        "documents": after.documents,
         "instances": total,
-        "new_instances": total - sum(before[0].values()),
+        "new_instances": total - sum(before.instances.values()),
         "rejected": rejected,
-        "new_rejected": rejected - sum(before[1].values()),
+        "new_rejected": rejected - sum(before.rejects.values()),
         "files": len(inputs.files),
-        "by_split": {split: after[0].get(split, 0) for split in schemas.SPLITS},
+        "by_split": {split: after.instances.get(split, 0) for split in schemas.SPLITS},
         "seconds": round(seconds, 3),
-        "too_many_rejects": rejected / (total + rejected) > config.ingest.max_reject_share,
+        "too_many_rejects": rejected > config.ingest.max_reject_share * (after.documents + rejected),
     }
+
+
+def _warn_of_empty_splits(config: ExperimentConfig, summary: dict[str, Any]) -> None:
+    """Small inputs may leave a split empty by chance; the stage that wants it comes much later."""
+    for split in ("heldout", "reference"):
+        share = getattr(config.ingest.split, split)
+        if share > 0 and not summary["by_split"][split]:
+            LOGGER.warning(
+                "ingest: the split %s is empty: none of %d documents fell into its share of %g; ingest more text, or "
+                "raise ingest.split.%s and ingest into a new root",
+                split, summary["documents"], share, split,
+            )  # fmt: skip

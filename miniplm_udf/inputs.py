@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 from miniplm_udf import storage
 from miniplm_udf.config import FieldsConfig, IngestConfig
+from miniplm_udf.documents import field_names
 from miniplm_udf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -243,17 +244,21 @@ def _check_columns(inputs: Inputs, fields: FieldsConfig) -> None:
     if inputs.schema is None:
         return
     types = {field.name: field.dataType.simpleString() for field in inputs.schema.fields}
-    default = FieldsConfig()
-    named = [("text", fields.text)]
-    named += [(key, getattr(fields, key)) for key in ("id", "source") if getattr(fields, key) != getattr(default, key)]
-    named += [("metadata", name) for name in fields.metadata]
-    for key, name in named:
+    for key, name in _named(fields):
         if name not in types:
             raise ConfigError(_no_column(key, name, list(types), storage.redact(inputs.path)))
     if not types[fields.text].startswith(("string", "varchar", "char", "binary")):
         raise ConfigError(
             f"ingest.fields.text: expected a column of text, found {fields.text!r} of {types[fields.text]}"
         )
+
+
+def _named(fields: FieldsConfig) -> list[tuple[str, str]]:
+    """(key of the config, name in the input) of all that must be there: the text, and what the config names itself."""
+    default = FieldsConfig()
+    named = [("text", fields.text)]
+    named += [(key, getattr(fields, key)) for key in ("id", "source") if getattr(fields, key) != getattr(default, key)]
+    return named + [("metadata", name) for name in fields.metadata]
 
 
 def _no_column(key: str, name: str, known: list[str], place: str) -> str:
@@ -263,7 +268,7 @@ def _no_column(key: str, name: str, known: list[str], place: str) -> str:
 
 
 def _check_lines(spark: "SparkSession", files: tuple[InputFile, ...], fields: FieldsConfig) -> None:
-    """Looks at the first lines: if none of the objects there has the text field, the config names a wrong one."""
+    """Looks at the first lines: a field that none of the objects there has is one that the config names wrongly."""
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
 
@@ -275,14 +280,15 @@ def _check_lines(spark: "SparkSession", files: tuple[InputFile, ...], fields: Fi
         except (Py4JJavaError, PySparkException):
             continue  # an unreadable file: the stream says so
         keys.update(key for row in rows for key in row[0])
-        if fields.text in keys:
+        if all(name in keys for _, name in _named(fields)):
             return
-    if keys:
-        raise ConfigError(_no_column("text", fields.text, sorted(keys), "the input's first lines"))
+    for key, name in _named(fields):
+        if keys and name not in keys:
+            raise ConfigError(_no_column(key, name, sorted(keys), "the input's first lines"))
 
 
 def _line_keys(batches: Any) -> Any:
-    """The keys of each line that is a JSON object."""
+    """The keys of each line that is a JSON object; those of nested objects with dots."""
     import json
 
     import pyarrow as pa
@@ -292,7 +298,7 @@ def _line_keys(batches: Any) -> Any:
         for line in batch.column(0).to_pylist():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-                found.append([key for key in row if key.isprintable()] if isinstance(row, dict) else [])
+                found.append([key for key in field_names(row) if key.isprintable()] if isinstance(row, dict) else [])
             except (ValueError, RecursionError):
                 found.append([])
         yield pa.RecordBatch.from_arrays([pa.array(found, pa.list_(pa.string()))], names=["keys"])

@@ -2,9 +2,9 @@
 
 Owns the stored order and the provenance of `packed/<corpus>/<tokenizer>`; what a sequence is, is `packing`'s. Inputs:
 `refined/<corpus>` joined to `instances` for its text. A stream goes to a shard by a hash of its id; in a shard, streams
-stand in the order of another hash (not by source) and their slices by ordinal. Output: schemas.packed, one file or
-more a shard, sequence ids consecutive over shards. Driver; tokens are made on executors. The same inputs give the same
-rows, and are not packed again: a retry finds the version, or replaces what is there in one commit.
+stand in the order of another hash (not by source) and their slices by ordinal and id. Output: schemas.packed, one
+file or more a shard, sequence ids consecutive over shards. Driver; tokens are made on executors. The same inputs give
+the same rows, and are not packed again: a retry finds the version, or replaces what is there in one commit.
 """
 
 import logging
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("miniplm.pack")
 
-PACKING_RULE = 1  # raised with every change of what packing makes: older tables are then packed anew
-_TEXT_COLUMNS = ("stream_id", "ordinal", "text", "segment_ends", "starts_document", "ends_document")
+PACKING_RULE = 2  # raised with every change of what packing makes: older tables are then packed anew
+# In the order of `packing.Slice`.
+_TEXT_COLUMNS = (
+    "stream_id", "ordinal", "text", "segment_ends", "starts_document", "ends_document", "document_ids", "start_byte",
+)  # fmt: skip
 _PACKED_DDL = "shard int, position bigint, token_ids binary, target_mask binary, n_targets int, n_new_tokens bigint"
 _ROWS_PER_BATCH = 256
 
@@ -60,7 +63,7 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
                 f"refined/{corpus} version {refined_version}: expected all its instances in the instances table, found "
                 f"{n_missing} that are not there; refine it again"
             )
-        texts = kept.join(instances.select("instance_id", *_TEXT_COLUMNS), "instance_id").select(*_TEXT_COLUMNS)
+        texts = kept.join(instances.select("instance_id", *_TEXT_COLUMNS), "instance_id")
         return texts, kept.count()
 
     return _pack(spark, config, corpus, tokenizer, identity, rows, f"refined/{corpus} keeps nothing: refine it anew")
@@ -79,7 +82,7 @@ def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str,
     if config.reference is None:
         raise ConfigError("reference: expected the section of a reference to train, found none")
     instances_uri = config.table_uri("instances")
-    reference = tables.read(spark, instances_uri).where("split = 'reference'").select(*_TEXT_COLUMNS)
+    reference = tables.read(spark, instances_uri).where("split = 'reference'").select("instance_id", *_TEXT_COLUMNS)
     empty = (
         f"no text of the reference split in {storage.redact(instances_uri)}: raise ingest.split.reference "
         f"(now {config.ingest.split.reference}) and ingest into a new root, or ingest more text"
@@ -170,14 +173,16 @@ def _write(
 
 
 def _in_stored_order(rows: "DataFrame", shards: int) -> "DataFrame":
-    """Partition k is shard k. Hashes of ids, so the order depends on the content alone."""
+    """Partition k is shard k. Hashes of ids, so the order depends on the content alone; inputs that begin alike share
+    stream ids and ordinals, so the instance's id is the last to decide."""
     from pyspark.sql import functions as F
 
     def hashed(purpose: str) -> Any:
         return F.xxhash64(F.lit(purpose), F.col("stream_id"))
 
     placed = rows.withColumn("shard", F.pmod(hashed("shard"), F.lit(shards)).cast("int"))
-    return placed.repartitionById(shards, "shard").sortWithinPartitions(hashed("order"), "stream_id", "ordinal")
+    order = (hashed("order"), "stream_id", "ordinal", "instance_id")
+    return placed.repartitionById(shards, "shard").sortWithinPartitions(*order)
 
 
 def _pack_function(

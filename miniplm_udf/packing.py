@@ -1,9 +1,10 @@
 """Kept slices of text to token sequences of fixed length, for one tokenizer. Pure: no Spark, no files, no randomness.
 
-Owns what a packed sequence is. Input: slices in their stored order. Adjacent ones (same stream, consecutive ordinals)
-are joined as text before they are tokenised, so the tokens at a cut are natural; a separator stands at real document
-ends alone. Output: sequences of L + 1 int32 ids and L uint8 target flags; consecutive ones share one token, so
-that each token is a target once. No kept text is dropped. The same slices give the same bytes, so a retry repeats them.
+Owns what a packed sequence is. Input: slices in their stored order. Adjacent ones (same stream, consecutive ordinals,
+one document going on) are joined as text before they are tokenised, so the tokens at a cut are natural; a separator
+stands at real document ends alone. Output: sequences of L + 1 int32 ids and L uint8 target flags; consecutive
+ones share one token, so that each token is a target once. No kept text is dropped. The same slices give the same bytes,
+so a retry repeats them.
 
     tokens            t0 t1 t2 t3 t4 t5 t6 t7 t8           L = 4
     sequence 0        t0 t1 t2 t3 t4                       targets t1..t4
@@ -35,10 +36,25 @@ class Slice:
     segment_ends: Sequence[int]
     starts_document: bool
     ends_document: bool
+    document_ids: Sequence[str]
+    start_byte: int
+
+    @property
+    def end_byte(self) -> int:
+        """UTF-8 offset of its end inside its last document."""
+        n_bytes = len(self.text.encode("utf-8"))
+        return n_bytes - self.segment_ends[-1] if len(self.segment_ends) else self.start_byte + n_bytes
 
     def follows(self, other: "Slice | None") -> bool:
-        """Whether its text is adjacent to the end of the other's."""
-        return other is not None and (self.stream_id, self.ordinal) == (other.stream_id, other.ordinal + 1)
+        """Whether its text is adjacent to the end of the other's.
+
+        Two inputs that begin alike share a stream id and ordinals, so inside a document its id and offset must fit too.
+        """
+        if other is None or (self.stream_id, self.ordinal) != (other.stream_id, other.ordinal + 1):
+            return False
+        if other.ends_document or self.starts_document:
+            return other.ends_document and self.starts_document
+        return self.document_ids[0] == other.document_ids[-1] and self.start_byte == other.end_byte
 
 
 @dataclasses.dataclass(frozen=True)

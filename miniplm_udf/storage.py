@@ -100,18 +100,34 @@ def upload_folder(folder: Path, uri: str) -> None:
         filesystem.put(str(folder) + "/", path.rstrip("/") + "/", recursive=True)
 
 
+def folder_state(uri: str) -> list[list[Any]]:
+    """Name, size and time (or tag) of each file at `uri`, a folder or a file; empty where there is none."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    if not filesystem.exists(path):
+        return []
+    found = filesystem.find(path, detail=True)
+    times = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
+    return [
+        [name, info.get("size"), str(next((info[key] for key in times if info.get(key) is not None), None))]
+        for name, info in sorted(found.items())
+    ]
+
+
 def cache_folder() -> Path:
     """This node's cache of models: `MINIPLM_CACHE`, else `~/.cache/miniplm`."""
     return Path(os.environ.get("MINIPLM_CACHE", "~/.cache/miniplm")).expanduser()
 
 
 def local_folder(uri: str) -> Path:
-    """A local copy of the folder at `uri`: itself where it is local, else fetched once into this node's cache."""
+    """A local copy of the folder at `uri`: itself where it is local, else fetched into this node's cache.
+
+    It is fetched once for each state of the folder: a model that was trained anew is another one.
+    """
     if is_local(uri):
         return Path(local_path(uri))
-    target = cache_folder() / "fetched" / hashlib.sha256(uri.encode()).hexdigest()[:32]
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    target = cache_folder() / "fetched" / hashlib.sha256(f"{uri} {folder_state(uri)}".encode()).hexdigest()[:32]
     if not target.exists():
-        filesystem, path = fsspec.core.url_to_fs(uri)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent))
         filesystem.get(path.rstrip("/") + "/", str(staging) + "/", recursive=True)

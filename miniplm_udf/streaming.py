@@ -7,10 +7,11 @@ under the same batch id; a new checkpoint has a new id, and rows of a lost one a
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from miniplm_udf import storage
+from miniplm_udf import errors, storage
 from miniplm_udf.config import ScoreConfig
 from miniplm_udf.errors import CorpusError, MiniplmError
 
@@ -53,6 +54,15 @@ def checkpoint_query_id(spark: "SparkSession", checkpoint_uri: str) -> str:
         ) from error
 
 
+def executor_error(error: BaseException) -> MiniplmError | None:
+    """The error of ours that an executor raised and that Spark carried to the driver in its own, as text; or None."""
+    for name, message in re.findall(r"miniplm_udf\.errors\.(\w+): (.+)", str(error)):
+        found = getattr(errors, name, None)
+        if isinstance(found, type) and issubclass(found, MiniplmError):
+            return found(message.strip())
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class RunningQuery:
     """A started query. `failures` is what its micro-batches raised."""
@@ -67,8 +77,9 @@ class RunningQuery:
         try:
             return bool(self.query.awaitTermination(seconds))
         except StreamingQueryException as error:
-            if self.failures:
-                raise self.failures[0] from error
+            ours = self.failures[0] if self.failures else executor_error(error)
+            if ours is not None:
+                raise ours from error
             raise
 
 

@@ -16,9 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def spark() -> Iterator[Any]:
     config = ExperimentConfig(
         root="/tmp/unused",
-        spark=SparkConfig(
-            master="local[2]", conf={"spark.driver.memory": "2g", "spark.sql.warehouse.dir": "build/spark"}
-        ),
+        spark=SparkConfig(master="local[2]", conf={"spark.driver.memory": "2g"}),
     )
     made = session_module.make_session(config, "miniplm tests")
     yield made

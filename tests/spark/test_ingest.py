@@ -117,6 +117,8 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     assert sum(first["by_split"].values()) == len(rows)
     assert min(first["by_split"].values()) > 0
     assert first["rejected"] == 0
+    assert first["documents"] == len(ROWS)
+    assert tables.version(spark, config.table_uri("rejects")) == 0, "no empty commit"
     assert first["files"] == 1
     assert not first["too_many_rejects"]
     assert documents(rows) == {row["id"]: row["text"] for row in ROWS}
@@ -132,8 +134,10 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS)))
     (folder / "c.jsonl.zst").write_bytes(zstandard.compress(jsonl(ROWS)))
     os.utime(folder / "a.jsonl", (2e9, 2e9))
+    version = tables.version(spark, config.table_uri("instances"))
     second = run(spark, config)
     assert (second["instances"], second["new_instances"]) == (first["instances"], 0)
+    assert tables.version(spark, config.table_uri("instances")) == version
     new = [{"id": "new", "text": "A new one."}]
     (folder / "d.jsonl").write_bytes(jsonl(new))
     os.utime(folder / "d.jsonl", (1e9, 1e9))  # years older than the others: still taken
@@ -166,6 +170,11 @@ def test_parquet_and_delta_equal_jsonl(spark: Any, make: Make, tmp_path: Path) -
         assert all(entry == {"lang": "en"} for entries in metadata for entry in entries)
     assert len(found["jsonl"]) > 20
     assert found["jsonl"] == found["parquet"] == found["delta"]
+
+    # Another format in a root that has its rows already: a source of its own, and no new row.
+    for path in ("table", "rows.parquet"):
+        moved = run(spark, make(str(tmp_path / path), root="jsonl", fields=fields))
+        assert (moved["instances"], moved["new_instances"]) == (len(found["jsonl"]), 0)
 
 
 def test_splits_of_a_file_do_not_depend_on_the_batch(spark: Any, make: Make, tmp_path: Path) -> None:
@@ -206,7 +215,7 @@ def test_bad_rows_and_files_become_rejects(spark: Any, make: Make, tmp_path: Pat
         {"id": "same", "text": "Same id."},
         {"id": "same", "text": "Other text."},
     ]
-    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(good) + b"\n" + b"\n".join(bad) + b"\n")
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(good) + b"\n" + b"\n".join([*bad, b'["text"]']) + b"\n")
     whole = gzip.compress(jsonl([{"id": f"g{i}", "text": os.urandom(40).hex()} for i in range(2000)]))
     (folder / "cut one.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     packed = zstandard.compress(jsonl([{"id": f"z{i}", "text": os.urandom(40).hex()} for i in range(2000)]))
@@ -224,7 +233,10 @@ def test_bad_rows_and_files_become_rejects(spark: Any, make: Make, tmp_path: Pat
     unreadable = [row for row in found if row.reason == "unreadable_file"]
     assert [row.source_file.rsplit("/")[-1] for row in unreadable] == ["cut%20one.jsonl.gz", "cut.jsonl.zst"]
     assert all("FAILED_READ_FILE" in row.detail for row in unreadable)
-    assert summary["rejected"] == summary["new_rejected"] == len(found) == len(bad) + 2
+    assert (
+        summary["rejected"] == summary["new_rejected"] == len(found) == len(bad) + 3
+    )  # two files, and a line that stands there twice
+    assert summary["documents"] == 2
     assert summary["too_many_rejects"]
 
     # Known bad files are not tried again, also under a new checkpoint; mended under another name, one comes in.
@@ -266,12 +278,21 @@ def test_config_errors(spark: Any, make: Make, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": "1", "txt": "x"}]))
     pq.write_table(pa.table({"content": ["x"], "n": [1]}), tmp_path / "a.parquet")
     (tmp_path / "a.weird").write_text("x")
+    (tmp_path / "nested.jsonl").write_bytes(jsonl([{"text": "x", "meta": {"set": "web"}}]))
     cases = [
         (make(""), "ingest.input"),
         (make(str(tmp_path / "nothing*.jsonl")), r"nothing\*.jsonl matches no file"),
         (make(str(tmp_path / "a.*")), "files of one format, found \\['jsonl', 'parquet'\\]"),
         (make(str(tmp_path / "a.weird")), "set ingest.format"),
         (make(str(tmp_path / "a.jsonl")), "did you mean ingest.fields.text=txt"),
+        (
+            make(str(tmp_path / "nested.jsonl"), fields=FieldsConfig(source="meta.sett")),
+            r"ingest.fields.source.*found \['meta', 'meta.set', 'text'\]; did you mean ingest.fields.source=meta.set",
+        ),
+        (
+            make(str(tmp_path / "nested.jsonl"), fields=FieldsConfig(metadata=["lang"])),
+            "ingest.fields.metadata.*'lang'",
+        ),
         (make(str(tmp_path / "a.parquet")), "'text'.*found \\['content', 'n'\\]"),
         (make(str(tmp_path / "a.parquet"), fields=FieldsConfig(text="n")), "expected a column of text"),
         (make(str(tmp_path), format="delta"), "expected a Delta table"),
@@ -295,6 +316,16 @@ def test_empty_corpus_and_missing_tokenizer(spark: Any, make: Make, tmp_path: Pa
     elsewhere = {"teacher": ModelConfig(path="/no/such/model")}
     with pytest.raises(ModelLoadError, match="/no/such/model"):
         run(spark, ExperimentConfig(root=config.root, models=elsewhere, ingest=config.ingest))
+
+
+def test_an_executor_error_is_raised_as_it_was(
+    spark: Any, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node that begins has another tokenizer than the one that works."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS[:3]))
+    monkeypatch.setattr("miniplm_udf.ingest_query.executor_tokenizer_hash", lambda *_: "0" * 32)
+    with pytest.raises(CorpusError, match=r"^tokenizer .*expected hash 0{32}.*the same model files$"):
+        run(spark, make(str(tmp_path / "a.jsonl")))
 
 
 def test_other_chunking_in_the_same_root_is_refused(spark: Any, make: Make, tmp_path: Path) -> None:

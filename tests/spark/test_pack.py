@@ -118,7 +118,9 @@ def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, co
     folder = Path(storage.local_path(config.model_uri("tokenizer_bpe")))
     info = json.loads((folder / "miniplm.json").read_text())
     slices = [
-        packing.Slice(*(row[name] for name in ("stream_id", "ordinal", "text", "segment_ends")), True, True)
+        packing.Slice(
+            *(row[name] for name in ("stream_id", "ordinal", "text", "segment_ends")), True, True, [stream], 0
+        )
         for stream in order
         for row in kept
         if row["stream_id"] == stream

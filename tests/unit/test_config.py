@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from miniplm_udf.config import ExperimentConfig, fingerprint, load_config
+from miniplm_udf.config import ExperimentConfig, fingerprint, load_config, printable, to_dict
 from miniplm_udf.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -31,6 +31,37 @@ def test_overrides_win_and_are_yaml() -> None:
     assert config.models["teacher"].context_tokens == 64
     assert config.root == "file:///x/y"
     assert config.table_uri("scores") == "file:///x/y/tables/scores"
+
+
+def test_an_override_of_one_student_leaves_its_anchors_others_alone() -> None:
+    config = load_config(DEMO, ["students.miniplm.architecture.hidden_size=96"])
+    assert config.students["miniplm"].architecture["hidden_size"] == 96
+    assert config.students["conventional"].architecture["hidden_size"] == 192
+
+
+def test_a_value_that_is_no_yaml_is_text() -> None:
+    assert load_config(DEMO, ["ingest.input=*.jsonl"]).ingest.inputs == ["*.jsonl"]
+    assert load_config(DEMO, ["ingest.input={a,b}/*.jsonl"]).ingest.inputs == ["{a,b}/*.jsonl"]
+
+
+def test_an_empty_section_is_its_default() -> None:
+    assert load_config(DEMO, ["pack=null"]).pack.sequence_length == 1024
+
+
+def test_what_is_printed_holds_no_secret() -> None:
+    config = load_config(
+        DEMO,
+        [
+            "root=s3a://key:hidden1@bucket/x",
+            "mlflow.tracking_uri=https://user:hidden2@host",
+            "spark.conf={spark.hadoop.fs.s3a.secret.key: hidden3, spark.hadoop.fs.s3a.endpoint: http://here}",
+        ],
+    )
+    shown = str(printable(to_dict(config)))
+    assert "hidden1" not in shown
+    assert "hidden2" not in shown
+    assert "hidden3" not in shown
+    assert "http://here" in shown
 
 
 def test_train_section_is_inherited_key_by_key() -> None:
@@ -60,7 +91,9 @@ def test_train_section_is_inherited_key_by_key() -> None:
         ("refine.corpora.bad-name={}", "letters, digits and _"),
         ("root=", "root"),
         ("novalue", "key=value"),
-        ("root=[1", "not YAML"),
+        ("students.reference={architecture: {}, corpus: random, tokenizer: bpe8k}", "choose another"),
+        ("score.max_bytes_per_trigger=banana", "512m or 1g"),
+        ("ingest.state_partitions=0", "at least 1, found 0"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

@@ -1,10 +1,14 @@
-"""Rows to documents or rejects, the split rule, the ids."""
+"""Rows to documents or rejects, the split rule, the ids; what ingest makes of them and says of their counts."""
 
 import json
+import logging
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from miniplm_udf.config import FieldsConfig, SplitConfig
+from miniplm_udf import ingest_query
+from miniplm_udf.config import ExperimentConfig, FieldsConfig, IngestConfig, SplitConfig
 from miniplm_udf.documents import (
     REJECT_REASONS,
     Document,
@@ -15,6 +19,8 @@ from miniplm_udf.documents import (
     instance_id,
     split_of,
 )
+from miniplm_udf.ingest import ChunkingSpec, ingest_batches
+from miniplm_udf.inputs import Inputs, _line_keys
 
 READER = DocumentReader(FieldsConfig(metadata=["lang"]), "unknown", SplitConfig(reference=0, heldout=0))
 
@@ -33,6 +39,36 @@ def test_id_and_source_are_optional_and_need_not_be_strings() -> None:
     found = READER.read_line(b'{"id": 7, "text": "a", "source": null}')
     assert isinstance(found, Document)
     assert (found.document_id, found.source) == ("7", "unknown")
+
+
+def test_fields_of_nested_objects() -> None:
+    """A key spelled with the dot comes first; an object on the way that is none, or null, has no such field."""
+    fields = FieldsConfig(id="meta.key", text="body.text", source="meta.set.name", metadata=["meta.lang", "meta.none"])
+    reader = DocumentReader(fields, "unknown", SplitConfig(reference=0, heldout=0))
+    row = {"body": {"text": "a"}, "meta": {"key": 7, "set.name": "web", "lang": "fr"}}
+    found = reader.read_line(json.dumps(row).encode())
+    assert isinstance(found, Document)
+    assert (found.document_id, found.text, found.source) == ("7", "a", "web")
+    assert json.loads(found.metadata or "") == {"meta.lang": "fr"}
+    found = reader.read_line(json.dumps({**row, "body.text": "literal", "meta": "none"}).encode())
+    assert isinstance(found, Document)
+    assert (found.text, found.source, found.metadata) == ("literal", "unknown", "{}")
+    for bad in ({"body": "a"}, {"body": None}, {"body": {"text": None}}, {"body.text": None, "body": {"text": "a"}}):
+        refused = reader.read_line(json.dumps(bad).encode())
+        assert isinstance(refused, Reject)
+        assert refused.reason == "missing_text"
+
+
+def test_keys_of_the_first_lines_are_dotted() -> None:
+    lines = [b'{"a": {"b": {"c": 1}, "d.e": 2}, "f": [{"g": 3}]}', b"[1]", b"{", b'{"a": 1}']
+    batch = pa.RecordBatch.from_pydict({"line": pa.array(lines, pa.binary())})
+    (found,) = _line_keys([batch])
+    assert [sorted(keys) for keys in found.column(0).to_pylist()] == [
+        ["a", "a.b", "a.b.c", "a.d.e", "f"],
+        [],
+        [],
+        ["a"],
+    ]
 
 
 @pytest.mark.parametrize("line", [b"", b"   ", b"\r", b"\xef\xbb\xbf"])
@@ -113,3 +149,58 @@ def test_ids_tell_what_they_are_made_of() -> None:
     # Golden: ids stay the same over releases, or every corpus would be scored anew.
     assert content_hash("a text") == "ab40b77b2c8732c10b8fa11079a67ae6"
     assert base == "b79265bf1f6ab3e48ec8c1af2ae49abc"
+
+
+# --- ingest ---
+
+
+def ingested(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `ingest_batches` makes of rows of a table, two rows a batch; one token a text."""
+    types = {"text": pa.binary(), "id": pa.binary(), "source": pa.binary(), "metadata": pa.string()}
+    schema = pa.schema([*types.items(), ("source_file", pa.string()), ("block_start", pa.int64())])
+    batches = [pa.RecordBatch.from_pylist(rows[i : i + 2], schema) for i in range(0, len(rows), 2)]
+    spec = ChunkingSpec("document", 8, "0" * 32, None, None)
+    made = ingest_batches(iter(batches), lambda texts: [[(0, len(text))] for text in texts], READER, spec)
+    return [row for batch in made for row in batch.to_pylist()]
+
+
+def test_each_bad_row_is_its_own_reject_and_the_same_when_read_again() -> None:
+    """Null and empty texts have no bytes to tell them apart: their place in the input does."""
+    rows = [
+        {"text": text, "source_file": file, "block_start": start}
+        for file in ("a", "b")
+        for start in (0, 128)
+        for text in (None, b"", None, b"good", b"", None)
+    ]
+    first = ingested(rows)
+    rejects = [row for row in first if row["kind"] == "reject"]
+    assert len(rejects) == len({row["key"] for row in rejects}) == 20
+    # The same splits in another order, as of a retry with other tasks: the same ids.
+    again = ingested(rows[12:] + rows[:12])
+    assert {row["key"] for row in again} == {row["key"] for row in first}
+
+
+def counts(instances: dict[str, int], documents: int, n_rejects: int = 0) -> ingest_query._Counts:
+    return ingest_query._Counts(instances, {"empty_text": n_rejects}, documents)
+
+
+def test_rejects_are_a_share_of_documents() -> None:
+    """Ten bad rows beside ten documents are half, however many instances the documents are cut into."""
+    config = ExperimentConfig(root="/r", ingest=IngestConfig(max_reject_share=0.4))
+    none = counts({}, 0)
+    found = ingest_query._summary(config, Inputs("jsonl", "/x"), none, counts({"pool": 1000}, 10, 10), 1.0)
+    assert (found["documents"], found["instances"], found["too_many_rejects"]) == (10, 1000, True)
+    # Packed, an instance holds many documents.
+    found = ingest_query._summary(config, Inputs("jsonl", "/x"), none, counts({"pool": 1}, 90, 10), 1.0)
+    assert found["too_many_rejects"] is False
+
+
+def test_an_empty_split_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    config = ExperimentConfig(root="/r", ingest=IngestConfig(split=SplitConfig(reference=0.2, heldout=0)))
+    with caplog.at_level(logging.WARNING, logger="miniplm"):
+        for found in ({"pool": 3}, {"pool": 3, "reference": 1}):
+            summary = ingest_query._summary(config, Inputs("jsonl", "/x"), counts({}, 0), counts(found, 3), 1.0)
+            ingest_query._warn_of_empty_splits(config, summary)
+    assert len(caplog.records) == 1
+    assert "split reference is empty: none of 3 documents" in caplog.text
+    assert "raise ingest.split.reference" in caplog.text

@@ -22,8 +22,18 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def one(text: str, ordinal: int = 0, stream: str = "s", starts: bool = True, ends: bool = True, joins=()) -> Slice:
-    return Slice(stream, ordinal, text, list(joins), starts, ends)
+def one(
+    text: str,
+    ordinal: int = 0,
+    stream: str = "s",
+    starts: bool = True,
+    ends: bool = True,
+    joins=(),
+    ids=(),
+    at: int = 0,
+) -> Slice:
+    """`ids`: of its documents (d0, d1, ... unless told); `at`: its start in the first."""
+    return Slice(stream, ordinal, text, [*joins], starts, ends, ids or [f"d{i}" for i in range(len(joins) + 1)], at)
 
 
 def ids_and_flags(packed: list[PackedSequence]) -> tuple[list[int], list[int]]:
@@ -45,16 +55,19 @@ def ids_and_flags(packed: list[PackedSequence]) -> tuple[list[int], list[int]]:
 
 
 def test_adjacent_slices_join_and_documents_end():
-    slices = [one("ab", 0, ends=False), one("cd", 1, starts=False), one("ef", 2)]
+    slices = [one("ab", 0, ends=False), one("cd", 1, starts=False, at=2), one("ef", 2)]
     assert list(join_slices(slices)) == [Piece("abcd", False, True), Piece("ef", True, True)]
 
 
 @pytest.mark.parametrize(
     ("second", "is_joined"),
     [
-        (one("cd", 2, starts=False), False),  # a gap in the stream
-        (one("cd", 1, stream="t"), False),  # another stream
-        (one("cd", 1, starts=False), None),  # adjacent: one piece
+        (one("cd", 2, starts=False, at=2), False),  # a gap in the stream
+        (one("cd", 1, stream="t", starts=False, at=2), False),  # another stream
+        (one("cd", 1), False),  # another document, though the first did not end
+        (one("cd", 1, starts=False, ids=["e"], at=2), False),  # inside another document
+        (one("cd", 1, starts=False, at=3), False),  # elsewhere in the document
+        (one("cd", 1, starts=False, at=2), None),  # adjacent: one piece
     ],
 )
 def test_a_gap_is_not_joined(second: Slice, is_joined: bool | None):
@@ -63,6 +76,27 @@ def test_a_gap_is_not_joined(second: Slice, is_joined: bool | None):
         assert found == [Piece("abcd", False, True)]
     else:
         assert found == [Piece("ab", False, False), Piece("cd", is_joined, True)]
+
+
+def test_inputs_that_begin_alike_are_not_spliced():
+    """Two files begin with one document and go on with others: one stream id, the same ordinals."""
+    shared = one("aaa", 0, ends=False, ids=["a"])
+    first = one("ax", 1, starts=False, ends=False, joins=[1], ids=["a", "x"], at=3)
+    second = one("ayy", 1, starts=False, ends=False, joins=[1], ids=["a", "y"], at=3)
+    first_rest = one("X", 2, starts=False, ids=["x"], at=1)
+    second_rest = one("Y", 2, starts=False, ids=["y"], at=2)
+    texts = [p.text for p in join_slices([shared, first, second, first_rest, second_rest])]
+    assert texts == ["aaaa", "x", "a", "yy", "X", "Y"]
+    # Of each file alone, everything joins.
+    assert [p.text for p in join_slices([shared, first, first_rest])] == ["aaaa", "xX"]
+    assert [p.text for p in join_slices([shared, second, second_rest])] == ["aaaa", "yyY"]
+
+
+def test_offsets_are_of_bytes():
+    slices = [one("é", 0, ends=False), one("ß", 1, starts=False, ends=False, at=2), one("b", 2, starts=False, at=4)]
+    assert [p.text for p in join_slices(slices)] == ["éßb"]
+    after = one("b", 1, starts=False, ids=["d1"], at=2)
+    assert [p.text for p in join_slices([one("éß", 0, ends=False, joins=[2]), after])] == ["é", "ßb"]
 
 
 def test_behind_a_document_end_only_a_beginning_is_joined():
@@ -82,12 +116,12 @@ def test_an_empty_end_of_a_document_makes_no_separator():
 
 
 def test_a_document_whose_end_comes_with_the_next_slice_ends_once():
-    joined = list(join_slices([one("ab", 0, ends=False), one("cd", 1, starts=False, joins=[0])]))
+    joined = list(join_slices([one("ab", 0, ends=False), one("cd", 1, starts=False, joins=[0], at=2)]))
     assert joined == [Piece("ab", False, True), Piece("cd", True, True)]
 
 
 def test_long_documents_come_in_joined_pieces_of_bounded_length():
-    slices = [one("word " * 20, i, starts=i == 0, ends=i == 9) for i in range(10)]
+    slices = [one("word " * 20, i, starts=i == 0, ends=i == 9, at=100 * i) for i in range(10)]
     joined = list(join_slices(slices, limit=64))
     assert "".join(p.text for p in joined) == "word " * 200
     assert max(len(p.text) for p in joined) <= 64
@@ -102,7 +136,7 @@ def test_an_overlong_run_is_never_held_whole():
         nonlocal taken
         for i in range(1000):
             taken += 1
-            yield one("x" * 100, i, starts=i == 0, ends=False)
+            yield one("x" * 100, i, starts=i == 0, ends=False, at=100 * i)
 
     next(join_slices(slices(), limit=256))
     assert taken <= 4
@@ -157,7 +191,12 @@ def random_stream(source: random.Random, stream: str) -> tuple[list[Slice], list
     slices = []
     for ordinal, (left, right) in enumerate(itertools.pairwise(cuts)):
         inner = [len(whole[left:end].encode()) for end in ends if left < end < right]
-        slices.append(Slice(stream, ordinal, whole[left:right], inner, left in {0, *ends}, right in ends))
+        first = sum(end <= left for end in ends)  # the document that the slice begins in
+        start_byte = len(whole[([0, *ends][first]) : left].encode())
+        ids = [f"{stream} {first + i}" for i in range(len(inner) + 1)]
+        slices.append(
+            Slice(stream, ordinal, whole[left:right], inner, left in {0, *ends}, right in ends, ids, start_byte)
+        )
     return slices, documents
 
 

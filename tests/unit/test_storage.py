@@ -70,3 +70,7 @@ def test_remote_folder_is_fetched_once(tmp_path: Path, monkeypatch: pytest.Monke
     local = storage.local_folder("memory://bucket/model")
     assert (local / "config.json").read_text() == "{}"
     assert storage.local_folder("memory://bucket/model") == local
+    # Another state of the same folder is another copy.
+    (source / "config.json").write_text('{"retrained": true}')
+    storage.upload_folder(source, "memory://bucket/model")
+    assert (storage.local_folder("memory://bucket/model") / "config.json").read_text() == '{"retrained": true}'
