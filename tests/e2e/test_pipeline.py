@@ -43,7 +43,7 @@ def test_summary_holds_what_the_tables_hold(experiment: Experiment) -> None:
         assert len(scored) == len(set(scored)) == summary["scored"][alias]
         assert set(scored) <= pool
         assert summary["tokens_per_second"][alias] > 0
-    assert set(summary["seconds"]) == set(STAGES) - {"report"}
+    assert set(summary["seconds"]) == set(STAGES)
     for name, corpus in summary["refined"].items():
         assert read_table(root, f"refined/{name}", corpus["version"]).num_rows == summary["kept"][name] > 0
     assert set(summary["students"]) == {"miniplm", "conventional"}

@@ -190,6 +190,7 @@ def test_unknown_alias_and_lost_rows_raise() -> None:
         list(score_arrow({"teacher": lambda: Loser(1.0)})(iter([request(2)])))
 
 
+@pytest.mark.slow
 def test_the_function_travels_as_spark_sends_it(tmp_path: Path) -> None:
     """A real scorer, pickled into a process that has nothing but the package, for two rows."""
     cloudpickle = pytest.importorskip("pyspark.cloudpickle")

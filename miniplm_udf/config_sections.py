@@ -1,0 +1,343 @@
+"""The sections of an experiment, one frozen dataclass each, validated where they are made.
+
+Ours are the names, the defaults (the paper's recipe, arXiv 2410.17215) and the checks. Defaults stand here and nowhere
+else. A section never looks at another: links between them are `config.ExperimentConfig`'s to check. Imports nothing
+heavy.
+"""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from miniplm_udf.errors import ConfigError
+
+_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def check_name(kind: str, name: str) -> None:
+    check(
+        bool(name) and set(name) <= _NAME_CHARACTERS and not name[0].isdigit(),
+        f"{kind} {name!r}: names become column and table names, so use letters, digits and _ (no leading digit)",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A causal LM that scores.
+
+    Attributes:
+        path: a folder, a hub name, a `.gguf` file, or `package:NAME/FILE` for a file in an installed Python package;
+            null for a model that this experiment trains (the reference): `<root>/models/<alias>`.
+        revision: commit of a hub model; null takes the newest, and records which that was.
+        dtype: of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU, settled at the first scoring.
+        document_separator: the model's pre-training end-of-document token, never a chat token; null takes the
+            tokenizer's `eos_token` where that is no chat token.
+        prefix_token: put in front with `context_prefix: token`; null takes `document_separator`.
+        context_prefix: none is the official arithmetic; token scores every byte (DESIGN, "Scoring").
+        context_tokens: longest input of one forward pass.
+        window_overlap_tokens: context that consecutive windows of a longer text share.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    document_separator: str | None = None
+    prefix_token: str | None = None
+    context_prefix: Literal["none", "token"] = "none"
+    context_tokens: int = 1024
+    window_overlap_tokens: int = 256
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.context_tokens >= 2, f"context_tokens: expected at least 2, found {self.context_tokens}")
+        check(
+            0 <= self.window_overlap_tokens < self.context_tokens,
+            f"window_overlap_tokens: expected 0 to context_tokens - 1 ({self.context_tokens - 1}), "
+            f"found {self.window_overlap_tokens}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparkConfig:
+    """The session of a command; a file run by spark-submit takes master and conf from there."""
+
+    master: str | None = None
+    conf: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FieldsConfig:
+    """Names of the input's fields. `id` and `source` may be absent from the input; `metadata` are carried along."""
+
+    id: str = "id"
+    text: str = "text"
+    source: str = "source"
+    metadata: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkingConfig:
+    """How documents become instances (DESIGN, "Chunking"). `tokenizer` is a model alias; sizes are in its tokens."""
+
+    mode: Literal["document", "packed"] = "packed"
+    tokenizer: str = "teacher"
+    max_tokens: int = 1025
+    split_bytes: int = 128 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        check(self.max_tokens >= 2, f"chunking.max_tokens: expected at least 2, found {self.max_tokens}")
+        check(self.split_bytes >= 1024, f"chunking.split_bytes: expected at least 1024, found {self.split_bytes}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Shares of documents that are set aside, by a hash of their text; the rest is `pool`."""
+
+    reference: float = 0.05
+    heldout: float = 0.01
+
+    def __post_init__(self) -> None:
+        check(
+            self.reference >= 0 and self.heldout >= 0 and self.reference + self.heldout < 1,
+            f"split: expected shares of at least 0 that sum to less than 1, found {self.reference} + {self.heldout}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Where the corpus is and how it is cut.
+
+    Attributes:
+        input: paths, folders or globs of files (one format), or the location of one Delta table.
+        format: auto goes by the file names (.jsonl[.gz|.zst], .parquet) and by a `_delta_log`.
+        state_partitions: partitions of the deduplication state, fixed when the query first starts.
+        max_files_per_trigger: files in one micro-batch.
+        max_reject_share: above this share of rejected rows, the command ends with exit code 3.
+    """
+
+    input: list[str] | str = dataclasses.field(default_factory=list)
+    format: Literal["auto", "jsonl", "parquet", "delta"] = "auto"
+    fields: FieldsConfig = dataclasses.field(default_factory=FieldsConfig)
+    default_source: str = "unknown"
+    chunking: ChunkingConfig = dataclasses.field(default_factory=ChunkingConfig)
+    split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+    state_partitions: int = 8
+    max_files_per_trigger: int = 1000
+    max_reject_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("state_partitions", "max_files_per_trigger"):
+            check(getattr(self, name) >= 1, f"ingest.{name}: expected at least 1, found {getattr(self, name)}")
+
+    @property
+    def inputs(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else list(self.input)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How instances are scored.
+
+    Attributes:
+        models: aliases to score with; empty means all of `models`.
+        workers: concurrent scorers: one a GPU; 1 on a single machine without.
+        tokens_per_batch: token budget of one forward pass.
+        trigger: available_now, or processing_time with `interval_seconds`.
+        max_bytes_per_trigger: size of a micro-batch, as bytes of the instances' files.
+    """
+
+    models: list[str] = dataclasses.field(default_factory=list)
+    workers: int = 1
+    tokens_per_batch: int = 4096
+    trigger: Literal["available_now", "processing_time"] = "available_now"
+    interval_seconds: float = 10.0
+    max_bytes_per_trigger: str = "1g"
+    max_reject_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        check(self.tokens_per_batch >= 1, f"tokens_per_batch: expected at least 1, found {self.tokens_per_batch}")
+        check(self.workers >= 1, f"workers: expected at least 1, found {self.workers}")
+        check(
+            re.fullmatch(r"\d+[bkmgt]?b?", self.max_bytes_per_trigger.lower()) is not None,
+            f"score.max_bytes_per_trigger: expected a size such as 512m or 1g, found {self.max_bytes_per_trigger!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which rows are kept.
+
+    Attributes:
+        rule: top_ratio keeps the highest floor(ratio * N); threshold keeps score >= threshold; random keeps a seeded
+            random floor(ratio * N), whatever the score.
+        by: count instances or tokens.
+    """
+
+    rule: Literal["top_ratio", "threshold", "random"] = "top_ratio"
+    ratio: float | None = None
+    by: Literal["instances", "tokens"] = "instances"
+    threshold: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rule == "threshold":
+            check(self.threshold is not None, "select.threshold: the rule threshold needs it")
+        else:
+            check(
+                self.ratio is not None and 0 < self.ratio <= 1,
+                f"select.ratio: the rule {self.rule} needs a ratio above 0 and at most 1, found {self.ratio}",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """One refined corpus: SQL over `score_matrix`.
+
+    Attributes:
+        score: expression to rank by, higher is better; null is reference minus teacher mean NLL, the paper's.
+        where: condition to be a candidate; null is at least 32 scored tokens of the first model.
+    """
+
+    score: str = "reference_nll_mean - teacher_nll_mean"
+    where: str | None = None
+    select: SelectConfig = dataclasses.field(default_factory=lambda: SelectConfig(ratio=0.5))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefineConfig:
+    """`tokens_of` is the model whose tokens a selection by tokens counts."""
+
+    tokens_of: str = "teacher"
+    corpora: dict[str, CorpusConfig] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.corpora:
+            check_name("corpus", name)
+            check(name != "reference", "corpus 'reference': that name is the reference split's; choose another")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A student's tokenizer: one from `path` (folder or hub name), or a byte-level BPE trained on `pool` text.
+
+    Attributes:
+        train_bytes: text that the BPE is trained on at most.
+        document_separator: end-of-document token; a trained BPE gets it as its one special token.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    vocab_size: int = 8192
+    train_bytes: int = 100_000_000
+    document_separator: str = "<|endoftext|>"
+
+    def __post_init__(self) -> None:
+        # 256 bytes and the separator.
+        check(self.vocab_size >= 257, f"tokenizer vocab_size: expected at least 257, found {self.vocab_size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Token sequences for training.
+
+    Attributes:
+        sequence_length: tokens a model sees at once.
+        shards: streams that are packed independently; each ends in one padded sequence.
+    """
+
+    sequence_length: int = 1024
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.sequence_length >= 2, f"sequence_length: expected at least 2, found {self.sequence_length}")
+        check(self.shards >= 1, f"pack.shards: expected at least 1, found {self.shards}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimiser and schedule; the defaults are the paper's. `loss: official` is the mean per sequence of the mean over
+    targets whose input is not the separator; token_mean is the mean over all targets."""
+
+    steps: int = 100_000
+    batch_sequences: int = 512
+    micro_batch_sequences: int = 8
+    learning_rate: float = 6e-4
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 2000
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-6
+    weight_decay: float = 0.01
+    gradient_clip_norm: float = 1.0
+    loss: Literal["official", "token_mean"] = "official"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    log_every_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_sequences", "micro_batch_sequences", "save_every_steps", "log_every_steps"):
+            check(getattr(self, name) >= 1, f"train.{name}: expected at least 1, found {getattr(self, name)}")
+        check(
+            0 <= self.warmup_steps <= self.steps,
+            f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """A student: any `AutoConfig` keyword in `architecture` (with `model_type`), a refined corpus, a tokenizer.
+
+    `train` inherits every key that it does not set from the experiment's `train` section.
+    """
+
+    architecture: dict[str, Any]
+    corpus: str
+    tokenizer: str
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The reference LM: trained once on the `reference` split with the tokenizer of the model `tokenizer`, then frozen.
+
+    `train` inherits every key that it does not set from the experiment's `train` section.
+    """
+
+    alias: str = "reference"
+    tokenizer: str = "teacher"
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out loss. `max_instances_per_source` bounds the work (0: no bound)."""
+
+    tokens_per_batch: int = 8192
+    max_instances_per_source: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Where the summary and the report go (local paths), and how many texts are shown of each kind.
+
+    `folder` null: under `root`, which must then be local.
+    """
+
+    folder: str | None = None
+    examples: int = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlflowConfig:
+    """Null `tracking_uri`: `MLFLOW_TRACKING_URI` where that is set, else SQLite at `<root>/mlflow.db`."""
+
+    tracking_uri: str | None = None
+    experiment: str = "miniplm"
