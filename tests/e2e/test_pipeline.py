@@ -157,7 +157,8 @@ def test_a_stage_is_a_file_for_spark_submit(experiment: Experiment) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert table_version(experiment.root, "refined/difference") == before + 1
-    found = json.loads(done.stdout)["refine"]["refined"]["difference"]
+    # spark-submit sends a Python program's log to stdout, too; the summary comes last.
+    found = json.loads(done.stdout[done.stdout.index("\n{\n") :])["refine"]["refined"]["difference"]
     assert (found["version"], found["skipped"]) == (before + 1, False)
 
 
