@@ -162,6 +162,15 @@ def test_a_stage_is_a_file_for_spark_submit(experiment: Experiment) -> None:
     assert (found["version"], found["skipped"]) == (before + 1, False)
 
 
+def test_too_many_rejects_end_with_exit_3_and_keep_what_is_good(experiment: Experiment, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mixed.jsonl", [*make_documents(8, seed=4), {"id": "bad", "text": None}])
+    overrides = [f"root={tmp_path}/root", f"ingest.input={tmp_path}/mixed.jsonl"]
+    done = experiment.miniplm("ingest", *overrides)
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert read_table(tmp_path / "root", "rejects").column("reason").to_pylist() == ["missing_text"]
+    assert read_table(tmp_path / "root", "instances").num_rows > 0
+
+
 @pytest.mark.parametrize(
     ("command", "override", "code", "message"),
     [
