@@ -18,9 +18,9 @@ from miniplm_udf import matrix, scores
 from miniplm_udf.config import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.model_records import describe_models, model_configs
+from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streaming import wait_for_all
-from miniplm_udf.udf import ModelScorerFactory
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -1,8 +1,9 @@
 """From an instance's text to what the model is fed: token ids, which of them are scored, and how many bytes they cover.
 
-Owns the two arithmetics of DESIGN, "Scoring" (`context_prefix` none: the official one, and token). Refuses models: no
-torch here. Input: text, `segment_ends` (UTF-8 byte offsets where one document ends and the next begins) and
-`ends_document`. Output: an `EncodedText`, or a `Failure` where the text cannot be encoded. Executor side; pure.
+Owns the two arithmetics of DESIGN, "Scoring" (`context_prefix` none: the official one, and token), in two steps: text
+to ids, which models with one tokenizer share, and ids to one model's input. Refuses models: no torch here. Input: text,
+`segment_ends` (UTF-8 byte offsets where one document ends and the next begins) and `ends_document`. Output: an
+`EncodedText`, or a `Failure` where the text cannot be encoded. Executor side; pure.
 
 Each segment is encoded alone. A segment longer than 64 Ki characters is encoded in pieces, cut before a space, so that
 a text of 50 MB never becomes Python lists or `Encoding` objects as a whole. Tokenizers that split words at spaces give
@@ -11,7 +12,7 @@ the same ids as for the whole; those that put a space of their own in front (sen
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -48,11 +49,19 @@ class EncodedText:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Ids of a stretch of text; bytes of its first token, and of its tokens that stand behind a separator's id."""
+    """A stretch of text, its ids (int32), and the UTF-8 bytes of its first token."""
 
+    text: str
     ids: np.ndarray
     first_token_bytes: int
-    behind_separator_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """A text as its tokenizer sees it, before a model's prefix and separators: of each segment, its pieces."""
+
+    segments: list[list[_Piece]]
+    n_bytes: int
 
 
 def pieces(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -88,61 +97,129 @@ def segments(text: str, segment_ends: Sequence[int]) -> list[str]:
     return [raw[left:right].decode("utf-8") for left, right in itertools.pairwise(bounds)]
 
 
-class TextEncoder:
-    """Encodes instances for one model."""
+class TextTokenizer:
+    """Tokenizes instances: what models with one tokenizer share."""
 
-    def __init__(self, tokenizer: Tokenizer, description: ModelDescription) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Tokenized | Failure]:
+        """Tokenizes instances, many in one call: the library spreads them over the cores.
+
+        Args:
+            texts: the texts, None where a row has none.
+            segment_ends: of each, UTF-8 byte offsets where one document ends and the next begins.
+
+        Returns:
+            Of each the ids of its segments, or Failure("tokenizer_failed").
+        """
+        cut = [_cut(text, ends) for text, ends in zip(texts, segment_ends, strict=True)]
+        encoded = self._encode(
+            piece for item in cut if not isinstance(item, Failure) for part in item for piece in part
+        )
+        return [item if isinstance(item, Failure) else _joined(item, encoded) for item in cut]
+
+    def bytes_behind(self, piece: _Piece, token_id: int) -> int:
+        """UTF-8 bytes of a piece's tokens that stand directly behind a token of this id. Rare: it is encoded again."""
+        behind = np.flatnonzero(piece.ids[:-1] == token_id) + 1
+        if len(behind) == 0:
+            return 0
+        encoding = self._tokenizer.encode(piece.text, add_special_tokens=False)
+        return sum(_token_bytes(piece.text, encoding, int(position)) for position in behind)
+
+    def _encode(self, texts: Iterable[str]) -> Iterator[_Piece | Failure]:
+        group: list[str] = []
+        size = 0
+        for text in texts:
+            group.append(text)
+            size += len(text)
+            if size >= _CALL_CHARACTERS:
+                yield from self._encode_group(group)
+                group, size = [], 0
+        yield from self._encode_group(group)
+
+    def _encode_group(self, group: list[str]) -> list[_Piece | Failure]:
+        try:
+            encodings = self._tokenizer.encode_batch(group, add_special_tokens=False)
+        except Exception as error:  # the Rust library raises bare Exception, and TypeError for lone surrogates
+            if len(group) == 1:
+                return [Failure("tokenizer_failed", f"{type(error).__name__}: {error}")]
+            return [piece for text in group for piece in self._encode_group([text])]
+        return [
+            _Piece(text, np.array(encoding.ids, dtype=np.int32), _token_bytes(text, encoding, 0))
+            for text, encoding in zip(group, encodings, strict=True)
+        ]
+
+
+def _cut(text: str | None, segment_ends: Sequence[int]) -> list[list[str]] | Failure:
+    """The pieces of a text's segments."""
+    if text is None:
+        return Failure("tokenizer_failed", "expected a text, found null")
+    try:
+        return [list(pieces(part)) for part in segments(text, segment_ends)]
+    except ValueError as error:  # also a lone surrogate's UnicodeEncodeError
+        return Failure("tokenizer_failed", f"{type(error).__name__}: {error}")
+
+
+def _joined(parts: list[list[str]], encoded: Iterator[_Piece | Failure]) -> Tokenized | Failure:
+    """Takes the pieces of one text off a stream."""
+    found = [[next(encoded) for _ in part] for part in parts]
+    failures = [piece for part in found for piece in part if isinstance(piece, Failure)]
+    if failures:
+        return failures[0]
+    n_bytes = sum(len(piece.encode("utf-8")) for part in parts for piece in part)
+    whole = [[piece for piece in part if isinstance(piece, _Piece) and len(piece.ids)] for part in found]
+    return Tokenized(whole, n_bytes)
+
+
+class TextEncoder:
+    """Makes a model's input of tokenized instances: its prefix, its separators, its mask."""
+
+    def __init__(self, tokenizer: TextTokenizer, description: ModelDescription) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = description.vocab_size
         self._separator_id = description.document_separator_id
         self._prefix_id = description.prefix_token_id if description.context_prefix == "token" else None
 
-    def encode(self, text: str | None, segment_ends: Sequence[int], ends_document: bool) -> EncodedText | Failure:
+    def encode(self, tokenized: Tokenized | Failure, ends_document: bool) -> EncodedText | Failure:
         """Encodes one instance.
 
         Args:
-            text: the text, or None where the row has none.
-            segment_ends: UTF-8 byte offsets where one document ends and the next begins.
+            tokenized: of `TextTokenizer.tokenize`; a failure is handed on.
             ends_document: whether the text ends at a document's end: a separator then stands behind it.
 
         Returns:
             The input, or Failure("tokenizer_failed") or Failure("no_tokens").
         """
-        if text is None:
-            return Failure("tokenizer_failed", "expected a text, found null")
-        try:
-            parts = segments(text, segment_ends)
-            total_bytes = len(text.encode("utf-8"))
-            encoded = [list(self._encode_pieces(part)) for part in parts]
-        except Exception as error:  # the Rust library raises bare Exception, and TypeError for lone surrogates
-            return Failure("tokenizer_failed", f"{type(error).__name__}: {error}")
-        closed = [True] * (len(parts) - 1) + [bool(ends_document)]
+        if isinstance(tokenized, Failure):
+            return tokenized
+        closed = [True] * (len(tokenized.segments) - 1) + [bool(ends_document)]
         joined = self._with_prefix if self._prefix_id is not None else self._official
-        return self._checked(joined(encoded, closed, total_bytes))
+        return self._checked(joined(tokenized, closed))
 
-    def _official(self, encoded: list[list[_Piece]], closed: list[bool], total_bytes: int) -> EncodedText:
+    def _official(self, tokenized: Tokenized, closed: list[bool]) -> EncodedText:
         """Predictions count where the *input* token is not the separator; predictions of a separator count."""
         separator = np.array([self._separator_id], dtype=np.int32)
         parts: list[np.ndarray] = []
         unscored_bytes = 0
-        for segment, has_separator in zip(encoded, closed, strict=True):
+        for segment, has_separator in zip(tokenized.segments, closed, strict=True):
             for piece in segment:
                 # The text's first token has no prediction; one behind a separator's id has one that does not count.
                 if not parts or parts[-1][-1] == self._separator_id:
                     unscored_bytes += piece.first_token_bytes
-                unscored_bytes += piece.behind_separator_bytes
+                unscored_bytes += self._tokenizer.bytes_behind(piece, self._separator_id)
                 parts.append(piece.ids)
             if has_separator:
                 parts.append(separator)
         ids = _concatenate(parts)
-        return EncodedText(ids, ids[:-1] != self._separator_id, max(total_bytes - unscored_bytes, 0))
+        return EncodedText(ids, ids[:-1] != self._separator_id, max(tokenized.n_bytes - unscored_bytes, 0))
 
-    def _with_prefix(self, encoded: list[list[_Piece]], closed: list[bool], total_bytes: int) -> EncodedText:
+    def _with_prefix(self, tokenized: Tokenized, closed: list[bool]) -> EncodedText:
         """The prefix in front; every text token counts; separators are context and not predicted."""
         assert self._prefix_id is not None
         parts = [np.array([self._prefix_id], dtype=np.int32)]
         scored = [np.zeros(1, dtype=bool)]
-        for segment, has_separator in zip(encoded, closed, strict=True):
+        for segment, has_separator in zip(tokenized.segments, closed, strict=True):
             for piece in segment:
                 parts.append(piece.ids)
                 scored.append(np.ones(len(piece.ids), dtype=bool))
@@ -151,7 +228,7 @@ class TextEncoder:
                 scored.append(np.zeros(1, dtype=bool))
         if closed[-1]:  # context of nothing
             parts.pop(), scored.pop()
-        return EncodedText(_concatenate(parts), np.concatenate(scored)[1:], total_bytes)
+        return EncodedText(_concatenate(parts), np.concatenate(scored)[1:], tokenized.n_bytes)
 
     def _checked(self, encoded: EncodedText) -> EncodedText | Failure:
         n_scored = int(encoded.scored.sum())
@@ -167,36 +244,6 @@ class TextEncoder:
                 f"token id {largest} is outside the model's {self._vocab_size} ids",
             )
         return encoded
-
-    def _encode_pieces(self, segment: str) -> Iterator[_Piece]:
-        group: list[str] = []
-        size = 0
-        for piece in pieces(segment):
-            group.append(piece)
-            size += len(piece)
-            if size >= _CALL_CHARACTERS:
-                yield from self._encode_group(group)
-                group, size = [], 0
-        if group:
-            yield from self._encode_group(group)
-
-    def _encode_group(self, group: list[str]) -> Iterator[_Piece]:
-        for text, encoding in zip(
-            group,
-            self._tokenizer.encode_batch(group, add_special_tokens=False),
-            strict=True,
-        ):
-            if len(encoding.ids):
-                yield self._reduce(text, encoding)
-
-    def _reduce(self, text: str, encoding: Encoding) -> _Piece:
-        ids = np.array(encoding.ids, dtype=np.int32)
-        behind = np.flatnonzero(ids[:-1] == self._separator_id) + 1
-        return _Piece(
-            ids=ids,
-            first_token_bytes=_token_bytes(text, encoding, 0),
-            behind_separator_bytes=sum(_token_bytes(text, encoding, int(position)) for position in behind),
-        )
 
 
 def _token_bytes(text: str, encoding: Encoding, position: int) -> int:

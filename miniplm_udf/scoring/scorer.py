@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.head import Head
-from miniplm_udf.scoring.inputs import EncodedText, Failure, TextEncoder
+from miniplm_udf.scoring.inputs import EncodedText, Failure, TextEncoder, TextTokenizer, Tokenized
 from miniplm_udf.scoring.windows import Window, batches, windows
 
 __all__ = ["Failure", "Score", "Scorer"]
@@ -55,6 +55,7 @@ class Scorer:
     """A loaded model that scores texts.
 
     Attributes:
+        tokenizer_hash: scorers of equal hashes take each other's `tokenize` results.
         slice_bytes: UTF-8 bytes of text that are worth handing over at once.
         on_progress: called after each forward pass with the tokens that it scored.
     """
@@ -74,7 +75,9 @@ class Scorer:
         self._tokens_per_batch = tokens_per_batch
         self._device = torch.device(device)
         self._head = Head(model)
-        self._encoder = TextEncoder(tokenizer, description)
+        self.tokenizer_hash = description.tokenizer_hash
+        self._tokenizer = TextTokenizer(tokenizer)
+        self._encoder = TextEncoder(self._tokenizer, description)
 
     def score(
         self,
@@ -92,25 +95,27 @@ class Scorer:
         Returns:
             One result a text, in order. Failure reasons: no_tokens, nan_score, tokenizer_failed, out_of_memory.
         """
+        return self.score_tokenized(self.tokenize(texts, segment_ends), ends_document)
+
+    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Tokenized | Failure]:
+        """The part of `score` that scorers of one `tokenizer_hash` share; needs no model, and may run in a thread."""
+        return self._tokenizer.tokenize(texts, segment_ends)
+
+    def score_tokenized(
+        self, tokenized: Sequence[Tokenized | Failure], ends_document: Sequence[bool]
+    ) -> list[Score | Failure]:
+        """The part of `score` that needs the model."""
         results: list[Score | Failure] = []
-        for start, end in self._slices(texts):
-            encoded = [
-                self._encoder.encode(*row)
-                for row in zip(
-                    texts[start:end],
-                    segment_ends[start:end],
-                    ends_document[start:end],
-                    strict=True,
-                )
-            ]
-            results.extend(self._score_slice(encoded))
+        for start, end in self._slices(tokenized):
+            rows = zip(tokenized[start:end], ends_document[start:end], strict=True)
+            results.extend(self._score_slice([self._encoder.encode(*row) for row in rows]))
         return results
 
-    def _slices(self, texts: Sequence[str | None]) -> Iterator[tuple[int, int]]:
+    def _slices(self, tokenized: Sequence[Tokenized | Failure]) -> Iterator[tuple[int, int]]:
         start, size = 0, 0
-        for end, text in enumerate(texts, start=1):
-            size += len(text or "")
-            if size >= self.slice_bytes or end == len(texts):
+        for end, item in enumerate(tokenized, start=1):
+            size += item.n_bytes if isinstance(item, Tokenized) else 0
+            if size >= self.slice_bytes or end == len(tokenized):
                 yield start, end
                 start, size = end, 0
 

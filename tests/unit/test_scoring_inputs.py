@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from miniplm_udf.scoring import inputs
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.scoring.inputs import EncodedText, Failure, TextEncoder, pieces, segments
+from miniplm_udf.scoring.inputs import EncodedText, Failure, TextEncoder, TextTokenizer, pieces, segments
 from tests.unit import tiny_models
 
 WORDS = {"<sep>": 0, "a": 1, "bb": 2, "ä": 3, "c": 4, "<pre>": 5, "?": 6}
@@ -39,8 +39,16 @@ def word_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def encode_with(
+    tokenizer: Tokenizer, description: ModelDescription, text: str | None, ends: list[int], ends_document: bool
+) -> EncodedText | Failure:
+    shared = TextTokenizer(tokenizer)
+    [tokenized] = shared.tokenize([text], [ends])
+    return TextEncoder(shared, description).encode(tokenized, ends_document)
+
+
 def encode(text: str, ends: list[int], ends_document: bool, prefix: Literal["none", "token"] = "none") -> EncodedText:
-    found = TextEncoder(word_tokenizer(), describe(prefix)).encode(text, ends, ends_document)
+    found = encode_with(word_tokenizer(), describe(prefix), text, ends, ends_document)
     assert isinstance(found, EncodedText), found
     return found
 
@@ -96,7 +104,7 @@ def test_empty_segments_and_offsets_at_both_ends() -> None:
     ],
 )
 def test_failures(text: str | None, ends: list[int], ends_document: bool, reason: str) -> None:
-    found = TextEncoder(word_tokenizer(), describe()).encode(text, ends, ends_document)
+    found = encode_with(word_tokenizer(), describe(), text, ends, ends_document)
     assert isinstance(found, Failure)
     assert found.reason == reason
 
@@ -107,7 +115,7 @@ def test_one_token_is_scored_where_something_stands_around_it() -> None:
 
 
 def test_ids_outside_the_model_are_a_failure() -> None:
-    found = TextEncoder(word_tokenizer(), describe(vocab_size=4)).encode("a c", [], False)
+    found = encode_with(word_tokenizer(), describe(vocab_size=4), "a c", [], False)
     assert isinstance(found, Failure)
     assert found.reason == "tokenizer_failed"
 
@@ -117,7 +125,7 @@ def test_bytes_of_a_character_cut_by_tokens() -> None:
     description = dataclasses.replace(describe(vocab_size=tiny_models.VOCAB_SIZE), model_revision="")
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.post_processor = None
-    found = TextEncoder(tokenizer, description).encode("😀ab", [], False)
+    found = encode_with(tokenizer, description, "😀ab", [], False)
     assert isinstance(found, EncodedText)
     assert len(found.ids) == 6
     assert found.n_bytes == 2
@@ -148,11 +156,11 @@ def test_pieces_are_cut_before_a_space_that_follows_a_word() -> None:
 def test_long_text_has_the_same_ids_as_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "the quick  brown fox, é😀 jumps\n\n over 12 " * 50
     tokenizer = tiny_models.make_tokenizer()
-    encoder = TextEncoder(tokenizer, describe(vocab_size=tiny_models.VOCAB_SIZE))
-    whole = encoder.encode(text, [], False)
+    description = describe(vocab_size=tiny_models.VOCAB_SIZE)
+    whole = encode_with(tokenizer, description, text, [], False)
     monkeypatch.setattr(inputs.pieces, "__defaults__", (64,))
     monkeypatch.setattr(inputs, "_CALL_CHARACTERS", 100)
-    cut = encoder.encode(text, [], False)
+    cut = encode_with(tokenizer, description, text, [], False)
     assert isinstance(whole, EncodedText)
     assert isinstance(cut, EncodedText)
     assert cut.ids.tolist() == whole.ids.tolist()

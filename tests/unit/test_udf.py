@@ -14,11 +14,11 @@ import pytest
 from miniplm_udf import udf
 from miniplm_udf.config import ModelConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError, ScoringError
+from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.inputs import Failure
 from miniplm_udf.udf import (
     DESCRIBED_SCHEMA,
     SCORED_SCHEMA,
-    ModelScorerFactory,
     describe_arrow,
     description_of,
     model_config_json,
