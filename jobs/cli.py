@@ -12,6 +12,7 @@ from miniplm_udf import __version__
 
 COMMANDS = {
     "run": "all stages in order, skipping those whose inputs and config have not changed",
+    "estimate": "what it will cost, from a sample: tokens, FLOPs, seconds, bytes, rejects; writes nothing",
     "ingest": "files or a table -> instances and rejects",
     "reference": "train the reference LM on the reference split, once",
     "score": "instances -> scores -> score_matrix, with every configured model",
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         print(f"miniplm: unknown command {word!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    if word == "demo-text":
-        return int(importlib.import_module("jobs.demo_text").main(rest))
+    if word in ("demo-text", "estimate"):
+        return int(importlib.import_module(f"jobs.{word.replace('-', '_')}").main(rest))
     pipeline = importlib.import_module("jobs.pipeline")
     return int(pipeline.main(rest, stage=word if word in _STAGES else None))
 

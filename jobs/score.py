@@ -21,6 +21,7 @@ from miniplm_udf.model_records import describe_models, model_configs
 from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streaming import wait_for_all
+from miniplm_udf.tally import ModelCounts, Tally
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -35,7 +36,8 @@ def run(
         factories: makers of scorers by alias, instead of the models' own.
 
     Returns:
-        Counts by alias (rows in all, new rows, new tokens, tokens per second of scoring), rejects, matrix rows.
+        Counts by alias (rows in all, new rows, new tokens, tokens per second of scoring), the share of time in which
+        the models waited (null where there was too little to tell), rejects, matrix rows.
 
     Raises:
         CorpusError: there is nothing to score, or a model scored nothing at all.
@@ -44,8 +46,7 @@ def run(
     models = model_configs(config)
     descriptions = describe_models(spark, config, models)
     if factories is None:
-        budget = config.score.tokens_per_batch
-        factories = {alias: ModelScorerFactory(models[alias], descriptions[alias], budget) for alias in models}
+        factories = {alias: ModelScorerFactory(models[alias], descriptions[alias], config.score) for alias in models}
     plan = scores.ScoringPlan(
         models=scores.distinct_revisions(descriptions),
         factories=factories,
@@ -56,20 +57,20 @@ def run(
         run_id=new_run_id(),
     )
     revisions = {alias: description.model_revision for alias, description in descriptions.items()}
-    counts: dict[str, scores.ModelCounts] = {}
+    total = Tally()
     checkpoint = config.checkpoint_uri(scores.checkpoint_name(plan.models))
-    scoring = scores.start_scoring(spark, plan, checkpoint, config.score, counts)
+    scoring = scores.start_scoring(spark, plan, checkpoint, config.score, total)
     if config.score.trigger == "available_now":
         wait_for_all([scoring])
     matrix_checkpoint = config.checkpoint_uri(matrix.checkpoint_name(revisions))
     keeping = matrix.start_matrix(spark, revisions, config.table_uri(""), matrix_checkpoint, config.score)
     wait_for_all([scoring, keeping])
-    return _summary(spark, config, plan, descriptions, counts, time.monotonic() - start)
+    return _summary(spark, config, plan, descriptions, total, time.monotonic() - start)
 
 
 def _summary(
     spark: "SparkSession", config: ExperimentConfig, plan: scores.ScoringPlan,
-    descriptions: dict[str, ModelDescription], counts: dict[str, scores.ModelCounts], seconds: float,
+    descriptions: dict[str, ModelDescription], total: Tally, seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     by_revision = scores.totals(spark, plan)
     scored = {alias: by_revision.get(model.model_revision, 0) for alias, model in descriptions.items()}
@@ -79,13 +80,14 @@ def _summary(
             f"scores: expected scored instances of the split `pool` for every model, found {scored} and {rejected} "
             "rejects; see the table rejects, and whether ingest.split leaves a pool"
         )
-    none = scores.ModelCounts()
+    counts = {alias: total.models.get(alias, ModelCounts()) for alias in scored}
     return {
         "scored": scored,
-        "new_scored": {alias: counts.get(alias, none).n_scored for alias in scored},
+        "new_scored": {alias: counts[alias].n_scored for alias in scored},
         "rejected": rejected,
-        "tokens": {alias: counts.get(alias, none).n_tokens for alias in scored},
-        "tokens_per_second": {alias: counts.get(alias, none).tokens_per_second for alias in scored},
+        "tokens": {alias: counts[alias].n_tokens for alias in scored},
+        "tokens_per_second": {alias: counts[alias].tokens_per_second for alias in scored},
+        "wait_share": total.wait_share,
         "seconds": round(seconds, 3),
         "matrix_rows": spark.read.format("delta").load(config.table_uri("score_matrix")).count(),
         "too_many_rejects": rejected > config.score.max_reject_share * (rejected + sum(by_revision.values())),

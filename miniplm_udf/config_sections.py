@@ -146,22 +146,32 @@ class ScoreConfig:
     Attributes:
         models: aliases to score with; empty means all of `models`.
         workers: concurrent scorers: one a GPU; 1 on a single machine without.
-        tokens_per_batch: token budget of one forward pass.
+        workers_per_gpu: worker processes that may hold a model on one GPU at a time; others wait.
+        tokens_per_batch: token budget of one forward pass; null takes what is best on the device.
+        compile: whether models run through torch.compile; null does on a GPU.
+        attention: attention backend of transformers; auto leaves it to transformers.
         trigger: available_now, or processing_time with `interval_seconds`.
         max_bytes_per_trigger: size of a micro-batch, as bytes of the instances' files.
     """
 
     models: list[str] = dataclasses.field(default_factory=list)
     workers: int = 1
-    tokens_per_batch: int = 4096
+    workers_per_gpu: int = 1
+    tokens_per_batch: int | None = None
+    compile: bool | None = None
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     trigger: Literal["available_now", "processing_time"] = "available_now"
     interval_seconds: float = 10.0
     max_bytes_per_trigger: str = "1g"
     max_reject_share: float = 0.01
 
     def __post_init__(self) -> None:
-        check(self.tokens_per_batch >= 1, f"tokens_per_batch: expected at least 1, found {self.tokens_per_batch}")
-        check(self.workers >= 1, f"workers: expected at least 1, found {self.workers}")
+        check(
+            self.tokens_per_batch is None or self.tokens_per_batch >= 1,
+            f"score.tokens_per_batch: expected at least 1, found {self.tokens_per_batch}",
+        )
+        for name in ("workers", "workers_per_gpu"):
+            check(getattr(self, name) >= 1, f"score.{name}: expected at least 1, found {getattr(self, name)}")
         check(
             re.fullmatch(r"\d+[bkmgt]?b?", self.max_bytes_per_trigger.lower()) is not None,
             f"score.max_bytes_per_trigger: expected a size such as 512m or 1g, found {self.max_bytes_per_trigger!r}",

@@ -72,7 +72,7 @@ def ingest(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
     """
     start = time.monotonic()
     inputs = find_inputs(spark, config.ingest)
-    model = _chunking_model(config)
+    model = chunking_model(config)
     spec = ChunkingSpec.of(config.ingest, model, executor_tokenizer_hash(spark, model))
     _settle_spec(spark, config, spec)
     for table in (schemas.INSTANCES, schemas.REJECTS):
@@ -115,7 +115,7 @@ def executor_tokenizer_hash(spark: "SparkSession", model: ModelConfig) -> str:
     return str(row.found)
 
 
-def _chunking_model(config: ExperimentConfig) -> ModelConfig:
+def chunking_model(config: ExperimentConfig) -> ModelConfig:
     alias = config.ingest.chunking.tokenizer
     model = config.models[alias]
     if model.path is None:

@@ -109,7 +109,7 @@ def stream(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, excluded
     if inputs.format == "delta":
         frame = reader.option("skipChangeCommits", "true").load(inputs.path)
         return frame.selectExpr(
-            *_columns(inputs, ingest.fields),
+            *batch_columns(inputs, ingest.fields),
             "input_file_name() AS source_file",
             "input_file_block_start() AS block_start",
         )
@@ -125,7 +125,7 @@ def stream(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, excluded
             f"NOT (_metadata.file_path = {_literal(file.path)} "
             f"AND unix_micros(_metadata.file_modification_time) = {file.modified_micros})"
         )
-    columns = ["CAST(value AS BINARY) AS line"] if inputs.format == "jsonl" else _columns(inputs, ingest.fields)
+    columns = ["CAST(value AS BINARY) AS line"] if inputs.format == "jsonl" else batch_columns(inputs, ingest.fields)
     return frame.selectExpr(*columns, "_metadata.file_path AS source_file", "_metadata.file_block_start AS block_start")
 
 
@@ -306,7 +306,7 @@ def _line_keys(batches: Any) -> Any:
         yield pa.RecordBatch.from_arrays([pa.array(found, pa.list_(pa.string()))], names=["keys"])
 
 
-def _columns(inputs: Inputs, fields: FieldsConfig) -> list[str]:
+def batch_columns(inputs: Inputs, fields: FieldsConfig) -> list[str]:
     """Expressions for text, id, source (bytes) and metadata (a JSON object); null for what the input does not have."""
     schema = _schema(inputs, fields)
 

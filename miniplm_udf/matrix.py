@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("miniplm.matrix")
 
-_INSTANCE_COLUMNS = ("instance_id", "source", "n_bytes", "split", "content_hash")
+# Of the instance, as each of its score rows has them.
+_INSTANCE_COLUMNS = ("instance_id", "source", "split", "content_hash", "text_bytes")
+_SCORE_COLUMNS = ("nll_sum_nats", "n_tokens", "n_bytes")
 
 
 def checkpoint_name(revisions: dict[str, str]) -> str:
@@ -45,7 +47,7 @@ def start_matrix(
 
     Args:
         revisions: model revisions by alias, in the order of the columns.
-        tables_uri: where `instances`, `scores` and `score_matrix` are.
+        tables_uri: where `scores` and `score_matrix` are.
         checkpoint_uri: of this query (`checkpoint_name`).
     """
     tables.create(spark, storage.join(tables_uri, "scores"), schemas.SCORES)
@@ -60,6 +62,8 @@ def start_matrix(
         spark.readStream.format("delta")
         .option("maxBytesPerTrigger", config.max_bytes_per_trigger)
         .load(storage.join(tables_uri, "scores"))
+        # Here, before `foreachBatch`: a micro-batch reads all columns of its stream, whatever is used of it.
+        .select(*_INSTANCE_COLUMNS, "model_revision", *_SCORE_COLUMNS)
     )
     return start_query(stream, micro_batch, checkpoint_uri, config)
 
@@ -93,66 +97,73 @@ def write_batch(batch: "DataFrame", revisions: dict[str, str], tables_uri: str, 
     """
     from pyspark.sql import functions as F
 
-    spark = batch.sparkSession
     uri, table = storage.join(tables_uri, "score_matrix"), schemas.score_matrix(list(revisions))
-    wide = pivot(batch, revisions).persist()
+    wide = pivot(batch, revisions)
+    # A single model's rows are complete by themselves.
+    several = len(set(revisions.values())) > 1
     try:
         complete = wide.where(_is_complete(revisions))
-        partial = wide.where(f"not ({_is_complete(revisions)})").select("instance_id")
-        if not partial.isEmpty():
-            # Their other rows came in another commit: earlier ones are in the table now, later ones will find these.
-            scores = spark.read.format("delta").load(storage.join(tables_uri, "scores"))
-            rest = pivot(scores.join(partial, "instance_id", "left_semi"), revisions).where(_is_complete(revisions))
-            if batch_id > 0:
-                rest = tables.missing_from(rest, spark.read.format("delta").load(uri))
-            complete = complete.unionByName(rest)
-        instances = tables.read(spark, storage.join(tables_uri, "instances")).select(*_INSTANCE_COLUMNS)
-        rows = (
-            _with_ratios(complete.join(instances, "instance_id"), revisions)
-            .select(
-                *(name for name in table.column_names if name not in ("query_id", "batch_id")),
-                F.lit(query_id).alias("query_id"),
-                F.lit(batch_id).cast("bigint").alias("batch_id"),
-            )
-            .persist()
+        if several:
+            complete = complete.unionByName(_completed_now(wide.persist(), revisions, tables_uri, batch_id))
+        rows = _with_ratios(complete, revisions).select(
+            *(name for name in table.column_names if name not in ("query_id", "batch_id")),
+            F.lit(query_id).alias("query_id"),
+            F.lit(batch_id).cast("bigint").alias("batch_id"),
         )
-        n_rows = rows.count()
         if batch_id == 0:
             tables.overwrite(rows, uri, table, query_id=query_id, batch_id=batch_id)
-        elif n_rows:
+        else:
             tables.append(rows, uri, table, query_id, batch_id)
-        rows.unpersist()
-        LOGGER.info("score_matrix: micro-batch %d: %d rows", batch_id, n_rows)
+        LOGGER.info("score_matrix: micro-batch %d is written", batch_id)
     finally:
         wide.unpersist()
+
+
+def _completed_now(wide: "DataFrame", revisions: dict[str, str], tables_uri: str, batch_id: int) -> "DataFrame":
+    """Instances of which this micro-batch holds some rows and other commits the rest, if the matrix lacks them.
+
+    Of such a commit the earlier rows are in the table by now; the later ones will find these.
+    """
+    spark = wide.sparkSession
+    partial = wide.where(f"not ({_is_complete(revisions)})").select("instance_id")
+    if partial.isEmpty():
+        return wide.where("false")
+    scores = spark.read.format("delta").load(storage.join(tables_uri, "scores"))
+    rest = pivot(scores.join(partial, "instance_id", "left_semi"), revisions).where(_is_complete(revisions))
+    known = spark.read.format("delta").load(storage.join(tables_uri, "score_matrix")) if batch_id > 0 else None
+    return rest if known is None else tables.missing_from(rest, known)
 
 
 def pivot(scores: "DataFrame", revisions: dict[str, str]) -> "DataFrame":
     """Rows of `scores`, one an instance: `<alias>_nll_sum_nats`, `_n_tokens`, `_n_bytes`; null where not scored."""
     from pyspark.sql import functions as F
 
+    wanted = sorted(set(revisions.values()))
+    rows = scores.where(F.col("model_revision").isin(wanted))
+    names = [(alias, revision, name) for alias, revision in revisions.items() for name in _SCORE_COLUMNS]
+    if len(wanted) == 1:
+        # A row of it is an instance: the key of `scores`. No shuffle.
+        return rows.select(*_INSTANCE_COLUMNS, *(F.col(name).alias(f"{alias}_{name}") for alias, _, name in names))
     columns = [
         F.max(F.when(F.col("model_revision") == revision, F.col(name))).alias(f"{alias}_{name}")
-        for alias, revision in revisions.items()
-        for name in ("nll_sum_nats", "n_tokens", "n_bytes")
+        for alias, revision, name in names
     ]
-    wanted = scores.where(F.col("model_revision").isin(sorted(set(revisions.values()))))
-    return wanted.groupBy("instance_id").agg(*columns)
+    return rows.groupBy(*_INSTANCE_COLUMNS).agg(*columns)
 
 
 def _is_complete(revisions: dict[str, str]) -> str:
     return " and ".join(f"{alias}_n_tokens is not null" for alias in revisions)
 
 
-def _with_ratios(joined: "DataFrame", revisions: dict[str, str]) -> "DataFrame":
+def _with_ratios(wide: "DataFrame", revisions: dict[str, str]) -> "DataFrame":
     from pyspark.sql import functions as F
 
     columns = {}
     for alias, revision in revisions.items():
-        total, every_byte = F.col(f"{alias}_nll_sum_nats"), F.col(f"{alias}_n_bytes") == F.col("n_bytes")
+        total, every_byte = F.col(f"{alias}_nll_sum_nats"), F.col(f"{alias}_n_bytes") == F.col("text_bytes")
         columns[f"{alias}_nll_mean"] = total / F.col(f"{alias}_n_tokens")
         columns[f"{alias}_bits_per_byte"] = F.when(
-            every_byte & (F.col("n_bytes") > 0), total / (F.lit(math.log(2)) * F.col("n_bytes"))
+            every_byte & (F.col("text_bytes") > 0), total / (F.lit(math.log(2)) * F.col("text_bytes"))
         )
         columns[f"{alias}_revision"] = F.lit(revision)
-    return joined.withColumns(columns)
+    return wide.withColumns(columns).withColumnRenamed("text_bytes", "n_bytes")

@@ -137,6 +137,11 @@ SCORES = Table(
         Column("nll_sum_nats", "float64", "sum of -log p over the scored tokens"),
         Column("n_tokens", "int64", "number of scored tokens"),
         Column("n_bytes", "int64", "UTF-8 bytes that the scored tokens cover"),
+        # Of the instance: what score_matrix needs of it, so that keeping the matrix never reads `instances`.
+        Column("source", "string", "domain of the instance"),
+        Column("split", "string", "pool, reference or heldout"),
+        Column("content_hash", "string", "hash of the instance's text alone"),
+        Column("text_bytes", "int64", "UTF-8 length of the instance's text"),
         Column("dtype", "string", "dtype of the forward pass"),
         Column("context_tokens", "int64", "longest input of one forward pass"),
         Column("run_id", "string", "the command that scored it"),

@@ -10,6 +10,7 @@ remains.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -19,42 +20,23 @@ from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streaming import RunningQuery, start_query
+from miniplm_udf.tally import Failed, Tally, TallyParam
 from miniplm_udf.udf import SCORED_DDL, ScorerLike, score_arrow
 
 if TYPE_CHECKING:
+    from pyspark import Accumulator
     from pyspark.sql import Column, DataFrame, SparkSession
 
 Factory = Callable[[], ScorerLike]
 
-# instance_id, model_id, reason, detail
-Failed = tuple[str, str, str, str | None]
-
 LOGGER = logging.getLogger("miniplm.score")
 
 _STAGE = "score:"
-# Reasons and details that are carried over the driver; rejects beyond are written as not_scored.
-_MAX_REASONS = 100_000
-_INSTANCE_COLUMNS = ("instance_id", "text", "segment_ends", "ends_document")
-
-
-@dataclasses.dataclass
-class ModelCounts:
-    """What one run scored with one model. `seconds` are those that workers spent in the scorer, loading aside."""
-
-    n_scored: int = 0
-    n_failed: int = 0
-    n_tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, other: "ModelCounts") -> None:
-        self.n_scored += other.n_scored
-        self.n_failed += other.n_failed
-        self.n_tokens += other.n_tokens
-        self.seconds += other.seconds
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        return round(self.n_tokens / self.seconds, 2) if self.n_tokens and self.seconds > 0 else None
+_SCORED_COLUMNS = ("instance_id", "text", "segment_ends", "ends_document")
+# Of the instance, written beside each score: `score_matrix` needs them, and must not read `instances` for them.
+_CARRIED = {"source": "string", "split": "string", "content_hash": "string", "text_bytes": "bigint"}
+_MODEL_COLUMNS = ("model_revision", "tokenizer_hash", "dtype", "context_tokens")
+_SCORED_DDL = ", ".join([SCORED_DDL, *(f"{name} {kind}" for name, kind in _CARRIED.items())])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +80,15 @@ def checkpoint_name(models: tuple[ModelDescription, ...]) -> str:
     return "score-" + fingerprint(sorted(model.model_revision for model in models))
 
 
+def new_tally(spark: "SparkSession") -> "Accumulator[Tally]":
+    """Where the workers of a query leave their counts. One a query: Spark keeps an accumulator for ever."""
+    return spark.sparkContext.accumulator(Tally(), TallyParam())
+
+
 def start_scoring(
-    spark: "SparkSession", plan: ScoringPlan, checkpoint_uri: str, config: ScoreConfig, counts: dict[str, ModelCounts]
+    spark: "SparkSession", plan: ScoringPlan, checkpoint_uri: str, config: ScoreConfig, total: Tally
 ) -> RunningQuery:
-    """Starts the query. `counts` (by alias) grows with every micro-batch.
+    """Starts the query. `total` grows with every micro-batch.
 
     Raises:
         CorpusError: there is no table of instances.
@@ -112,71 +99,75 @@ def start_scoring(
         )
     tables.create(spark, plan.scores_uri, schemas.SCORES)
     tables.create(spark, plan.rejects_uri, schemas.REJECTS)
+    tally = new_tally(spark)
+
+    # Only the first micro-batch after a start can be one that was begun before.
+    first = itertools.chain([True], itertools.repeat(False))
 
     def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
-        found = score_batch(plan, query_id, batch, batch_id)
+        found = score_batch(plan, query_id, batch, batch_id, tally, may_be_replay=next(first))
         _log(batch_id, found)
-        for alias, of_batch in found.items():
-            counts.setdefault(alias, ModelCounts()).add(of_batch)
+        total.add(found)
 
-    stream = (
-        spark.readStream.format("delta")
-        .option("maxBytesPerTrigger", config.max_bytes_per_trigger)
-        .load(plan.instances_uri)
-        .where("split = 'pool'")
-        .select(*_INSTANCE_COLUMNS)
-    )
-    return start_query(stream, micro_batch, checkpoint_uri, config)
+    reader = spark.readStream.format("delta").option("maxBytesPerTrigger", config.max_bytes_per_trigger)
+    return start_query(pool(reader.load(plan.instances_uri)), micro_batch, checkpoint_uri, config)
 
 
-def _log(batch_id: int, found: dict[str, ModelCounts]) -> None:
-    for alias, counts in found.items():
+def pool(instances: "DataFrame") -> "DataFrame":
+    """What is scored of `instances`, and what of it stands beside each score."""
+    renamed = instances.where("split = 'pool'").withColumnRenamed("n_bytes", "text_bytes")
+    return renamed.select(*_SCORED_COLUMNS, *_CARRIED)
+
+
+def _log(batch_id: int, found: Tally) -> None:
+    for alias, counts in sorted(found.models.items()):
         LOGGER.info(
             "score: micro-batch %d, %s: %d instances, %d failed, %d tokens, %s tokens/s",
             batch_id, alias, counts.n_scored, counts.n_failed, counts.n_tokens, counts.tokens_per_second,
         )  # fmt: skip
 
 
-def score_batch(plan: ScoringPlan, query_id: str, batch: "DataFrame", batch_id: int) -> dict[str, ModelCounts]:
+def score_batch(
+    plan: ScoringPlan, query_id: str, batch: "DataFrame", batch_id: int, tally: "Accumulator[Tally]",
+    may_be_replay: bool = True,
+) -> Tally:  # fmt: skip
     """Scores what is missing of a micro-batch, commits it once, and rejects what could not be scored.
 
+    One pass: the text is read once, by the tasks that score it and write the scores.
+
     Args:
-        batch: pool instances: instance_id, text, segment_ends, ends_document.
+        batch: of `pool`.
+        tally: of the query (`new_tally`).
+        may_be_replay: whether an earlier run can have begun this micro-batch.
 
     Returns:
-        What was scored, by alias; empty for a replay and where nothing was missing.
+        What was scored; empty for a replay and where nothing was missing.
     """
-    spark = batch.sparkSession
-    ids = batch.select("instance_id").persist()
-    scored: DataFrame | None = None
-    counts: dict[str, ModelCounts] = {}
-    failures: list[Failed] = []
-    try:
-        replayed = not _committed(spark, plan, query_id, batch_id).isEmpty()
-        if not replayed:
-            missing = _missing(spark, plan, query_id, batch, ids).repartition(plan.workers, "instance_id")
-            scored = missing.mapInArrow(score_arrow(plan.factories), SCORED_DDL).persist()
-            counts = _counts(scored)
-            # Before the append: it makes Spark forget what is persisted of frames that read `scores`, as this one does
-            # to find what is missing, and another look at it would score everything again.
-            failures = _failures(scored)
-            if any(of_model.n_scored for of_model in counts.values()):
-                rows = _score_rows(spark, plan, scored.where(_is_good()), query_id, batch_id)
-                tables.append(rows, plan.scores_uri, schemas.SCORES, query_id, batch_id)
-        if replayed or any(of_model.n_failed for of_model in counts.values()):
-            _reject(spark, plan, ids, failures, query_id, batch_id)
-    finally:
-        if scored is not None:
-            scored.unpersist()
-        ids.unpersist()
-    return counts
-
-
-def _is_good() -> "Column":
     from pyspark.sql import functions as F
 
-    total = F.col("nll_sum_nats")
-    return F.col("reason").isNull() & total.isNotNull() & ~F.isnan(total) & (F.abs(total) < float("inf"))
+    spark = batch.sparkSession
+    tally.value = Tally()
+
+    def has_rows() -> bool:
+        return not _committed(spark, plan, query_id, batch_id).isEmpty()
+
+    unknown = may_be_replay and has_rows()
+    if not unknown:
+        missing = _for_workers(plan, _missing(spark, plan, query_id, batch))
+        scored = missing.mapInArrow(score_arrow(plan.factories, list(_CARRIED), tally), _SCORED_DDL)
+        rows = _score_rows(plan, scored.where(F.col("reason").isNull()), query_id, batch_id)
+        tables.append(rows, plan.scores_uri, schemas.SCORES, query_id, batch_id)
+        # Delta drops a second write under these ids unread, also where the first had failures only, and so no row.
+        unknown = may_be_replay and not has_rows()
+    found = tally.value
+    if unknown or found.failed:
+        _reject(spark, plan, batch.select("instance_id"), found.failed, query_id, batch_id)
+    return found
+
+
+def _for_workers(plan: ScoringPlan, rows: "DataFrame") -> "DataFrame":
+    """As many partitions as scorers. One needs no shuffle of the text; several get even shares."""
+    return rows.coalesce(1) if plan.workers == 1 else rows.repartition(plan.workers, "instance_id")
 
 
 def _committed(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch_id: int) -> "DataFrame":
@@ -186,9 +177,7 @@ def _committed(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch_id
     return scores.where((F.col("query_id") == query_id) & (F.col("batch_id") == batch_id))
 
 
-def _missing(
-    spark: "SparkSession", plan: ScoringPlan, query_id: str, batch: "DataFrame", ids: "DataFrame"
-) -> "DataFrame":
+def _missing(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch: "DataFrame") -> "DataFrame":
     """Instances that a model has neither scored nor rejected, with the aliases of such models as `model_ids`."""
     from pyspark.sql import functions as F
 
@@ -200,12 +189,15 @@ def _missing(
     )  # fmt: skip
     rejected = (
         spark.read.format("delta").load(plan.rejects_uri)
-        .where(F.col("stage").isin(plan.stages))
+        .where(F.col("stage").isin(plan.stages) & (F.col("query_id") != query_id))
         .select("instance_id", F.expr(f"substring(stage, {len(_STAGE) + 1})").alias("model_revision"))
     )  # fmt: skip
+    earlier = by_others.unionAll(rejected)
+    if earlier.isEmpty():
+        every = F.array(*(F.lit(model.model_id) for model in plan.models))
+        return batch.withColumn("model_ids", every)
     done = (
-        by_others.unionAll(rejected)
-        .join(ids, "instance_id", "left_semi")
+        earlier.join(batch.select("instance_id"), "instance_id", "left_semi")
         .groupBy("instance_id")
         .agg(F.collect_set("model_revision").alias("done"))
     )
@@ -216,46 +208,19 @@ def _missing(
         )
     )
     todo = batch.join(done, "instance_id", "left").withColumn("model_ids", F.array_compact(wanted))
-    return todo.where(F.size("model_ids") > 0).select(*_INSTANCE_COLUMNS, "model_ids")
+    return todo.where(F.size("model_ids") > 0).select(*batch.columns, "model_ids")
 
 
-def _counts(scored: "DataFrame") -> dict[str, ModelCounts]:
-    """Runs the scoring, all of it, once: `scored` is persisted."""
+def _score_rows(plan: ScoringPlan, good: "DataFrame", query_id: str, batch_id: int) -> "DataFrame":
     from pyspark.sql import functions as F
 
-    good = _is_good()
-    rows = scored.groupBy("model_id").agg(
-        F.count_if(good), F.count_if(~good), F.sum(F.when(good, F.col("n_tokens"))), F.sum("seconds")
-    )
-    return {
-        alias: ModelCounts(n_scored, n_failed, n_tokens or 0, seconds or 0.0)
-        for alias, n_scored, n_failed, n_tokens, seconds in sorted(rows.collect())
-    }
-
-
-def _failures(scored: "DataFrame") -> list[Failed]:
-    from pyspark.sql import functions as F
-
-    reason = F.coalesce("reason", F.lit("nan_score"))
-    failed = scored.where(~_is_good()).select("instance_id", "model_id", reason, F.substring("detail", 1, 1000))
-    return [tuple(row) for row in failed.limit(_MAX_REASONS).collect()]
-
-
-def _models_frame(spark: "SparkSession", plan: ScoringPlan) -> "DataFrame":
-    from pyspark.sql import functions as F
-
-    rows = [(m.model_id, m.model_revision, m.tokenizer_hash, m.dtype, m.context_tokens) for m in plan.models]
-    columns = "model_id string, model_revision string, tokenizer_hash string, dtype string, context_tokens bigint"
-    return F.broadcast(spark.createDataFrame(rows, columns))
-
-
-def _score_rows(
-    spark: "SparkSession", plan: ScoringPlan, good: "DataFrame", query_id: str, batch_id: int
-) -> "DataFrame":
-    from pyspark.sql import functions as F
+    def of_model(name: str) -> "Column":
+        pairs = [F.lit(value) for model in plan.models for value in (model.model_id, getattr(model, name))]
+        return F.create_map(*pairs)[F.col("model_id")]
 
     return (
-        good.join(_models_frame(spark, plan), "model_id")
+        good.withColumns({name: of_model(name) for name in _MODEL_COLUMNS})
+        .withColumn("context_tokens", F.col("context_tokens").cast("bigint"))
         .withColumn("run_id", F.lit(plan.run_id))
         .withColumn("scored_at", F.current_timestamp())
         .withColumn("query_id", F.lit(query_id))
@@ -273,7 +238,8 @@ def _reject(
     scores = spark.read.format("delta").load(plan.scores_uri).where(F.col("model_revision").isin(plan.revisions))
     of_batch = (F.col("query_id") == query_id) & (F.col("batch_id") == batch_id)
     committed = scores.where(of_batch | (F.col("query_id") != query_id)).select("instance_id", "model_revision")
-    pairs = ids.crossJoin(_models_frame(spark, plan).select("model_id", "model_revision"))
+    models = [(model.model_id, model.model_revision) for model in plan.models]
+    pairs = ids.crossJoin(F.broadcast(spark.createDataFrame(models, "model_id string, model_revision string")))
     unscored = pairs.join(committed, ["instance_id", "model_revision"], "left_anti")
     reasons = spark.createDataFrame(failures, "instance_id string, model_id string, reason string, detail string")
     unscored = unscored.join(reasons, ["instance_id", "model_id"], "left")

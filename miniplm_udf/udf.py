@@ -1,27 +1,31 @@
-"""Arrow functions for `DataFrame.mapInArrow`: describing models and scoring rows. Knows columns and GPUs only.
+"""Arrow functions for `DataFrame.mapInArrow`: describing models and scoring rows. Knows columns and scorers only.
 
-Owns which row goes to which scorer and back, the scorers that a Python worker keeps, and the GPU that Spark assigned.
-Refuses numerics: a scorer comes from a picklable factory. Loads neither torch nor pyspark when imported; both are
-imported inside the functions, on the executor.
+Owns which row goes to which scorer and back, slices, and the reading ahead: one thread takes Spark's batches, decodes
+and tokenizes them while the models run in the main thread. Refuses numerics: a scorer comes from a picklable factory.
+Loads neither torch nor pyspark when imported.
 
-`score_arrow`: SCORE_REQUEST_DDL -> SCORED_DDL, one row an (instance, alias). `describe_arrow`: DESCRIBE_REQUEST_DDL ->
-DESCRIBED_DDL, one row a model. A retried task scores its rows again: the same numbers to about 1e-6, so only what a
-finished task returned may be written.
+`score_arrow`: SCORE_REQUEST_DDL (and columns to carry) -> SCORED_DDL (and those), one row an (instance, alias).
+`describe_arrow`: DESCRIBE_REQUEST_DDL -> DESCRIBED_DDL, one row a model. A retried task scores its rows again: the same
+numbers to about 1e-6, so only what a finished task returned may be written.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
-import time
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
 from miniplm_udf import errors
+from miniplm_udf.ahead import Ahead
 from miniplm_udf.config import ModelConfig
 from miniplm_udf.progress import configure_logging
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.tally import ModelCounts, Tally
+from miniplm_udf.worker_scorers import ScorerLike, TokenizingScorer, WorkerScorers
 
 LOGGER = logging.getLogger("miniplm.udf")
 
@@ -37,13 +41,11 @@ SCORED_SCHEMA = pa.schema(
         ("n_bytes", pa.int64()),
         ("reason", pa.string()),
         ("detail", pa.string()),
-        # The row's share of the time that the scorer took for its slice: rates are summed up from it, loading aside.
-        ("seconds", pa.float64()),
     ]
 )
 SCORED_DDL = (
     "instance_id string, model_id string, nll_sum_nats double, n_tokens bigint, n_bytes bigint, "
-    "reason string, detail string, seconds double"
+    "reason string, detail string"
 )
 DESCRIBE_REQUEST_DDL = "alias string, config_json string, dtype string"
 DESCRIBED_SCHEMA = pa.schema(
@@ -57,154 +59,208 @@ DESCRIBED_SCHEMA = pa.schema(
 DESCRIBED_DDL = "alias string, description_json string, error_class string, error string"
 
 ArrowFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
-# Text handed to a scorer at once, where the scorer has no `slice_bytes` of its own.
-_SLICE_BYTES = 1024 * 1024
-_LOG_EVERY_SECONDS = 10.0
-# Scorers of this worker process, by their factory's key: a model is loaded once, and kept across tasks.
-_SCORERS: dict[str, "ScorerLike"] = {}
+# Slices that are ready, or being made ready, while a model works: two would do; one more evens out their sizes.
+_SLICES_AHEAD = 3
+_MAX_DETAIL = 1000
+_NUMBER_NAMES = ("nll_sum_nats", "n_tokens", "n_bytes")
+_NUMBERS = operator.attrgetter(*_NUMBER_NAMES)
+
+T = TypeVar("T")
 
 
-class ScorerLike(Protocol):
-    """What scores texts: `scoring.scorer.Scorer`, or a fake in a test.
+class TallySink(Protocol):
+    """Takes a task's tally: Spark's accumulator of `tally.TallyParam`, or what a test has for it."""
 
-    May have `slice_bytes` (text that is worth handing over at once) and `on_progress` (set by us, called with counts of
-    scored tokens). A result has nll_sum_nats, n_tokens and n_bytes, or reason and detail.
-    """
-
-    def score(
-        self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]], ends_document: Sequence[bool]
-    ) -> Sequence[Any]: ...
+    def add(self, term: Tally, /) -> None: ...
 
 
-def score_arrow(factories: Mapping[str, Callable[[], ScorerLike]]) -> ArrowFunction:
+def score_arrow(
+    factories: Mapping[str, Callable[[], ScorerLike]], carried: Sequence[str] = (), tally: TallySink | None = None
+) -> ArrowFunction:
     """The function that scores rows, for `DataFrame.mapInArrow(score_arrow(factories), SCORED_DDL)`.
 
     Args:
         factories: by model alias, a picklable callable that makes the scorer. One with a `key` attribute (a string that
             says what it makes) is called once a worker process; one without, once a call.
+        carried: further columns of the input, which come out behind those of SCORED_SCHEMA as they went in.
+        tally: takes the counts when all rows are scored.
 
     Returns:
         A function from batches with the columns of SCORE_REQUEST_DDL to batches of SCORED_SCHEMA: one row for each
-        instance and each of its `model_ids`. Aliases without a factory are a ScoringError.
+        instance and each of its `model_ids`. A score that is not a finite number has the reason nan_score. Aliases
+        without a factory are a ScoringError.
     """
-    made = dict(factories)
+    made, kept = dict(factories), ["instance_id", *carried]
 
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         configure_logging()
-        scorers = _Scorers(made)
-        for batch in batches:
-            yield from _score_batch(batch, scorers)
+        counts = Tally()
+        scorers = WorkerScorers(made, counts)
+        first = next(batches, None)
+        # Before the thread starts: from the first slice on it knows how much text a slice is, and who tokenizes.
+        for alias in () if first is None else _wanted(first.column("model_ids")):
+            scorers.get(alias)
+        rest = itertools.chain(() if first is None else (first,), batches)
+        with Ahead(_prepared(rest, kept, scorers), _SLICES_AHEAD) as slices:
+            for rows in slices:
+                for alias in rows.wanted:
+                    yield _score(rows, alias, scorers, counts)
+                scorers.slice_done()
+        if tally is not None:
+            tally.add(counts)
 
     return run
 
 
-class _Scorers:
-    """The scorers of one call, made at their first use, with a meter each."""
+@dataclasses.dataclass
+class _Slice:
+    """Rows that are scored at once. Lists have one entry a row.
 
-    def __init__(self, factories: Mapping[str, Callable[[], ScorerLike]]) -> None:
-        self._factories = factories
-        self._own: dict[str, ScorerLike] = {}
-        self._meters: dict[str, _Meter] = {}
+    Attributes:
+        kept: the columns that come out again.
+        wanted: the rows of each alias, or None for all.
+        tokenized: by tokenizer hash, what a scorer's `tokenize` returned.
+    """
 
-    def get(self, alias: str) -> ScorerLike:
-        if alias not in self._factories:
-            raise errors.ScoringError(
-                f"model_ids: expected aliases of {sorted(self._factories)}, found {alias!r}; "
-                f"give score_arrow its factory"
-            )
-        key = getattr(self._factories[alias], "key", None)
-        kept, name = (self._own, alias) if key is None else (_SCORERS, str(key))
-        if name not in kept:
-            self._make_room()
-            kept[name] = self._factories[alias]()
-        return kept[name]
+    kept: pa.RecordBatch
+    texts: list[str | None]
+    segment_ends: list[Sequence[int]]
+    ends_document: list[bool]
+    wanted: dict[str, list[int] | None]
+    tokenized: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
-    def meter(self, alias: str) -> "_Meter":
-        return self._meters.setdefault(alias, _Meter(alias))
+    def tokenized_by(self, scorer: TokenizingScorer) -> Sequence[Any]:
+        if scorer.tokenizer_hash not in self.tokenized:
+            self.tokenized[scorer.tokenizer_hash] = scorer.tokenize(self.texts, self.segment_ends)
+        return self.tokenized[scorer.tokenizer_hash]
 
-    def _make_room(self) -> None:
-        """Lets go of models that this call has no use for."""
-        wanted = {getattr(factory, "key", None) for factory in self._factories.values()}
-        for key in [key for key in _SCORERS if key not in wanted]:
-            del _SCORERS[key]
-
-
-class _Meter:
-    """Logs a model's texts and tokens per second of its own work, every ten seconds."""
-
-    def __init__(self, alias: str) -> None:
-        self._alias = alias
-        self._texts = self._tokens = 0
-        self._busy_seconds = 0.0
-        self._since = self._logged = time.monotonic()
-
-    def resume(self) -> None:
-        self._since = time.monotonic()
-
-    def pause(self, texts: int) -> None:
-        self._texts += texts
-        self._busy_seconds += time.monotonic() - self._since
-
-    def add(self, tokens: int) -> None:
-        """Counts tokens, between `resume` and `pause`."""
-        self._tokens += tokens
-        now = time.monotonic()
-        if now - self._logged >= _LOG_EVERY_SECONDS:
-            self._logged = now
-            rate = self._tokens / max(self._busy_seconds + now - self._since, 1e-9)
-            LOGGER.info("%s: %d texts, %d tokens, %.0f tokens/s", self._alias, self._texts, self._tokens, rate)
+    def results(self, alias: str, scorer: ScorerLike) -> Sequence[Any]:
+        rows = self.wanted[alias]
+        ends_document = _pick(self.ends_document, rows)
+        if isinstance(scorer, TokenizingScorer):
+            return scorer.score_tokenized(_pick(self.tokenized_by(scorer), rows), ends_document)
+        return scorer.score(_pick(self.texts, rows), _pick(self.segment_ends, rows), ends_document)
 
 
-def _score_batch(batch: pa.RecordBatch, scorers: _Scorers) -> Iterator[pa.RecordBatch]:
-    model_ids = [aliases or [] for aliases in batch.column("model_ids").to_pylist()]
-    for alias in sorted({alias for aliases in model_ids for alias in aliases}):
-        scorer = scorers.get(alias)
-        wanted = [row for row, aliases in enumerate(model_ids) if alias in aliases]
-        rows = batch if len(wanted) == batch.num_rows else batch.take(pa.array(wanted, pa.int64()))
-        for start, length in _slices(rows, int(getattr(scorer, "slice_bytes", _SLICE_BYTES))):
-            yield _score_rows(rows.slice(start, length), alias, scorer, scorers.meter(alias))
+def _pick(values: Sequence[T], rows: list[int] | None) -> Sequence[T]:
+    return values if rows is None else [values[row] for row in rows]
 
 
-def _slices(rows: pa.RecordBatch, slice_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of runs of rows with about `slice_bytes` of text, so that results flow."""
+def _prepared(batches: Iterator[pa.RecordBatch], kept: list[str], scorers: WorkerScorers) -> Iterator[_Slice]:
+    """Slices, decoded, and tokenized for the scorers that are made already. Runs in the reading thread."""
+    for rows in _full_slices(batches, scorers):
+        one = _decoded(rows, kept)
+        for scorer in map(scorers.made, one.wanted):
+            if isinstance(scorer, TokenizingScorer):
+                one.tokenized_by(scorer)
+        yield one
+
+
+def _full_slices(batches: Iterator[pa.RecordBatch], scorers: WorkerScorers) -> Iterator[pa.RecordBatch]:
+    """Cuts and joins batches, so that each slice but the last has `slice_bytes` of text, or one row that reaches it."""
+    import numpy as np
     import pyarrow.compute as pc
 
-    start, size = 0, 0
-    lengths = pc.binary_length(rows.column("text")).to_pylist()
-    for row, n_bytes in enumerate(lengths):
-        size += n_bytes or 0
-        if size >= slice_bytes or row == len(lengths) - 1:
-            yield start, row + 1 - start
-            start, size = row + 1, 0
+    held: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        lengths = pc.fill_null(pc.binary_length(batch.column("text")), 0).to_numpy(zero_copy_only=False)
+        ends, start = np.cumsum(lengths, dtype=np.int64), 0
+        while start < len(ends):
+            before = int(ends[start - 1]) if start else 0
+            # The first row with which the slice is full.
+            row = int(np.searchsorted(ends, before + scorers.slice_bytes() - size))
+            if row == len(ends):
+                held.append(batch.slice(start))
+                size += int(ends[-1]) - before
+                break
+            yield _joined([*held, batch.slice(start, row + 1 - start)])
+            held, size, start = [], 0, row + 1
+    if held:
+        yield _joined(held)
 
 
-def _score_rows(rows: pa.RecordBatch, alias: str, scorer: ScorerLike, meter: _Meter) -> pa.RecordBatch:
-    meter.resume()
-    counts_itself = hasattr(scorer, "on_progress")
-    if counts_itself:
-        scorer.on_progress = meter.add  # type: ignore[attr-defined]
-    start = time.monotonic()
-    results = scorer.score(
-        rows.column("text").to_pylist(),
-        [ends or [] for ends in rows.column("segment_ends").to_pylist()],
-        [bool(ends) for ends in rows.column("ends_document").to_pylist()],
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+
+
+def _decoded(rows: pa.RecordBatch, kept: list[str]) -> _Slice:
+    segment_ends = rows.column("segment_ends")
+    in_many_segments = len(segment_ends.flatten()) > 0
+    return _Slice(
+        kept=rows.select(kept),
+        texts=rows.column("text").to_pylist(),
+        segment_ends=[ends or () for ends in segment_ends.to_pylist()] if in_many_segments else [()] * len(rows),
+        ends_document=[bool(ends) for ends in rows.column("ends_document").to_pylist()],
+        wanted=_wanted(rows.column("model_ids")),
     )
-    if len(results) != rows.num_rows:
+
+
+def _wanted(model_ids: pa.ListArray) -> dict[str, list[int] | None]:
+    import numpy as np
+    import pyarrow.compute as pc
+
+    aliases, rows = pc.list_flatten(model_ids), pc.list_parent_indices(model_ids)
+    wanted: dict[str, list[int] | None] = {}
+    for alias in sorted(aliases.unique().to_pylist()):
+        of_alias = np.unique(rows.filter(pc.equal(aliases, alias)).to_numpy()).tolist()
+        wanted[alias] = None if len(of_alias) == len(model_ids) else of_alias
+    return wanted
+
+
+def _score(rows: _Slice, alias: str, scorers: WorkerScorers, counts: Tally) -> pa.RecordBatch:
+    scorer, meter = scorers.get(alias), scorers.meter(alias)
+    wanted = rows.wanted[alias]
+    kept = rows.kept if wanted is None else rows.kept.take(pa.array(wanted, pa.int64()))
+    with meter.working(scorer):
+        results = rows.results(alias, scorer)
+    if len(results) != kept.num_rows:
         raise errors.ScoringError(
-            f"{alias}: expected {rows.num_rows} results, found {len(results)}: a scorer lost rows"
+            f"{alias}: expected {kept.num_rows} results, found {len(results)}: a scorer lost rows"
         )
-    if not counts_itself:
-        meter.add(sum(getattr(result, "n_tokens", 0) for result in results))
-    seconds = (time.monotonic() - start) / max(rows.num_rows, 1)
-    meter.pause(rows.num_rows)
-    columns = {"instance_id": rows.column("instance_id"), "model_id": pa.array([alias] * len(results), pa.string())}
-    columns["seconds"] = pa.array([seconds] * len(results), pa.float64())
-    for field in list(SCORED_SCHEMA)[2:-1]:
-        # A failure has no numbers, a score no reason.
-        columns[field.name] = pa.array([getattr(result, field.name, None) for result in results], field.type)
-    return pa.RecordBatch.from_arrays(
-        [columns[name].cast(SCORED_SCHEMA.field(name).type) for name in SCORED_SCHEMA.names], schema=SCORED_SCHEMA
+    return _scored(kept, alias, results, counts)
+
+
+def _scored(kept: pa.RecordBatch, alias: str, results: Sequence[Any], counts: Tally) -> pa.RecordBatch:
+    """The output rows, counted. A failure has no numbers, a score no reason."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    numbers = _numbers(results)
+    failed = np.flatnonzero(~np.isfinite(np.array(numbers[0], np.float64))).tolist()
+    reasons: list[str | None] = [None] * len(results)
+    details: list[str | None] = [None] * len(results)
+    for row in failed:
+        for values in numbers:
+            values[row] = None
+        reasons[row] = getattr(results[row], "reason", None) or "nan_score"
+        details[row] = str(getattr(results[row], "detail", None) or "")[:_MAX_DETAIL] or None
+    arrays = [
+        pa.array(values, field.type)
+        for values, field in zip([*numbers, reasons, details], list(SCORED_SCHEMA)[2:], strict=True)
+    ]
+    ids = kept.column(0).cast(pa.string())
+    counts.add(
+        Tally(
+            models={alias: ModelCounts(len(results) - len(failed), len(failed), pc.sum(arrays[1]).as_py() or 0)},
+            failed=[(ids[row].as_py(), alias, str(reasons[row]), details[row]) for row in failed],
+        )
     )
+    return pa.RecordBatch.from_arrays(
+        [ids, pa.repeat(alias, len(results)), *arrays, *kept.columns[1:]],
+        schema=pa.schema([*SCORED_SCHEMA, *list(kept.schema)[1:]]),
+    )
+
+
+def _numbers(results: Sequence[Any]) -> list[list[Any]]:
+    """nll_sum_nats, n_tokens and n_bytes of the results, None for a failure."""
+    rows: list[tuple[Any, ...]]
+    try:
+        # Without a failure among them, which is the usual: no look at each for what it may lack.
+        rows = list(map(_NUMBERS, results))
+    except AttributeError:
+        rows = [tuple(getattr(result, name, None) for name in _NUMBER_NAMES) for result in results]
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def describe_arrow(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

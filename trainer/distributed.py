@@ -7,6 +7,7 @@ and every collective is the identity.
 
 import dataclasses
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,11 @@ def _device(local_rank: int) -> torch.device:
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """The `World` of this process; joins the group of torchrun, where there is one, and leaves it at the end."""
+    """The `World` of this process; joins the group of torchrun, where there is one, and leaves it at the end.
+
+    What is built on the group (DistributedDataParallel) has to be let go inside: make it in a function that this block
+    calls. One that outlives the group ends gloo's threads while it holds the GIL that they may wait for, for ever.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(local_rank)
@@ -71,5 +76,8 @@ def process_group() -> Iterator[World]:
             nodes=nodes,
             device=device,
         )
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they would keep it
+        raise
     finally:
         dist.destroy_process_group()

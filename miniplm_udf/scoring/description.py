@@ -30,7 +30,7 @@ class ModelDescription:
         prefix_token_id: id of the token in front; None with `context_prefix: none`.
         vocab_size: rows of the model's embedding.
         n_parameters: tensors' elements in the weight files.
-        weights_hash: hash of the weight files and config.json, or of the .gguf file.
+        weights_hash: hash of the weight files, config.json and code of its own, or of the .gguf file.
         path: where it came from, without secrets.
         warnings: what a reader of the scores should know (chat-tuned, quantised).
     """

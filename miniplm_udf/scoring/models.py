@@ -294,7 +294,9 @@ def _weights_hash(folder: Path) -> str:
     source = folder / SOURCE_FILE
     if source.is_file():
         return str(json.loads(source.read_text(encoding="utf-8"))["sha256"])[:32]
-    digests = [(file.name, sha256_of(file)) for file in [*_weight_files(folder), folder / "config.json"]]
+    # A model's own code, where trust_remote_code lets it run, is part of what it computes.
+    files = [*_weight_files(folder), *sorted(folder.glob("*.py")), folder / "config.json"]
+    digests = [(file.name, sha256_of(file)) for file in files]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
 
 
@@ -318,8 +320,13 @@ def _warnings(alias: str, folder: Path, tokenizer: Tokenizer, vocab_size: int) -
 # --- the loaded model ---
 
 
-def load_model(config: ModelConfig, description: ModelDescription, device: str = "cpu") -> Any:
-    """Loads the weights, in eval mode, in the described dtype, onto a device.
+def load_model(
+    config: ModelConfig, description: ModelDescription, device: str = "cpu", attention: str | None = None
+) -> Any:
+    """Loads the weights, in eval mode, in the described dtype, onto a device; on a CPU, packed for it.
+
+    Args:
+        attention: an attention backend of transformers; None takes what transformers finds best for the architecture.
 
     Raises:
         ModelLoadError: if they cannot be loaded, or the model's own logits are not those of `head.Head`.
@@ -327,6 +334,8 @@ def load_model(config: ModelConfig, description: ModelDescription, device: str =
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
+
+    from miniplm_udf.scoring.cpu import prepare
 
     folder = resolve(config)
     transformers_logging.disable_progress_bar()
@@ -336,10 +345,16 @@ def load_model(config: ModelConfig, description: ModelDescription, device: str =
             dtype=getattr(torch, description.dtype),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            attn_implementation=attention,
         )
     except Exception as error:
         raise ModelLoadError(f"{folder}: cannot be loaded as a causal LM: {type(error).__name__}: {error}") from error
+    if description.dtype == "float32":
+        # On by default for convolutions, which Mamba has; the results would be those of ten bits.
+        torch.backends.cudnn.allow_tf32 = False
     model = model.to(device).eval().requires_grad_(False)
+    if model.device.type == "cpu":
+        prepare(model)
     check_head(model, description.vocab_size, device)
     return model
 

@@ -28,9 +28,11 @@ __all__ = ["Failure", "Score", "Scorer"]
 
 LOGGER = logging.getLogger("miniplm.scorer")
 
+# Measured (make bench-score): on a CPU the activations of a batch should fit its cache, a GPU wants many rows at once.
+_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
 # Texts are tokenized and sorted by length this many batches' worth at a time: enough to fill batches with like lengths,
 # little enough that memory does not grow with the corpus and that results flow.
-_BATCHES_PER_SLICE = 8
+_BATCHES_PER_SLICE = 16
 _BYTES_PER_TOKEN = 4
 
 
@@ -56,6 +58,7 @@ class Scorer:
 
     Attributes:
         tokenizer_hash: scorers of equal hashes take each other's `tokenize` results.
+        tokens_per_batch: token budget of one forward pass.
         slice_bytes: UTF-8 bytes of text that are worth handing over at once.
         on_progress: called after each forward pass with the tokens that it scored.
     """
@@ -65,16 +68,26 @@ class Scorer:
         model: Any,
         tokenizer: Tokenizer,
         description: ModelDescription,
-        tokens_per_batch: int,
+        tokens_per_batch: int | None = None,
         device: str | torch.device = "cpu",
+        compiled: bool | None = None,
     ) -> None:
-        """Takes a model that is on `device` already (`models.load_model`)."""
+        """Takes a model that is on `device` already (`models.load_model`).
+
+        Args:
+            tokens_per_batch: token budget of one forward pass; None takes what is best on the device.
+            compiled: whether to run it through `torch.compile`; None does on a GPU.
+        """
+        self._device = torch.device(device)
+        if tokens_per_batch is None:
+            tokens_per_batch = _TOKENS_PER_BATCH.get(self._device.type, _TOKENS_PER_BATCH["cuda"])
         self.description = description
         self.on_progress: Callable[[int], None] | None = None
         self.slice_bytes = _BATCHES_PER_SLICE * _BYTES_PER_TOKEN * tokens_per_batch
-        self._tokens_per_batch = tokens_per_batch
-        self._device = torch.device(device)
+        self.tokens_per_batch = tokens_per_batch
         self._head = Head(model)
+        if compiled if compiled is not None else self._device.type == "cuda":
+            self._head.compile()
         self.tokenizer_hash = description.tokenizer_hash
         self._tokenizer = TextTokenizer(tokenizer)
         self._encoder = TextEncoder(self._tokenizer, description)
@@ -95,7 +108,12 @@ class Scorer:
         Returns:
             One result a text, in order. Failure reasons: no_tokens, nan_score, tokenizer_failed, out_of_memory.
         """
-        return self.score_tokenized(self.tokenize(texts, segment_ends), ends_document)
+        results: list[Score | Failure] = []
+        # A slice at a time, so that the ids of a whole corpus are never there at once.
+        for start, end in self._slices([len(text or "") for text in texts]):
+            tokenized = self.tokenize(texts[start:end], segment_ends[start:end])
+            results.extend(self._score_slice(tokenized, ends_document[start:end]))
+        return results
 
     def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Tokenized | Failure]:
         """The part of `score` that scorers of one `tokenizer_hash` share; needs no model, and may run in a thread."""
@@ -106,20 +124,23 @@ class Scorer:
     ) -> list[Score | Failure]:
         """The part of `score` that needs the model."""
         results: list[Score | Failure] = []
-        for start, end in self._slices(tokenized):
-            rows = zip(tokenized[start:end], ends_document[start:end], strict=True)
-            results.extend(self._score_slice([self._encoder.encode(*row) for row in rows]))
+        for start, end in self._slices([item.n_bytes if isinstance(item, Tokenized) else 0 for item in tokenized]):
+            results.extend(self._score_slice(tokenized[start:end], ends_document[start:end]))
         return results
 
-    def _slices(self, tokenized: Sequence[Tokenized | Failure]) -> Iterator[tuple[int, int]]:
+    def _slices(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Ranges of texts that have about `slice_bytes` together."""
         start, size = 0, 0
-        for end, item in enumerate(tokenized, start=1):
-            size += item.n_bytes if isinstance(item, Tokenized) else 0
-            if size >= self.slice_bytes or end == len(tokenized):
+        for end, n_bytes in enumerate(sizes, start=1):
+            size += n_bytes
+            if size >= self.slice_bytes or end == len(sizes):
                 yield start, end
                 start, size = end, 0
 
-    def _score_slice(self, encoded: list[EncodedText | Failure]) -> list[Score | Failure]:
+    def _score_slice(
+        self, tokenized: Sequence[Tokenized | Failure], ends_document: Sequence[bool]
+    ) -> list[Score | Failure]:
+        encoded = [self._encoder.encode(*row) for row in zip(tokenized, ends_document, strict=True)]
         jobs = [
             _Job(text, window)
             for text, item in enumerate(encoded)
@@ -128,7 +149,7 @@ class Scorer:
         ]
         sums = np.zeros(len(encoded), dtype=np.float64)
         results: list[Score | Failure | None] = [item if isinstance(item, Failure) else None for item in encoded]
-        for indices in batches([len(job.window) for job in jobs], self._tokens_per_batch):
+        for indices in batches([len(job.window) for job in jobs], self.tokens_per_batch):
             self._score_batch([jobs[index] for index in indices], encoded, sums, results)
         return [
             result if result is not None else _finished(item, float(total))

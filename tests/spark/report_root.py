@@ -98,8 +98,10 @@ def _score_rows(matrix: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "instance_id": row["instance_id"], "model_id": alias, "model_revision": REVISIONS[alias],
             "tokenizer_hash": "t" * 32, "nll_sum_nats": row[f"{alias}_nll_sum_nats"],
-            "n_tokens": row[f"{alias}_n_tokens"], "n_bytes": row["n_bytes"], "dtype": "float32",
-            "context_tokens": 512, "run_id": "r", "scored_at": NOW, **QUERY,
+            "n_tokens": row[f"{alias}_n_tokens"], "n_bytes": row["n_bytes"],
+            "source": row["source"], "split": row["split"], "content_hash": row["content_hash"],
+            "text_bytes": row["n_bytes"], "dtype": "float32", "context_tokens": 512,
+            "run_id": "r", "scored_at": NOW, **QUERY,
         }
         for row in matrix for alias in ALIASES
     ]  # fmt: skip

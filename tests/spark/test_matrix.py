@@ -10,7 +10,7 @@ import pytest
 from miniplm_udf import matrix, schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig
 from miniplm_udf.streaming import wait_for_all
-from tests.spark.score_tables import experiment, instance_id, texts, write_instances
+from tests.spark.score_tables import experiment, instance_id, texts
 
 REVISIONS = {"teacher": "rev-t", "reference": "rev-r"}
 TABLE = schemas.score_matrix(list(REVISIONS))
@@ -18,7 +18,7 @@ TABLE = schemas.score_matrix(list(REVISIONS))
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """A root with instances, and a way to append score rows to it."""
+    """A root, and a way to append score rows to it. There are no instances: the matrix does not need them."""
 
     spark: Any
     config: ExperimentConfig
@@ -30,14 +30,16 @@ class Tables:
     def score(
         self, text: str, revision: str, nll: float, n_tokens: int = 10, missing_bytes: int = 0
     ) -> tuple[Any, ...]:
-        n_bytes = len(text.encode()) - missing_bytes
-        return (instance_id(text), "alias", revision, "h" * 32, nll, n_tokens, n_bytes, "float32", 64, "run")
+        n_bytes = len(text.encode())
+        instance = ("web", "pool", instance_id("content" + text), n_bytes)
+        scored = ("h" * 32, nll, n_tokens, n_bytes - missing_bytes)
+        return (instance_id(text), "alias", revision, *scored, *instance, "float32", 64, "run")
 
     def append(self, rows: list[tuple[Any, ...]]) -> Any:
         """Appends score rows in one commit and returns them as a frame."""
         from pyspark.sql import functions as F
 
-        fields = schemas.SCORES.spark_schema().fields[:10]
+        fields = schemas.SCORES.spark_schema().fields[:14]
         frame = self.spark.createDataFrame(rows, ", ".join(f"{f.name} {f.dataType.simpleString()}" for f in fields))
         frame = frame.select(
             "*", F.current_timestamp().alias("scored_at"), F.lit("s" * 32).alias("query_id"),
@@ -55,9 +57,7 @@ class Tables:
 
 @pytest.fixture
 def made(spark: Any, tmp_path: Path) -> Tables:
-    config = experiment(tmp_path / "root", {alias: ModelConfig(path="/nowhere") for alias in REVISIONS})
-    write_instances(spark, config, texts(6), source="web")
-    return Tables(spark, config)
+    return Tables(spark, experiment(tmp_path / "root", {alias: ModelConfig(path="/nowhere") for alias in REVISIONS}))
 
 
 def test_rows_that_come_together_or_apart_are_pivoted_once(made: Tables) -> None:

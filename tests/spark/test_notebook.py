@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from miniplm_udf import storage
 from tests.spark import report_root
 from tests.spark.report_root import REPOSITORY, Built
+from tests.unit.tiny_models import make_model_folder
 
 NOTEBOOK = REPOSITORY / "notebooks/explore.ipynb"
 
@@ -21,6 +23,8 @@ def built(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buil
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         built = report_root.build_root(spark, tmp_path_factory.getbasetemp() / "experiment")
         patch.setenv("MINIPLM_ROOT", built.config.root)
+        # The only model that is there in full; the students are records.
+        make_model_folder(Path(storage.local_path(built.config.model_uri(""))), name="reference")
         # A kernel is started with this process's environment, and the JVM of this process is not its own.
         for name in ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET"):
             patch.delenv(name, raising=False)
@@ -61,6 +65,9 @@ def test_notebook_runs_and_shows_what_is_in_the_tables(built: Built) -> None:
     for name, bits in (("miniplm", "2.1034"), ("conventional", "2.1271")):
         assert re.search(rf"{name}.*{bits}", shown, flags=re.DOTALL)
     assert "<png>" in shown
+    n_heldout = sum(row["split"] == "heldout" for row in built.instances)
+    by_nll = shown.partition("nll_nats_per_byte")[2].partition("version 1, 320 rows")[0]
+    assert sum(map(int, re.findall(r"\|\s*(\d+)\|\d\.\d+", by_nll))) == n_heldout
     for source in report_root.SOURCES:
         n_rows = sum(row["source"] == source for row in built.matrix)
         assert re.search(rf"{re.escape(source)}\s+{n_rows}\b", shown), source

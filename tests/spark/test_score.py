@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,9 +12,16 @@ import pytest
 from jobs import score
 from miniplm_udf import matrix, schemas, scores, storage, tables
 from miniplm_udf.config import ExperimentConfig, ModelConfig
-from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
+from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError, ScoringError
+from miniplm_udf.model_records import describe_models, read_record
+from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.streaming import executor_error
+from miniplm_udf.tally import Tally
+from miniplm_udf.udf import SCORED_DDL, score_arrow
 from tests.spark.score_tables import (
     FakeFactory,
+    FakeScorer,
+    Result,
     experiment,
     fake_n_tokens,
     fake_nll,
@@ -83,6 +91,7 @@ def test_new_instances_models_and_lost_checkpoints_score_only_what_is_missing(
     assert summary["scored"] == summary["new_scored"] == {"teacher": 5, "reference": 5}
     assert summary["tokens"]["teacher"] == sum(map(fake_n_tokens, first))
     assert summary["tokens_per_second"]["teacher"] > 0
+    assert summary["wait_share"] is None, "a slice or two: nothing to tell a steady state by"
     assert summary["rejected"] == 0
     assert summary["matrix_rows"] == 5
     assert summary["too_many_rejects"] is False
@@ -137,12 +146,10 @@ def test_a_bad_score_is_a_reject_and_nowhere_else(scored: Scored) -> None:
     assert len(scored_texts(scored.log, 1.0)) == 6
 
 
-def plan_of(scored: Scored) -> scores.ScoringPlan:
-    from miniplm_udf.model_records import read_record
-
+def plan_of(scored: Scored, models: tuple[ModelDescription, ...] | None = None) -> scores.ScoringPlan:
     config = scored.config
     return scores.ScoringPlan(
-        models=tuple(read_record(config, alias) for alias in config.scored_aliases),
+        models=models or tuple(read_record(config, alias) for alias in config.scored_aliases),
         factories={alias: FakeFactory(scored.scales[alias], str(scored.log)) for alias in config.scored_aliases},
         instances_uri=config.table_uri("instances"),
         scores_uri=config.table_uri("scores"),
@@ -157,27 +164,29 @@ def test_a_replayed_micro_batch_scores_nothing_and_rejects_what_has_no_row(score
     scored.run()
     more = [*texts(3, start=10), "fail again"]
     write_instances(scored.spark, scored.config, more, batch_id=1)
-    batch = scored.spark.read.format("delta").load(scored.config.table_uri("instances")).where("batch_id = 1")
-    plan = plan_of(scored)
+    batch = scores.pool(
+        scored.spark.read.format("delta").load(scored.config.table_uri("instances")).where("batch_id = 1")
+    )
+    plan, tally = plan_of(scored), scores.new_tally(scored.spark)
     query_id = "a" * 32
     tables_before = scored.table("rejects")
-    counts = scores.score_batch(plan, query_id, batch, 7)
+    counts = scores.score_batch(plan, query_id, batch, 7, tally).models
     assert {alias: (c.n_scored, c.n_failed) for alias, c in counts.items()} == {"teacher": (3, 1), "reference": (3, 1)}
     n_calls, rows = len(scored_texts(scored.log, 1.0)), scored.table("scores")
     # As after a kill between the commit of scores and that of rejects.
     scored.spark.sql(f"DELETE FROM delta.`{scored.config.table_uri('rejects')}`")
-    assert scores.score_batch(plan, query_id, batch, 7) == {}
+    assert scores.score_batch(plan, query_id, batch, 7, tally) == Tally()
     assert len(scored_texts(scored.log, 1.0)) == n_calls
     assert sorted(scored.table("scores")) == sorted(rows)
     assert tables_before == []
     # An empty micro-batch works as well.
-    assert scores.score_batch(plan, query_id, batch.where("false"), 8) == {}
+    assert scores.score_batch(plan, query_id, batch.where("false"), 8, tally) == Tally()
 
 
 def test_a_replay_rejects_under_the_reason_not_scored(scored: Scored) -> None:
     write_instances(scored.spark, scored.config, [*texts(1), "fail once"])
     scored.run()
-    batch = scored.spark.read.format("delta").load(scored.config.table_uri("instances"))
+    batch = scores.pool(scored.spark.read.format("delta").load(scored.config.table_uri("instances")))
     query_id = scored.table("scores")[0]["query_id"]
     before = {row["reject_id"] for row in scored.table("rejects")}
     # Looking for what other queries scored opens no file of this one: Delta's statistics tell a 32-character id whole.
@@ -187,10 +196,91 @@ def test_a_replay_rejects_under_the_reason_not_scored(scored: Scored) -> None:
     # As after a kill between the commit of scores and that of rejects: a table that knows nothing of this micro-batch.
     plan = dataclasses.replace(plan_of(scored), rejects_uri=scored.config.table_uri("rejects_anew"))
     tables.create(scored.spark, plan.rejects_uri, schemas.REJECTS)
-    assert scores.score_batch(plan, query_id, batch, 0) == {}
+    assert scores.score_batch(plan, query_id, batch, 0, scores.new_tally(scored.spark)) == Tally()
     after = scored.table("rejects_anew")
     assert {row["reason"] for row in after} == {"not_scored"}
     assert {row["reject_id"] for row in after} == before
+
+
+def test_a_commit_without_rows_that_is_tried_again_loses_no_instance(scored: Scored) -> None:
+    """All failed, the empty commit was made, then a kill; of the second run Delta drops the write, unread."""
+    write_instances(scored.spark, scored.config, ["fail one", "fail two"])
+    instances = scored.spark.read.format("delta").load(scored.config.table_uri("instances"))
+    models = (describe_models(scored.spark, scored.config, scored.config.models)["teacher"],)
+    plan = dataclasses.replace(plan_of(scored, models), factories={"teacher": FakeFactory(1.0, str(scored.log))})
+    for uri, table in ((plan.scores_uri, schemas.SCORES), (plan.rejects_uri, schemas.REJECTS)):
+        tables.create(scored.spark, uri, table)
+    tally = scores.new_tally(scored.spark)
+    assert scores.score_batch(plan, "b" * 32, scores.pool(instances), 4, tally).models["teacher"].n_failed == 2
+    assert {row["reason"] for row in scored.table("rejects")} == {"no_tokens"}
+    scored.spark.sql(f"DELETE FROM delta.`{plan.rejects_uri}`")
+    mended = dataclasses.replace(plan, factories={"teacher": MendedFactory(1.0, str(scored.log))})
+    assert scores.score_batch(mended, "b" * 32, scores.pool(instances), 4, tally) == Tally()
+    assert scored.table("scores") == []
+    assert {row["reason"] for row in scored.table("rejects")} == {"not_scored"}
+    assert len(scored.table("rejects")) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MendedFactory(FakeFactory):
+    """Makes a scorer that refuses nothing."""
+
+    @property
+    def key(self) -> str:
+        return f"mended/{self.log}"
+
+    def __call__(self) -> FakeScorer:
+        scorer = FakeScorer(self.scale, self.log)
+        score_all = scorer.score
+        scorer.score = lambda texts, *rest: score_all([str(text).upper() for text in texts], *rest)  # type: ignore[method-assign]
+        return scorer
+
+
+class BareScorer:
+    """Scores by length; refuses a text, or takes its time."""
+
+    tokenizer_hash, slice_bytes = "bytes", 4000
+
+    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Any]:
+        if any(text == "refused" for text in texts):
+            raise ScoringError("the text is refused")
+        return [str(text).encode() for text in texts]
+
+    def score_tokenized(self, tokenized: Sequence[Any], ends_document: Sequence[bool]) -> list[Any]:
+        return [Result(float(sum(raw)), len(raw), len(raw)) for raw in tokenized]
+
+    def score(self, texts: Any, segment_ends: Any, ends_document: Any) -> list[Any]:
+        return self.score_tokenized(self.tokenize(texts, segment_ends), ends_document)
+
+
+def test_sparks_batches_are_read_in_another_thread(spark: Any) -> None:
+    """Twenty batches a task, on workers that are used again; a consumer that stops early; an error in the thread."""
+    from pyspark.errors import PySparkException
+    from pyspark.sql import functions as F
+
+    def scored_lengths(n: int, text: Any, tally: Any = None) -> Any:
+        rows = spark.range(0, n, 1, 2).select(
+            F.col("id").cast("string").alias("instance_id"), text.alias("text"),
+            F.array().cast("array<int>").alias("segment_ends"), F.lit(True).alias("ends_document"),
+            F.array(F.lit("a"), F.lit("b")).alias("model_ids"),
+        )  # fmt: skip
+        factories = {"a": BareScorer, "b": BareScorer}
+        return rows.mapInArrow(score_arrow(factories, tally=tally), SCORED_DDL)
+
+    text = F.repeat(F.col("id").cast("string"), 20)
+    tally = scores.new_tally(spark)
+    for _ in range(3):
+        tally.value = Tally()
+        found = scored_lengths(40_000, text, tally).collect()
+        assert len(found) == 80_000
+        assert all(row["nll_sum_nats"] == 20 * sum(row["instance_id"].encode()) for row in found)
+        assert {alias: counts.n_scored for alias, counts in tally.value.models.items()} == {"a": 40_000, "b": 40_000}
+        assert 0 < tally.value.wait_share < 1
+        assert len(scored_lengths(1_000_000, text).limit(5).collect()) == 5
+        late = F.when(F.col("id") == 9_000, F.lit("refused")).otherwise(text)
+        with pytest.raises(PySparkException) as caught:
+            scored_lengths(10_000, late).collect()
+        assert isinstance(executor_error(caught.value), ScoringError)
 
 
 def test_nothing_to_score_is_an_error(scored: Scored) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from miniplm_udf.scoring import inputs
 from miniplm_udf.scoring.description import ModelDescription
@@ -165,3 +165,50 @@ def test_long_text_has_the_same_ids_as_in_one_call(monkeypatch: pytest.MonkeyPat
     assert isinstance(cut, EncodedText)
     assert cut.ids.tolist() == whole.ids.tolist()
     assert cut.n_bytes == whole.n_bytes
+
+
+def test_texts_of_one_call_do_not_meet() -> None:
+    """Texts of several segments and pieces, tokenized by one call: each as if alone, failures at their rows."""
+    texts = ["a bb", None, "", "ä \ud800", "c " * 40, "bb ä"]
+    ends: list[list[int]] = [[1], [], [], [], [20, 20], [9]]
+    found = TextTokenizer(word_tokenizer()).tokenize(texts, ends)
+    alone = [TextTokenizer(word_tokenizer()).tokenize([text], [end])[0] for text, end in zip(texts, ends, strict=True)]
+    assert [isinstance(one, Failure) for one in found] == [False, True, False, True, False, True]
+    encoder = TextEncoder(TextTokenizer(word_tokenizer()), describe("token"))
+    for one, other in zip(found, alone, strict=True):
+        first, second = encoder.encode(one, True), encoder.encode(other, True)
+        assert type(first) is type(second)
+        if isinstance(first, EncodedText) and isinstance(second, EncodedText):
+            assert first.ids.tolist() == second.ids.tolist()
+            assert first.n_bytes == second.n_bytes
+
+
+def test_a_character_of_many_tokens_at_the_border_of_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are cut between characters: every byte of a text without a space is still covered."""
+    monkeypatch.setattr(inputs.pieces, "__defaults__", (3,))
+    text = "😀终é" * 5
+    description = dataclasses.replace(
+        describe("token", tiny_models.VOCAB_SIZE), prefix_token_id=1, document_separator_id=1, model_revision=""
+    )
+    found = encode_with(tiny_models.make_tokenizer(), description, text, [4], False)
+    assert isinstance(found, EncodedText)
+    assert found.n_bytes == len(text.encode())
+    assert int(found.scored.sum()) == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "n_tokens", "n_bytes"),
+    [("hello", [], 5, 4), ("é😀 x", [], 9, 6), ("é", [], 3, 0), ("😀a", [4], 7, 0), (" a", [], 3, 1)],
+)
+def test_a_tokenizer_of_sentencepiece(text: str, ends: list[int], n_tokens: int, n_bytes: int) -> None:
+    """One that puts a space in front and falls back to bytes: its first token may stand for none of the text's own."""
+    words = ["<s>", *(f"<0x{number:02X}>" for number in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁h"]
+    bpe = models.BPE({word: number for number, word in enumerate(words)}, [("▁", "h")], byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    official = encode_with(tokenizer, describe(vocab_size=len(words)), text, ends, False)
+    assert isinstance(official, EncodedText)
+    assert (int((official.ids != 0).sum()), official.n_bytes) == (n_tokens, n_bytes)
+    prefixed = encode_with(tokenizer, describe("token", len(words)), text, ends, False)
+    assert isinstance(prefixed, EncodedText)
+    assert (int(prefixed.scored.sum()), prefixed.n_bytes) == (n_tokens, len(text.encode()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from miniplm_udf.config import ModelConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
@@ -162,9 +163,9 @@ def test_a_missing_tokenizer_json_is_made(tmp_path: Path) -> None:
 def test_description(tmp_path: Path) -> None:
     folder = tiny_models.make_model_folder(tmp_path)
     found = describe("teacher", small(folder))
-    model = load_model(small(folder), found)
     assert found.model_id == "teacher"
-    assert found.n_parameters == sum(parameter.numel() for parameter in model.parameters())
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert found.n_parameters == sum(parameter.numel() for parameter in plain.parameters())
     assert (found.document_separator, found.document_separator_id, found.prefix_token_id) == (SEPARATOR, 0, None)
     assert (found.vocab_size, found.context_tokens, found.warnings) == (VOCAB_SIZE, 64, [])
     assert len(found.model_revision) == len(found.tokenizer_hash) == len(found.weights_hash) == 32
@@ -197,6 +198,19 @@ def test_weights_that_change_in_place_are_another_model(tmp_path: Path) -> None:
     after = describe("m", small(folder))
     assert before.model_revision != after.model_revision
     assert before.tokenizer_hash == after.tokenizer_hash
+
+
+def test_a_change_of_the_models_code_or_config_is_another_model(tmp_path: Path) -> None:
+    folder = tiny_models.make_model_folder(tmp_path)
+    found = [describe("m", small(folder)).model_revision]
+    for name, text in (("modeling_own.py", "a = 1\n"), ("modeling_own.py", "a = 2\n"), ("README.md", "words\n")):
+        (folder / name).write_text(text)
+        found.append(describe("m", small(folder)).model_revision)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    found.append(describe("m", small(folder)).model_revision)
+    assert len(set(found)) == 4
+    assert found[2] == found[3], "what scores nothing is no part of it"
 
 
 def test_dtype_is_settled_once(tmp_path: Path) -> None:

@@ -1,66 +1,32 @@
-"""The scorer against a brute-force loop, one token at a time, and against itself in other batches and orders."""
+"""The scorer's life: rows and slices, failures that stand at their rows, passes that do not fit, progress.
 
-import itertools
-from collections.abc import Callable, Iterator
+What the numbers are is held in test_scoring_exactness.py, what must not change them in test_scoring_invariance.py.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from miniplm_udf.config import ModelConfig
-from miniplm_udf.scoring.models import describe, load_model
-from miniplm_udf.scoring.scorer import Failure, Score, Scorer
+from miniplm_udf.scoring.scorer import Failure, Score
 from miniplm_udf.scoring.tokenizer import load_tokenizer
-from miniplm_udf.scoring.windows import windows
 from tests.unit import tiny_models
-
-CONTEXT, OVERLAP = 24, 6
-# Text, segment ends, ends_document.
-ROWS: list[tuple[str, list[int], bool]] = [
-    ("hello world", [], True),
-    ("the quick brown fox jumps over the lazy dog. " * 2, [], False),
-    ("é😀 first.second ünd", [12], True),
-    ("x" * 70, [30, 50], True),
-    ("text that spells <|endoftext|> and <|im_end|>", [], True),
-    ("a", [], True),
-    ("  a  b\n\n", [], False),
-]
+from tests.unit.scoring_oracles import ROWS, Row
+from tests.unit.tiny_models import decoder_of, make_scorer
 
 
-def make_scorer(
-    folder: Path, tokens_per_batch: int = 64, **changes: Any
-) -> tuple[Scorer, Callable[[str, list[int], bool], Score]]:
-    """A scorer of a folder's model, and a brute-force one of the same."""
-    config = ModelConfig(path=str(folder), context_tokens=CONTEXT, window_overlap_tokens=OVERLAP, **changes)
-    description = describe("m", config, dtype="float32")
-    model, tokenizer = load_model(config, description), load_tokenizer(folder)
-
-    def brute_force(text: str, ends: list[int], ends_document: bool) -> Score:
-        prefixed = description.context_prefix == "token"
-        ids, inserted = ([0], [0]) if prefixed else ([], [])
-        raw = text.encode()
-        bounds = [0, *ends, len(raw)]
-        for number, (left, right) in enumerate(itertools.pairwise(bounds)):
-            ids += tokenizer.encode(raw[left:right].decode(), add_special_tokens=False).ids
-            if number < len(ends) or ends_document:
-                inserted.append(len(ids))
-                ids.append(description.document_separator_id)
-        total, n_tokens = 0.0, 0
-        for window in windows(len(ids) - 1, CONTEXT, OVERLAP):
-            for last in range(window.first_scored, window.end):
-                skipped = last + 1 in inserted if prefixed else ids[last] == description.document_separator_id
-                if not skipped:
-                    logits_V = model(torch.tensor([ids[window.start : last + 1]])).logits[0, -1].double()
-                    total -= float(torch.log_softmax(logits_V, dim=-1)[ids[last + 1]])
-                    n_tokens += 1
-        return Score(total, n_tokens, -1)
-
-    return Scorer(model, tokenizer, description, tokens_per_batch), brute_force
+def score(scorer: Any, rows: list[Row]) -> list[Any]:
+    return list(scorer.score([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]))
 
 
-def score(scorer: Scorer, rows: list[tuple[str, list[int], bool]]) -> list[Score | Failure]:
-    return scorer.score([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+def check_equal(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert isinstance(one, Score), one
+        assert one.nll_sum_nats == pytest.approx(other.nll_sum_nats, abs=1e-5 * one.n_tokens)
+        assert (one.n_tokens, one.n_bytes) == (other.n_tokens, other.n_bytes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,72 +50,33 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.make_model_folder(tmp_path_factory.mktemp("llama"), "llama")
 
 
-@pytest.mark.parametrize("context_prefix", ["none", "token"])
-@pytest.mark.parametrize("family", [*tiny_models.FAMILIES, "granite", "cohere"])
-def test_equals_brute_force(tmp_path: Path, family: str, context_prefix: str) -> None:
-    folder = tiny_models.make_model_folder(tmp_path, family)
-    scorer, brute_force = make_scorer(folder, context_prefix=context_prefix)
-    for row, found in zip(ROWS, score(scorer, ROWS), strict=True):
-        expected = brute_force(*row)
-        assert isinstance(found, Score), row
-        assert found.n_tokens == expected.n_tokens, row
-        assert found.nll_sum_nats == pytest.approx(expected.nll_sum_nats, abs=1e-4 * expected.n_tokens), row
-
-
-def test_soft_cap_is_not_ignored(tmp_path: Path) -> None:
-    """Without this, the parity of Gemma-2 could hold because its cap does nothing."""
-    capped, _ = make_scorer(tiny_models.make_model_folder(tmp_path, "gemma2", name="capped"))
-    free, _ = make_scorer(tiny_models.make_model_folder(tmp_path, "gemma2", name="free", final_logit_softcapping=None))
-    one, other = score(capped, ROWS[:1])[0], score(free, ROWS[:1])[0]
-    assert isinstance(one, Score)
-    assert isinstance(other, Score)
-    assert abs(one.nll_sum_nats - other.nll_sum_nats) > 0.1
-
-
-def test_every_byte_counts_with_a_prefix_token(llama: Path) -> None:
-    scorer, _ = make_scorer(llama, context_prefix="token")
-    for row, found in zip(ROWS, score(scorer, ROWS), strict=True):
-        assert isinstance(found, Score)
-        assert found.n_bytes == len(row[0].encode())
-
-
-@pytest.mark.parametrize("tokens_per_batch", [1, 30, 64, 100_000])
-def test_batch_size_and_order_do_not_matter(llama: Path, tokens_per_batch: int) -> None:
-    expected = score(make_scorer(llama, 64)[0], ROWS)
-    order = [4, 2, 6, 0, 5, 3, 1]
-    found = score(make_scorer(llama, tokens_per_batch)[0], [ROWS[i] for i in order])
-    for position, row in enumerate(order):
-        one, other = found[position], expected[row]
-        assert isinstance(one, Score)
-        assert isinstance(other, Score)
-        assert one.nll_sum_nats == pytest.approx(other.nll_sum_nats, abs=1e-4)
-        assert (one.n_tokens, one.n_bytes) == (other.n_tokens, other.n_bytes)
-
-
 @pytest.mark.parametrize("n_rows", [0, 1, 4, 5])
 def test_slices_hold_every_row(llama: Path, n_rows: int) -> None:
-    scorer, _ = make_scorer(llama)
+    scorer = make_scorer(llama)
     scorer.slice_bytes = 4 * len("hello world")
-    rows: list[tuple[str, list[int], bool]] = [(f"hello worl{i}", [], True) for i in range(n_rows)]
+    rows: list[Row] = [(f"hello worl{i}", [], True) for i in range(n_rows)]
     found = score(scorer, rows)
     assert len(found) == n_rows
     for one, row in zip(found, rows, strict=True):
-        alone = score(scorer, [row])[0]
-        assert isinstance(one, Score)
-        assert isinstance(alone, Score)
-        assert one.nll_sum_nats == pytest.approx(alone.nll_sum_nats, abs=1e-4)
+        check_equal([one], score(scorer, [row]))
+
+
+def test_tokenizing_and_scoring_apart_are_scoring(llama: Path) -> None:
+    """What one scorer tokenized another one with the same tokenizer scores: with its own prefix and separators."""
+    texts, ends, ends_document = zip(*ROWS, strict=True)
+    shared = make_scorer(llama).tokenize(texts, ends)
+    for other in (make_scorer(llama), make_scorer(llama, context_prefix="token", context_tokens=30)):
+        check_equal(other.score_tokenized(shared, ends_document), score(other, ROWS))
 
 
 def test_special_tokens_in_text_are_ordinary_text(llama: Path) -> None:
-    scorer, _ = make_scorer(llama)
-    found = score(scorer, [("a<|endoftext|>", [], False)])[0]
-    assert isinstance(found, Score)
+    [found] = score(make_scorer(llama), [("a<|endoftext|>", [], False)])
     assert found.n_tokens > 5
 
 
 def test_failures_stand_at_their_rows(llama: Path) -> None:
-    scorer, _ = make_scorer(llama)
-    found = score(scorer, [("hello", [], True), ("", [], True), ("bad \ud800", [], True), ("world", [], True)])
+    rows: list[Row] = [("hello", [], True), ("", [], True), ("bad \ud800", [], True), ("world", [], True)]
+    found = score(make_scorer(llama), rows)
     assert isinstance(found[0], Score)
     assert isinstance(found[3], Score)
     assert [one.reason for one in found if isinstance(one, Failure)] == ["no_tokens", "tokenizer_failed"]
@@ -157,66 +84,66 @@ def test_failures_stand_at_their_rows(llama: Path) -> None:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_nan_is_a_failure_of_that_text_alone(llama: Path, poison: float) -> None:
-    scorer, _ = make_scorer(llama)
-    tokenizer = load_tokenizer(llama)
-    bad = tokenizer.encode("~", add_special_tokens=False).ids[0]
-    assert scorer._head.decoder is not None
-    embedding = scorer._head.decoder.get_input_embeddings()
+    scorer = make_scorer(llama)
+    bad = load_tokenizer(llama).encode("~", add_special_tokens=False).ids[0]
     with torch.inference_mode():
-        embedding.weight[bad] = poison
-    found = score(scorer, [("hello", [], True), ("he~llo", [], True)])
-    assert isinstance(found[1], Failure)
+        decoder_of(scorer).get_input_embeddings().weight[bad] = poison
+    # In one batch; the output layer is not tied in this model: only rows that hold the token are hurt.
+    found = score(scorer, [("hello", [], True), ("he~llo", [], True), ("world", [], True)])
+    assert [type(one) for one in found] == [Score, Failure, Score]
     assert found[1].reason == "nan_score"
-    # The output layer is not tied in this model: only rows that hold the token are hurt.
-    assert isinstance(found[0], Score)
+
+
+# --- passes that do not fit ---
+
+
+def fail_above(scorer: Any, n_elements: int, error: Exception, n_columns: int = 10**9) -> Any:
+    """Makes passes over so many elements fail, until the handle is removed."""
+
+    def check(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        input_BT = named["input_ids"] if "input_ids" in named else arguments[0]
+        if input_BT.numel() > n_elements or input_BT.shape[1] > n_columns:
+            raise error
+
+    return decoder_of(scorer).register_forward_pre_hook(check, with_kwargs=True)
 
 
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: you tried")],
 )
-def test_a_batch_that_does_not_fit_is_split(llama: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = score(make_scorer(llama, 100_000)[0], ROWS)
-    scorer, _ = make_scorer(llama, 100_000)
-    hidden = scorer._head.hidden
-
-    def limited(input_BT: torch.Tensor) -> torch.Tensor:
-        if input_BT.numel() > 40:
-            raise error
-        return hidden(input_BT)
-
-    monkeypatch.setattr(scorer._head, "hidden", limited)
-    for one, other in zip(score(scorer, ROWS), expected, strict=True):
-        assert isinstance(one, Score)
-        assert isinstance(other, Score)
-        assert one.nll_sum_nats == pytest.approx(other.nll_sum_nats, abs=1e-4)
+def test_a_batch_that_does_not_fit_is_split(llama: Path, error: Exception) -> None:
+    scorer = make_scorer(llama, 100_000)
+    expected = score(scorer, ROWS[:5])
+    with fail_above(scorer, 150, error):
+        check_equal(score(scorer, ROWS[:5]), expected)
 
 
-def test_a_text_that_does_not_fit_alone_fails_alone(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer, _ = make_scorer(llama, 100_000)
-    hidden = scorer._head.hidden
-
-    def limited(input_BT: torch.Tensor) -> torch.Tensor:
-        if input_BT.shape[1] > 20:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return hidden(input_BT)
-
-    monkeypatch.setattr(scorer._head, "hidden", limited)
-    found = score(scorer, [("hello", [], True), ("x" * 70, [], True), ("world", [], True)])
+def test_a_text_that_does_not_fit_alone_fails_alone(llama: Path) -> None:
+    scorer = make_scorer(llama, 100_000)
+    rows: list[Row] = [("hello", [], True), ("x" * 70, [], True), ("world", [], True)]
+    expected = score(scorer, rows)
+    with fail_above(scorer, 10**9, torch.OutOfMemoryError("CUDA out of memory"), n_columns=20):
+        found = score(scorer, rows)
     assert [type(one) for one in found] == [Score, Failure, Score]
-    assert isinstance(found[1], Failure)
     assert found[1].reason == "out_of_memory"
+    assert "24 tokens" in found[1].detail
+    check_equal([found[0], found[2]], [expected[0], expected[2]])
+    # The next call starts afresh.
+    check_equal(score(scorer, rows), expected)
 
 
-def test_other_errors_are_raised(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer, _ = make_scorer(llama)
-    monkeypatch.setattr(scorer._head, "hidden", lambda input_BT: torch.zeros(1) @ torch.zeros(2))
-    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+def test_other_errors_are_raised(llama: Path) -> None:
+    scorer = make_scorer(llama)
+    with (
+        fail_above(scorer, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied")),
+        pytest.raises(RuntimeError, match="mat1 and mat2"),
+    ):
         score(scorer, ROWS[:1])
 
 
 def test_progress_counts_the_scored_tokens(llama: Path) -> None:
-    scorer, _ = make_scorer(llama)
+    scorer = make_scorer(llama)
     counted: list[int] = []
     scorer.on_progress = counted.append
     found = score(scorer, ROWS)

@@ -2,20 +2,26 @@
 
 import dataclasses
 import json
+import math
+import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from miniplm_udf import udf
-from miniplm_udf.config import ModelConfig
+from miniplm_udf import worker_scorers
+from miniplm_udf.config import ModelConfig, ScoreConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError, ScoringError
 from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.inputs import Failure
+from miniplm_udf.tally import Tally
 from miniplm_udf.udf import (
     DESCRIBED_SCHEMA,
     SCORED_SCHEMA,
@@ -79,7 +85,7 @@ class FakeFactory:
 @pytest.fixture(autouse=True)
 def fresh_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(udf, "_SCORERS", {})
+    monkeypatch.setattr(worker_scorers, "_KEPT", {})
 
 
 def request(rows: int, aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
@@ -111,7 +117,6 @@ def test_every_score_is_at_its_row(rows: int) -> None:
             assert one["nll_sum_nats"] == factor * sum(text.encode()) + row % 5 + 0.5 * (row % 2 == 0)
             assert (one["n_tokens"], one["n_bytes"]) == (len(text), len(text.encode()))
             assert (one["reason"], one["detail"]) == (None, None)
-            assert one["seconds"] >= 0
     assert all(batch.schema == SCORED_SCHEMA for batch in batches)
     if rows == 20:
         assert max(factories["teacher"].made[0].calls) <= 3, "slices of about 40 bytes"
@@ -149,6 +154,186 @@ def test_failures_are_rows_without_numbers() -> None:
     assert rows[2]["detail"] == "found None"
 
 
+def test_a_score_that_is_no_number_is_a_failure_and_the_tally_counts() -> None:
+    class Broken(FakeScorer):
+        def score(self, texts: Sequence[str | None], *rest: Any) -> list[Any]:
+            odd = {"a": math.nan, "b": math.inf}
+            return [
+                FakeScore(odd.get(str(text), 2.0), 5, 1) if text else Failure("no_tokens", "x" * 2000) for text in texts
+            ]
+
+    tallies: list[Tally] = []
+    sink = SimpleNamespace(add=tallies.append)
+    run = score_arrow({"teacher": lambda: Broken(1.0)}, tally=sink)
+    rows = [row for out in run(iter([texts_request("a", "b", "", "c", "d")])) for row in out.to_pylist()]
+    assert [row["reason"] for row in rows] == ["nan_score", "nan_score", "no_tokens", None, None]
+    assert [row["nll_sum_nats"] for row in rows] == [None, None, None, 2.0, 2.0]
+    (tally,) = tallies
+    counts = tally.models["teacher"]
+    assert (counts.n_scored, counts.n_failed, counts.n_tokens) == (2, 3, 10)
+    assert counts.seconds > 0
+    assert [(instance, reason, len(detail or "")) for instance, _, reason, detail in tally.failed] == [
+        ("id0", "nan_score", 0), ("id1", "nan_score", 0), ("id2", "no_tokens", 1000),
+    ]  # fmt: skip
+    assert pickle.loads(pickle.dumps(tally)) == tally
+
+
+def test_columns_are_carried_along() -> None:
+    batch = request(7).append_column("source", pa.array([f"s{i}" for i in range(7)]))
+    batch = batch.append_column("size", pa.array(range(7), pa.int64()))
+    model_ids = pa.array([["teacher"] if i % 2 else ["reference", "teacher"] for i in range(7)])
+    batch = batch.set_column(4, "model_ids", model_ids)
+    factories = {"teacher": FakeFactory(1.0, "one"), "reference": FakeFactory(2.0, "two")}
+    outs = list(score_arrow(factories, ["size", "source"])(iter([batch])))
+    assert all(out.schema.names == [*SCORED_SCHEMA.names, "size", "source"] for out in outs)
+    rows = [row for out in outs for row in out.to_pylist()]
+    assert len(rows) == 7 + 4
+    assert all(row["instance_id"] == f"id{row['size']}" and row["source"] == f"s{row['size']}" for row in rows)
+
+
+def texts_request(*texts: str | None) -> pa.RecordBatch:
+    rows = [{"instance_id": f"id{n}", "text": text, "model_ids": ["teacher"]} for n, text in enumerate(texts)]
+    return pa.RecordBatch.from_pylist(rows, schema=REQUEST_SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("batches", "sizes"),
+    [
+        ([], []),
+        ([[]], []),
+        ([[], ["a" * 5], []], [1]),
+        # 40 bytes a slice: small batches are joined, large ones cut, and the rest is not lost.
+        ([["a" * 10]] * 9, [4, 4, 1]),
+        ([["a" * 10] * 9], [4, 4, 1]),
+        ([["a" * 10] * 4], [4]),
+        ([["a" * 10] * 5], [4, 1]),
+        ([["a" * 10] * 3, ["a" * 10] * 6, [""], [None], ["a" * 100, "a"]], [4, 4, 4, 1]),
+        ([["a" * 100], ["a" * 100] * 2], [1, 1, 1]),
+        ([[None, ""]], [2]),
+    ],
+)
+def test_slices_are_full_whatever_the_batches(batches: list[list[str | None]], sizes: list[int]) -> None:
+    factory = FakeFactory(1.0, "one")
+    outs = list(score_arrow({"teacher": factory})(texts_request(*batch) for batch in batches))
+    assert [out.num_rows for out in outs] == sizes
+    assert [factory.made[0].calls if factory.made else []] == [sizes]
+    rows = [row for out in outs for row in out.to_pylist()]
+    everything = [(f"id{n}", text) for batch in batches for n, text in enumerate(batch)]
+    assert [row["instance_id"] for row in rows] == [instance_id for instance_id, _ in everything]
+    assert [row["n_tokens"] for row in rows] == [len(text) if text else None for _, text in everything]
+
+
+class TokenizingScorer(FakeScorer):
+    """Tokens are a text's bytes; says who tokenized and in which thread."""
+
+    def __init__(self, factor: float, tokenizer_hash: str) -> None:
+        super().__init__(factor)
+        self.tokenizer_hash = tokenizer_hash
+        self.tokenized: list[str | None] = []
+        self.threads: set[str] = set()
+
+    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Any]:
+        self.tokenized.extend(texts)
+        self.threads.add(threading.current_thread().name)
+        return list(zip(texts, segment_ends, strict=True))
+
+    def score_tokenized(self, tokenized: Sequence[Any], ends_document: Sequence[bool]) -> list[Any]:
+        assert threading.current_thread() is threading.main_thread()
+        return self.score([text for text, _ in tokenized], [ends for _, ends in tokenized], ends_document)
+
+
+def test_a_text_is_tokenized_once_for_all_scorers_of_a_tokenizer_and_in_the_thread() -> None:
+    scorers = {"a": TokenizingScorer(1.0, "x"), "b": TokenizingScorer(2.0, "x"), "c": TokenizingScorer(3.0, "y")}
+    factories = {alias: (lambda alias=alias: scorers[alias]) for alias in scorers}
+    batches = [request(21, ["a", "b", "c"]), request(5, ["b", "a"])]  # seven slices, and what "c" has no use for
+    rows = [row for out in score_arrow(factories)(iter(batches)) for row in out.to_pylist()]
+    by_text = {alias: len(scorer.tokenized) for alias, scorer in scorers.items()}
+    assert by_text["a"] + by_text["b"] == 26
+    assert by_text["c"] == 21
+    assert set().union(*(scorer.threads for scorer in scorers.values())) == {"read-ahead"}
+    factors = {"a": 1.0, "b": 2.0, "c": 3.0}
+    for row in rows:
+        n = int(row["instance_id"][2:])
+        bare = sum(f"text number {n} é".encode())
+        assert row["nll_sum_nats"] == factors[row["model_id"]] * bare + n % 5 + 0.5 * (n % 2 == 0)
+
+
+def test_tokenized_rows_go_to_the_models_that_want_them() -> None:
+    batch = request(12).set_column(4, "model_ids", pa.array([["a", "b"], ["b"], ["a"], []] * 3, pa.list_(pa.string())))
+    shared = {"a": TokenizingScorer(1.0, "x"), "b": TokenizingScorer(2.0, "x")}
+    factories = {alias: (lambda alias=alias: shared[alias]) for alias in shared}
+    rows = [row for out in score_arrow(factories)(iter([batch])) for row in out.to_pylist()]
+    expected = {(f"id{n}", alias) for n in range(12) for alias in batch.column("model_ids")[n].as_py()}
+    assert len(rows) == len(expected)
+    assert {(row["instance_id"], row["model_id"]) for row in rows} == expected
+    for row in rows:
+        n = int(row["instance_id"][2:])
+        bare = {"a": 1.0, "b": 2.0}[row["model_id"]] * sum(f"text number {n} é".encode())
+        assert row["nll_sum_nats"] == bare + n % 5 + 0.5 * (n % 2 == 0)
+
+
+def test_a_model_that_only_a_later_row_names_is_made_then() -> None:
+    early, late = TokenizingScorer(1.0, "x"), TokenizingScorer(2.0, "x")
+    made: list[str] = []
+    factories = {"a": lambda: made.append("a") or early, "b": lambda: made.append("b") or late}
+    run = score_arrow(factories)(iter([request(3, ["a"]), request(3, ["b"])]))
+    assert next(run)["model_id"].to_pylist() == ["a"] * 3
+    assert made == ["a"]
+    rows = [row for out in run for row in out.to_pylist()]
+    assert [(row["instance_id"], row["model_id"]) for row in rows] == [(f"id{n}", "b") for n in range(3)]
+    assert made == ["a", "b"]
+
+
+def test_errors_of_the_thread_are_raised_as_they_were_and_no_thread_is_left() -> None:
+    class Refusing(TokenizingScorer):
+        def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Any]:
+            raise ScoringError("the tokenizer is broken")
+
+    def failing() -> Iterator[pa.RecordBatch]:
+        yield request(2)
+        raise ConnectionError("Spark is gone")
+
+    before = threading.active_count()
+    with pytest.raises(ScoringError, match="broken"):
+        list(score_arrow({"teacher": lambda: Refusing(1.0, "x")})(iter([request(2)])))
+    with pytest.raises(ConnectionError, match="gone"):
+        list(score_arrow({"teacher": FakeFactory(1.0, "one")})(failing()))
+    # A consumer that stops early, as under a LIMIT.
+    run = score_arrow({"teacher": FakeFactory(1.0, "one")})(request(5) for _ in range(1000))
+    assert isinstance(run, Generator)
+    next(run)
+    run.close()
+    assert threading.active_count() == before
+
+
+def test_waiting_for_input_is_told_from_scoring() -> None:
+    class Slow(FakeScorer):
+        def score(self, *columns: Any) -> list[Any]:
+            time.sleep(0.02)
+            return super().score(*columns)
+
+    def wait_share(seconds: float, n_slices: int = 6) -> float | None:
+        def source() -> Iterator[pa.RecordBatch]:
+            for _ in range(n_slices):
+                time.sleep(seconds)
+                yield request(3)
+
+        tallies: list[Tally] = []
+        list(score_arrow({"teacher": lambda: Slow(1.0)}, tally=SimpleNamespace(add=tallies.append))(source()))
+        assert tallies[0].models["teacher"].seconds >= 0.02 * n_slices
+        return tallies[0].wait_share
+
+    assert (wait_share(0.0) or 0.0) < 0.3
+    assert (wait_share(0.06) or 0.0) > 0.5
+    assert wait_share(0.0, n_slices=1) is None
+    # Of the first slice nothing counts, whichever models had it.
+    tallies: list[Tally] = []
+    factories = {"teacher": lambda: Slow(1.0), "reference": lambda: Slow(2.0)}
+    sink = SimpleNamespace(add=tallies.append)
+    list(score_arrow(factories, tally=sink)(iter([request(3, ["teacher", "reference"])])))
+    assert tallies[0].wait_share is None
+
+
 def test_scorers_are_kept_by_their_key_and_made_when_needed() -> None:
     teacher, reference = FakeFactory(1.0, "one"), FakeFactory(2.0, "two")
     run = score_arrow({"teacher": teacher, "reference": reference})
@@ -161,7 +346,7 @@ def test_scorers_are_kept_by_their_key_and_made_when_needed() -> None:
     assert len(again.made) == 0
     # Another model takes its place.
     list(score_arrow({"teacher": FakeFactory(3.0, "three")})(iter([request(1)])))
-    assert set(udf._SCORERS) == {"three"}
+    assert set(worker_scorers._KEPT) == {"three"}
 
 
 def test_a_factory_without_a_key_is_called_once_a_call() -> None:
@@ -196,7 +381,7 @@ def test_the_function_travels_as_spark_sends_it(tmp_path: Path) -> None:
     cloudpickle = pytest.importorskip("pyspark.cloudpickle")
     config = ModelConfig(path=str(tiny_models.make_model_folder(tmp_path)), context_tokens=64, window_overlap_tokens=8)
     row = described(config)
-    factory = ModelScorerFactory(config, description_of(row), tokens_per_batch=128)
+    factory = ModelScorerFactory(config, description_of(row), ScoreConfig(tokens_per_batch=128))
     (tmp_path / "function").write_bytes(cloudpickle.dumps(score_arrow({"teacher": factory})))
     with pa.OSFile(str(tmp_path / "rows"), "wb") as sink, pa.ipc.new_stream(sink, REQUEST_SCHEMA) as writer:
         writer.write_batch(request(2))

@@ -1,0 +1,66 @@
+"""Peak memory is a function of the token budget: not of a vocabulary's logits, the corpus, or a document's length.
+
+Each measure is taken in a process of its own (`memory_probe`), whose heap nothing else has touched.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.memory_probe import MIB
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"),
+]
+REPOSITORY = Path(__file__).parents[2]
+
+
+def probe(name: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.memory_probe", name],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_vocabulary_of_152k_takes_less_than_its_logits() -> None:
+    found = probe("vocabulary")
+    assert found["n_tokens"] == [1024] * 9
+    assert found["peak_of_one"] < found["logits_of_one"] * 0.25
+    assert found["peak_of_eight"] < found["logits_of_one"] * 0.25, "eight texts take no more than one"
+
+
+def test_a_corpus_of_ten_times_the_size_takes_the_same() -> None:
+    found = probe("corpus")
+    assert found["n_tokens"] == [100_000, 1_000_000]
+    assert found["peak_of_large"] < found["peak_of_small"] + 8 * MIB < found["bytes_of_large"]
+
+
+def test_a_document_of_50_mb() -> None:
+    found = probe("document")
+    assert found["n_tokens"] == [1, found["n_words"], 1]
+    assert found["n_bytes"] == [16, found["n_words"] * 16, 16]
+    assert found["n_words"] * 16 == 50 * MIB
+    assert found["neighbours"][0] == pytest.approx(found["neighbours"][1], abs=1e-5)
+    assert all(map(math.isfinite, found["neighbours"]))
+    # Its text, its pieces and its ids are there; what a pass takes is not multiplied by its length.
+    assert found["peak"] < 5 * 50 * MIB
+
+
+def test_an_allocation_that_fails_halves_the_batch() -> None:
+    """No error is made up here: the process may not take more memory than it is given."""
+    found = probe("limit")
+    assert found["halved"] >= 1
+    assert found["n_tokens"] == [300] * 64
+    assert found["worst"] < 1e-5
