@@ -213,12 +213,16 @@ def test_a_commit_without_rows_that_is_tried_again_loses_no_instance(scored: Sco
     tally = scores.new_tally(scored.spark)
     assert scores.score_batch(plan, "b" * 32, scores.pool(instances), 4, tally).models["teacher"].n_failed == 2
     assert {row["reason"] for row in scored.table("rejects")} == {"no_tokens"}
-    scored.spark.sql(f"DELETE FROM delta.`{plan.rejects_uri}`")
-    mended = dataclasses.replace(plan, factories={"teacher": MendedFactory(1.0, str(scored.log))})
-    assert scores.score_batch(mended, "b" * 32, scores.pool(instances), 4, tally) == Tally()
+    # As if killed before the commit of rejects: a table that knows nothing of this micro-batch.
+    anew = scored.config.table_uri("rejects_anew")
+    tables.create(scored.spark, anew, schemas.REJECTS)
+    mended = {"teacher": MendedFactory(1.0, str(scored.log))}
+    again = dataclasses.replace(plan, factories=mended, rejects_uri=anew)
+    assert scores.score_batch(again, "b" * 32, scores.pool(instances), 4, tally) == Tally()
     assert scored.table("scores") == []
-    assert {row["reason"] for row in scored.table("rejects")} == {"not_scored"}
-    assert len(scored.table("rejects")) == 2
+    found = scored.table("rejects_anew")
+    assert sorted(row["instance_id"] for row in found) == sorted(map(instance_id, ["fail one", "fail two"]))
+    assert {row["reason"] for row in found} == {"not_scored"}
 
 
 @dataclasses.dataclass(frozen=True)

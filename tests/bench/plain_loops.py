@@ -1,0 +1,60 @@
+"""The loops that people write to score text with transformers, as `bench_score` times them. None of it is ours.
+
+Input: a plain model of transformers, token ids of each text. Output: the sum of -log p in nats of each. Written from
+descriptions: `padded` takes texts in corpus order, padded to the context, 16 at a time, with the logits of all
+positions in float32; `sorted_by_length` sorts first and pads to the longest of a batch; `official` takes instances of
+one length, 16 at a time, as MiniPLM's own scoring does: the logits of all, a cross-entropy without reduction, a mask.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@torch.inference_mode()
+def _batch(model: Any, rows: Sequence[Sequence[int]], width: int) -> list[float]:
+    """Nats of each row, from the logits of the whole batch."""
+    ids_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids_BT[number, : len(row)] = torch.tensor(row)
+        mask_BT[number, : len(row)] = 1
+    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    log_p_BTV = torch.log_softmax(logits_BTV[:, :-1].float(), dim=-1)
+    log_p_BT = log_p_BTV.gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
+    return [float(total) for total in -(log_p_BT * mask_BT[:, 1:]).sum(-1)]
+
+
+def padded(model: Any, texts: Sequence[Sequence[int]], context: int = 1024, batch_size: int = 16) -> list[float]:
+    """In corpus order, padded to the context."""
+    found: list[float] = []
+    for start in range(0, len(texts), batch_size):
+        found += _batch(model, texts[start : start + batch_size], context)
+    return found
+
+
+def sorted_by_length(model: Any, texts: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+    """Longest first, padded to the longest of each batch."""
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    found = np.zeros(len(texts))
+    for start in range(0, len(texts), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [texts[number] for number in chosen]
+        found[chosen] = _batch(model, rows, max(map(len, rows)))
+    return [float(total) for total in found]
+
+
+@torch.inference_mode()
+def official(model: Any, instances: Sequence[Sequence[int]], batch_size: int = 16) -> list[float]:
+    """Instances of one length, in order."""
+    found: list[float] = []
+    for start in range(0, len(instances), batch_size):
+        ids_BT = torch.tensor([list(row) for row in instances[start : start + batch_size]])
+        mask_BT = torch.ones_like(ids_BT[:, :-1])
+        logits_BTV = model(input_ids=ids_BT[:, :-1], attention_mask=mask_BT, use_cache=False).logits.float()
+        labels_N = ids_BT[:, 1:].reshape(-1)
+        loss_N = torch.nn.functional.cross_entropy(logits_BTV.view(len(labels_N), -1), labels_N, reduction="none")
+        found += [float(total) for total in (loss_N.view(mask_BT.shape) * mask_BT).sum(-1)]
+    return found
