@@ -80,6 +80,9 @@ def _defaults(cores: int) -> dict[str, str]:
         "spark.sql.shuffle.partitions": str(cores),
         "spark.databricks.delta.snapshotPartitions": str(cores),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
+        # Small parts, so that scorers get even shares of a micro-batch's files without a shuffle of the text.
+        "spark.hadoop.parquet.block.size": str(16 * 1024 * 1024),
+        "spark.sql.files.maxPartitionBytes": "16m",
         "spark.sql.streaming.stateStore.providerClass": (
             "org.apache.spark.sql.execution.streaming.state.RocksDBStateStoreProvider"
         ),

@@ -146,7 +146,7 @@ class ScoreConfig:
     Attributes:
         models: aliases to score with; empty means all of `models`.
         workers: concurrent scorers: one a GPU; 1 on a single machine without.
-        workers_per_gpu: worker processes that may hold a model on one GPU at a time; others wait.
+        workers_per_gpu: worker processes that may hold a model on one GPU at a time; others wait. Null: no bound.
         tokens_per_batch: token budget of one forward pass; null takes what is best on the device.
         compile: whether models run through torch.compile; null does on a GPU.
         attention: attention backend of transformers; auto leaves it to transformers.
@@ -156,7 +156,7 @@ class ScoreConfig:
 
     models: list[str] = dataclasses.field(default_factory=list)
     workers: int = 1
-    workers_per_gpu: int = 1
+    workers_per_gpu: int | None = 1
     tokens_per_batch: int | None = None
     compile: bool | None = None
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
@@ -171,7 +171,8 @@ class ScoreConfig:
             f"score.tokens_per_batch: expected at least 1, found {self.tokens_per_batch}",
         )
         for name in ("workers", "workers_per_gpu"):
-            check(getattr(self, name) >= 1, f"score.{name}: expected at least 1, found {getattr(self, name)}")
+            found = getattr(self, name)
+            check(found is None or found >= 1, f"score.{name}: expected at least 1, found {found}")
         check(
             re.fullmatch(r"\d+[bkmgt]?b?", self.max_bytes_per_trigger.lower()) is not None,
             f"score.max_bytes_per_trigger: expected a size such as 512m or 1g, found {self.max_bytes_per_trigger!r}",

@@ -8,12 +8,14 @@ import contextlib
 import dataclasses
 import fcntl
 import logging
+import os
 import tempfile
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from miniplm_udf.config import ModelConfig, ScoreConfig
+from miniplm_udf.errors import ScoringError
 from miniplm_udf.scoring.description import ModelDescription
 
 if TYPE_CHECKING:
@@ -76,33 +78,49 @@ def assigned_device() -> str:
     return f"cuda:{number if number < torch.cuda.device_count() else 0}"
 
 
-def take_gpu(device: str, workers: int) -> None:
-    """Waits until this process is one of the at most `workers` that hold a model on the GPU; for the process's life.
+def take_gpu(device: str, workers: int | None) -> None:
+    """Waits until this process is one of the at most `workers` that hold a model on the GPU; None is no bound.
 
     Spark starts a worker process a task slot: without this, a job that asks for no GPU a task would load a model for
-    each. Does nothing on a CPU, and for a GPU that this process has.
+    each. A place is kept until the process ends. Does nothing on a CPU, and for a GPU that this process has.
+
+    Raises:
+        ScoringError: the others have kept it for ten minutes.
     """
     import torch
 
-    if not device.startswith("cuda") or device in _GPUS:
-        return
-    name = f"miniplm-gpu-{torch.cuda.get_device_properties(device).uuid}"
-    places = [open(Path(tempfile.gettempdir()) / f"{name}-{place}.lock", "a") for place in range(workers)]  # noqa: SIM115 - held until the process ends
+    if workers is not None and device.startswith("cuda") and device not in _GPUS:
+        _GPUS[device] = take_place(str(torch.cuda.get_device_properties(device).uuid), workers)
+
+
+def take_place(name: str, places: int, patience_seconds: float = 600.0) -> IO[str]:
+    """Waits for one of the places of a thing that processes of this machine share.
+
+    Returns:
+        The open file whose lock is the place: it is free again when the file is closed, or the process ends.
+
+    Raises:
+        ScoringError: all are taken for so long.
+    """
+    folder = Path(tempfile.gettempdir()) / f"miniplm-places-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
     start = logged = time.monotonic()
     while True:
-        for place in places:
+        for place in range(places):
+            file = (folder / f"{name}-{place}").open("a")
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _GPUS[device] = place
-                return
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            file.close()
+        waited = time.monotonic() - start
+        found = f"{name}: {places} other worker processes have had this GPU for {waited:.0f} s"
+        hint = "ask for a GPU a task (spark.task.resource.gpu.amount=1), or let more share one (score.workers_per_gpu)"
+        if waited >= patience_seconds:
+            raise ScoringError(f"{found}; {hint}")
         if time.monotonic() - logged >= _LOG_EVERY_SECONDS:
             logged = time.monotonic()
-            LOGGER.warning(
-                "%s: %d other worker processes have it; waited %.0f s. Ask for a GPU a task "
-                "(spark.task.resource.gpu.amount=1), or let more share it (score.workers_per_gpu)",
-                device, workers, logged - start,
-            )  # fmt: skip
-        time.sleep(1)
+            LOGGER.warning("%s; %s", found, hint)
+        time.sleep(min(1.0, patience_seconds))
 
 
 def _gpu_address() -> str | None:

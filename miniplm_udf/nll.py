@@ -89,7 +89,9 @@ def nll_udf(
 
     config = _model_config(model, settings)
     description = _describe(SparkSession.active(), config)
-    factory = ModelScorerFactory(config, description, ScoreConfig(tokens_per_batch=tokens_per_batch))
+    # Two looks at a score in one query are two workers of one task, one behind the other: neither may wait for a GPU.
+    run = ScoreConfig(tokens_per_batch=tokens_per_batch, workers_per_gpu=None)
+    factory = ModelScorerFactory(config, description, run)
     return arrow_udf(nll_arrow(factory, ends_document), NLL_DDL, ArrowUDFType.SCALAR_ITER)
 
 

@@ -20,7 +20,7 @@ from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streaming import RunningQuery, start_query
-from miniplm_udf.tally import Failed, Tally, TallyParam
+from miniplm_udf.tally import MAX_FAILED, Failed, Tally, TallyParam
 from miniplm_udf.udf import SCORED_DDL, ScorerLike, score_arrow
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ Factory = Callable[[], ScorerLike]
 LOGGER = logging.getLogger("miniplm.score")
 
 _STAGE = "score:"
+# With so many parts of files for each scorer, no scorer has a quarter more than another.
+_PARTS_PER_WORKER = 4
 _SCORED_COLUMNS = ("instance_id", "text", "segment_ends", "ends_document")
 # Of the instance, written beside each score: `score_matrix` needs them, and must not read `instances` for them.
 _CARRIED = {"source": "string", "split": "string", "content_hash": "string", "text_bytes": "bigint"}
@@ -107,7 +109,8 @@ def start_scoring(
     def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
         found = score_batch(plan, query_id, batch, batch_id, tally, may_be_replay=next(first))
         _log(batch_id, found)
-        total.add(found)
+        # Without the failures, which are in the table now.
+        total.add(dataclasses.replace(found, failed=[]))
 
     reader = spark.readStream.format("delta").option("maxBytesPerTrigger", config.max_bytes_per_trigger)
     return start_query(pool(reader.load(plan.instances_uri)), micro_batch, checkpoint_uri, config)
@@ -153,21 +156,40 @@ def score_batch(
 
     unknown = may_be_replay and has_rows()
     if not unknown:
-        missing = _for_workers(plan, _missing(spark, plan, query_id, batch))
-        scored = missing.mapInArrow(score_arrow(plan.factories, list(_CARRIED), tally), _SCORED_DDL)
+        missing = _missing(spark, plan, query_id, batch)
+        scored = _for_workers(plan, batch, missing).mapInArrow(
+            score_arrow(plan.factories, list(_CARRIED), tally), _SCORED_DDL
+        )
         rows = _score_rows(plan, scored.where(F.col("reason").isNull()), query_id, batch_id)
         tables.append(rows, plan.scores_uri, schemas.SCORES, query_id, batch_id)
         # Delta drops a second write under these ids unread, also where the first had failures only, and so no row.
         unknown = may_be_replay and not has_rows()
     found = tally.value
-    if unknown or found.failed:
+    if unknown or len(found.failed) >= MAX_FAILED:
+        # Reads the text of the batch again: Spark leaves no column of a micro-batch out.
         _reject(spark, plan, batch.select("instance_id"), found.failed, query_id, batch_id)
+    elif found.failed:
+        ids = spark.createDataFrame(sorted({(one[0],) for one in found.failed}), "instance_id string")
+        _reject(spark, plan, ids, found.failed, query_id, batch_id)
     return found
 
 
-def _for_workers(plan: ScoringPlan, rows: "DataFrame") -> "DataFrame":
-    """As many partitions as scorers. One needs no shuffle of the text; several get even shares."""
-    return rows.coalesce(1) if plan.workers == 1 else rows.repartition(plan.workers, "instance_id")
+def _for_workers(plan: ScoringPlan, batch: "DataFrame", missing: "DataFrame | None") -> "DataFrame":
+    """As many partitions as scorers: of what is missing, or (None) of the whole batch.
+
+    One needs no shuffle of the text, nor do several where the files have parts enough for shares that are nearly even.
+    """
+    from pyspark.sql import functions as F
+
+    if missing is None:
+        every = F.array(*(F.lit(model.model_id) for model in plan.models))
+        missing = batch.withColumn("model_ids", every)
+        has_parts = batch.rdd.getNumPartitions() >= _PARTS_PER_WORKER * plan.workers
+    else:
+        has_parts = False
+    if plan.workers == 1 or has_parts:
+        return missing.coalesce(plan.workers)
+    return missing.repartition(plan.workers, "instance_id")
 
 
 def _committed(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch_id: int) -> "DataFrame":
@@ -177,8 +199,11 @@ def _committed(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch_id
     return scores.where((F.col("query_id") == query_id) & (F.col("batch_id") == batch_id))
 
 
-def _missing(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch: "DataFrame") -> "DataFrame":
-    """Instances that a model has neither scored nor rejected, with the aliases of such models as `model_ids`."""
+def _missing(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch: "DataFrame") -> "DataFrame | None":
+    """Instances that a model has neither scored nor rejected, with the aliases of such models as `model_ids`.
+
+    None where nothing was scored by another query: all of the batch is missing, with every model.
+    """
     from pyspark.sql import functions as F
 
     # What this query wrote in earlier micro-batches is of other instances: files of it alone are not even opened.
@@ -194,8 +219,7 @@ def _missing(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch: "Da
     )  # fmt: skip
     earlier = by_others.unionAll(rejected)
     if earlier.isEmpty():
-        every = F.array(*(F.lit(model.model_id) for model in plan.models))
-        return batch.withColumn("model_ids", every)
+        return None
     done = (
         earlier.join(batch.select("instance_id"), "instance_id", "left_semi")
         .groupBy("instance_id")
@@ -241,7 +265,8 @@ def _reject(
     models = [(model.model_id, model.model_revision) for model in plan.models]
     pairs = ids.crossJoin(F.broadcast(spark.createDataFrame(models, "model_id string, model_revision string")))
     unscored = pairs.join(committed, ["instance_id", "model_revision"], "left_anti")
-    reasons = spark.createDataFrame(failures, "instance_id string, model_id string, reason string, detail string")
+    columns = "instance_id string, model_id string, reason string, detail string"
+    reasons = spark.createDataFrame(failures, columns).dropDuplicates(["instance_id", "model_id"])
     unscored = unscored.join(reasons, ["instance_id", "model_id"], "left")
     stage = F.concat(F.lit(_STAGE), F.col("model_revision"))
     rows = unscored.select(

@@ -18,8 +18,8 @@ import torch
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.cpu import PackedLinear, can_pack
 
-# Measured (make bench-score): on 2 cores tiles of 4 MiB of float32 logits; on a GPU fewer and larger ones.
-_TILE_ROWS = {"cpu": 256, "cuda": 8192}
+# On a CPU 4 MiB of float32 logits, which stay in its cache (docs/scoring.md); on a GPU 128 MiB.
+_TILE_ROWS = {"cpu": 256, "cuda": 2048}
 _TILE_VOCABULARY = {"cpu": 4096, "cuda": 16384}
 
 
@@ -49,7 +49,7 @@ class Head:
         self._tile_nll = _tile_nll
 
     def compile(self) -> None:
-        """Fuses what follows the matrix product, and compiles the decoder. For GPUs: on CPUs it gained nothing."""
+        """Fuses what follows the matrix product, and compiles the decoder."""
         self.decoder = torch.compile(self.decoder, dynamic=True)
         self._tile_nll = torch.compile(_tile_nll, dynamic=True)
 
@@ -81,6 +81,8 @@ class Head:
                 logits_nv, target_n - first, total_n, picked_n, self._scale, self._soft_cap
             )
             first += logits_nv.shape[1]
+            # Else it would still be there while the next is made.
+            del logits_nv
         return total_n - picked_n
 
 

@@ -335,6 +335,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    from miniplm_udf.scoring.attention import improve_attention
     from miniplm_udf.scoring.cpu import prepare
 
     folder = resolve(config)
@@ -355,6 +356,8 @@ def load_model(
     model = model.to(device).eval().requires_grad_(False)
     if model.device.type == "cpu":
         prepare(model)
+    if attention is None:
+        improve_attention(model)
     check_head(model, description.vocab_size, device)
     return model
 

@@ -84,7 +84,7 @@ class Scorer:
         self.description = description
         self.on_progress: Callable[[int], None] | None = None
         self.slice_bytes = _BATCHES_PER_SLICE * _BYTES_PER_TOKEN * tokens_per_batch
-        self.tokens_per_batch = tokens_per_batch
+        self.tokens_per_batch = self._fitting_tokens = tokens_per_batch
         self._head = Head(model)
         if compiled if compiled is not None else self._device.type == "cuda":
             self._head.compile()
@@ -149,7 +149,7 @@ class Scorer:
         ]
         sums = np.zeros(len(encoded), dtype=np.float64)
         results: list[Score | Failure | None] = [item if isinstance(item, Failure) else None for item in encoded]
-        for indices in batches([len(job.window) for job in jobs], self.tokens_per_batch):
+        for indices in batches([len(job.window) for job in jobs], min(self.tokens_per_batch, self._fitting_tokens)):
             self._score_batch([jobs[index] for index in indices], encoded, sums, results)
         return [
             result if result is not None else _finished(item, float(total))
@@ -196,8 +196,13 @@ class Scorer:
             detail = f"a window of {len(jobs[0].window)} tokens does not fit in memory: {out_of_memory[:500]}"
             results[jobs[0].text] = Failure("out_of_memory", detail)
             return
-        LOGGER.warning("a batch of %d windows does not fit in memory: halved", len(jobs))
         half = len(jobs) // 2
+        # Later slices are not to fail and be halved each time again.
+        self._fitting_tokens = min(self._fitting_tokens, (len(jobs) - half) * max(len(job.window) for job in jobs))
+        LOGGER.warning(
+            "a batch of %d windows does not fit in memory: halved; batches of %d tokens from the next slice on",
+            len(jobs), self._fitting_tokens,
+        )  # fmt: skip
         self._score_batch(jobs[:half], encoded, sums, results)
         self._score_batch(jobs[half:], encoded, sums, results)
 
@@ -243,4 +248,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
         or "out of memory" in message
         or "can't allocate memory" in message
+        or "alloc_failed" in message  # cuBLAS, cuDNN
+        or "bad_alloc" in message
     )

@@ -18,14 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from jobs import score, session
 from miniplm_udf import schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig, ScoreConfig, SparkConfig
 from tests.bench import results
-from tests.spark.score_tables import Result, model_config
+from tests.spark.score_tables import model_config
 from tests.unit.tiny_models import make_model_folder
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ _TEXT_BYTES = 1024
 _FILLER = " and so the text goes on with words that repeat themselves, as words do, for a while yet; "
 _MODULUS = 997
 _MEMORY_SECONDS = 3.0
+
+
+class Result(NamedTuple):
+    nll_sum_nats: float
+    n_tokens: int
+    n_bytes: int
 
 
 class FakeScorer:

@@ -5,13 +5,15 @@
 Text: the demo's (real documentation), cut into documents of mixed lengths, a mean near 150 tokens, and into instances
 of one length. Model: SmolLM2-135M in float32. Prints a table a part; writes `build/bench/score.json`: `vs_padded`,
 `vs_sorted`, `vs_official` (tokens per second over those of `plain_loops`), `vs_gemm` (model FLOPs per second over those
-of torch.mm on the model's own matrix shapes), `spark_vs_bare` (the streaming job's tokens per second, all its tables
-written, over the bare Scorer's on the same rows) and `wait_share`. Scores of all loops are compared. FLOPs: 2 for each
-parameter in a matrix product and token, and the products of causal attention.
+of torch.mm on the model's own matrix shapes; `vs_packed_gemm`: over the chip's best, weights packed), `spark_vs_bare`
+(the streaming job's tokens per second, all its tables written, over the bare Scorer's on the same rows) and
+`wait_share`. Scores of all loops are compared. FLOPs: 2 for each parameter in a matrix product and token, and the
+products of causal attention.
 """
 
 import argparse
 import dataclasses
+import functools
 import gzip
 import json
 import random
@@ -30,6 +32,7 @@ from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig
 from miniplm_udf.demo_text import write_demo_text
 from miniplm_udf.measure import forward_flops
 from miniplm_udf.model_scorers import ModelScorerFactory
+from miniplm_udf.scoring.cpu import PackedLinear
 from miniplm_udf.scoring.models import describe, resolve
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
@@ -97,7 +100,7 @@ def make_bench(folder: Path) -> Bench:
     return Bench(config, plain, scorer, load_tokenizer(resolve(config)), texts)
 
 
-def timed(work: Callable[[], list[float]]) -> tuple[list[float], float]:
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     found = work()
     return found, time.perf_counter() - start
@@ -117,10 +120,14 @@ def compare_loops(bench: Bench, n_documents: int, n_instances: int) -> tuple[lis
     # Short enough that no loop cuts what another scores.
     loops: list[tuple[str, list[str], Callable[[list[list[int]]], list[float]]]] = [
         ("padded", documents, lambda ids: plain_loops.padded(bench.plain, ids, _CONTEXT)),
-        ("sorted", documents, lambda ids: plain_loops.sorted_by_length(bench.plain, ids, 8)),
+        *(
+            (f"sorted, batches of {size}", documents, functools.partial(_sorted, bench.plain, size))
+            for size in (4, 8, 16)
+        ),
         ("official", instances, lambda ids: plain_loops.official(bench.plain, ids)),
     ]
-    rows, ratios = [], {}
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     ours(bench.scorer, documents[:8])
     for name, texts, loop in loops:
         ids = bench.ids(texts)
@@ -130,7 +137,9 @@ def compare_loops(bench: Bench, n_documents: int, n_instances: int) -> tuple[lis
         worst = max(abs(a - b) / (len(one) - 1) for a, b, one in zip(mine, theirs, ids, strict=True))
         if worst > _TOLERANCE_NATS:
             raise RuntimeError(f"{name}: scores differ by {worst:.2g} nats a token")
-        ratios[f"vs_{name}"] = round(their_seconds / my_seconds, 3)
+        key = f"vs_{name.split(',')[0]}"
+        # Of several forms of a loop, the best counts.
+        ratios[key] = round(min(their_seconds / my_seconds, ratios.get(key, float("inf"))), 3)
         rows.append(
             {
                 "loop": name, "texts": len(texts), "mean_tokens": n_tokens / len(texts),
@@ -141,8 +150,16 @@ def compare_loops(bench: Bench, n_documents: int, n_instances: int) -> tuple[lis
     return rows, ratios
 
 
-def gemm_seconds_per_token(plain: Any, n_rows: int = 2048, repeats: int = 3) -> float:
-    """Of torch.mm over all matrices of the model once, its output layer among them, the best of some repeats."""
+def _sorted(plain: Any, batch_size: int, ids: list[list[int]]) -> list[float]:
+    return plain_loops.sorted_by_length(plain, ids, batch_size)
+
+
+def gemm_seconds_per_token(plain: Any, packed: bool, n_rows: int = 2048, repeats: int = 3) -> float:
+    """Of matrix products with all matrices of the model, its output layer among them, the best of some repeats.
+
+    Args:
+        packed: weights packed for oneDNN, or plain ones and torch.mm.
+    """
     shapes: dict[tuple[int, int], int] = {}
     for layer in plain.modules():
         if isinstance(layer, torch.nn.Linear):
@@ -151,7 +168,8 @@ def gemm_seconds_per_token(plain: Any, n_rows: int = 2048, repeats: int = 3) -> 
     total = 0.0
     for (n_in, n_out), count in shapes.items():
         x, weight, out = torch.randn(n_rows, n_in), torch.randn(n_in, n_out), torch.empty(n_rows, n_out)
-        seconds = [timed(lambda x=x, w=weight, out=out: torch.mm(x, w, out=out))[1] for _ in range(repeats + 1)]  # type: ignore[misc, arg-type, return-value]
+        product = PackedLinear(weight.T) if packed else functools.partial(torch.mm, mat2=weight, out=out)
+        seconds = [timed(functools.partial(product, x))[1] for _ in range(repeats + 1)]
         total += count * min(seconds[1:])
     return total / n_rows
 
@@ -165,18 +183,17 @@ def compare_gemm(bench: Bench, n_instances: int) -> tuple[list[dict[str, Any]], 
     lengths = [len(one) - 1 for one in bench.ids(texts)]
     flops = forward_flops(matrices, found.num_hidden_layers, width, lengths)
     ours(bench.scorer, texts[:4])
-    # The chip's rate before and after: it drifts on shared machines.
-    before = gemm_seconds_per_token(bench.plain)
+    # The chip's rates before and after: they drift on shared machines.
+    before = [gemm_seconds_per_token(bench.plain, packed) for packed in (False, True)]
     _, seconds = timed(lambda: ours(bench.scorer, texts))
-    limit = 2.0 * matrices / ((before + gemm_seconds_per_token(bench.plain)) / 2)
-    rows = [
-        {
-            "windows": len(texts), "tokens_per_window": _STEADY_TOKENS, "tokens_per_s": sum(lengths) / seconds,
-            "model_gflop_per_s": flops / seconds / 1e9, "gemm_gflop_per_s": limit / 1e9,
-            "ratio": flops / seconds / limit,
-        }
-    ]  # fmt: skip
-    return rows, {"vs_gemm": round(flops / seconds / limit, 3)}
+    after = [gemm_seconds_per_token(bench.plain, packed) for packed in (False, True)]
+    plain, best = (2.0 * matrices / ((first + second) / 2) for first, second in zip(before, after, strict=True))
+    row = {
+        "windows": len(texts), "tokens_per_window": _STEADY_TOKENS, "tokens_per_s": sum(lengths) / seconds,
+        "model_gflop_per_s": flops / seconds / 1e9, "torch_mm_gflop_per_s": plain / 1e9,
+        "packed_gflop_per_s": best / 1e9, "ratio": flops / seconds / plain, "ratio_to_packed": flops / seconds / best,
+    }  # fmt: skip
+    return [row], {"vs_gemm": round(row["ratio"], 3), "vs_packed_gemm": round(row["ratio_to_packed"], 3)}
 
 
 def compare_spark(bench: Bench, folder: Path, n_documents: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -219,10 +236,10 @@ def compare_spark(bench: Bench, folder: Path, n_documents: int) -> tuple[list[di
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["loops", "gemm", "spark"], default=["loops", "gemm", "spark"])
-    parser.add_argument("--documents", type=int, default=48, help="for the plain loops")
+    parser.add_argument("--documents", type=int, default=32, help="for the plain loops")
     parser.add_argument("--instances", type=int, default=16, help="of 1,024 tokens, for the official loop")
     parser.add_argument("--windows", type=int, default=48, help="of 512 tokens, for vs_gemm")
-    parser.add_argument("--spark-documents", type=int, default=1000, help="for spark_vs_bare")
+    parser.add_argument("--spark-documents", type=int, default=800, help="for spark_vs_bare")
     parser.add_argument("--folder", type=Path, default=results.FOLDER / "score", help="where text and tables go")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="where score.json goes")
     given = parser.parse_args(argv)
