@@ -8,7 +8,7 @@ SCALE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test check bench-score format constraints clean
+.PHONY: help setup java demo test check bench-score bench-gpu format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ test: check ## everything that CI runs
 	pytest -q -m slow tests/unit
 	@# Two at a time, a file each: a JVM rarely keeps two cores busy.
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/spark
+
+bench-gpu: setup ## scoring on a GPU: utilisation of its peak; needs CUDA
+	python -m tests.bench.bench_gpu
 
 bench-score: setup ## scoring beside plain loops, the chip and bare Spark (25 minutes on 2 cores); writes build/bench/score.json
 	python -m tests.bench.bench_score

@@ -48,7 +48,7 @@ class EncodedText:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A stretch of text, its ids (int32), and the UTF-8 bytes of its first token."""
 
     text: str
@@ -60,7 +60,7 @@ class _Piece:
 class Tokenized:
     """A text as its tokenizer sees it, before a model's prefix and separators: of each segment, its pieces."""
 
-    segments: list[list[_Piece]]
+    segments: list[list[Piece]]
     n_bytes: int
 
 
@@ -119,7 +119,7 @@ class TextTokenizer:
         )
         return [item if isinstance(item, Failure) else _joined(item, encoded) for item in cut]
 
-    def bytes_behind(self, piece: _Piece, token_id: int) -> int:
+    def bytes_behind(self, piece: Piece, token_id: int) -> int:
         """UTF-8 bytes of a piece's tokens that stand directly behind a token of this id. Rare: it is encoded again."""
         behind = np.flatnonzero(piece.ids[:-1] == token_id) + 1
         if len(behind) == 0:
@@ -127,7 +127,7 @@ class TextTokenizer:
         encoding = self._tokenizer.encode(piece.text, add_special_tokens=False)
         return sum(_token_bytes(piece.text, encoding, int(position)) for position in behind)
 
-    def _encode(self, texts: Iterable[str]) -> Iterator[_Piece | Failure]:
+    def _encode(self, texts: Iterable[str]) -> Iterator[Piece | Failure]:
         group: list[str] = []
         size = 0
         for text in texts:
@@ -138,7 +138,7 @@ class TextTokenizer:
                 group, size = [], 0
         yield from self._encode_group(group)
 
-    def _encode_group(self, group: list[str]) -> list[_Piece | Failure]:
+    def _encode_group(self, group: list[str]) -> list[Piece | Failure]:
         try:
             encodings = self._tokenizer.encode_batch(group, add_special_tokens=False)
         except Exception as error:  # the Rust library raises bare Exception, and TypeError for lone surrogates
@@ -146,7 +146,7 @@ class TextTokenizer:
                 return [Failure("tokenizer_failed", f"{type(error).__name__}: {error}")]
             return [piece for text in group for piece in self._encode_group([text])]
         return [
-            _Piece(text, np.array(encoding.ids, dtype=np.int32), _token_bytes(text, encoding, 0))
+            Piece(text, np.array(encoding.ids, dtype=np.int32), _token_bytes(text, encoding, 0))
             for text, encoding in zip(group, encodings, strict=True)
         ]
 
@@ -161,14 +161,14 @@ def _cut(text: str | None, segment_ends: Sequence[int]) -> list[list[str]] | Fai
         return Failure("tokenizer_failed", f"{type(error).__name__}: {error}")
 
 
-def _joined(parts: list[list[str]], encoded: Iterator[_Piece | Failure]) -> Tokenized | Failure:
+def _joined(parts: list[list[str]], encoded: Iterator[Piece | Failure]) -> Tokenized | Failure:
     """Takes the pieces of one text off a stream."""
     found = [[next(encoded) for _ in part] for part in parts]
     failures = [piece for part in found for piece in part if isinstance(piece, Failure)]
     if failures:
         return failures[0]
     n_bytes = sum(len(piece.encode("utf-8")) for part in parts for piece in part)
-    whole = [[piece for piece in part if isinstance(piece, _Piece) and len(piece.ids)] for part in found]
+    whole = [[piece for piece in part if isinstance(piece, Piece) and len(piece.ids)] for part in found]
     return Tokenized(whole, n_bytes)
 
 

@@ -51,8 +51,14 @@ def official(model: Any, instances: Sequence[Sequence[int]], batch_size: int = 1
     """Instances of one length, in order."""
     found: list[float] = []
     for start in range(0, len(instances), batch_size):
-        ids_BT = torch.tensor([list(row) for row in instances[start : start + batch_size]])
-        mask_BT = torch.ones_like(ids_BT[:, :-1])
+        rows = instances[start : start + batch_size]
+        # Of one length but for a token or two: cut from text, they are tokenised again.
+        shape = (len(rows), max(map(len, rows)))
+        ids_BT, is_text_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids_BT[number, : len(row)] = torch.tensor(row)
+            is_text_BT[number, : len(row)] = 1
+        ids_BT, mask_BT = ids_BT.to(model.device), is_text_BT[:, 1:].to(model.device)
         logits_BTV = model(input_ids=ids_BT[:, :-1], attention_mask=mask_BT, use_cache=False).logits.float()
         labels_N = ids_BT[:, 1:].reshape(-1)
         loss_N = torch.nn.functional.cross_entropy(logits_BTV.view(len(labels_N), -1), labels_N, reduction="none")

@@ -31,3 +31,11 @@ def test_a_plain_loop_scores_as_the_scorer(tmp_path: Path, loop: Callable[[Any, 
     expected = scorer.score(TEXTS, [[]] * len(TEXTS), [False] * len(TEXTS))
     found = loop(AutoModelForCausalLM.from_pretrained(folder).eval(), ids)
     assert found == pytest.approx([one.nll_sum_nats for one in expected], abs=1e-3)
+
+
+def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:
+    """Its code, on whatever device is here: the numbers of a model this small say nothing."""
+    from tests.bench import bench_gpu
+
+    assert bench_gpu.main(["--size", "tiny", "--instances", "3", "--results", str(tmp_path)]) == 0
+    assert '"utilisation_tiny"' in (tmp_path / "gpu.json").read_text()

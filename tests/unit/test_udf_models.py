@@ -1,0 +1,82 @@
+"""Real models through the Arrow functions: described where they will run, pickled, and scored with."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from miniplm_udf.config import ModelConfig, ScoreConfig
+from miniplm_udf.errors import ConfigError, ModelLoadError
+from miniplm_udf.model_scorers import ModelScorerFactory
+from miniplm_udf.udf import DESCRIBED_SCHEMA, describe_arrow, description_of, model_config_json, score_arrow
+from tests.unit import tiny_models
+from tests.unit.test_udf import REQUEST_SCHEMA
+
+
+def described(config: ModelConfig, dtype: str | None = "float32", config_json: str | None = None) -> dict[str, Any]:
+    batch = pa.RecordBatch.from_pylist(
+        [{"alias": "teacher", "config_json": config_json or model_config_json(config), "dtype": dtype}],
+        schema=pa.schema([("alias", pa.string()), ("config_json", pa.string()), ("dtype", pa.string())]),
+    )
+    (out,) = describe_arrow(iter([batch]))
+    assert out.schema == DESCRIBED_SCHEMA
+    return dict(out.to_pylist()[0])
+
+
+def test_describe(tmp_path: Path) -> None:
+    folder = tiny_models.make_model_folder(tmp_path)
+    config = ModelConfig(path=str(folder), context_tokens=64, window_overlap_tokens=8)
+    found = description_of(described(config, dtype=None))
+    assert (found.model_id, found.context_tokens, found.document_separator_id) == ("teacher", 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"context_tokens": 4096}, ConfigError), ({"path": "/no/such/model"}, ModelLoadError)],
+)
+def test_errors_come_to_the_driver_with_their_class(
+    tmp_path: Path, changes: dict[str, Any], expected: type[Exception]
+) -> None:
+    folder = tiny_models.make_model_folder(tmp_path)
+    row = described(dataclasses.replace(ModelConfig(path=str(folder)), **changes))
+    assert row["description_json"] is None
+    with pytest.raises(expected):
+        description_of(row)
+
+
+def test_unforeseen_errors_come_too() -> None:
+    with pytest.raises(ModelLoadError, match=r"models\.teacher: TypeError"):
+        description_of(described(ModelConfig(), config_json=json.dumps({"no_such": 1})))
+
+
+@pytest.mark.slow
+def test_the_function_travels_as_spark_sends_it(tmp_path: Path) -> None:
+    """A real scorer, pickled into a process that has nothing but the package, for two rows."""
+    cloudpickle = pytest.importorskip("pyspark.cloudpickle")
+    config = ModelConfig(path=str(tiny_models.make_model_folder(tmp_path)), context_tokens=64, window_overlap_tokens=8)
+    row = described(config)
+    factory = ModelScorerFactory(config, description_of(row), ScoreConfig(tokens_per_batch=128))
+    (tmp_path / "function").write_bytes(cloudpickle.dumps(score_arrow({"teacher": factory})))
+    with pa.OSFile(str(tmp_path / "rows"), "wb") as sink, pa.ipc.new_stream(sink, REQUEST_SCHEMA) as writer:
+        columns = [pa.array(values) for values in (["1", "2"], ["one text", "another"])]
+        columns += [pa.array([[], []], pa.list_(pa.int32())), pa.array([True, True]), pa.array([["teacher"]] * 2)]
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=REQUEST_SCHEMA))
+    script = (
+        "import pickle, sys, pyarrow as pa\n"
+        "run = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "for batch in run(iter(pa.ipc.open_stream(open(sys.argv[2], 'rb')))):\n"
+        "    print(batch.to_pylist())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "function"), str(tmp_path / "rows")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("'reason': None") == 2
+    assert "teacher: loaded on" in done.stderr
