@@ -49,7 +49,7 @@ def windows(n_tokens: int, context: int, overlap: int) -> Iterator[Window]:
         yield Window(start, first_scored, end)
 
 
-def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], tokens_per_batch: int, at_least: int = 1) -> Iterator[list[int]]:
     """Groups indices of windows of like length so that rows times the longest stays within a token budget.
 
     Longest first, so that what does not fit in memory shows at once. Equal lengths keep their order.
@@ -57,6 +57,7 @@ def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]
     Args:
         lengths: tokens of each window.
         tokens_per_batch: budget; a window above it is alone in its batch.
+        at_least: windows of a batch, whatever the budget.
 
     Yields:
         Lists of indices into `lengths`; each index once.
@@ -64,7 +65,7 @@ def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
+        if len(batch) >= at_least and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
             yield batch
             batch = []
         batch.append(index)

@@ -39,6 +39,12 @@ def test_batches_golden() -> None:
     assert list(batches([9], 8)) == [[0]]
 
 
+def test_batches_of_at_least_so_many() -> None:
+    assert list(batches([9, 8, 2, 1], 10)) == [[0], [1], [2, 3]]
+    assert list(batches([9, 8, 2, 1], 10, at_least=2)) == [[0, 1], [2, 3]]
+    assert list(batches([9, 8, 7], 10, at_least=2)) == [[0, 1], [2]]
+
+
 def test_batches_hold_each_index_once_within_the_budget() -> None:
     lengths = [(7 * i) % 13 + 1 for i in range(50)]
     for budget in (1, 5, 13, 40, 10_000):
