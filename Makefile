@@ -32,7 +32,7 @@ demo: setup ## the whole pipeline on real text with a real teacher (SCALE=2, who
 	miniplm demo-text --to build/demo-text --scale $(SCALE)
 	miniplm run -c conf/demo.yaml
 
-check: setup ## lint, types, import contracts, unit tests: under a minute
+check: setup ## lint, types, import contracts, unit tests
 	ruff check .
 	ruff format --check .
 	mypy
