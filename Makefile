@@ -47,7 +47,7 @@ test: check ## everything that CI runs
 bench-gpu: setup ## scoring on a GPU: utilisation of its peak; needs CUDA
 	python -m tests.bench.bench_gpu
 
-bench-score: setup ## scoring beside plain loops, the chip and bare Spark (25 minutes on 2 cores); writes build/bench/score.json
+bench-score: setup ## scoring beside plain loops, the chip and bare Spark (20 minutes on 2 cores); writes build/bench/score.json
 	python -m tests.bench.bench_score
 	python -m tests.bench.bench_engine
 

@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--documents", type=int, default=32, help="for the plain loops")
     parser.add_argument("--instances", type=int, default=16, help="of 1,024 tokens, for the official loop")
     parser.add_argument("--windows", type=int, default=48, help="of 512 tokens, for vs_gemm")
-    parser.add_argument("--spark-documents", type=int, default=600, help="for spark_vs_bare")
+    parser.add_argument("--spark-documents", type=int, default=900, help="for spark_vs_bare")
     parser.add_argument("--folder", type=Path, default=results.FOLDER / "score", help="where text and tables go")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="where score.json goes")
     given = parser.parse_args(argv)
