@@ -36,8 +36,7 @@ def run(
         factories: makers of scorers by alias, instead of the models' own.
 
     Returns:
-        Counts by alias (rows in all, new rows, new tokens, tokens per second of scoring), the share of time in which
-        the models waited (null where there was too little to tell), rejects, matrix rows.
+        Counts by alias (rows in all, new rows and tokens, tokens per second), `wait_share`, rejects, matrix rows.
 
     Raises:
         CorpusError: there is nothing to score, or a model scored nothing at all.

@@ -1,13 +1,11 @@
 """What scoring a sample costs, found where the models run: token counts, model FLOPs, and seconds of real scoring.
 
 Input: one model (`MeasureRequest`) and instances of a sample, as record batches. Output: a `Measured`, one row of JSON,
-or an error's class and message. Owns the FLOP formula and the timing; the scoring is the jobs' own (`model_scorers`,
+or an error's class and message. Owns the counting and the timing; the scoring is the jobs' own (`model_scorers`,
 `Scorer`). A model that is not trained yet is measured with fresh weights of its architecture: as fast, and its scores
 are thrown away. Executor side; torch and transformers are loaded inside the functions. A retry measures again.
 
-    FLOPs(forward) = 2 P T + 2 layers width sum over windows of L^2
-    P parameters in matrix products, T input tokens, L tokens of a window (a token sees half of it on average: causal)
-    FLOPs(training) = 3 FLOPs(forward)
+    FLOPs(training) = 3 FLOPs(forward), which `scoring.flops` has
 """
 
 import dataclasses
@@ -19,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from miniplm_udf.config import ModelConfig, ScoreConfig, TrainConfig
 from miniplm_udf.model_scorers import ModelScorerFactory, assigned_device
 from miniplm_udf.progress import configure_logging
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.scoring.flops import forward_flops
 from miniplm_udf.udf import ArrowFunction
 
 LOGGER = logging.getLogger("miniplm.estimate")
@@ -134,11 +133,6 @@ def measured_of(row: dict[str, Any]) -> Measured:
     if row["error_class"] is not None:
         raise getattr(errors, row["error_class"])(row["error"])
     return Measured(**json.loads(row["measured_json"]))
-
-
-def forward_flops(parameters: int, layers: int, width: int, windows: Sequence[int]) -> float:
-    """FLOPs of forward passes over windows of these many tokens; see the module's formula."""
-    return 2.0 * parameters * sum(windows) + 2.0 * layers * width * sum(length**2 for length in windows)
 
 
 def _measure(request: MeasureRequest, rows: list[dict[str, Any]]) -> Measured:

@@ -19,8 +19,8 @@ _BLOCK = 64
 _LONGEST = 768
 # Keywords of attention functions that change the result, beside mask and scale.
 _SPECIAL = ("softcap", "s_aux", "sinks", "position_bias", "cache")
-# Of hidden states of order one.
-_TOLERANCE = {torch.float32: 1e-3}
+# Of the largest hidden state.
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.05
 
 
 def improve_attention(model: Any) -> None:
@@ -43,7 +43,7 @@ def improve_attention(model: Any) -> None:
         model.set_attn_implementation(name)
         after = model.base_model(input_ids=input_BT, use_cache=False)[0].float()
     difference = float((before - after).abs().max() / before.abs().max().clamp(min=1e-6))
-    if not difference <= _TOLERANCE.get(model.dtype, 0.05):
+    if not difference <= (_TOLERANCE if model.dtype == torch.float32 else _TOLERANCE_HALF):
         LOGGER.info("%s: attention as transformers has it (ours differs by %.2g)", type(model).__name__, difference)
         model.set_attn_implementation("sdpa")
 

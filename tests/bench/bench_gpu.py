@@ -69,13 +69,6 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def model_flops(model: Any, n_tokens: int) -> float:
-    """Of one window: 2 for each parameter in a matrix product and token, and causal attention's products."""
-    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    found = model.config
-    return 2.0 * matrices * n_tokens + 2.0 * found.num_hidden_layers * found.hidden_size * n_tokens**2
-
-
 def matmul_flops_per_second(device: str, n: int) -> float:
     left = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     product = [seconds_of(lambda: left @ left) for _ in range(10)]
@@ -87,10 +80,11 @@ def measure(size: str, device: str, n_instances: int, peak: float) -> dict[str, 
     model = make_model(size, device)
     ids = np.random.default_rng(0).integers(1, _SIZES[size]["vocab_size"], (n_instances, _TOKENS + 1), dtype=np.int32)
     few = [[int(token) for token in row] for row in ids[:16]]
+    of_one = plain_loops.model_flops(model, [_TOKENS])
     # The official loop first: ours changes the model.
     seconds_of(lambda: plain_loops.official(model, few))
-    theirs = len(few) * model_flops(model, _TOKENS) / seconds_of(lambda: plain_loops.official(model, few))
-    flops = n_instances * model_flops(model, _TOKENS)
+    theirs = len(few) * of_one / seconds_of(lambda: plain_loops.official(model, few))
+    flops = n_instances * of_one
     improve_attention(model)
     scorer = Scorer(model, Tokenizer(models.BPE()), describe(size), device=device)
     texts = [Tokenized([[Piece("", row, 0)]], 4 * _TOKENS) for row in ids]
@@ -102,7 +96,7 @@ def measure(size: str, device: str, n_instances: int, peak: float) -> dict[str, 
         raise RuntimeError(f"expected scores of all, found {found[:3]}")
     ceiling = matmul_flops_per_second(device, 8192 if device == "cuda" else 512)
     return {
-        "model": size, "tokens_per_s": ours / model_flops(model, _TOKENS) * _TOKENS, "ours_tflop_per_s": ours / 1e12,
+        "model": size, "tokens_per_s": ours / of_one * _TOKENS, "ours_tflop_per_s": ours / 1e12,
         "official_tflop_per_s": theirs / 1e12, "matmul_tflop_per_s": ceiling / 1e12, "utilisation": ours / peak,
         "of_matmul": ours / ceiling, "vs_official": ours / theirs, "first_call_s": first,
     }  # fmt: skip

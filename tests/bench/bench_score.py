@@ -30,7 +30,6 @@ from tokenizers import Tokenizer
 from jobs import score, session
 from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig
 from miniplm_udf.demo_text import write_demo_text
-from miniplm_udf.measure import forward_flops
 from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.cpu import PackedLinear
 from miniplm_udf.scoring.models import describe, resolve
@@ -177,12 +176,10 @@ def gemm_seconds_per_token(plain: Any, packed: bool, n_rows: int = 2048, repeats
 
 def compare_gemm(bench: Bench, n_instances: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Steady state: batches of full windows, against the chip's matrix product."""
-    found = bench.plain.config
-    matrices = sum(one.weight.numel() for one in bench.plain.modules() if isinstance(one, torch.nn.Linear))
-    width = found.num_attention_heads * (found.hidden_size // found.num_attention_heads)
+    matrices = plain_loops.matrix_parameters(bench.plain)
     texts = bench.instances(n_instances, _STEADY_TOKENS)
     lengths = [len(one) - 1 for one in bench.ids(texts)]
-    flops = forward_flops(matrices, found.num_hidden_layers, width, lengths)
+    flops = plain_loops.model_flops(bench.plain, lengths)
     ours(bench.scorer, texts[:4])
     # The chip's rates before and after: they drift on shared machines.
     before = [gemm_seconds_per_token(bench.plain, packed) for packed in (False, True)]

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from miniplm_udf.scoring.flops import forward_flops
+
 
 @torch.inference_mode()
 def _batch(model: Any, rows: Sequence[Sequence[int]], width: int) -> list[float]:
@@ -64,3 +66,14 @@ def official(model: Any, instances: Sequence[Sequence[int]], batch_size: int = 1
         loss_N = torch.nn.functional.cross_entropy(logits_BTV.view(len(labels_N), -1), labels_N, reduction="none")
         found += [float(total) for total in (loss_N.view(mask_BT.shape) * mask_BT).sum(-1)]
     return found
+
+
+def matrix_parameters(model: Any) -> int:
+    """Parameters in matrix products, the output layer's among them."""
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+
+
+def model_flops(model: Any, windows: Sequence[int]) -> float:
+    """Model FLOPs of forward passes over windows of these many tokens."""
+    config = model.config
+    return forward_flops(matrix_parameters(model), config.num_hidden_layers, config.hidden_size, windows)

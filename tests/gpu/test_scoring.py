@@ -17,7 +17,7 @@ from miniplm_udf.config import ModelConfig
 from miniplm_udf.scoring.models import describe
 from miniplm_udf.scoring.scorer import Score
 from tests.unit import tiny_models
-from tests.unit.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer
+from tests.unit.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
 from tests.unit.tiny_models import make_model_folder
 
 pytestmark = [
@@ -47,10 +47,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def make_scorer(path: Path, tokens_per_batch: int = 64, device: str = "cpu", *args: Any, **changes: Any) -> Any:
     """Without torch.compile unless told: it takes seconds a model, and has tests of its own."""
     return tiny_models.make_scorer(path, tokens_per_batch, device, *args, **({"compiled": False} | changes))
-
-
-def score(scorer: Any, rows: list[Row]) -> list[Any]:
-    return list(scorer.score([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]))
 
 
 def made_rows(n_rows: int, longest: int = 120) -> list[Row]:

@@ -133,3 +133,8 @@ def brute_force(
             total -= float(torch.log_softmax(logits_V, dim=-1)[made.ids[target]])
             n_tokens += 1
     return Expected(total, n_tokens, covered_bytes(row[0], made))
+
+
+def score(scorer: Any, rows: list[Row]) -> list[Any]:
+    """What a scorer finds of rows."""
+    return list(scorer.score([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]))

@@ -16,7 +16,7 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import check_head
 from miniplm_udf.scoring.scorer import Score, Scorer
 from tests.unit import tiny_models
-from tests.unit.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer
+from tests.unit.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
 from tests.unit.tiny_models import CHAT_TOKEN, SEPARATOR, VOCAB_SIZE, make_model, make_model_folder, make_scorer
 
 NATS_PER_TOKEN = 1e-4
@@ -36,10 +36,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIPLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def score(scorer: Any, rows: list[Row]) -> list[Any]:
-    return list(scorer.score([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]))
 
 
 def check_rows(scorer: Any, model: Any, tokenizer: Any, rows: list[Row], **oracle: Any) -> None:

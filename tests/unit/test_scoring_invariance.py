@@ -13,7 +13,7 @@ import torch
 from miniplm_udf.scoring.scorer import Score
 from miniplm_udf.udf import score_arrow
 from tests.unit import tiny_models
-from tests.unit.scoring_oracles import CONTEXT, OVERLAP, ROWS, Row, plain_tokenizer, sequence
+from tests.unit.scoring_oracles import CONTEXT, OVERLAP, ROWS, Row, plain_tokenizer, score, sequence
 from tests.unit.tiny_models import decoder_of, make_model_folder, make_scorer
 
 NATS_PER_TOKEN = 1e-5
@@ -30,10 +30,6 @@ def made_rows(n_rows: int = 40) -> list[Row]:
         ends = [len("".join(parts[:cut]).encode())] if generator.random() < 0.3 else []
         rows.append(("".join(parts), ends, generator.random() < 0.5))
     return rows
-
-
-def score(scorer: Any, rows: list[Row]) -> list[Any]:
-    return list(scorer.score([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]))
 
 
 def check_equal(found: list[Any], expected: list[Any]) -> None:

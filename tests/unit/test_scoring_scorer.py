@@ -13,12 +13,8 @@ import torch
 from miniplm_udf.scoring.scorer import Failure, Score
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from tests.unit import tiny_models
-from tests.unit.scoring_oracles import ROWS, Row
+from tests.unit.scoring_oracles import ROWS, Row, score
 from tests.unit.tiny_models import decoder_of, make_scorer
-
-
-def score(scorer: Any, rows: list[Row]) -> list[Any]:
-    return list(scorer.score([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]))
 
 
 def check_equal(found: list[Any], expected: list[Any]) -> None:
