@@ -8,7 +8,7 @@ SCALE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test check bench-score bench-gpu format constraints clean
+.PHONY: help setup java demo test check bench-score bench-gpu bench-soak format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ bench-gpu: setup ## scoring on a GPU: utilisation of its peak; needs CUDA
 bench-score: setup ## scoring beside plain loops, the chip and bare Spark (20 minutes on 2 cores); writes build/bench/score.json
 	python -m tests.bench.bench_score
 	python -m tests.bench.bench_engine
+
+bench-soak: setup ## the service left running for 20 minutes; writes build/bench/soak.json
+	python -m tests.bench.bench_soak
 
 format: setup ## put the code in the house's format
 	ruff check --fix .

@@ -16,13 +16,18 @@ COMMANDS = {
     "ingest": "files or a table -> instances and rejects",
     "reference": "train the reference LM on the reference split, once",
     "score": "instances -> scores -> score_matrix, with every configured model",
+    "stream": "a service: ingest, score and the matrix at once, until told to stop",
     "refine": "score_matrix -> a new version of each refined corpus",
     "pack": "refined corpora -> token sequences for the students' tokenizers",
     "train": "train the students",
     "evaluate": "held-out loss of the students",
     "report": "summary.json and report.html",
+    "status": "where the queries of a root stand; Prometheus text",
+    "verify": "checks a root: nothing lost, nothing twice, every sum",
     "demo-text": "write the demo's corpus from documentation found on this machine",
 }
+# Commands with a `main` of their own; the others are stages of a pipeline.
+_OWN_MAIN = ("demo-text", "estimate", "status", "stream", "verify")
 _STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
 
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         print(f"miniplm: unknown command {word!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    if word in ("demo-text", "estimate"):
+    if word in _OWN_MAIN:
         return int(importlib.import_module(f"jobs.{word.replace('-', '_')}").main(rest))
     pipeline = importlib.import_module("jobs.pipeline")
     return int(pipeline.main(rest, stage=word if word in _STAGES else None))

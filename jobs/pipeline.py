@@ -164,6 +164,11 @@ def main(argv: Sequence[str] | None = None, stage: str | None = None) -> int:
         if arguments.dry_run:
             dry_run(config, stages)
             return EXIT_DONE
+        if stage is None and config.stream.trigger != "available_now":
+            raise ConfigError(
+                "stream.trigger: `miniplm run` goes through all stages once, so it expects available_now, found "
+                f"{config.stream.trigger}; `miniplm stream` keeps ingesting and scoring"
+            )
         config.report_folder()
         runs = stage_runs(arguments.config, arguments.overrides, retrain)
         code = run_stages(config, runs, stages, retrain, force=stage is not None)

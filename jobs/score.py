@@ -8,40 +8,50 @@ what is scored already, with the same weights and settings, is never scored agai
     spark-submit --properties-file conf/spark/local.conf jobs/score.py -c conf/demo.yaml
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.session import new_run_id, stage_main
-from miniplm_udf import matrix, scores
+from miniplm_udf import matrix, scores, tables
 from miniplm_udf.config import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.model_records import describe_models, model_configs
 from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.streaming import wait_for_all
+from miniplm_udf.streams.query import Query
+from miniplm_udf.streams.runner import QueryRunner
 from miniplm_udf.tally import ModelCounts, Tally
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """The two queries, and what they score with. `total` grows as they run."""
+
+    plan: scores.ScoringPlan
+    descriptions: dict[str, ModelDescription]
+    total: Tally
+    scoring: Query
+    keeping: Query
+
+
+def prepare(
     spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, scores.Factory] | None = None
-) -> dict[str, Any]:
-    """Scores the pool and brings the matrix up to date.
+) -> Scoring:
+    """Describes the models and makes the queries; starts none.
 
     Args:
         factories: makers of scorers by alias, instead of the models' own.
 
-    Returns:
-        Counts by alias (rows in all, new rows and tokens, tokens per second), `wait_share`, rejects, matrix rows.
-
     Raises:
-        CorpusError: there is nothing to score, or a model scored nothing at all.
+        CorpusError: there is no table of instances.
+        ModelLoadError: a model that is not there, or cannot be scored with.
     """
-    start = time.monotonic()
     models = model_configs(config)
     descriptions = describe_models(spark, config, models)
     if factories is None:
@@ -58,37 +68,67 @@ def run(
     revisions = {alias: description.model_revision for alias, description in descriptions.items()}
     total = Tally()
     checkpoint = config.checkpoint_uri(scores.checkpoint_name(plan.models))
-    scoring = scores.start_scoring(spark, plan, checkpoint, config.score, total)
-    if config.score.trigger == "available_now":
-        wait_for_all([scoring])
     matrix_checkpoint = config.checkpoint_uri(matrix.checkpoint_name(revisions))
-    keeping = matrix.start_matrix(spark, revisions, config.table_uri(""), matrix_checkpoint, config.score)
-    wait_for_all([scoring, keeping])
-    return _summary(spark, config, plan, descriptions, total, time.monotonic() - start)
+    return Scoring(
+        plan,
+        descriptions,
+        total,
+        scores.scoring_query(spark, plan, checkpoint, config.score, total),
+        matrix.matrix_query(spark, revisions, config.table_uri(""), matrix_checkpoint, config.score),
+    )
 
 
-def _summary(
-    spark: "SparkSession", config: ExperimentConfig, plan: scores.ScoringPlan,
-    descriptions: dict[str, ModelDescription], total: Tally, seconds: float,
-) -> dict[str, Any]:  # fmt: skip
-    by_revision = scores.totals(spark, plan)
-    scored = {alias: by_revision.get(model.model_revision, 0) for alias, model in descriptions.items()}
-    rejected = scores.n_rejected(spark, plan)
-    if not all(scored.values()):
+def run(
+    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, scores.Factory] | None = None
+) -> dict[str, Any]:
+    """Scores the pool and brings the matrix up to date; with processing_time, until it is asked to stop.
+
+    Args:
+        factories: makers of scorers by alias, instead of the models' own.
+
+    Returns:
+        Counts by alias (rows in all, new rows and tokens, tokens per second), `wait_share`, rejects, matrix rows.
+
+    Raises:
+        CorpusError: there is nothing to score, or a model scored nothing at all.
+    """
+    start = time.monotonic()
+    prepared = prepare(spark, config, factories)
+    runner = QueryRunner(spark, config.root, config.stream)
+    if config.stream.trigger == "available_now":
+        # One after the other: the end of what is there is the end of what was scored.
+        runner.run([prepared.scoring])
+        runner.run([prepared.keeping])
+    else:
+        runner.run([prepared.scoring, prepared.keeping])
+    return summary(spark, config, prepared, time.monotonic() - start)
+
+
+def summary(spark: "SparkSession", config: ExperimentConfig, prepared: Scoring, seconds: float) -> dict[str, Any]:
+    """What `run` returns.
+
+    Raises:
+        CorpusError: a model scored nothing at all, and no more is to come.
+    """
+    by_revision = scores.totals(spark, prepared.plan)
+    scored = {alias: by_revision.get(model.model_revision, 0) for alias, model in prepared.descriptions.items()}
+    rejected = scores.n_rejected(spark, prepared.plan)
+    if not all(scored.values()) and config.stream.trigger == "available_now":
         raise CorpusError(
             f"scores: expected scored instances of the split `pool` for every model, found {scored} and {rejected} "
             "rejects; see the table rejects, and whether ingest.split leaves a pool"
         )
-    counts = {alias: total.models.get(alias, ModelCounts()) for alias in scored}
+    counts = {alias: prepared.total.models.get(alias, ModelCounts()) for alias in scored}
+    matrix_uri = config.table_uri("score_matrix")
     return {
         "scored": scored,
         "new_scored": {alias: counts[alias].n_scored for alias in scored},
         "rejected": rejected,
         "tokens": {alias: counts[alias].n_tokens for alias in scored},
         "tokens_per_second": {alias: counts[alias].tokens_per_second for alias in scored},
-        "wait_share": total.wait_share,
+        "wait_share": prepared.total.wait_share,
         "seconds": round(seconds, 3),
-        "matrix_rows": spark.read.format("delta").load(config.table_uri("score_matrix")).count(),
+        "matrix_rows": tables.read(spark, matrix_uri).count() if tables.exists(spark, matrix_uri) else 0,
         "too_many_rejects": rejected > config.score.max_reject_share * (rejected + sum(by_revision.values())),
     }
 

@@ -35,6 +35,7 @@ from miniplm_udf.config_sections import (
     SelectConfig,
     SparkConfig,
     SplitConfig,
+    StreamConfig,
     StudentConfig,
     TokenizerConfig,
     TrainConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "SelectConfig",
     "SparkConfig",
     "SplitConfig",
+    "StreamConfig",
     "StudentConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -80,6 +82,7 @@ class ExperimentConfig:
     ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
     reference: ReferenceConfig | None = None
     score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     tokenizers: dict[str, TokenizerConfig] = dataclasses.field(default_factory=dict)
     pack: PackConfig = dataclasses.field(default_factory=PackConfig)

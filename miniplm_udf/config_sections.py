@@ -150,7 +150,6 @@ class ScoreConfig:
         tokens_per_batch: token budget of one forward pass; null takes what is best on the device.
         compile: whether models run through torch.compile; null does on a GPU.
         attention: attention backend of transformers; auto leaves it to transformers.
-        trigger: available_now, or processing_time with `interval_seconds`.
         max_bytes_per_trigger: size of a micro-batch, as bytes of the instances' files.
     """
 
@@ -160,8 +159,6 @@ class ScoreConfig:
     tokens_per_batch: int | None = None
     compile: bool | None = None
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
-    trigger: Literal["available_now", "processing_time"] = "available_now"
-    interval_seconds: float = 10.0
     max_bytes_per_trigger: str = "1g"
     max_reject_share: float = 0.01
 
@@ -177,6 +174,27 @@ class ScoreConfig:
             re.fullmatch(r"\d+[bkmgt]?b?", self.max_bytes_per_trigger.lower()) is not None,
             f"score.max_bytes_per_trigger: expected a size such as 512m or 1g, found {self.max_bytes_per_trigger!r}",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How the streaming queries of ingest and score run.
+
+    Attributes:
+        trigger: available_now runs to the end of what is there; processing_time keeps running.
+        interval_seconds: processing_time looks for new rows so often.
+        stalled_seconds: a micro-batch in which nothing has moved for so long is reported.
+        metrics_port: of the driver, for Prometheus; null serves nothing (`miniplm status --prometheus` prints the same).
+    """
+
+    trigger: Literal["available_now", "processing_time"] = "available_now"
+    interval_seconds: float = 10.0
+    stalled_seconds: float = 600.0
+    metrics_port: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self.interval_seconds >= 0, f"stream.interval_seconds: expected at least 0, found {self.interval_seconds}")
+        check(self.stalled_seconds > 0, f"stream.stalled_seconds: expected more than 0, found {self.stalled_seconds}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

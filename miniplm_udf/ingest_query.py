@@ -17,7 +17,6 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import schemas, storage, tables
@@ -32,12 +31,14 @@ from miniplm_udf.ingest import (
     output_spark_schema,
     tokenizer_folder,
 )
-from miniplm_udf.inputs import InputFile, Inputs, find_inputs, list_files, same_file, stream
-from miniplm_udf.progress import Progress, progress
+from miniplm_udf.inputs import InputFile, Inputs, find_inputs, list_files, plain_path, same_file, stream
 from miniplm_udf.scoring.description import with_absolute_path
-from miniplm_udf.streaming import checkpoint_query_id, executor_error
+from miniplm_udf.streams.backlog import rows_behind
+from miniplm_udf.streams.query import Query, checkpoint_query_id
+from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
+    from pyspark.errors import StreamingQueryException
     from pyspark.sql import DataFrame, SparkSession
 
 LOGGER = logging.getLogger("miniplm.ingest")
@@ -72,14 +73,9 @@ def ingest(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
     """
     start = time.monotonic()
     inputs = find_inputs(spark, config.ingest)
-    model = chunking_model(config)
-    spec = ChunkingSpec.of(config.ingest, model, executor_tokenizer_hash(spark, model))
-    _settle_spec(spark, config, spec)
-    for table in (schemas.INSTANCES, schemas.REJECTS):
-        tables.create(spark, config.table_uri(table.name), table)
+    query = ingest_query(spark, config, inputs)
     before = _counts(spark, config)
-    with progress("ingest", unit="rows") as shown:
-        _run_to_end(spark, config, inputs, model, spec, shown)
+    QueryRunner(spark, config.root, config.stream).run([query])
     summary = _summary(config, inputs, before, _counts(spark, config), time.monotonic() - start)
     _warn_of_empty_splits(config, summary)
     return summary
@@ -147,70 +143,85 @@ def _settle_spec(spark: "SparkSession", config: ExperimentConfig, spec: Chunking
     storage.write_json(place, wanted)
 
 
-def _run_to_end(
-    spark: "SparkSession",
-    config: ExperimentConfig,
-    inputs: Inputs,
-    model: ModelConfig,
-    spec: ChunkingSpec,
-    shown: Progress,
-) -> None:
-    """Runs the query until no file fails it. An error of ours on an executor is raised as it was there."""
-    from pyspark.errors import StreamingQueryException
+def ingest_query(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs) -> Query:
+    """The query that ingests `inputs` and what will be added to them, its tables made. It has a session of its own.
 
-    excluded = _quarantined(spark, config, inputs)
-    while True:
-        try:
-            return _run_query(spark, config, inputs, excluded, model, spec, shown)
-        except StreamingQueryException as error:
-            if (ours := executor_error(error)) is not None:
-                raise ours from error
-            file, detail = _unreadable_file(spark, inputs, str(error))
-            if file is None or file in excluded:
-                raise
-            LOGGER.warning("ingest: %s is left out (mended, give it another name): %s", file.path, detail)
-            _quarantine(spark, config, inputs, file, detail)
-            excluded.append(file)
-
-
-def _run_query(
-    spark: "SparkSession",
-    config: ExperimentConfig,
-    inputs: Inputs,
-    excluded: list[InputFile],
-    model: ModelConfig,
-    spec: ChunkingSpec,
-    shown: Progress,
-) -> None:
+    Raises:
+        ConfigError, ModelLoadError: as `ingest`.
+    """
+    model = chunking_model(config)
+    spec = ChunkingSpec.of(config.ingest, model, executor_tokenizer_hash(spark, model))
+    _settle_spec(spark, config, spec)
+    for table in (schemas.INSTANCES, schemas.REJECTS):
+        tables.create(spark, config.table_uri(table.name), table)
     function = make_ingest_function(config.ingest, model, spec)
-    checkpoint = _checkpoint(config, inputs)
-    # One input split is one partition, whatever else is in the micro-batch: packing never depends on the batch.
+    own = _own_session(spark, config)
+    excluded = _quarantined(spark, config, inputs)
+
+    def source() -> "DataFrame":
+        # Looked at again: a table may have gained a column since.
+        found = find_inputs(own, config.ingest) if inputs.format == "delta" else inputs
+        rows = stream(own, found, config.ingest, excluded)
+        return rows.mapInArrow(function, output_spark_schema()).dropDuplicates(["key"])
+
+    def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
+        _write_batch(batch, query_id, batch_id, config)
+
+    def recover(error: "StreamingQueryException") -> bool:
+        file, detail = _unreadable_file(spark, inputs, str(error))
+        if file is None or file in excluded:
+            return False
+        LOGGER.warning("ingest: %s is left out (mended, give it another name): %s", file.path, detail)
+        _quarantine(spark, config, inputs, file, detail)
+        excluded.append(file)
+        return True
+
+    return Query(
+        name=QUERY,
+        # Of the table: it has one writer, whatever the input's format.
+        lease=QUERY,
+        checkpoint_uri=_checkpoint(config, inputs),
+        source=source,
+        micro_batch=micro_batch,
+        recover=recover,
+        backlog=lambda offset: _backlog(spark, config, inputs, offset),
+        backlog_unit="rows" if inputs.format == "delta" else "files",
+    )
+
+
+def _own_session(spark: "SparkSession", config: ExperimentConfig) -> "SparkSession":
+    """A session for the query's settings, so that other queries of the command keep theirs.
+
+    One input split is one partition, whatever else is in the micro-batch: packing never depends on the batch. The
+    query's own copy of a session is not enough: a file source takes the size of its splits from the session that made
+    the stream, batch after batch (measured).
+    """
     split_bytes = str(config.ingest.chunking.split_bytes)
-    settings = {
-        "spark.sql.files.maxPartitionBytes": split_bytes,
-        "spark.sql.files.openCostInBytes": split_bytes,
-        "spark.sql.shuffle.partitions": str(config.ingest.state_partitions),
-    }
+    own = spark.newSession()
+    own.conf.set("spark.sql.files.maxPartitionBytes", split_bytes)
+    own.conf.set("spark.sql.files.openCostInBytes", split_bytes)
+    own.conf.set("spark.sql.shuffle.partitions", str(config.ingest.state_partitions))
+    return own
 
-    def write(batch: "DataFrame", batch_id: int) -> None:
-        _write_batch(batch, batch_id, config, checkpoint, shown)
 
-    rows = stream(spark, inputs, config.ingest, excluded)
-    output = rows.mapInArrow(function, output_spark_schema()).dropDuplicates(["key"])
-    writer = output.writeStream.queryName(QUERY).option("checkpointLocation", checkpoint).trigger(availableNow=True)
-    with _session_settings(spark, settings):
-        query = writer.foreachBatch(write).start()
-        try:
-            query.awaitTermination()
-        finally:
-            query.stop()
+def _backlog(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs, offset: Any) -> int:
+    """Files that are there and not taken yet, excluded ones apart; rows of a table."""
+    if inputs.format == "delta":
+        return rows_behind(spark, inputs.path, offset)
+    log = storage.join(_checkpoint(config, inputs), "sources", "0")
+    if offset is None or not storage.exists(log):
+        taken = set()
+    else:
+        entries = spark.read.text(log).selectExpr("get_json_object(value, '$.path')").collect()
+        taken = {plain_path(row[0]) for row in entries if row[0]}
+    return sum(plain_path(file.path) not in taken for file in list_files(spark, inputs.path))
 
 
 def _checkpoint(config: ExperimentConfig, inputs: Inputs) -> str:
     return config.checkpoint_uri(f"{QUERY}-{inputs.format}")
 
 
-def _write_batch(batch: "DataFrame", batch_id: int, config: ExperimentConfig, checkpoint: str, shown: Progress) -> None:
+def _write_batch(batch: "DataFrame", query_id: str, batch_id: int, config: ExperimentConfig) -> None:
     """Appends a micro-batch to the tables that it has rows for: an empty commit would be a new version of nothing.
 
     It is consumed whole before the first write, and never left early: Delta skips the write of a replayed batch unread,
@@ -222,7 +233,6 @@ def _write_batch(batch: "DataFrame", batch_id: int, config: ExperimentConfig, ch
     batch.persist()
     try:
         n_rows = {row["kind"]: row["count"] for row in batch.groupBy("kind").count().collect()}
-        query_id = checkpoint_query_id(spark, checkpoint)
         now = datetime.datetime.now(datetime.UTC)
         marked = batch.withColumns({"query_id": F.lit(query_id), "batch_id": F.lit(batch_id).cast("bigint")})
         instances = marked.where(F.col("kind") == INSTANCE).withColumn("ingested_at", F.lit(now))
@@ -236,29 +246,8 @@ def _write_batch(batch: "DataFrame", batch_id: int, config: ExperimentConfig, ch
             others = tables.read(spark, uri).where(F.col("query_id") != query_id)
             new = tables.missing_from(frame.select(*table.column_names), others, key)
             tables.append(new, uri, table, query_id, batch_id)
-        shown.update(sum(n_rows.values()), batch=batch_id)
     finally:
         batch.unpersist()
-
-
-@contextmanager
-def _session_settings(spark: "SparkSession", settings: dict[str, str]) -> Iterator[None]:
-    """Sets session properties while a query runs, and takes them back.
-
-    The query's own copy of the session is not enough: a file source takes the size of its splits from the session that
-    made the stream, batch after batch (measured).
-    """
-    before = {key: spark.conf.get(key, None) for key in settings}
-    try:
-        for key, value in settings.items():
-            spark.conf.set(key, value)
-        yield
-    finally:
-        for key, old in before.items():
-            if old is None:
-                spark.conf.unset(key)
-            else:
-                spark.conf.set(key, old)
 
 
 def _unreadable_file(spark: "SparkSession", inputs: Inputs, message: str) -> tuple[InputFile | None, str]:

@@ -145,13 +145,14 @@ def list_files(spark: "SparkSession", path: str) -> list[InputFile]:
     return [InputFile(*row) for row in rows]
 
 
+def plain_path(uri: str) -> str:
+    """One name for a file, whatever a URI's slashes and percent signs."""
+    return unquote(re.sub(r"^file:/+", "file:/", uri))
+
+
 def same_file(left: str, right: str) -> bool:
-    """Whether two URIs name one file, whatever their slashes and percent signs."""
-
-    def plain(uri: str) -> str:
-        return unquote(re.sub(r"^file:/+", "file:/", uri))
-
-    return left == right or plain(left) == plain(right)
+    """Whether two URIs name one file."""
+    return left == right or plain_path(left) == plain_path(right)
 
 
 def escape_glob(path: str) -> str:

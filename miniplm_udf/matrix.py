@@ -19,7 +19,8 @@ import fsspec
 from miniplm_udf import schemas, storage, tables
 from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import MiniplmError
-from miniplm_udf.streaming import RunningQuery, checkpoint_query_id, start_query
+from miniplm_udf.streams.backlog import rows_behind
+from miniplm_udf.streams.query import Query, checkpoint_query_id
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -40,32 +41,45 @@ def checkpoint_name(revisions: dict[str, str]) -> str:
     return "score_matrix-" + fingerprint(list(revisions.items()))
 
 
-def start_matrix(
+def matrix_query(
     spark: "SparkSession", revisions: dict[str, str], tables_uri: str, checkpoint_uri: str, config: ScoreConfig
-) -> RunningQuery:
-    """Starts the query that brings `score_matrix` up to date with `scores`.
+) -> Query:
+    """The query that brings `score_matrix` up to date with `scores`.
 
     Args:
         revisions: model revisions by alias, in the order of the columns.
         tables_uri: where `scores` and `score_matrix` are.
         checkpoint_uri: of this query (`checkpoint_name`).
     """
-    tables.create(spark, storage.join(tables_uri, "scores"), schemas.SCORES)
-    if not _is_own_work(spark, revisions, tables_uri, checkpoint_uri):
-        LOGGER.info("score_matrix: built anew for %s", ", ".join(revisions))
-        _remove(checkpoint_uri)
+    scores_uri = storage.join(tables_uri, "scores")
+    tables.create(spark, scores_uri, schemas.SCORES)
 
     def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
         write_batch(batch, revisions, tables_uri, query_id, batch_id)
 
-    stream = (
-        spark.readStream.format("delta")
-        .option("maxBytesPerTrigger", config.max_bytes_per_trigger)
-        .load(storage.join(tables_uri, "scores"))
-        # Here, before `foreachBatch`: a micro-batch reads all columns of its stream, whatever is used of it.
-        .select(*_INSTANCE_COLUMNS, "model_revision", *_SCORE_COLUMNS)
+    def source() -> "DataFrame":
+        # Here, once the query is ours: another driver's would be in use.
+        if not _is_own_work(spark, revisions, tables_uri, checkpoint_uri):
+            LOGGER.info("score_matrix: built anew for %s", ", ".join(revisions))
+            _remove(checkpoint_uri)
+        return (
+            spark.readStream.format("delta")
+            .option("maxBytesPerTrigger", config.max_bytes_per_trigger)
+            .load(scores_uri)
+            # Here, before `foreachBatch`: a micro-batch reads all columns of its stream, whatever is used of it.
+            .select(*_INSTANCE_COLUMNS, "model_revision", *_SCORE_COLUMNS)
+        )
+
+    return Query(
+        name="score_matrix",
+        # Of the table: another set of models would replace it under us.
+        lease="score_matrix",
+        waits=True,
+        checkpoint_uri=checkpoint_uri,
+        source=source,
+        micro_batch=micro_batch,
+        backlog=lambda offset: rows_behind(spark, scores_uri, offset),
     )
-    return start_query(stream, micro_batch, checkpoint_uri, config)
 
 
 def _is_own_work(spark: "SparkSession", revisions: dict[str, str], tables_uri: str, checkpoint_uri: str) -> bool:

@@ -10,7 +10,6 @@ remains.
 """
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -19,7 +18,8 @@ from miniplm_udf import schemas, tables
 from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.streaming import RunningQuery, start_query
+from miniplm_udf.streams.backlog import rows_behind
+from miniplm_udf.streams.query import Query
 from miniplm_udf.tally import MAX_FAILED, Failed, Tally, TallyParam
 from miniplm_udf.udf import SCORED_DDL, ScorerLike, score_arrow
 
@@ -87,10 +87,10 @@ def new_tally(spark: "SparkSession") -> "Accumulator[Tally]":
     return spark.sparkContext.accumulator(Tally(), TallyParam())
 
 
-def start_scoring(
+def scoring_query(
     spark: "SparkSession", plan: ScoringPlan, checkpoint_uri: str, config: ScoreConfig, total: Tally
-) -> RunningQuery:
-    """Starts the query. `total` grows with every micro-batch.
+) -> Query:
+    """The query that scores. `total` grows with every micro-batch.
 
     Raises:
         CorpusError: there is no table of instances.
@@ -104,16 +104,29 @@ def start_scoring(
     tally = new_tally(spark)
 
     # Only the first micro-batch after a start can be one that was begun before.
-    first = itertools.chain([True], itertools.repeat(False))
+    may_be_replay = [True]
 
     def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
-        found = score_batch(plan, query_id, batch, batch_id, tally, may_be_replay=next(first))
+        found = score_batch(plan, query_id, batch, batch_id, tally, may_be_replay[0])
+        may_be_replay[0] = False
         _log(batch_id, found)
         # Without the failures, which are in the table now.
         total.add(dataclasses.replace(found, failed=[]))
 
-    reader = spark.readStream.format("delta").option("maxBytesPerTrigger", config.max_bytes_per_trigger)
-    return start_query(pool(reader.load(plan.instances_uri)), micro_batch, checkpoint_uri, config)
+    def source() -> "DataFrame":
+        may_be_replay[0] = True
+        reader = spark.readStream.format("delta").option("maxBytesPerTrigger", config.max_bytes_per_trigger)
+        return pool(reader.load(plan.instances_uri))
+
+    return Query(
+        name="score",
+        lease=checkpoint_name(plan.models),
+        checkpoint_uri=checkpoint_uri,
+        source=source,
+        micro_batch=micro_batch,
+        tokens=lambda: {alias: counts.n_tokens for alias, counts in total.models.items()},
+        backlog=lambda offset: rows_behind(spark, plan.instances_uri, offset),
+    )
 
 
 def pool(instances: "DataFrame") -> "DataFrame":

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from miniplm_udf import matrix, schemas, storage, tables
-from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig
-from miniplm_udf.streaming import wait_for_all
+from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig, StreamConfig
+from miniplm_udf.streams.runner import QueryRunner
 from tests.spark.score_tables import experiment, instance_id, texts
 
 REVISIONS = {"teacher": "rev-t", "reference": "rev-r"}
@@ -107,7 +107,8 @@ def test_a_table_of_other_models_is_built_anew(made: Tables) -> None:
 
     def update(revisions: dict[str, str]) -> dict[str, Any]:
         checkpoint = made.config.checkpoint_uri(matrix.checkpoint_name(revisions))
-        wait_for_all([matrix.start_matrix(made.spark, revisions, made.uri, checkpoint, ScoreConfig())])
+        query = matrix.matrix_query(made.spark, revisions, made.uri, checkpoint, ScoreConfig())
+        QueryRunner(made.spark, made.config.root, StreamConfig()).run([query])
         return made.matrix()
 
     old = update(REVISIONS)

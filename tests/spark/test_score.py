@@ -15,7 +15,7 @@ from miniplm_udf.config import ExperimentConfig, ModelConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError, ScoringError
 from miniplm_udf.model_records import describe_models, read_record
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.streaming import executor_error
+from miniplm_udf.streams.query import executor_error
 from miniplm_udf.tally import Tally
 from miniplm_udf.udf import SCORED_DDL, score_arrow
 from tests.spark.score_tables import (

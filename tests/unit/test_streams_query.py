@@ -1,7 +1,7 @@
 """What of Structured Streaming needs no JVM."""
 
 from miniplm_udf.errors import ModelLoadError
-from miniplm_udf.streaming import executor_error
+from miniplm_udf.streams.query import executor_error
 
 
 def test_an_executors_error_comes_back_as_itself() -> None:

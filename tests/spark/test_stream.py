@@ -1,0 +1,216 @@
+"""The queries that keep running: new files, a column that comes, SIGTERM, progress, metrics, a stall. Fake scorers."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import ingest, score, stream
+from miniplm_udf import tables
+from miniplm_udf.config import ChunkingConfig, IngestConfig, SplitConfig, StreamConfig
+from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.streams import status as statuses
+from miniplm_udf.streams.lease import Lease, lease_uri
+from miniplm_udf.streams.status import QueryStatus
+from tests.spark.score_tables import FakeFactory, Result, experiment, texts, two_models, write_instances
+
+
+class Service:
+    """`miniplm stream` over a folder of JSONL files, with fake scorers; in the main thread, as for users."""
+
+    def __init__(self, spark: Any, tmp_path: Path, **settings: Any) -> None:
+        self.spark, self.inbox, self.log = spark, tmp_path / "inbox", tmp_path / "calls.log"
+        self.inbox.mkdir()
+        base = experiment(tmp_path / "root", two_models(tmp_path))
+        chunking = ChunkingConfig(mode="document", max_tokens=1025)
+        self.config = dataclasses.replace(
+            base,
+            ingest=IngestConfig(
+                input=f"{self.inbox}/*.jsonl", chunking=chunking, split=SplitConfig(reference=0, heldout=0),
+                state_partitions=1,
+            ),
+            stream=StreamConfig(interval_seconds=0.5, **settings),
+        )  # fmt: skip
+        self.failure: BaseException | None = None
+
+    def deliver(self, name: str, documents: Sequence[str]) -> None:
+        hidden = self.inbox / f".{name}"
+        hidden.write_text("".join(json.dumps({"id": text, "text": text}) + "\n" for text in documents))
+        hidden.rename(self.inbox / f"{name}.jsonl")
+
+    def factories(self) -> dict[str, FakeFactory]:
+        return {"teacher": FakeFactory(1.0, str(self.log)), "reference": FakeFactory(2.0, str(self.log))}
+
+    def count(self, name: str) -> int:
+        uri = self.config.table_uri(name)
+        return self.spark.read.format("delta").load(uri).count() if tables.exists(self.spark, uri) else 0
+
+    def run(self, meanwhile: Callable[[], None], run: Callable[..., Any] = stream.run) -> dict[str, Any]:
+        """Runs the service, `meanwhile` beside it, then SIGTERM."""
+
+        def beside() -> None:
+            try:
+                meanwhile()
+            except BaseException as error:
+                self.failure = error
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        # Should `meanwhile` end before the service takes signals, the signal would end the tests.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        thread = threading.Thread(target=beside)
+        thread.start()
+        try:
+            return dict(run(self.spark, self.config, self.factories()))
+        finally:
+            thread.join()
+            signal.signal(signal.SIGTERM, before)
+            self.spark.sparkContext.setLogLevel("ERROR")
+            if self.failure is not None:
+                raise self.failure
+
+    def status(self, query: str) -> QueryStatus:
+        return next(found for found in statuses.read_all(self.config.root) if found.query == query)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.3)
+
+
+def free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return int(made.getsockname()[1])
+
+
+def test_new_files_are_scored_until_sigterm_and_seen_from_outside(spark: Any, tmp_path: Path) -> None:
+    port = free_port()
+    service = Service(spark, tmp_path, metrics_port=port)
+    seen: dict[str, str] = {}
+
+    def meanwhile() -> None:
+        # The first file comes after the start.
+        time.sleep(2)
+        service.deliver("one", texts(5))
+        until(lambda: service.count("score_matrix") == 5, "the first file's rows")
+        service.deliver("two", [*texts(4, start=5), *texts(2)])
+        until(lambda: service.count("score_matrix") == 9, "the second file's rows")
+        until(lambda: service.status("score").rows >= 9, "the status")
+        seen["metrics"] = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+        with pytest.raises(CorpusError, match=r"ingest: the query is run by process"):
+            ingest.run(spark, dataclasses.replace(service.config, stream=StreamConfig()))
+
+    found = service.run(meanwhile)
+    assert found["scored"] == {"teacher": 9, "reference": 9}
+    assert found["matrix_rows"] == 9
+    assert 'miniplm_query_running{lease="ingest",query="ingest"} 1.0' in seen["metrics"]
+    assert 'miniplm_tokens{lease="score-' in seen["metrics"]
+    ended = {status.query: status for status in statuses.read_all(service.config.root)}
+    assert sorted(ended) == ["ingest", "score", "score_matrix"]
+    assert {status.state for status in ended.values()} == {"stopped"}
+    assert {status.backlog for status in ended.values()} == {0}
+    assert ended["ingest"].backlog_unit == "files"
+    # Started again, it goes on: nothing is scored twice.
+    service.deliver("three", texts(1, start=9))
+    assert service.run(lambda: until(lambda: service.count("score_matrix") == 10, "the third"))["matrix_rows"] == 10
+    calls = [line.split(" ", 1)[1] for line in service.log.read_text().splitlines() if line.startswith("1.0 ")]
+    assert len(calls) == len(set(calls)) == 10
+
+
+def test_the_running_micro_batch_is_finished_and_no_other_begun(spark: Any, tmp_path: Path) -> None:
+    service = Service(spark, tmp_path)
+    config = dataclasses.replace(
+        service.config, score=dataclasses.replace(service.config.score, max_bytes_per_trigger="1b"),
+        stream=StreamConfig(),
+    )  # fmt: skip
+    for i in range(4):
+        write_instances(spark, config, texts(2, start=2 * i), batch_id=i)
+    service.config = config
+
+    def meanwhile() -> None:
+        until(lambda: service.log.exists(), "the first call of a scorer")
+
+    with pytest.raises(CorpusError, match="stopped by a signal before the end of what is there; run again"):
+        service.run(meanwhile, score.run)
+    n_scored = service.count("scores")
+    assert 0 < n_scored < 16
+    assert n_scored % 2 == 0
+    assert service.status("score").state == "stopped"
+    assert score.run(spark, config, service.factories())["matrix_rows"] == 8
+    calls = service.log.read_text().splitlines()
+    assert len(calls) == len(set(calls)) == 16
+
+
+def test_a_table_that_gains_a_column_goes_on(spark: Any, tmp_path: Path) -> None:
+    service = Service(spark, tmp_path)
+    source = tmp_path / "source"
+
+    def write(documents: Sequence[str], **more: str) -> None:
+        rows = [{"id": text, "text": text, **more} for text in documents]
+        frame = spark.createDataFrame(rows)
+        frame.write.format("delta").mode("append").option("mergeSchema", "true").save(str(source))
+
+    service.config = dataclasses.replace(
+        service.config, ingest=dataclasses.replace(service.config.ingest, input=str(source))
+    )
+    write(texts(3))
+
+    def meanwhile() -> None:
+        until(lambda: service.count("score_matrix") == 3, "the first rows")
+        write(texts(3, start=3), url="http://x")
+        until(lambda: service.count("score_matrix") == 6, "the rows with a new column")
+
+    assert service.run(meanwhile)["matrix_rows"] == 6
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowFactory:
+    """A scorer that hangs for a while."""
+
+    seconds: float
+
+    def __call__(self) -> "SlowFactory":
+        return self
+
+    def score(self, of: Sequence[str], *_: Any) -> list[Result]:
+        time.sleep(self.seconds)
+        return [Result(1.0, 1, len(text.encode())) for text in of]
+
+
+def test_a_task_that_hangs_is_noticed(spark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    models = {"teacher": two_models(tmp_path)["teacher"]}
+    config = dataclasses.replace(experiment(tmp_path / "root", models), stream=StreamConfig(stalled_seconds=3.0))
+    write_instances(spark, config, texts(3))
+    with caplog.at_level("WARNING", logger="miniplm.streams"):
+        score.run(spark, config, {"teacher": SlowFactory(9.0)})
+    (line,) = [record.getMessage() for record in caplog.records if "nothing has moved" in record.getMessage()]
+    assert line.startswith("score: nothing has moved for 3 s: task ")
+    assert " of stage " in line
+
+
+def test_what_cannot_start_says_so(spark: Any, tmp_path: Path) -> None:
+    service = Service(spark, tmp_path)
+    write_instances(spark, service.config, texts(1))
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        config = dataclasses.replace(service.config, stream=StreamConfig(metrics_port=taken.getsockname()[1]))
+        with pytest.raises(ConfigError, match=r"stream\.metrics_port: \d+ cannot be listened on"):
+            score.run(spark, config, service.factories())
+    assert service.count("scores") == 0
+    with Lease(lease_uri(service.config.root, "score_matrix"), "score_matrix"):
+        config = dataclasses.replace(service.config, stream=StreamConfig(trigger="processing_time"))
+        with pytest.raises(CorpusError, match="score_matrix: the query is run by process"):
+            score.run(spark, config, service.factories())
