@@ -8,7 +8,7 @@ SCALE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test check bench-score bench-gpu bench-soak format constraints clean
+.PHONY: help setup java demo test check faults bench-score bench-gpu bench-soak bench-stream format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,7 +42,10 @@ check: setup ## lint, types, import contracts, unit tests
 test: check ## everything that CI runs
 	pytest -q -m slow tests/unit
 	@# Two at a time, a file each: a JVM rarely keeps two cores busy.
-	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/spark
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/spark tests/faults tests/cluster
+
+faults: setup ## kill -9 at fault points and at random, on a cluster, sixty times (half an hour on 2 cores); writes build/bench/faults.json
+	python -m tests.faults.run
 
 bench-gpu: setup ## scoring on a GPU: utilisation of its peak; needs CUDA
 	python -m tests.bench.bench_gpu
@@ -53,6 +56,9 @@ bench-score: setup ## scoring beside plain loops, the chip and bare Spark (20 mi
 
 bench-soak: setup ## the service left running for 20 minutes; writes build/bench/soak.json
 	python -m tests.bench.bench_soak
+
+bench-stream: setup ## a micro-batch as the tables grow to 10^7 rows, and small files (20 minutes on 2 cores); writes build/bench/stream.json
+	python -m tests.bench.bench_stream
 
 format: setup ## put the code in the house's format
 	ruff check --fix .

@@ -17,7 +17,7 @@ COMMANDS = {
     "reference": "train the reference LM on the reference split, once",
     "score": "instances -> scores -> score_matrix, with every configured model",
     "stream": "a service: ingest, score and the matrix at once, until told to stop",
-    "refine": "score_matrix -> a new version of each refined corpus",
+    "refine": "score_matrix -> a new version of each refined corpus; --follow keeps them growing",
     "pack": "refined corpora -> token sequences for the students' tokenizers",
     "train": "train the students",
     "evaluate": "held-out loss of the students",
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         print(f"miniplm: unknown command {word!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    if word in _OWN_MAIN:
+    # `refine` is a stage, and with an option of its own a service.
+    if word in _OWN_MAIN or (word == "refine" and {"--follow", "--corpus", "-h", "--help"} & set(rest)):
         return int(importlib.import_module(f"jobs.{word.replace('-', '_')}").main(rest))
     pipeline = importlib.import_module("jobs.pipeline")
     return int(pipeline.main(rest, stage=word if word in _STAGES else None))

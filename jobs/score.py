@@ -63,6 +63,7 @@ def prepare(
         scores_uri=config.table_uri("scores"),
         rejects_uri=config.table_uri("rejects"),
         workers=config.score.workers,
+        workers_per_gpu=config.score.workers_per_gpu,
         run_id=new_run_id(),
     )
     revisions = {alias: description.model_revision for alias, description in descriptions.items()}

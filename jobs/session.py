@@ -107,7 +107,8 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     from pyspark import SparkConf
     from pyspark.sql import SparkSession
 
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    # pyspark itself looks at this variable alone; spark-submit sets it from the property.
+    os.environ.setdefault("PYSPARK_PYTHON", config.spark.conf.get("spark.pyspark.python", sys.executable))
     cores = _cores()
     given = SparkConf()
     builder = SparkSession.builder.appName(name)

@@ -57,6 +57,11 @@ class Ahead(Generic[T]):
             raise StopIteration
         raise found
 
+    @property
+    def ready(self) -> bool:
+        """Whether `next` would not wait: an item, the end, or an error is there."""
+        return not self._ready.empty()
+
     def _read(self) -> None:
         try:
             while True:

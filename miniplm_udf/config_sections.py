@@ -184,7 +184,7 @@ class StreamConfig:
         trigger: available_now runs to the end of what is there; processing_time keeps running.
         interval_seconds: processing_time looks for new rows so often.
         stalled_seconds: a micro-batch in which nothing has moved for so long is reported.
-        metrics_port: of the driver, for Prometheus; null serves nothing (`miniplm status --prometheus` prints the same).
+        metrics_port: of the driver, for Prometheus; null serves nothing (`miniplm status --prometheus` prints it too).
     """
 
     trigger: Literal["available_now", "processing_time"] = "available_now"
@@ -193,7 +193,8 @@ class StreamConfig:
     metrics_port: int | None = None
 
     def __post_init__(self) -> None:
-        check(self.interval_seconds >= 0, f"stream.interval_seconds: expected at least 0, found {self.interval_seconds}")
+        found = self.interval_seconds
+        check(found >= 0, f"stream.interval_seconds: expected at least 0, found {found}")
         check(self.stalled_seconds > 0, f"stream.stalled_seconds: expected more than 0, found {self.stalled_seconds}")
 
 

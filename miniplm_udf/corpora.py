@@ -1,8 +1,9 @@
-"""Refined corpora and their versions: listing them, showing one's provenance, reading one back. Driver only.
+"""Refined corpora and their versions: committing one, listing them, showing one's provenance, reading one back.
 
 Owns the table `corpora`, one row a version, which outlives the Delta log that holds the same provenance as
-`userMetadata`. Owns no selection (`refine.py`). Versions are Delta versions of `refined/<name>`. A row is added once: a
-version that has one gets no second.
+`userMetadata`. Owns no selection (`refine.py`, `follow.py`). Versions are Delta versions of `refined/<name>`. Of two
+drivers that commit on top of the same version, one does and the other is told. A row of `corpora` is added once: a
+version that has one gets no second. Driver only.
 """
 
 import dataclasses
@@ -15,6 +16,13 @@ from miniplm_udf.errors import CorpusError
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
+# Of Delta's transaction ids, the one that numbers the commits of a table that `commit` writes.
+_COMMITS = "commits"
+# Commits that change no row.
+_MAINTENANCE = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UPGRADE PROTOCOL")
+# Maintenance comes once a while: the newest other commit is among these, mostly.
+_LOOK_BACK = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
@@ -22,12 +30,15 @@ class Provenance:
 
     Attributes:
         config: the resolved corpus config.
-        inputs: `matrix_version`, and `last_batches`: the last batch of each query id in the matrix.
+        inputs: `matrix_version`, and `last_batches`: the last batch of each query id in the matrix that is in it.
         model_revisions: by alias.
         threshold: the lowest kept score.
         n_candidates: pool rows that passed `where`; `candidate_tokens` are theirs.
         n_unscorable: candidates whose score is null, NaN or infinite; they are never kept.
         fingerprint: of the kept ids and scores, independent of order.
+        kept_share_by_source: of a full refinement; empty where the corpus was followed.
+        followed: None for a full refinement, which is exact. Else `since_version`, the full one that rows were
+            appended to since; `n_appended` rows by this version; and the `cut` that chose them (`cuts.BucketCut`).
     """
 
     corpus: str
@@ -43,6 +54,82 @@ class Provenance:
     fingerprint: str
     code_revision: str
     kept_share_by_source: dict[str, float]
+    followed: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Newest:
+    """The newest state of a table that `commit` writes.
+
+    Attributes:
+        base: the newest version, of whatever kind.
+        version: the newest one that changed rows; `metadata` is its own, None where it has none.
+    """
+
+    base: int
+    version: int
+    metadata: dict[str, Any] | None
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """None where the commit is not of a refinement of this code."""
+        try:
+            return Provenance(**self.metadata) if self.metadata else None
+        except TypeError:
+            return None
+
+
+def newest(spark: "SparkSession", uri: str) -> Newest | None:
+    """The newest state, or None where there is no table. Costs the same however many versions there are."""
+    from delta.tables import DeltaTable
+
+    if not tables.exists(spark, uri):
+        return None
+    table = DeltaTable.forPath(spark, uri)
+    for history in (table.history(_LOOK_BACK), table.history()):
+        rows = history.select("version", "operation", "userMetadata").orderBy("version", ascending=False).collect()
+        for row in rows:
+            if row["operation"] not in _MAINTENANCE:
+                return Newest(
+                    rows[0]["version"], row["version"], json.loads(row["userMetadata"]) if row["userMetadata"] else None
+                )
+    raise CorpusError(f"table {storage.redact(uri)}: its log holds no commit that made it")
+
+
+def commit(
+    frame: "DataFrame", uri: str, table: schemas.Table, metadata: dict[str, Any], on: Newest | None, replaces: bool
+) -> int:
+    """Replaces the rows, or appends, in one commit on top of the state `on`, and returns its version.
+
+    Delta's own transaction id is the guard, numbered by the version that is built on: where another commit of this
+    function has come since, Delta either drops the write unread or refuses it.
+
+    Args:
+        metadata: becomes `userMetadata`.
+        on: what the rows were chosen by; None: there was no table.
+
+    Raises:
+        CorpusError: another driver has committed meanwhile.
+    """
+    from delta.exceptions import DeltaConcurrentModificationException
+
+    number = on.base + 1 if on else 0
+    write = tables.overwrite if replaces else tables.append
+    try:
+        write(frame, uri, table, metadata=metadata, query_id=_COMMITS, batch_id=number)
+    except DeltaConcurrentModificationException as error:
+        raise _overtaken(uri) from error
+    made = newest(frame.sparkSession, uri)
+    if made is None or made.metadata != json.loads(json.dumps(metadata)):
+        raise _overtaken(uri)
+    return made.version
+
+
+def _overtaken(uri: str) -> CorpusError:
+    return CorpusError(
+        f"table {storage.redact(uri)}: another driver has written a version meanwhile, so that this one would rest on "
+        "an old one; nothing was written: run again"
+    )
 
 
 def corpus_uri(root: str, name: str) -> str:
@@ -90,6 +177,8 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
     if not known.isEmpty():
         return False
     inputs = {**provenance.inputs, "model_revisions": provenance.model_revisions}
+    if provenance.followed is not None:
+        inputs["followed"] = provenance.followed
     values: dict[str, Any] = {
         "name": provenance.corpus,
         "version": version,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import fsspec
 
-from miniplm_udf import schemas, storage, tables
+from miniplm_udf import nearby, schemas, storage, tables
 from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import MiniplmError
 from miniplm_udf.streams.backlog import rows_behind
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.matrix")
 
 # Of the instance, as each of its score rows has them.
-_INSTANCE_COLUMNS = ("instance_id", "source", "split", "content_hash", "text_bytes")
+_INSTANCE_COLUMNS = ("instance_id", "source", "split", "content_hash", "text_bytes", "instance_batch_id")
 _SCORE_COLUMNS = ("nll_sum_nats", "n_tokens", "n_bytes")
 
 
@@ -52,10 +52,11 @@ def matrix_query(
         checkpoint_uri: of this query (`checkpoint_name`).
     """
     scores_uri = storage.join(tables_uri, "scores")
-    tables.create(spark, scores_uri, schemas.SCORES)
+    nearby.create_scores(spark, scores_uri, storage.join(tables_uri, "instances"))
 
     def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
         write_batch(batch, revisions, tables_uri, query_id, batch_id)
+        tables.compact(spark, storage.join(tables_uri, "score_matrix"), batch_id)
 
     def source() -> "DataFrame":
         # Here, once the query is ours: another driver's would be in use.
@@ -113,12 +114,14 @@ def write_batch(batch: "DataFrame", revisions: dict[str, str], tables_uri: str, 
 
     uri, table = storage.join(tables_uri, "score_matrix"), schemas.score_matrix(list(revisions))
     wide = pivot(batch, revisions)
-    # A single model's rows are complete by themselves.
-    several = len(set(revisions.values())) > 1
+    complete = wide.where(_is_complete(revisions))
+    kept = []
     try:
-        complete = wide.where(_is_complete(revisions))
-        if several:
-            complete = complete.unionByName(_completed_now(wide.persist(), revisions, tables_uri, batch_id))
+        # A single model's rows are complete by themselves.
+        if len(set(revisions.values())) > 1:
+            kept = [wide.persist()]
+            kept.append(_completed_now(wide, revisions, tables_uri, batch_id))
+            complete = complete.unionByName(kept[-1])
         rows = _with_ratios(complete, revisions).select(
             *(name for name in table.column_names if name not in ("query_id", "batch_id")),
             F.lit(query_id).alias("query_id"),
@@ -130,22 +133,32 @@ def write_batch(batch: "DataFrame", revisions: dict[str, str], tables_uri: str, 
             tables.append(rows, uri, table, query_id, batch_id)
         LOGGER.info("score_matrix: micro-batch %d is written", batch_id)
     finally:
-        wide.unpersist()
+        for frame in kept:
+            frame.unpersist()
 
 
 def _completed_now(wide: "DataFrame", revisions: dict[str, str], tables_uri: str, batch_id: int) -> "DataFrame":
     """Instances of which this micro-batch holds some rows and other commits the rest, if the matrix lacks them.
 
-    Of such a commit the earlier rows are in the table by now; the later ones will find these.
+    Of such a commit the earlier rows are in the table by now; the later ones will find these. Computed here and kept
+    (`unpersist` it), so that the write does not read the table that it writes to.
     """
     spark = wide.sparkSession
-    partial = wide.where(f"not ({_is_complete(revisions)})").select("instance_id")
+    scores_uri, instances_uri = storage.join(tables_uri, "scores"), storage.join(tables_uri, "instances")
+    partial = wide.where(f"not ({_is_complete(revisions)})").select("instance_id", "instance_batch_id")
     if partial.isEmpty():
         return wide.where("false")
-    scores = spark.read.format("delta").load(storage.join(tables_uri, "scores"))
-    rest = pivot(scores.join(partial, "instance_id", "left_semi"), revisions).where(_is_complete(revisions))
-    known = spark.read.format("delta").load(storage.join(tables_uri, "score_matrix")) if batch_id > 0 else None
-    return rest if known is None else tables.missing_from(rest, known)
+    # Most often these have been rejected by a model, and stay partial: the look must cost what a micro-batch is worth.
+    near = nearby.condition(partial, scores_uri, instances_uri)
+    scores = spark.read.format("delta").load(scores_uri).where(near)
+    rest = pivot(scores.join(partial.select("instance_id"), "instance_id", "left_semi"), revisions)
+    rest = rest.where(_is_complete(revisions))
+    if batch_id > 0:
+        known = spark.read.format("delta").load(storage.join(tables_uri, "score_matrix")).where(near)
+        rest = tables.missing_from(rest, known)
+    rest = rest.persist()
+    rest.count()
+    return rest
 
 
 def pivot(scores: "DataFrame", revisions: dict[str, str]) -> "DataFrame":

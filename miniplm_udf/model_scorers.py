@@ -1,29 +1,20 @@
 """Makes the scorer of a model where it will run: on the GPU that Spark assigned to the task, else on what torch sees.
 
 Input: a model's config and description, and how to run it. Output: a `Scorer`. Executor side; torch and pyspark are
-loaded inside the functions. A retried task makes its scorer again, or finds the one that its worker process kept.
+loaded inside the functions. A retried task makes its scorer again, or finds the one that the scorer process kept.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import logging
-import os
-import tempfile
 import time
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from miniplm_udf.config import ModelConfig, ScoreConfig
-from miniplm_udf.errors import ScoringError
+from miniplm_udf.places import gpu_address, keep_place
 from miniplm_udf.scoring.description import ModelDescription
 
 if TYPE_CHECKING:
     from miniplm_udf.scoring.scorer import Scorer
-
-# The GPUs that this process may use, with the lock that says so.
-_GPUS: dict[str, IO[str]] = {}
-_LOG_EVERY_SECONDS = 60.0
 
 LOGGER = logging.getLogger("miniplm.udf")
 
@@ -68,7 +59,7 @@ def assigned_device() -> str:
     """The GPU that Spark assigned to this task, else the first that torch sees, else the CPU."""
     import torch
 
-    address = _gpu_address()
+    address = gpu_address()
     if not torch.cuda.is_available():
         if address is not None:
             LOGGER.warning("Spark assigned GPU %s, but torch sees none: scoring on the CPU", address)
@@ -81,53 +72,13 @@ def assigned_device() -> str:
 def take_gpu(device: str, workers: int | None) -> None:
     """Waits until this process is one of the at most `workers` that hold a model on the GPU; None is no bound.
 
-    Spark starts a worker process a task slot: without this, a job that asks for no GPU a task would load a model for
-    each. A place is kept until the process ends. Does nothing on a CPU, and for a GPU that this process has.
+    Where tasks ask Spark for no GPU, there are as many scorer processes as concurrent tasks: without this, each would
+    load its model. A place is kept until the process ends. Does nothing on a CPU, and for a GPU that this process has.
 
     Raises:
         ScoringError: the others have kept it for ten minutes.
     """
     import torch
 
-    if workers is not None and device.startswith("cuda") and device not in _GPUS:
-        _GPUS[device] = take_place(str(torch.cuda.get_device_properties(device).uuid), workers)
-
-
-def take_place(name: str, places: int, patience_seconds: float = 600.0) -> IO[str]:
-    """Waits for one of the places of a thing that processes of this machine share.
-
-    Returns:
-        The open file whose lock is the place: it is free again when the file is closed, or the process ends.
-
-    Raises:
-        ScoringError: all are taken for so long.
-    """
-    folder = Path(tempfile.gettempdir()) / f"miniplm-places-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    start = logged = time.monotonic()
-    while True:
-        for place in range(places):
-            file = (folder / f"{name}-{place}").open("a")
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return file
-            file.close()
-        waited = time.monotonic() - start
-        found = f"{name}: {places} other worker processes have had this GPU for {waited:.0f} s"
-        hint = "ask for a GPU a task (spark.task.resource.gpu.amount=1), or let more share one (score.workers_per_gpu)"
-        if waited >= patience_seconds:
-            raise ScoringError(f"{found}; {hint}")
-        if time.monotonic() - logged >= _LOG_EVERY_SECONDS:
-            logged = time.monotonic()
-            LOGGER.warning("%s; %s", found, hint)
-        time.sleep(min(1.0, patience_seconds))
-
-
-def _gpu_address() -> str | None:
-    try:
-        from pyspark import TaskContext
-    except ImportError:
-        return None
-    context = TaskContext.get()
-    resources = context.resources() if context is not None else {}
-    return str(resources["gpu"].addresses[0]) if "gpu" in resources else None
+    if workers is not None and device.startswith("cuda"):
+        keep_place(str(torch.cuda.get_device_properties(device).uuid), workers)

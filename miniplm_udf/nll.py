@@ -4,9 +4,9 @@
     SELECT source, avg(nll(text).nll_sum_nats / nll(text).n_bytes) FROM texts GROUP BY source
 
 Input: a column of whole texts; output: a struct of nll_sum_nats, n_tokens and n_bytes, null where there is no score.
-Owns the way between a column and the jobs' `udf.score_arrow`, which does the work: the same scorer, kept by the Python
-worker, and equal numbers. Refuses reasons: the jobs' table `rejects` has them. The driver needs no torch: the model is
-described on an executor, once. A retried task scores its rows again.
+Owns the way between a column and the jobs' `udf.score_arrow`, which does the work: the same scorer, kept by
+a process beside the Python worker, and equal numbers. Refuses reasons: the jobs' table `rejects` has them. The driver
+needs no torch: the model is described on an executor, once. A retried task scores its rows again.
 """
 
 import dataclasses
@@ -60,8 +60,9 @@ def nll_udf(
     """A vectorised Spark UDF (an iterator of Arrow arrays) that scores a column of texts with a causal LM.
 
     Needs a running Spark session: one task looks at the model where it will run, so that a wrong name or setting is an
-    error here. Every executor then scores in the dtype that was settled there. Each Python worker loads the model once
-    and keeps it across tasks, so have no more concurrent tasks than models fit.
+    error here. Every executor then scores in the dtype that was settled there. Each concurrent task of an executor has
+    a scorer process, which loads the model once and keeps it until the session stops, or half an hour without use:
+    have no more concurrent tasks than models fit.
 
     Equal calls in one SELECT, or within one aggregate, run the model once a row. A filter on the score, and a sort of a
     whole table, are steps of their own and run it again: write the scores to a table first. (With
@@ -78,7 +79,7 @@ def nll_udf(
     Returns:
         A UDF: text -> struct<nll_sum_nats double, n_tokens bigint, n_bytes bigint>: the sum of -log p in nats over the
         scored tokens, their number, and the UTF-8 bytes of text that they cover. Null for a null or empty text, and for
-        one that has no finite score or does not fit in memory.
+        one that has no finite score, does not fit in memory, or breaks the tokenizer or the model.
 
     Raises:
         ConfigError: an unknown setting, a wrong value, a separator that has to be named.
@@ -119,7 +120,7 @@ def nll_arrow(
     """The function of the UDF: arrays of texts to arrays of NLL_TYPE, as many rows in all, in order.
 
     Args:
-        factory: makes the scorer; one with a `key` is called once a worker process (see `udf.score_arrow`).
+        factory: makes the scorer; one with a `key` is called in a scorer process, once (see `udf.score_arrow`).
         ends_document: of every text.
     """
     score = score_arrow({_ALIAS: factory})

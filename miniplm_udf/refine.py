@@ -6,6 +6,7 @@ alpha counts the candidates, pool rows that pass `where`: floor(alpha * N) insta
 floor(alpha * T) tokens in rank order. A score that is null, NaN or infinite counts among the candidates and is never
 kept. Ties break by `instance_id`. The same inputs and config give the same rows; where the newest version has them
 already, nothing is written. One version is one commit with its provenance; a retry after a kill adds what is missing.
+A corpus has one writer at a time (its lease): whoever refines or follows it (follow.py) waits for the other.
 
 Source: MiniPLM, arXiv 2410.17215: r = log p_teacher / p_reference per token = reference_nll_mean - teacher_nll_mean.
 """
@@ -21,6 +22,7 @@ from miniplm_udf.config import CorpusConfig, ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.model_records import read_record
 from miniplm_udf.selection import Cut, RankedFrame, budget_of, find_cut, keep_condition
+from miniplm_udf.streams.lease import Lease, lease_uri
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -29,11 +31,12 @@ LOGGER = logging.getLogger("miniplm.refine")
 
 MIN_TOKENS = 32
 ROWS_PER_FILE = 2_000_000
+_BATCH = ("query_id", "batch_id")
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The rows that a corpus is chosen from: instance_id, source, n_tokens, n_bytes, score and the models' columns."""
+    """The rows that a corpus is chosen from: the columns of `refined/<name>`, and those of `_BATCH`."""
 
     frame: "DataFrame"
     n_rows: int
@@ -41,10 +44,10 @@ class Candidates:
 
     def usable(self) -> "DataFrame":
         """Those with a finite score: NaN is above infinity to Spark, so it goes first."""
-        return self.frame.where(_is_finite())
+        return self.frame.where(is_finite())
 
 
-def _is_finite() -> "Column":
+def is_finite() -> "Column":
     from pyspark.sql import functions as F
 
     score = F.col("score")
@@ -64,22 +67,37 @@ def refine(spark: "SparkSession", config: ExperimentConfig, name: str) -> dict[s
         ConfigError: an expression that is no SQL over the matrix's columns; means of unequal tokenizers compared.
         CorpusError: there is no matrix, or nothing would be kept.
     """
-    uri, matrix_uri = corpora.corpus_uri(config.root, name), config.table_uri("score_matrix")
-    matrix = tables.read(spark, matrix_uri, tables.version(spark, matrix_uri))
     resolved = resolve(config, name)
+    with corpus_lease(config, name):
+        return _refine(spark, config, name, resolved)
+
+
+def corpus_lease(config: ExperimentConfig, name: str) -> Lease:
+    """What whoever writes `refined/<name>` holds meanwhile, and waits for."""
+    return Lease(lease_uri(config.root, f"refined-{name}"), f"refined/{name}", waits=True)
+
+
+def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved: CorpusConfig) -> dict[str, Any]:
+    uri, matrix_uri = corpora.corpus_uri(config.root, name), config.table_uri("score_matrix")
+    # Before the matrix: what was followed so far is of rows that this version of the matrix has.
+    newest = corpora.newest(spark, uri)
+    matrix_version = tables.version(spark, matrix_uri)
+    matrix = tables.read(spark, matrix_uri, matrix_version)
     _check_columns(matrix, config)
     _check_tokenizers(config, name, resolved)
     rows = candidate_rows(matrix, config, name, resolved)
-    inputs = _inputs(matrix, tables.version(spark, matrix_uri))
-    known = _newest(spark, uri)
-    asked = {"config": _plain(config, resolved), "last_batches": inputs["last_batches"]}
-    if known and {"config": known.config, "last_batches": known.inputs["last_batches"]} == asked:
-        version, found, skipped = int(tables.version(spark, uri) or 0), known, True
+    inputs = _inputs(matrix, matrix_version)
+    known = newest.provenance if newest else None
+    if newest and known:
+        # Where its maker was killed before it had done so.
+        corpora.record(spark, config.root, newest.version, known)
+    if newest and known and is_exact(known, plain_config(config, resolved), inputs["last_batches"]):
+        version, found, skipped = newest.version, known, True
     else:
         revisions = _revisions(matrix, config.scored_aliases)
-        version, found = _write(config, name, resolved, rows, inputs, revisions)
+        version, found = _write(config, name, resolved, rows, inputs, revisions, newest)
+        corpora.record(spark, config.root, version, found)
         skipped = False
-    corpora.record(spark, config.root, version, found)
     LOGGER.info(
         "refine: %s: version %d%s, %d of %d instances kept, %d of %d tokens, threshold %.6g",
         name, version, " is up to date" if skipped else "", found.n_instances, found.n_candidates, found.n_tokens,
@@ -87,6 +105,11 @@ def refine(spark: "SparkSession", config: ExperimentConfig, name: str) -> dict[s
     )  # fmt: skip
     reported = ("threshold", "n_candidates", "n_instances", "n_tokens", "kept_share_by_source")
     return {"path": uri, "version": version, **{key: getattr(found, key) for key in reported}, "skipped": skipped}
+
+
+def is_exact(known: corpora.Provenance, plain: dict[str, Any], last_batches: dict[str, int]) -> bool:
+    """Whether a version is the full refinement of these rows of the matrix by this config."""
+    return known.followed is None and known.config == plain and known.inputs["last_batches"] == last_batches
 
 
 def resolve(config: ExperimentConfig, name: str) -> CorpusConfig:
@@ -109,7 +132,7 @@ def random_score(seed: int) -> str:
 
 
 def candidate_rows(matrix: "DataFrame", config: ExperimentConfig, name: str, corpus: CorpusConfig) -> "DataFrame":
-    """Pool rows that pass `where`, with their score. Parses and analyses; runs nothing."""
+    """Pool rows that pass `where`, with their score, and their batch. Parses and analyses; runs nothing."""
     from pyspark.sql import functions as F
     from pyspark.sql.types import BooleanType, NumericType
 
@@ -120,7 +143,7 @@ def candidate_rows(matrix: "DataFrame", config: ExperimentConfig, name: str, cor
         matrix.where(F.col("split") == "pool")
         .where(where)
         .withColumns({"score": score.cast("double"), "n_tokens": F.col(f"{config.refine.tokens_of}_n_tokens")})
-        .select(*schemas.refined(name, config.scored_aliases).column_names)
+        .select(*schemas.refined(name, config.scored_aliases).column_names, *_BATCH)
     )
 
 
@@ -133,7 +156,7 @@ def _expression(matrix: "DataFrame", text: str, place: str, wanted: type, what: 
     from pyspark.errors import AnalysisException, ParseException
     from pyspark.sql import functions as F
 
-    names = [column for column in matrix.columns if column not in ("query_id", "batch_id")]
+    names = [column for column in matrix.columns if column not in _BATCH]
     columns = f"columns are {', '.join(names)}"
     try:
         analysed = matrix.select("instance_id", F.expr(text).alias("value"))
@@ -193,22 +216,14 @@ def _revisions(matrix: "DataFrame", aliases: list[str]) -> dict[str, str]:
     return dict(zip(aliases, rows[0], strict=True)) if rows else {}
 
 
-def _plain(config: ExperimentConfig, corpus: CorpusConfig) -> dict[str, Any]:
+def plain_config(config: ExperimentConfig, corpus: CorpusConfig) -> dict[str, Any]:
+    """What a resolved corpus depends on, as it stands in its provenance."""
     return {**to_dict(corpus), "tokens_of": config.refine.tokens_of, "models": config.scored_aliases}
-
-
-def _newest(spark: "SparkSession", uri: str) -> corpora.Provenance | None:
-    """Provenance of the newest version, or None where it has none that this code wrote."""
-    plain = tables.user_metadata(spark, uri) if tables.exists(spark, uri) else None
-    try:
-        return corpora.Provenance(**plain) if plain else None
-    except TypeError:
-        return None
 
 
 def _write(
     config: ExperimentConfig, name: str, corpus: CorpusConfig, rows: "DataFrame", inputs: dict[str, Any],
-    revisions: dict[str, str],
+    revisions: dict[str, str], newest: corpora.Newest | None,
 ) -> tuple[int, corpora.Provenance]:  # fmt: skip
     from pyspark.sql import functions as F
 
@@ -216,12 +231,24 @@ def _write(
     cut = select(candidates, corpus)
     kept = keep_condition(cut) if cut is not None else F.lit(False)
     found = _provenance(config, name, corpus, candidates, kept, inputs, revisions)
-    table = schemas.refined(name, config.scored_aliases)
+    return commit(config, candidates.usable().where(kept), found.n_instances, found, newest, replaces=True), found
+
+
+def commit(
+    config: ExperimentConfig, kept: "DataFrame", n_kept: int, found: corpora.Provenance, newest: corpora.Newest | None,
+    replaces: bool,
+) -> int:  # fmt: skip
+    """Writes `n_kept` rows of `candidate_rows` as a version and returns it: in place of the rows there are, or beside.
+
+    Args:
+        found: of the version, so of all its rows.
+    """
+    table = schemas.refined(found.corpus, config.scored_aliases)
     # By the ids' hash, and in the ids' order within: the same rows in the same files, however the matrix lies.
-    n_files = math.ceil(found.n_instances / ROWS_PER_FILE)
-    ordered = candidates.usable().where(kept).repartition(n_files, "instance_id").sortWithinPartitions("instance_id")
-    version = tables.overwrite(ordered, corpora.corpus_uri(config.root, name), table, dataclasses.asdict(found))
-    return version, found
+    n_files = math.ceil(n_kept / ROWS_PER_FILE)
+    ordered = kept.drop(*_BATCH).repartition(n_files, "instance_id").sortWithinPartitions("instance_id")
+    uri = corpora.corpus_uri(config.root, found.corpus)
+    return corpora.commit(ordered, uri, table, dataclasses.asdict(found), newest, replaces)
 
 
 def _counted(rows: "DataFrame") -> Candidates:
@@ -257,18 +284,10 @@ def _provenance(
     """
     from pyspark.sql import functions as F
 
-    usable = _is_finite()
+    usable = is_finite()
     keep = usable & kept
-    hashed = F.xxhash64("instance_id", "score")
-    low_bits = hashed.bitwiseAND(F.lit(0xFFFFFFFF).cast("bigint"))
     sources = candidates.frame.groupBy("source").agg(
-        F.count("*").alias("n_rows"),
-        F.count_if(~usable).alias("n_unusable"),
-        F.count_if(keep).alias("n_kept"),
-        F.sum(F.when(keep, F.col("n_tokens"))).alias("n_tokens"),
-        F.min(F.when(keep, F.col("score"))).alias("threshold"),
-        F.bit_xor(F.when(keep, hashed)).alias("xor"),
-        F.sum(F.when(keep, low_bits)).alias("sum"),
+        F.count("*").alias("n_rows"), F.count_if(~usable).alias("n_unusable"), *sums_of(keep)
     )
     found = sorted(sources.collect(), key=lambda row: row["source"])
     n_kept, n_unusable = sum(row["n_kept"] for row in found), sum(row["n_unusable"] for row in found)
@@ -282,7 +301,7 @@ def _provenance(
         LOGGER.warning("refine: %s: %d of %d candidates have no finite score", name, n_unusable, candidates.n_rows)
     return corpora.Provenance(
         corpus=name,
-        config=_plain(config, corpus),
+        config=plain_config(config, corpus),
         inputs=inputs,
         model_revisions=revisions,
         threshold=min(row["threshold"] for row in found if row["n_kept"]),
@@ -291,13 +310,33 @@ def _provenance(
         n_unscorable=n_unusable,
         n_instances=n_kept,
         n_tokens=sum(row["n_tokens"] or 0 for row in found),
-        fingerprint=_fingerprint([(row["xor"] or 0, row["sum"] or 0) for row in found], n_kept),
+        fingerprint=fingerprint_of([(row["xor"] or 0, row["sum"] or 0) for row in found], n_kept),
         code_revision=__version__,
         kept_share_by_source={row["source"]: row["n_kept"] / row["n_rows"] for row in found},
     )
 
 
-def _fingerprint(parts: list[tuple[int, int]], n_rows: int) -> str:
+def sums_of(keep: "Column") -> list["Column"]:
+    """Aggregates of the rows that `keep` keeps: n_kept, n_tokens, threshold, and xor and sum of their hashes."""
+    from pyspark.sql import functions as F
+
+    hashed = F.xxhash64("instance_id", "score")
+    low_bits = hashed.bitwiseAND(F.lit(0xFFFFFFFF).cast("bigint"))
+    return [
+        F.count_if(keep).alias("n_kept"),
+        F.sum(F.when(keep, F.col("n_tokens"))).alias("n_tokens"),
+        F.min(F.when(keep, F.col("score"))).alias("threshold"),
+        F.bit_xor(F.when(keep, hashed)).alias("xor"),
+        F.sum(F.when(keep, low_bits)).alias("sum"),
+    ]
+
+
+def parts_of(fingerprint: str) -> tuple[int, int]:
+    """The exclusive or and the sum that a fingerprint was made of."""
+    return int(fingerprint[:16], 16), int(fingerprint[16:32], 16)
+
+
+def fingerprint_of(parts: list[tuple[int, int]], n_rows: int) -> str:
     """Exclusive or, sum and number of the kept rows' hashes: the same in any order and any grouping."""
     xor, total = 0, 0
     for part_xor, part_sum in parts:

@@ -101,6 +101,9 @@ _QUERY = (
     Column("batch_id", "int64", "micro-batch of that query"),
 )
 
+# What came together is looked for together: a look for ids opens the files of their batches alone, not the whole table.
+INSTANCE_BATCH_ID = Column("instance_batch_id", "int64", "the instance's batch_id in `instances`")
+
 INSTANCES = Table(
     name="instances",
     key=("instance_id",),
@@ -128,7 +131,7 @@ INSTANCES = Table(
 SCORES = Table(
     name="scores",
     key=("instance_id", "model_revision"),
-    statistics=("instance_id", "model_revision", "query_id", "batch_id"),
+    statistics=("instance_id", "model_revision", "instance_batch_id", "query_id", "batch_id"),
     columns=(
         Column("instance_id", "string", "the scored instance"),
         Column("model_id", "string", "alias in the config, for people"),
@@ -142,6 +145,7 @@ SCORES = Table(
         Column("split", "string", "pool, reference or heldout"),
         Column("content_hash", "string", "hash of the instance's text alone"),
         Column("text_bytes", "int64", "UTF-8 length of the instance's text"),
+        INSTANCE_BATCH_ID,
         Column("dtype", "string", "dtype of the forward pass"),
         Column("context_tokens", "int64", "longest input of one forward pass"),
         Column("run_id", "string", "the command that scored it"),
@@ -188,6 +192,24 @@ CORPORA = Table(
 )
 
 
+def cuts(name: str) -> Table:
+    """What corpus `name` has counted of the matrix, in buckets of the score (cuts.py); each commit replaces it."""
+    return Table(
+        name=f"cuts/{name}",
+        key=("bucket",),
+        append_only=False,
+        statistics=("bucket",),
+        columns=(
+            Column("bucket", "int64", "number of the bucket; of higher scores, higher"),
+            Column("n_rows", "int64", "candidates in it"),
+            Column("n_tokens", "int64", "their tokens"),
+            Column("config", "string", "fingerprint of the resolved corpus config"),
+            Column("query_id", "string", "query of the matrix whose rows are counted"),
+            Column("batch_id", "int64", "micro-batch of it up to which they are"),
+        ),
+    )
+
+
 def packed(name: str, tokenizer: str) -> Table:
     """The table of token sequences of corpus `name` for one student tokenizer."""
     return Table(
@@ -221,13 +243,14 @@ def score_matrix(aliases: list[str]) -> Table:
     return Table(
         name="score_matrix",
         key=("instance_id",),
-        statistics=("instance_id", "source", "split", "query_id", "batch_id"),
+        statistics=("instance_id", "source", "split", "instance_batch_id", "query_id", "batch_id"),
         columns=(
             Column("instance_id", "string", "the instance"),
             Column("source", "string", "domain"),
             Column("split", "string", "pool, reference or heldout"),
             Column("n_bytes", "int64", "UTF-8 length of the text"),
             Column("content_hash", "string", "hash of the text alone"),
+            INSTANCE_BATCH_ID,
             *models,
             *_QUERY,
         ),

@@ -2,11 +2,12 @@
 
     instances (split = pool) -> rows still missing, per model -> mapInArrow -> one append to scores -> rejects
 
-Scores only what is missing: rows of another query (a lost checkpoint, another set of models) are found by an anti-join
-that Delta's statistics make free in the steady state; rows rejected earlier are not tried again. A micro-batch commits
-`scores` once, under its (query_id, batch_id); everything else is derived from the committed rows. A replayed
-micro-batch finds its rows and skips scoring; killed before its commit, it scores again and nothing of the first try
-remains.
+Scores only what is missing: what another query has scored or rejected (a lost checkpoint, another set of models) is
+looked for until the instances that were there at the start are through; a model is scored by one driver at a time, so
+of later ones there can be none. A look opens what came with the micro-batch's instances (`nearby`), no whole table. A
+micro-batch commits `scores` once, under its (query_id, batch_id); everything else is derived from the committed rows.
+A replayed micro-batch finds its rows and skips scoring; killed before its commit, it scores again and nothing of the
+first try remains.
 """
 
 import dataclasses
@@ -14,11 +15,13 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from miniplm_udf import schemas, tables
+from miniplm_udf import nearby, schemas, tables
 from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.resources import scoring_profile
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streams.backlog import rows_behind
+from miniplm_udf.streams.offsets import end_offset, is_behind
 from miniplm_udf.streams.query import Query
 from miniplm_udf.tally import MAX_FAILED, Failed, Tally, TallyParam
 from miniplm_udf.udf import SCORED_DDL, ScorerLike, score_arrow
@@ -36,7 +39,13 @@ _STAGE = "score:"
 _PARTS_PER_WORKER = 4
 _SCORED_COLUMNS = ("instance_id", "text", "segment_ends", "ends_document")
 # Of the instance, written beside each score: `score_matrix` needs them, and must not read `instances` for them.
-_CARRIED = {"source": "string", "split": "string", "content_hash": "string", "text_bytes": "bigint"}
+_CARRIED = {
+    "source": "string",
+    "split": "string",
+    "content_hash": "string",
+    "text_bytes": "bigint",
+    "instance_batch_id": "bigint",
+}
 _MODEL_COLUMNS = ("model_revision", "tokenizer_hash", "dtype", "context_tokens")
 _SCORED_DDL = ", ".join([SCORED_DDL, *(f"{name} {kind}" for name, kind in _CARRIED.items())])
 
@@ -48,7 +57,7 @@ class ScoringPlan:
     Attributes:
         models: one of each revision; two aliases of one model are scored once, under the first.
         factories: makers of their scorers, by alias.
-        workers: concurrent scorers.
+        workers: concurrent scorers; `workers_per_gpu` of them may share one.
         run_id: the command that scores.
     """
 
@@ -58,6 +67,7 @@ class ScoringPlan:
     scores_uri: str
     rejects_uri: str
     workers: int
+    workers_per_gpu: int | None
     run_id: str
 
     @property
@@ -99,28 +109,32 @@ def scoring_query(
         raise CorpusError(
             f"table {plan.instances_uri}: expected instances to score, found no table; run `miniplm ingest` first"
         )
-    tables.create(spark, plan.scores_uri, schemas.SCORES)
+    nearby.create_scores(spark, plan.scores_uri, plan.instances_uri)
     tables.create(spark, plan.rejects_uri, schemas.REJECTS)
     tally = new_tally(spark)
-
-    # Only the first micro-batch after a start can be one that was begun before.
-    may_be_replay = [True]
+    start = _Start()
 
     def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
-        found = score_batch(plan, query_id, batch, batch_id, tally, may_be_replay[0])
-        may_be_replay[0] = False
+        start.look(checkpoint_uri, batch_id)
+        found = score_batch(plan, query_id, batch, batch_id, tally, start.may_be_replay, start.may_be_known)
+        start.may_be_replay = False
+        for uri in (plan.scores_uri, plan.rejects_uri):
+            tables.compact(spark, uri, batch_id)
         _log(batch_id, found)
         # Without the failures, which are in the table now.
         total.add(dataclasses.replace(found, failed=[]))
 
     def source() -> "DataFrame":
-        may_be_replay[0] = True
+        # With the lease in hand: what comes into the table from now on, no other query can have scored.
+        start.begin(tables.version(spark, plan.instances_uri) or 0)
         reader = spark.readStream.format("delta").option("maxBytesPerTrigger", config.max_bytes_per_trigger)
         return pool(reader.load(plan.instances_uri))
 
     return Query(
         name="score",
         lease=checkpoint_name(plan.models),
+        # Of two sets of models, those that they share would be scored twice.
+        also=tuple(f"model-{revision}" for revision in plan.revisions),
         checkpoint_uri=checkpoint_uri,
         source=source,
         micro_batch=micro_batch,
@@ -129,9 +143,33 @@ def scoring_query(
     )
 
 
+@dataclasses.dataclass
+class _Start:
+    """What can be of the next micro-batch, by what has passed since the query's newest start.
+
+    Attributes:
+        version: of `instances` at the start.
+        may_be_replay: an earlier run can have begun it: true of the first one alone.
+        may_be_known: another query can have scored or rejected some of it.
+    """
+
+    version: int = 0
+    may_be_replay: bool = True
+    may_be_known: bool = True
+
+    def begin(self, version: int) -> None:
+        self.version, self.may_be_replay, self.may_be_known = version, True, True
+
+    def look(self, checkpoint_uri: str, batch_id: int) -> None:
+        """Where the one before ended, this one begins."""
+        self.may_be_known = self.may_be_known and is_behind(end_offset(checkpoint_uri, batch_id - 1), self.version)
+
+
 def pool(instances: "DataFrame") -> "DataFrame":
     """What is scored of `instances`, and what of it stands beside each score."""
-    renamed = instances.where("split = 'pool'").withColumnRenamed("n_bytes", "text_bytes")
+    renamed = instances.where("split = 'pool'").withColumnsRenamed(
+        {"n_bytes": "text_bytes", "batch_id": "instance_batch_id"}
+    )
     return renamed.select(*_SCORED_COLUMNS, *_CARRIED)
 
 
@@ -145,7 +183,7 @@ def _log(batch_id: int, found: Tally) -> None:
 
 def score_batch(
     plan: ScoringPlan, query_id: str, batch: "DataFrame", batch_id: int, tally: "Accumulator[Tally]",
-    may_be_replay: bool = True,
+    may_be_replay: bool = True, may_be_known: bool = True,
 ) -> Tally:  # fmt: skip
     """Scores what is missing of a micro-batch, commits it once, and rejects what could not be scored.
 
@@ -155,89 +193,84 @@ def score_batch(
         batch: of `pool`.
         tally: of the query (`new_tally`).
         may_be_replay: whether an earlier run can have begun this micro-batch.
+        may_be_known: whether another query can have scored or rejected some of it. Then its ids are read first.
 
     Returns:
         What was scored; empty for a replay and where nothing was missing.
     """
-    from pyspark.sql import functions as F
-
     spark = batch.sparkSession
     tally.value = Tally()
+    known = _known(plan, query_id, batch) if may_be_known else None
 
-    def has_rows() -> bool:
-        return not _committed(spark, plan, query_id, batch_id).isEmpty()
+    def committed() -> "DataFrame":
+        return _committed(spark, plan, query_id, batch_id)
 
-    unknown = may_be_replay and has_rows()
-    if not unknown:
-        missing = _missing(spark, plan, query_id, batch)
-        scored = _for_workers(plan, batch, missing).mapInArrow(
-            score_arrow(plan.factories, list(_CARRIED), tally), _SCORED_DDL
-        )
-        rows = _score_rows(plan, scored.where(F.col("reason").isNull()), query_id, batch_id)
-        tables.append(rows, plan.scores_uri, schemas.SCORES, query_id, batch_id)
-        # Delta drops a second write under these ids unread, also where the first had failures only, and so no row.
-        unknown = may_be_replay and not has_rows()
-    found = tally.value
-    if unknown or len(found.failed) >= MAX_FAILED:
-        # Reads the text of the batch again: Spark leaves no column of a micro-batch out.
-        _reject(spark, plan, batch.select("instance_id"), found.failed, query_id, batch_id)
-    elif found.failed:
-        ids = spark.createDataFrame(sorted({(one[0],) for one in found.failed}), "instance_id string")
-        _reject(spark, plan, ids, found.failed, query_id, batch_id)
-    return found
+    try:
+        unknown = may_be_replay and not committed().isEmpty()
+        if not unknown:
+            _score(plan, batch, known, query_id, batch_id, tally)
+            # Delta drops a second write under these ids unread, also where the first had failures only, so no row.
+            unknown = may_be_replay and committed().isEmpty()
+        found = tally.value
+        done = committed() if known is None else committed().unionAll(known)
+        if unknown or len(found.failed) >= MAX_FAILED:
+            # Reads the text of the batch again: Spark leaves no column of a micro-batch out.
+            _reject(plan, batch.select("instance_id"), done, found.failed, query_id, batch_id)
+        elif found.failed:
+            ids = spark.createDataFrame(sorted({(one[0],) for one in found.failed}), "instance_id string")
+            _reject(plan, ids, done, found.failed, query_id, batch_id)
+        return found
+    finally:
+        if known is not None:
+            known.unpersist()
 
 
-def _for_workers(plan: ScoringPlan, batch: "DataFrame", missing: "DataFrame | None") -> "DataFrame":
-    """As many partitions as scorers: of what is missing, or (None) of the whole batch.
+def _score(
+    plan: ScoringPlan, batch: "DataFrame", known: "DataFrame | None", query_id: str, batch_id: int,
+    tally: "Accumulator[Tally]",
+) -> None:  # fmt: skip
+    from pyspark.sql import functions as F
+
+    scored = _for_workers(plan, batch, known).mapInArrow(
+        score_arrow(plan.factories, list(_CARRIED), tally),
+        _SCORED_DDL,
+        profile=scoring_profile(batch.sparkSession, plan.workers_per_gpu),
+    )
+    rows = _score_rows(plan, scored.where(F.col("reason").isNull()), query_id, batch_id)
+    tables.append(rows, plan.scores_uri, schemas.SCORES, query_id, batch_id)
+
+
+def _committed(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch_id: int) -> "DataFrame":
+    """(instance_id, model_revision) of what stands in `scores` of a micro-batch by now."""
+    from pyspark.sql import functions as F
+
+    scores = spark.read.format("delta").load(plan.scores_uri)
+    own = (F.col("query_id") == query_id) & (F.col("batch_id") == batch_id)
+    return scores.where(own).select("instance_id", "model_revision")
+
+
+def _for_workers(plan: ScoringPlan, batch: "DataFrame", known: "DataFrame | None") -> "DataFrame":
+    """What is missing of a batch, with the aliases of its models as `model_ids`, in as many partitions as scorers.
 
     One needs no shuffle of the text, nor do several where the files have parts enough for shares that are nearly even.
     """
     from pyspark.sql import functions as F
 
-    if missing is None:
+    if known is None:
         every = F.array(*(F.lit(model.model_id) for model in plan.models))
         missing = batch.withColumn("model_ids", every)
         has_parts = batch.rdd.getNumPartitions() >= _PARTS_PER_WORKER * plan.workers
     else:
-        has_parts = False
+        missing, has_parts = _missing(plan, batch, known), False
     if plan.workers == 1 or has_parts:
         return missing.coalesce(plan.workers)
     return missing.repartition(plan.workers, "instance_id")
 
 
-def _committed(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch_id: int) -> "DataFrame":
+def _missing(plan: ScoringPlan, batch: "DataFrame", known: "DataFrame") -> "DataFrame":
     from pyspark.sql import functions as F
 
-    scores = spark.read.format("delta").load(plan.scores_uri)
-    return scores.where((F.col("query_id") == query_id) & (F.col("batch_id") == batch_id))
-
-
-def _missing(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch: "DataFrame") -> "DataFrame | None":
-    """Instances that a model has neither scored nor rejected, with the aliases of such models as `model_ids`.
-
-    None where nothing was scored by another query: all of the batch is missing, with every model.
-    """
-    from pyspark.sql import functions as F
-
-    # What this query wrote in earlier micro-batches is of other instances: files of it alone are not even opened.
-    by_others = (
-        spark.read.format("delta").load(plan.scores_uri)
-        .where(F.col("model_revision").isin(plan.revisions) & (F.col("query_id") != query_id))
-        .select("instance_id", "model_revision")
-    )  # fmt: skip
-    rejected = (
-        spark.read.format("delta").load(plan.rejects_uri)
-        .where(F.col("stage").isin(plan.stages) & (F.col("query_id") != query_id))
-        .select("instance_id", F.expr(f"substring(stage, {len(_STAGE) + 1})").alias("model_revision"))
-    )  # fmt: skip
-    earlier = by_others.unionAll(rejected)
-    if earlier.isEmpty():
-        return None
-    done = (
-        earlier.join(batch.select("instance_id"), "instance_id", "left_semi")
-        .groupBy("instance_id")
-        .agg(F.collect_set("model_revision").alias("done"))
-    )
+    done = known.groupBy("instance_id").agg(F.collect_set("model_revision").alias("done"))
     wanted = F.array(
         *(
             F.when(F.col("done").isNull() | ~F.array_contains("done", model.model_revision), F.lit(model.model_id))
@@ -246,6 +279,36 @@ def _missing(spark: "SparkSession", plan: ScoringPlan, query_id: str, batch: "Da
     )
     todo = batch.join(done, "instance_id", "left").withColumn("model_ids", F.array_compact(wanted))
     return todo.where(F.size("model_ids") > 0).select(*batch.columns, "model_ids")
+
+
+def _known(plan: ScoringPlan, query_id: str, batch: "DataFrame") -> "DataFrame | None":
+    """(instance_id, model_revision) of what other queries have scored or rejected of a batch; None where there is none.
+
+    It is computed here and kept (`unpersist` it): a write to `scores` whose plan still read `scores` would be in
+    conflict with another driver's.
+    """
+    from pyspark.sql import functions as F
+
+    spark = batch.sparkSession
+    # What this query wrote in earlier micro-batches is of other instances: files of it alone are not even opened.
+    scores = spark.read.format("delta").load(plan.scores_uri)
+    scores = scores.where(F.col("model_revision").isin(plan.revisions) & (F.col("query_id") != query_id))
+    rejects = spark.read.format("delta").load(plan.rejects_uri)
+    rejects = rejects.where(F.col("stage").isin(plan.stages) & (F.col("query_id") != query_id))
+    if scores.isEmpty() and rejects.isEmpty():
+        return None
+    ids = batch.select("instance_id", "instance_batch_id").persist()
+    try:
+        near = nearby.condition(ids, plan.scores_uri, plan.instances_uri)
+        rejected = rejects.select("instance_id", F.expr(f"substring(stage, {len(_STAGE) + 1}) AS model_revision"))
+        others = scores.where(near).select("instance_id", "model_revision").unionAll(rejected)
+        known = others.join(ids.select("instance_id"), "instance_id", "left_semi").persist()
+        if known.count():
+            return known
+        known.unpersist()
+        return None
+    finally:
+        ids.unpersist()
 
 
 def _score_rows(plan: ScoringPlan, good: "DataFrame", query_id: str, batch_id: int) -> "DataFrame":
@@ -267,17 +330,15 @@ def _score_rows(plan: ScoringPlan, good: "DataFrame", query_id: str, batch_id: i
 
 
 def _reject(
-    spark: "SparkSession", plan: ScoringPlan, ids: "DataFrame", failures: list[Failed], query_id: str, batch_id: int
+    plan: ScoringPlan, ids: "DataFrame", done: "DataFrame", failures: list[Failed], query_id: str, batch_id: int
 ) -> None:
-    """Rejects the batch's (instance, model) pairs without a committed row; the reason where this run still knows it."""
+    """Rejects the (instance, model) pairs that are not `done`; the reason where this run still knows it."""
     from pyspark.sql import functions as F
 
-    scores = spark.read.format("delta").load(plan.scores_uri).where(F.col("model_revision").isin(plan.revisions))
-    of_batch = (F.col("query_id") == query_id) & (F.col("batch_id") == batch_id)
-    committed = scores.where(of_batch | (F.col("query_id") != query_id)).select("instance_id", "model_revision")
+    spark = ids.sparkSession
     models = [(model.model_id, model.model_revision) for model in plan.models]
     pairs = ids.crossJoin(F.broadcast(spark.createDataFrame(models, "model_id string, model_revision string")))
-    unscored = pairs.join(committed, ["instance_id", "model_revision"], "left_anti")
+    unscored = pairs.join(done, ["instance_id", "model_revision"], "left_anti")
     columns = "instance_id string, model_id string, reason string, detail string"
     reasons = spark.createDataFrame(failures, columns).dropDuplicates(["instance_id", "model_id"])
     unscored = unscored.join(reasons, ["instance_id", "model_id"], "left")
@@ -295,14 +356,13 @@ def _reject(
         F.current_timestamp().alias("rejected_at"),
         F.lit(query_id).alias("query_id"),
         F.lit(batch_id).cast("bigint").alias("batch_id"),
-    )
-    known = spark.read.format("delta").load(plan.rejects_uri).where(F.col("stage").isin(plan.stages))
-    new = tables.missing_from(rows, known, "reject_id").persist()
+    ).persist()
     try:
-        if not new.isEmpty():
-            tables.append(new, plan.rejects_uri, schemas.REJECTS, query_id, batch_id)
+        # A replay that made them already is told by Delta, from (query_id, batch_id).
+        if not rows.isEmpty():
+            tables.append(rows, plan.rejects_uri, schemas.REJECTS, query_id, batch_id)
     finally:
-        new.unpersist()
+        rows.unpersist()
 
 
 def totals(spark: "SparkSession", plan: ScoringPlan) -> dict[str, int]:

@@ -100,6 +100,13 @@ def upload_folder(folder: Path, uri: str) -> None:
         filesystem.put(str(folder) + "/", path.rstrip("/") + "/", recursive=True)
 
 
+def remove_folder(uri: str) -> None:
+    """Removes the folder at `uri` and all in it, where there is one."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
 def folder_state(uri: str) -> list[list[Any]]:
     """Name, size and time (or tag) of each file at `uri`, a folder or a file; empty where there is none."""
     filesystem, path = fsspec.core.url_to_fs(uri)

@@ -2,18 +2,28 @@
 
 Inputs: DataFrames; outputs: commits to `<root>/tables/...`. A writer refuses a frame whose columns, types or
 nullability are not the declared ones (schemas.py). An append takes (query_id, batch_id) as Delta's transaction id, so a
-replayed micro-batch writes nothing a second time. Owns no query and no model.
+replayed micro-batch writes nothing a second time. Small files are merged as micro-batches go. Owns no query, no model.
 """
 
 import json
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import fsspec
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError, SchemaMismatchError
 
 if TYPE_CHECKING:
     from delta.tables import DeltaTableBuilder
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
+
+LOGGER = logging.getLogger("miniplm.tables")
+
+_APPEND_TRIES = 5
+# After how many micro-batches files smaller than so many bytes are merged to that size; the first that fits is done.
+_COMPACTION = ((1024, 128 * 2**20), (32, 4 * 2**20))
 
 
 def exists(spark: "SparkSession", uri: str) -> bool:
@@ -22,17 +32,38 @@ def exists(spark: "SparkSession", uri: str) -> bool:
     return bool(DeltaTable.isDeltaTable(spark, uri))
 
 
-def create(spark: "SparkSession", uri: str, table: schemas.Table) -> None:
-    """Makes the empty table with its declared schema and properties where there is none."""
+def create(spark: "SparkSession", uri: str, table: schemas.Table, properties: Mapping[str, str] | None = None) -> None:
+    """Makes the empty table with its declared schema and properties, and further ones, where there is none."""
+    from delta.tables import DeltaTable
+    from pyspark.errors import AnalysisException
+
+    try:
+        _build(DeltaTable.createIfNotExists(spark), uri, table, properties or {})
+    except AnalysisException as error:
+        if error.getCondition() != "DELTA_TABLE_NOT_FOUND":
+            raise
+        _remove_log_without_commits(uri)
+        _build(DeltaTable.createIfNotExists(spark), uri, table, properties or {})
+
+
+def _remove_log_without_commits(uri: str) -> None:
+    """Removes what a kill, or a full disk, left of a table before its first commit: Delta makes no table on top of it."""
+    filesystem, path = fsspec.core.url_to_fs(storage.join(uri, "_delta_log"))
+    if filesystem.exists(path) and not any(name.endswith((".json", ".parquet")) for name in filesystem.find(path)):
+        filesystem.rm(path, recursive=True)
+
+
+def detail(spark: "SparkSession", uri: str) -> "Row | None":
+    """What Delta tells of a table as a whole (`id`, `numFiles`, `sizeInBytes`, `properties`); None without one."""
     from delta.tables import DeltaTable
 
-    _build(DeltaTable.createIfNotExists(spark), uri, table)
+    return DeltaTable.forPath(spark, uri).detail().collect()[0] if exists(spark, uri) else None
 
 
-def _build(builder: "DeltaTableBuilder", uri: str, table: schemas.Table) -> None:
+def _build(builder: "DeltaTableBuilder", uri: str, table: schemas.Table, properties: Mapping[str, str]) -> None:
     # Delta compares the location with Hadoop's own form of it, which has one slash.
     builder = builder.location(uri.replace("file:///", "file:/", 1)).addColumns(table.spark_schema())
-    for key, value in table.delta_properties().items():
+    for key, value in {**table.delta_properties(), **properties}.items():
         builder = builder.property(key, value)
     builder.execute()
 
@@ -44,7 +75,7 @@ def _set_columns(spark: "SparkSession", uri: str, table: schemas.Table) -> None:
 
     create(spark, uri, table)
     if spark.read.format("delta").load(uri).columns != table.column_names:
-        _build(DeltaTable.replace(spark), uri, table)
+        _build(DeltaTable.replace(spark), uri, table, {})
 
 
 def read(spark: "SparkSession", uri: str, version: int | None = None) -> "DataFrame":
@@ -97,15 +128,29 @@ def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
 
 
 def append(
-    frame: "DataFrame", uri: str, table: schemas.Table, query_id: str | None = None, batch_id: int | None = None
-) -> None:
-    """Appends a frame once: with (query_id, batch_id), a second write under the same pair is dropped by Delta."""
+    frame: "DataFrame", uri: str, table: schemas.Table, query_id: str | None = None, batch_id: int | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Appends a frame once: with (query_id, batch_id), a second write under the same pair is dropped by Delta.
+
+    `metadata` becomes `userMetadata`. A frame that reads the table which it goes to is computed again where another
+    driver's commit came between, a compaction perhaps; other frames are in no conflict.
+    """
+    from delta.exceptions import ConcurrentAppendException, ConcurrentDeleteReadException
+
     spark = frame.sparkSession
     create(spark, uri, table)
     writer = conform(frame, table).write.format("delta").mode("append")
+    if metadata is not None:
+        writer = writer.option("userMetadata", json.dumps(metadata, sort_keys=True))
     if query_id is not None and batch_id is not None:
         writer = writer.option("txnAppId", query_id).option("txnVersion", batch_id)
-    writer.save(uri)
+    for tries_left in reversed(range(_APPEND_TRIES)):
+        try:
+            return writer.save(uri)
+        except (ConcurrentAppendException, ConcurrentDeleteReadException):
+            if not tries_left:
+                raise
 
 
 def overwrite(
@@ -125,6 +170,29 @@ def overwrite(
         writer = writer.option("txnAppId", query_id).option("txnVersion", batch_id)
     writer.save(uri)
     return int(version(spark, uri) or 0)
+
+
+def compact(spark: "SparkSession", uri: str, batch_id: int) -> None:
+    """Merges the table's small files after every so many micro-batches of the query that calls it.
+
+    In two rounds, so that a row is rewritten a few times and not over and over: often those below a few MiB to files of
+    that size, rarely those to large ones. Rows keep their order in time, so that statistics go on telling files apart.
+    Streams that read the table do not see it, nor does it conflict with appends; of two that compact at once, one does.
+    """
+    from delta.exceptions import DeltaConcurrentModificationException
+    from delta.tables import DeltaTable
+
+    for every, size_bytes in _COMPACTION:
+        if (batch_id + 1) % every == 0:
+            # A session of its own: the settings are of this alone.
+            own = spark.newSession()
+            own.conf.set("spark.databricks.delta.optimize.minFileSize", size_bytes)
+            own.conf.set("spark.databricks.delta.optimize.maxFileSize", size_bytes)
+            try:
+                DeltaTable.forPath(own, uri).optimize().executeCompaction()
+            except DeltaConcurrentModificationException:
+                LOGGER.info("table %s: another writer has merged its small files", storage.redact(uri))
+            return
 
 
 def user_metadata(spark: "SparkSession", uri: str, at: int | None = None) -> dict[str, Any] | None:

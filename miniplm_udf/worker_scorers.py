@@ -1,11 +1,13 @@
-"""The scorers that a Python worker keeps, and how their time passes: in a scorer, or between two of its slices.
+"""The scorers that a process keeps, and how their time passes: in a scorer, or between two of its slices.
 
 Input: factories by alias. Output: scorers, made at their first use and kept across tasks, so that a model is loaded
-once a worker process; seconds and rates in a `Tally` and the log. Knows nothing of columns. Executor side; a retried
-task finds the scorers that its process kept, or makes them again. Loads neither torch nor pyspark.
+once a process; seconds and rates in a `Tally` and the log. Knows nothing of columns. Executor side, in a scorer process
+or in the Spark worker; a retried task finds the scorers that its process kept, or makes them again. Loads neither torch
+nor pyspark.
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +21,8 @@ LOGGER = logging.getLogger("miniplm.udf")
 # Text handed to a scorer at once, where the scorer has no `slice_bytes` of its own.
 _SLICE_BYTES = 1024 * 1024
 _LOG_EVERY_SECONDS = 10.0
-# Scorers of this worker process, by their factory's key.
-_KEPT: dict[str, "ScorerLike"] = {}
+# Scorers of this process, by their factory's key.
+_KEPT: dict[str, "Kept"] = {}
 
 
 class ScorerLike(Protocol):
@@ -46,25 +48,36 @@ class TokenizingScorer(ScorerLike, Protocol):
     def score_tokenized(self, tokenized: Sequence[Any], ends_document: Sequence[bool]) -> Sequence[Any]: ...
 
 
+@dataclasses.dataclass
+class Kept:
+    """A scorer, and how many texts in a row it has raised on."""
+
+    scorer: ScorerLike
+    errors_in_a_row: int = 0
+
+
 class WorkerScorers:
     """The scorers of one call, made at their first use in the main thread, and a meter each.
 
     Args:
         factories: makers of scorers, by alias.
-        counts: takes the seconds.
     """
 
-    def __init__(self, factories: Mapping[str, Callable[[], ScorerLike]], counts: Tally) -> None:
+    def __init__(self, factories: Mapping[str, Callable[[], ScorerLike]]) -> None:
         self._factories = factories
-        self._own: dict[str, ScorerLike] = {}
+        self._own: dict[str, Kept] = {}
         self._meters: dict[str, Meter] = {}
-        self._clock = _Clock(counts)
+        self._clock = _Clock()
+
+    def progressed(self) -> None:
+        """Called while a scorer works, after each of its steps. May raise, to have it stop."""
 
     def slice_done(self) -> None:
         """After all models had their turn at a slice: from the second on, it is the steady state."""
         self._clock.steady = True
 
-    def get(self, alias: str) -> ScorerLike:
+    def get(self, alias: str) -> Kept:
+        """The scorer of an alias; makes it where it is not there."""
         if alias not in self._factories:
             raise errors.ScoringError(
                 f"model_ids: expected aliases of {sorted(self._factories)}, found {alias!r}; "
@@ -73,7 +86,7 @@ class WorkerScorers:
         kept, name = self._place(alias)
         if name not in kept:
             self._make_room()
-            kept[name] = self._factories[alias]()
+            kept[name] = Kept(self._factories[alias]())
             self._clock.reset()
         return kept[name]
 
@@ -82,7 +95,7 @@ class WorkerScorers:
         if alias not in self._factories:
             return None
         kept, name = self._place(alias)
-        return kept.get(name)
+        return kept[name].scorer if name in kept else None
 
     def slice_bytes(self) -> int:
         """Text that is worth handing over at once: the most that a scorer asks for."""
@@ -90,9 +103,9 @@ class WorkerScorers:
         return max([int(size) for size in found if size is not None], default=_SLICE_BYTES)
 
     def meter(self, alias: str) -> "Meter":
-        return self._meters.setdefault(alias, Meter(alias, self._clock))
+        return self._meters.setdefault(alias, Meter(alias, self._clock, self.progressed))
 
-    def _place(self, alias: str) -> tuple[dict[str, ScorerLike], str]:
+    def _place(self, alias: str) -> tuple[dict[str, Kept], str]:
         key = getattr(self._factories[alias], "key", None)
         return (self._own, alias) if key is None else (_KEPT, str(key))
 
@@ -106,8 +119,7 @@ class WorkerScorers:
 class _Clock:
     """Tells time in scorers from time in none, once a first slice is through."""
 
-    def __init__(self, counts: Tally) -> None:
-        self.counts = counts
+    def __init__(self) -> None:
         self.steady = False
         self._idle_since: float | None = None
 
@@ -116,38 +128,40 @@ class _Clock:
         self._idle_since = None
 
     @contextlib.contextmanager
-    def working(self, alias: str) -> Iterator[float]:
+    def working(self, alias: str, counts: Tally) -> Iterator[float]:
         """Counts a scorer's time, and that since the slice before. Gives the time of the start."""
         start, idle_since = time.monotonic(), self._idle_since
         yield start
         self._idle_since = time.monotonic()
         seconds = self._idle_since - start
-        self.counts.of(alias).seconds += seconds
+        counts.of(alias).seconds += seconds
         if self.steady and idle_since is not None:
-            self.counts.waited_seconds += start - idle_since
-            self.counts.busy_seconds += seconds
+            counts.waited_seconds += start - idle_since
+            counts.busy_seconds += seconds
 
 
 class Meter:
     """Logs a model's tokens per second of its own work, every ten seconds."""
 
-    def __init__(self, alias: str, clock: _Clock) -> None:
-        self._alias, self._clock = alias, clock
-        self._tokens = 0
+    def __init__(self, alias: str, clock: _Clock, progressed: Callable[[], None]) -> None:
+        self._alias, self._clock, self._progressed = alias, clock, progressed
+        self._tokens, self._seconds = 0, 0.0
         self._since = self._logged = time.monotonic()
 
     @contextlib.contextmanager
-    def working(self, scorer: ScorerLike) -> Iterator[None]:
-        """Around each call of the scorer."""
+    def working(self, scorer: ScorerLike, counts: Tally) -> Iterator[None]:
+        """Around each call of the scorer; `counts` takes the seconds."""
         if hasattr(scorer, "on_progress"):
             scorer.on_progress = self._add
-        with self._clock.working(self._alias) as self._since:
+        with self._clock.working(self._alias, counts) as self._since:
             yield
+        self._seconds += time.monotonic() - self._since
 
     def _add(self, tokens: int) -> None:
+        self._progressed()
         self._tokens += tokens
         now = time.monotonic()
         if now - self._logged >= _LOG_EVERY_SECONDS:
             self._logged = now
-            seconds = self._clock.counts.of(self._alias).seconds + now - self._since
+            seconds = self._seconds + now - self._since
             LOGGER.info("%s: %d tokens, %.0f tokens/s", self._alias, self._tokens, self._tokens / max(seconds, 1e-9))

@@ -228,6 +228,10 @@ def _candidates(
     from pyspark.sql import functions as F
 
     matrix = _matrix_at(spark, config, inputs.get("matrix_version"), notes)
+    if not notes and inputs.get("last_batches"):
+        # A corpus that is followed names a version of the matrix that may have a few rows more.
+        seen = (f"(query_id = '{query}' and batch_id <= {last})" for query, last in inputs["last_batches"].items())
+        matrix = matrix.where(" or ".join(seen))
     tokens = f"{resolved['tokens_of']}_n_tokens"
     means = [column for column in matrix.columns if column.endswith("_nll_mean")]
     refined = tables.read(spark, config.table_uri(f"refined/{record['name']}"), record["version"])

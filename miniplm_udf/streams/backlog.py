@@ -23,7 +23,10 @@ def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) 
     if offset is None:
         return spark.read.format("delta").load(uri).count()
     at, is_start = int(offset["reservoirVersion"]), bool(offset["isStartingVersion"])
-    history = DeltaTable.forPath(spark, uri).history().where(f"version >= {at}")
+    log = DeltaTable.forPath(spark, uri)
+    # As far back as the offset: a whole history is read commit by commit, and grows with every micro-batch.
+    newest = int(log.history(1).select("version").collect()[0][0])
+    history = log.history(max(1, newest - at + 1)).where(f"version >= {at}")
     appended = {row["version"]: row for row in history.select("version", "operationMetrics").collect()}
     behind = sum(_metric(row, "numOutputRows") for version, row in appended.items() if version > at)
     if is_start:

@@ -1,9 +1,9 @@
 """What a streaming query is to this project, and the id of its checkpoint. Driver only.
 
 A `Query` says where rows come from, what is done with a micro-batch under (query_id, batch_id), and what can be told
-of it; `runner.QueryRunner` starts it, watches it and stops it. Owns no table. A restart on the same checkpoint has the same
-query id and replays the micro-batch that was not finished, under the same batch id; a new checkpoint has a new id, and
-rows of a lost one are told by their `query_id`.
+of it; `runner.QueryRunner` starts it, watches it and stops it. Owns no table. A restart on the same checkpoint has the
+same query id and replays the micro-batch that was not finished, under the same batch id; a new checkpoint has a new id,
+and rows of a lost one are told by their `query_id`.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ class Query:
     Attributes:
         name: of the stage, for people: ingest, score, score_matrix.
         lease: what one driver at a time may do: a table that has one writer, or this one checkpoint.
+        also: further leases that it needs, of what queries with other checkpoints may not do at the same time.
         waits: a driver that finds the lease taken waits until it is free, where it runs to the end of what is there.
         source: makes the streaming frame; called at each start, and again after a failure that `recover` mended.
         micro_batch: called with (micro-batch, query_id, batch_id).
@@ -40,6 +41,7 @@ class Query:
 
     name: str
     lease: str
+    also: tuple[str, ...] = ()
     waits: bool = False
     checkpoint_uri: str
     source: Callable[[], "DataFrame"]

@@ -58,8 +58,8 @@ class _Running:
         has_news: something has happened since the status was written.
     """
 
-    def __init__(self, query: Query, lease: Lease, run_id: str) -> None:
-        self.query, self.lease = query, lease
+    def __init__(self, query: Query, leases: list[Lease], run_id: str) -> None:
+        self.query, self.leases = query, leases
         self.failures: list[MiniplmError] = []
         self.busy = False
         self.events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -100,8 +100,8 @@ class QueryRunner:
             stack.enter_context(self._signals())
             stack.enter_context(self._metrics())
             # Before the first start: where one is refused, none has begun.
-            leases = [stack.enter_context(self._lease(query)) for query in queries]
-            self._running = [_Running(q, lease, self._run_id) for q, lease in zip(queries, leases, strict=True)]
+            leases = [[stack.enter_context(lease) for lease in self._leases(query)] for query in queries]
+            self._running = [_Running(q, held, self._run_id) for q, held in zip(queries, leases, strict=True)]
             listen = stack.enter_context(self._listening())
             stack.callback(self._end_all)
             for one in self._running:
@@ -115,9 +115,9 @@ class QueryRunner:
         if self._stop.is_set() and self._config.trigger == "available_now":
             raise CorpusError("stopped by a signal before the end of what is there; run again to go on from here")
 
-    def _lease(self, query: Query) -> Lease:
+    def _leases(self, query: Query) -> list[Lease]:
         waits = query.waits and self._config.trigger == "available_now"
-        return Lease(lease_uri(self._root, query.lease), query.name, waits)
+        return [Lease(lease_uri(self._root, name), query.name, waits) for name in (query.lease, *query.also)]
 
     def _start(self, one: _Running, listen: Callable[["SparkSession"], None]) -> None:
         frame = one.query.source()
@@ -128,7 +128,8 @@ class QueryRunner:
                 raise _Stopping
             one.busy = True
             try:
-                one.lease.check()
+                for lease in one.leases:
+                    lease.check()
                 query_id = checkpoint_query_id(batch.sparkSession, one.query.checkpoint_uri)
                 one.query.micro_batch(batch, query_id, batch_id)
             except MiniplmError as error:

@@ -81,6 +81,7 @@ def matrix_rows(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
     draw, rows = random.Random(5), []
     for instance in instances:
         row = {key: instance[key] for key in ("instance_id", "source", "split", "n_bytes", "content_hash")}
+        row["instance_batch_id"] = 0
         n_tokens = max(2, instance["n_bytes"] // 4)
         teacher = draw.gauss(2.5, 0.6) + SOURCES.index(instance["source"]) * 0.2
         for alias, mean in (("teacher", teacher), ("reference", teacher + draw.gauss(0.7, 0.5))):
@@ -100,7 +101,7 @@ def _score_rows(matrix: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "tokenizer_hash": "t" * 32, "nll_sum_nats": row[f"{alias}_nll_sum_nats"],
             "n_tokens": row[f"{alias}_n_tokens"], "n_bytes": row["n_bytes"],
             "source": row["source"], "split": row["split"], "content_hash": row["content_hash"],
-            "text_bytes": row["n_bytes"], "dtype": "float32", "context_tokens": 512,
+            "text_bytes": row["n_bytes"], "instance_batch_id": 0, "dtype": "float32", "context_tokens": 512,
             "run_id": "r", "scored_at": NOW, **QUERY,
         }
         for row in matrix for alias in ALIASES

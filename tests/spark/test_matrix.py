@@ -33,13 +33,13 @@ class Tables:
         n_bytes = len(text.encode())
         instance = ("web", "pool", instance_id("content" + text), n_bytes)
         scored = ("h" * 32, nll, n_tokens, n_bytes - missing_bytes)
-        return (instance_id(text), "alias", revision, *scored, *instance, "float32", 64, "run")
+        return (instance_id(text), "alias", revision, *scored, *instance, 0, "float32", 64, "run")
 
     def append(self, rows: list[tuple[Any, ...]]) -> Any:
         """Appends score rows in one commit and returns them as a frame."""
         from pyspark.sql import functions as F
 
-        fields = schemas.SCORES.spark_schema().fields[:14]
+        fields = schemas.SCORES.spark_schema().fields[:15]
         frame = self.spark.createDataFrame(rows, ", ".join(f"{f.name} {f.dataType.simpleString()}" for f in fields))
         frame = frame.select(
             "*", F.current_timestamp().alias("scored_at"), F.lit("s" * 32).alias("query_id"),
@@ -82,7 +82,7 @@ def test_rows_that_come_together_or_apart_are_pivoted_once(made: Tables) -> None
     n_bytes = len(apart.encode())
     assert found[instance_id(apart)] == {
         "instance_id": instance_id(apart), "source": "web", "n_bytes": n_bytes, "split": "pool",
-        "content_hash": instance_id("content" + apart),
+        "content_hash": instance_id("content" + apart), "instance_batch_id": 0,
         "teacher_nll_mean": 0.1, "teacher_nll_sum_nats": 1.0, "teacher_n_tokens": 10,
         "teacher_bits_per_byte": pytest.approx(1.0 / math.log(2) / n_bytes), "teacher_revision": "rev-t",
         "reference_nll_mean": 0.25, "reference_nll_sum_nats": 5.0, "reference_n_tokens": 20,

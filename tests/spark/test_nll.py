@@ -13,6 +13,7 @@ from miniplm_udf.nll import NLL_DDL, nll_arrow
 from miniplm_udf.scoring.models import describe
 from miniplm_udf.udf import SCORE_REQUEST_DDL, SCORED_DDL, score_arrow
 from tests.spark.score_tables import FakeFactory, model_config, scored_texts, texts
+from tests.unit.crashing_scorer import Factory
 from tests.unit.tiny_models import SEPARATOR, make_model_folder
 
 
@@ -78,6 +79,17 @@ def test_errors_come_when_the_udf_is_made(spark: Any, model: ModelConfig) -> Non
         nll_udf(str(model.path), document_separator=SEPARATOR, context_tokens=4096)
     with pytest.raises(ConfigError, match="did you mean 'document_separator'"):
         nll_udf(str(model.path), document_seperator=SEPARATOR)
+
+
+def test_a_text_that_kills_the_model_has_no_score_and_the_rest_has(spark: Any, tmp_path: Path) -> None:
+    from pyspark.sql.functions import ArrowUDFType, arrow_udf
+
+    udf = arrow_udf(nll_arrow(Factory(1.0, tmp_path / "log"), True), NLL_DDL, ArrowUDFType.SCALAR_ITER)
+    of = [*texts(9), "kill", *texts(9, start=9)]
+    found = spark.createDataFrame([(text,) for text in of], ["text"]).select("text", udf("text").alias("nll")).collect()
+    assert [row["text"] for row in found] == of
+    for row in found:
+        assert row["nll"] is None if row["text"] == "kill" else row["nll"]["nll_sum_nats"] == sum(row["text"].encode())
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def matrix_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
             "n_bytes": rng.randint(100, 4000),
             "split": "pool" if number % 10 else "heldout",
             "content_hash": "c",
+            "instance_batch_id": 0,
             "query_id": "q" * 32,
             "batch_id": number % 2,
         }

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from delta.tables import DeltaTable
 
 from jobs import score
-from miniplm_udf import matrix, schemas, scores, storage, tables
+from miniplm_udf import matrix, nearby, schemas, scores, storage, tables
 from miniplm_udf.config import ExperimentConfig, ModelConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError, ScoringError
 from miniplm_udf.model_records import describe_models, read_record
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.streams.lease import Lease, lease_uri
 from miniplm_udf.streams.query import executor_error
 from miniplm_udf.tally import Tally
 from miniplm_udf.udf import SCORED_DDL, score_arrow
@@ -122,6 +124,12 @@ def test_new_instances_models_and_lost_checkpoints_score_only_what_is_missing(
     found = scored.spark.read.format("delta").load(scored.config.table_uri("score_matrix"))
     assert found.columns == schemas.score_matrix(aliases).column_names
     assert found.count() == 10
+    # None of them read the table that it went to: another driver's commit would have been in conflict.
+    for name in ("scores", "score_matrix"):
+        history = DeltaTable.forPath(scored.spark, scored.config.table_uri(name)).history()
+        appends = history.where("operation = 'WRITE' AND operationParameters['mode'] = 'Append'").collect()
+        assert appends
+        assert all(row["isBlindAppend"] for row in appends)
 
 
 def test_a_bad_score_is_a_reject_and_nowhere_else(scored: Scored) -> None:
@@ -155,6 +163,7 @@ def plan_of(scored: Scored, models: tuple[ModelDescription, ...] | None = None) 
         scores_uri=config.table_uri("scores"),
         rejects_uri=config.table_uri("rejects"),
         workers=2,
+        workers_per_gpu=1,
         run_id="r",
     )
 
@@ -181,6 +190,81 @@ def test_a_replayed_micro_batch_scores_nothing_and_rejects_what_has_no_row(score
     assert tables_before == []
     # An empty micro-batch works as well.
     assert scores.score_batch(plan, query_id, batch.where("false"), 8, tally) == Tally()
+
+
+def in_batches(scored: Scored, n_batches: int, first: int = 0) -> None:
+    """Writes instances as so many micro-batches of ingest: number n has the texts 2 n and 2 n + 1."""
+    for number in range(n_batches):
+        write_instances(scored.spark, scored.config, texts(2, start=2 * number), batch_id=first + number)
+
+
+def test_a_look_for_what_is_known_opens_what_came_with_it(scored: Scored) -> None:
+    for number in range(3):
+        write_instances(scored.spark, scored.config, texts(2, start=2 * number), batch_id=number)
+        scored.run()
+    places = scored.config.table_uri("scores"), scored.config.table_uri("instances")
+    found = scored.spark.read.format("delta").load(places[0])
+    batch = scores.pool(scored.spark.read.format("delta").load(places[1]).where("batch_id = 1"))
+    near = found.where(nearby.condition(batch, *places))
+    assert {row["instance_batch_id"] for row in near.collect()} == {1}
+    assert 0 < len(near.inputFiles()) < len(found.inputFiles())
+    assert not found.where(nearby.condition(batch.where("false"), *places)).inputFiles()
+    known = scores._known(plan_of(scored), "n" * 32, batch)
+    assert known is not None
+    assert sorted(row[0] for row in known.collect()) == sorted(2 * [instance_id(text) for text in texts(2, start=2)])
+
+
+def test_instances_that_were_made_anew_are_not_scored_again(scored: Scored) -> None:
+    """Under other numbers than their scores have: a look must not go by the numbers then."""
+    in_batches(scored, 3)
+    assert scored.run()["matrix_rows"] == 6
+    for name in ("tables/instances", "_checkpoints"):
+        shutil.rmtree(storage.local_path(storage.join(scored.config.root, name)))
+    in_batches(scored, 4, first=50)
+    again = scored.run()
+    assert again["new_scored"] == {"teacher": 2, "reference": 2}
+    assert again["matrix_rows"] == 8
+    assert keys(scored.table("scores")) == pairs(texts(8))
+
+
+def test_looks_end_with_the_instances_that_were_there_at_the_start(scored: Scored) -> None:
+    in_batches(scored, 3)
+    checkpoint = storage.join(scored.config.root, "_checkpoints", "looks")
+    instances = scored.config.table_uri("instances")
+    start, seen = scores._Start(), []
+    start.begin(int(tables.version(scored.spark, instances) or 0))
+
+    def run() -> None:
+        def take(batch: Any, batch_id: int) -> None:
+            start.look(checkpoint, batch_id)
+            seen.append((sorted({row["batch_id"] for row in batch.collect()}), start.may_be_known))
+
+        stream = scored.spark.readStream.format("delta").option("maxFilesPerTrigger", 1).load(instances)
+        writer = stream.writeStream.foreachBatch(take).option("checkpointLocation", checkpoint)
+        writer.trigger(availableNow=True).start().awaitTermination()
+
+    run()
+    in_batches(scored, 2, first=7)
+    run()
+    by_batch = {batch[0]: known for batch, known in seen if batch}
+    assert by_batch == {0: True, 1: True, 2: True, 7: False, 8: False}
+    # A start looks again: the instances of batch 8 may have been taken by another query meanwhile.
+    start.begin(int(tables.version(scored.spark, instances) or 0))
+    assert start.may_be_known
+    in_batches(scored, 1, first=9)
+    run()
+    assert seen[-1] == ([9], False)
+
+
+def test_a_model_is_scored_by_one_driver_at_a_time(scored: Scored) -> None:
+    write_instances(scored.spark, scored.config, texts(1))
+    scored.run()
+    revision = scored.table("scores")[0]["model_revision"]
+    with (
+        Lease(lease_uri(scored.config.root, f"model-{revision}"), "another set of models"),
+        pytest.raises(CorpusError, match="is run by process"),
+    ):
+        scored.run()
 
 
 def test_a_replay_rejects_under_the_reason_not_scored(scored: Scored) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, RefineConfig, SelectConfig
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.refine import _fingerprint, random_score, resolve
+from miniplm_udf.refine import fingerprint_of, parts_of, random_score, resolve
 
 
 def config(**corpora: CorpusConfig) -> ExperimentConfig:
@@ -38,6 +38,8 @@ def test_an_unknown_corpus_is_refused_by_name() -> None:
 def test_a_fingerprint_does_not_depend_on_grouping_or_order() -> None:
     # (exclusive or, sum) of groups of the hashes 1, -2 and 3, whose low bits are 1, 2**32 - 2 and 3.
     grouped = [(1 ^ -2, 1 + 2**32 - 2), (3, 3)]
-    assert _fingerprint(grouped, 3) == _fingerprint([(3, 3), (1, 1), (-2, 2**32 - 2)], 3)
-    assert _fingerprint(grouped, 3) != _fingerprint([(1 ^ -2, 1 + 2**32 - 2), (5, 5)], 3)
-    assert _fingerprint([(0, 0)], 1) != _fingerprint([(0, 0)], 2)
+    assert fingerprint_of(grouped, 3) == fingerprint_of([(3, 3), (1, 1), (-2, 2**32 - 2)], 3)
+    assert fingerprint_of(grouped, 3) != fingerprint_of([(1 ^ -2, 1 + 2**32 - 2), (5, 5)], 3)
+    assert fingerprint_of([(0, 0)], 1) != fingerprint_of([(0, 0)], 2)
+    added = [parts_of(fingerprint_of([(3, 3)], 1)), (1 ^ -2, 1 + 2**32 - 2)]
+    assert fingerprint_of(added, 3) == fingerprint_of(grouped, 3)

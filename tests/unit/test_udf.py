@@ -1,4 +1,4 @@
-"""The Arrow functions, called with record batches: every score at its row, failures as data, models kept."""
+"""The Arrow functions, called with record batches: every score at its row, failures as data. Fake scorers."""
 
 import dataclasses
 import math
@@ -8,14 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from miniplm_udf import worker_scorers
+from miniplm_udf.engine import MAX_ERRORS_IN_A_ROW
 from miniplm_udf.errors import ScoringError
 from miniplm_udf.scoring.inputs import Failure
 from miniplm_udf.tally import Tally
@@ -65,8 +64,9 @@ class FakeScorer:
 
 @dataclasses.dataclass
 class FakeFactory:
+    """Has no key: called in this process."""
+
     factor: float
-    key: str
     made: list[FakeScorer] = dataclasses.field(default_factory=list)
 
     def __call__(self) -> FakeScorer:
@@ -74,10 +74,17 @@ class FakeFactory:
         return self.made[-1]
 
 
-@pytest.fixture(autouse=True)
-def fresh_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(worker_scorers, "_KEPT", {})
+@dataclasses.dataclass
+class KeyedFactory(FakeFactory):
+    """Called in a scorer process."""
+
+    @property
+    def key(self) -> str:
+        return f"fake/{self.factor}"
+
+
+# Both ways must do the same.
+both_ways = pytest.mark.parametrize("make", [FakeFactory, KeyedFactory])
 
 
 def request(rows: int, aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
@@ -96,9 +103,10 @@ def request(rows: int, aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
     )
 
 
+@both_ways
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 20])
-def test_every_score_is_at_its_row(rows: int) -> None:
-    factories = {"teacher": FakeFactory(1.0, "one"), "reference": FakeFactory(2.0, "two")}
+def test_every_score_is_at_its_row(rows: int, make: type[FakeFactory]) -> None:
+    factories = {"teacher": make(1.0), "reference": make(2.0)}
     batches = list(score_arrow(factories)(iter([request(rows, ["teacher", "reference"])])))
     found = {(row["instance_id"], row["model_id"]): row for batch in batches for row in batch.to_pylist()}
     assert len(found) == sum(batch.num_rows for batch in batches) == 2 * rows
@@ -110,11 +118,12 @@ def test_every_score_is_at_its_row(rows: int) -> None:
             assert (one["n_tokens"], one["n_bytes"]) == (len(text), len(text.encode()))
             assert (one["reason"], one["detail"]) == (None, None)
     assert all(batch.schema == SCORED_SCHEMA for batch in batches)
-    if rows == 20:
+    if rows == 20 and make is FakeFactory:
         assert max(factories["teacher"].made[0].calls) <= 3, "slices of about 40 bytes"
 
 
-def test_a_row_is_scored_by_the_models_it_names() -> None:
+@both_ways
+def test_a_row_is_scored_by_the_models_it_names(make: type[FakeFactory]) -> None:
     batch = pa.RecordBatch.from_pylist(
         [
             {"instance_id": "a", "text": "x", "model_ids": ["teacher"], "segment_ends": [], "ends_document": True},
@@ -124,7 +133,7 @@ def test_a_row_is_scored_by_the_models_it_names() -> None:
         ],
         schema=REQUEST_SCHEMA,
     )
-    factories = {"teacher": FakeFactory(1.0, "one"), "reference": FakeFactory(2.0, "two")}
+    factories = {"teacher": make(1.0), "reference": make(2.0)}
     rows = [row for out in score_arrow(factories)(iter([batch])) for row in out.to_pylist()]
     assert {(row["instance_id"], row["model_id"], row["nll_sum_nats"]) for row in rows} == {
         ("a", "teacher", ord("x") + 0.5),
@@ -134,12 +143,13 @@ def test_a_row_is_scored_by_the_models_it_names() -> None:
     }
 
 
-def test_failures_are_rows_without_numbers() -> None:
+@both_ways
+def test_failures_are_rows_without_numbers(make: type[FakeFactory]) -> None:
     batch = pa.RecordBatch.from_pylist(
         [{"instance_id": f"i{n}", "text": text, "model_ids": ["teacher"]} for n, text in enumerate(["a", "", None])],
         schema=REQUEST_SCHEMA,
     )
-    rows = [row for out in score_arrow({"teacher": FakeFactory(1.0, "one")})(iter([batch])) for row in out.to_pylist()]
+    rows = [row for out in score_arrow({"teacher": make(1.0)})(iter([batch])) for row in out.to_pylist()]
     assert [row["reason"] for row in rows] == [None, "no_tokens", "no_tokens"]
     assert [row["nll_sum_nats"] for row in rows] == [float(ord("a")), None, None]
     assert [row["n_tokens"] for row in rows] == [1, None, None]
@@ -170,12 +180,13 @@ def test_a_score_that_is_no_number_is_a_failure_and_the_tally_counts() -> None:
     assert pickle.loads(pickle.dumps(tally)) == tally
 
 
-def test_columns_are_carried_along() -> None:
+@both_ways
+def test_columns_are_carried_along(make: type[FakeFactory]) -> None:
     batch = request(7).append_column("source", pa.array([f"s{i}" for i in range(7)]))
     batch = batch.append_column("size", pa.array(range(7), pa.int64()))
     model_ids = pa.array([["teacher"] if i % 2 else ["reference", "teacher"] for i in range(7)])
     batch = batch.set_column(4, "model_ids", model_ids)
-    factories = {"teacher": FakeFactory(1.0, "one"), "reference": FakeFactory(2.0, "two")}
+    factories = {"teacher": make(1.0), "reference": make(2.0)}
     outs = list(score_arrow(factories, ["size", "source"])(iter([batch])))
     assert all(out.schema.names == [*SCORED_SCHEMA.names, "size", "source"] for out in outs)
     rows = [row for out in outs for row in out.to_pylist()]
@@ -188,6 +199,7 @@ def texts_request(*texts: str | None) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, schema=REQUEST_SCHEMA)
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("batches", "sizes"),
     [
@@ -204,11 +216,14 @@ def texts_request(*texts: str | None) -> pa.RecordBatch:
         ([[None, ""]], [2]),
     ],
 )
-def test_slices_are_full_whatever_the_batches(batches: list[list[str | None]], sizes: list[int]) -> None:
-    factory = FakeFactory(1.0, "one")
+def test_slices_are_full_whatever_the_batches(
+    batches: list[list[str | None]], sizes: list[int], make: type[FakeFactory]
+) -> None:
+    factory = make(1.0)
     outs = list(score_arrow({"teacher": factory})(texts_request(*batch) for batch in batches))
     assert [out.num_rows for out in outs] == sizes
-    assert [factory.made[0].calls if factory.made else []] == [sizes]
+    if make is FakeFactory:
+        assert [factory.made[0].calls if factory.made else []] == [sizes]
     rows = [row for out in outs for row in out.to_pylist()]
     everything = [(f"id{n}", text) for batch in batches for n, text in enumerate(batch)]
     assert [row["instance_id"] for row in rows] == [instance_id for instance_id, _ in everything]
@@ -289,9 +304,9 @@ def test_errors_of_the_thread_are_raised_as_they_were_and_no_thread_is_left() ->
     with pytest.raises(ScoringError, match="broken"):
         list(score_arrow({"teacher": lambda: Refusing(1.0, "x")})(iter([request(2)])))
     with pytest.raises(ConnectionError, match="gone"):
-        list(score_arrow({"teacher": FakeFactory(1.0, "one")})(failing()))
+        list(score_arrow({"teacher": FakeFactory(1.0)})(failing()))
     # A consumer that stops early, as under a LIMIT.
-    run = score_arrow({"teacher": FakeFactory(1.0, "one")})(request(5) for _ in range(1000))
+    run = score_arrow({"teacher": FakeFactory(1.0)})(request(5) for _ in range(1000))
     assert isinstance(run, Generator)
     next(run)
     run.close()
@@ -326,21 +341,6 @@ def test_waiting_for_input_is_told_from_scoring() -> None:
     assert tallies[0].wait_share is None
 
 
-def test_scorers_are_kept_by_their_key_and_made_when_needed() -> None:
-    teacher, reference = FakeFactory(1.0, "one"), FakeFactory(2.0, "two")
-    run = score_arrow({"teacher": teacher, "reference": reference})
-    list(run(iter([request(2), request(2)])))
-    list(run(iter([request(2)])))
-    assert (len(teacher.made), len(reference.made)) == (1, 0)
-    # Another session of the worker unpickles another factory that makes the same.
-    again = FakeFactory(1.0, "one")
-    list(score_arrow({"teacher": again})(iter([request(1)])))
-    assert len(again.made) == 0
-    # Another model takes its place.
-    list(score_arrow({"teacher": FakeFactory(3.0, "three")})(iter([request(1)])))
-    assert set(worker_scorers._KEPT) == {"three"}
-
-
 def test_a_factory_without_a_key_is_called_once_a_call() -> None:
     made: list[int] = []
 
@@ -355,16 +355,67 @@ def test_a_factory_without_a_key_is_called_once_a_call() -> None:
     assert len(made) == 2
 
 
-def test_unknown_alias_and_lost_rows_raise() -> None:
+@both_ways
+def test_an_unknown_alias_raises(make: type[FakeFactory]) -> None:
     with pytest.raises(ScoringError, match="found 'other'"):
-        list(score_arrow({"teacher": FakeFactory(1.0, "one")})(iter([request(1, ["other"])])))
+        list(score_arrow({"teacher": make(1.0)})(iter([request(1, ["other"])])))
 
+
+def test_lost_rows_raise() -> None:
     class Loser(FakeScorer):
         def score(self, *columns: Any) -> list[Any]:
             return super().score(*columns)[1:]
 
     with pytest.raises(ScoringError, match="lost rows"):
         list(score_arrow({"teacher": lambda: Loser(1.0)})(iter([request(2)])))
+
+
+class Poisoned(TokenizingScorer):
+    """Raises on some texts: in the tokenizer, with what a panic of a Rust library is, or in the model."""
+
+    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Any]:
+        if any("panic" in str(text) for text in texts):
+            raise Panic("index out of bounds")
+        return super().tokenize(texts, segment_ends)
+
+    def score(self, texts: Sequence[str | None], *rest: Any) -> list[Any]:
+        if any("raise" in str(text) for text in texts):
+            raise KeyError("a token")
+        return super().score(texts, *rest)
+
+
+class Panic(BaseException):
+    pass
+
+
+def test_a_text_that_the_scorer_raises_on_is_found_and_the_rest_is_scored() -> None:
+    good = [f"t{n}" for n in range(40)]
+    texts = [*good[:7], "panic a", *good[7:30], "raise b", "panic c", *good[30:], "raise d"]
+    tallies: list[Tally] = []
+    run = score_arrow({"teacher": lambda: Poisoned(1.0, "x")}, tally=SimpleNamespace(add=tallies.append))
+    rows = [row for out in run(iter([texts_request(*texts)])) for row in out.to_pylist()]
+    assert [row["instance_id"] for row in rows] == [f"id{n}" for n in range(len(texts))]
+    for text, row in zip(texts, rows, strict=True):
+        if text in good:
+            assert (row["nll_sum_nats"], row["reason"]) == (sum(text.encode()), None)
+        else:
+            assert (row["nll_sum_nats"], row["n_tokens"], row["reason"]) == (None, None, "scorer_error")
+            assert row["detail"] == ("Panic: index out of bounds" if "panic" in text else "KeyError: 'a token'")
+    counts = tallies[0].models["teacher"]
+    assert (counts.n_scored, counts.n_failed, counts.n_tokens) == (40, 4, sum(map(len, good)))
+    assert len(tallies[0].failed) == 4
+
+
+@pytest.mark.parametrize(("n_bad", "raises"), [(MAX_ERRORS_IN_A_ROW - 1, False), (MAX_ERRORS_IN_A_ROW, True)])
+def test_a_scorer_that_raises_on_everything_is_an_error_and_rejects_nothing(n_bad: int, raises: bool) -> None:
+    run = score_arrow({"teacher": lambda: Poisoned(1.0, "x")})
+    texts = ["fine", *["raise"] * n_bad, "fine", *["panic"] * (MAX_ERRORS_IN_A_ROW - 1)]
+    if raises:
+        with pytest.raises(ScoringError, match=f"{n_bad} texts in a row cannot be scored, the last for KeyError"):
+            list(run(iter([texts_request(*texts)])))
+    else:
+        rows = [row for out in run(iter([texts_request(*texts)])) for row in out.to_pylist()]
+        assert sum(row["reason"] is None for row in rows) == 2
 
 
 @pytest.mark.parametrize(

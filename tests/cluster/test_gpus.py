@@ -1,0 +1,64 @@
+"""Pretended GPUs on a real standalone cluster: scoring asks for one a task, other stages for none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.standalone import StandaloneCluster, die_with_parent
+from tests.faults import experiment
+from tests.faults.check import rows
+from tests.faults.drivers import REPOSITORY
+
+# With dynamic allocation, executors with a GPU are started for scoring alone.
+DYNAMIC = {
+    "spark.dynamicAllocation.enabled": "true",
+    "spark.dynamicAllocation.shuffleTracking.enabled": "true",
+    "spark.dynamicAllocation.initialExecutors": "2",
+    "spark.dynamicAllocation.maxExecutors": "2",
+    "spark.miniplm.gpu.amount": "1",
+}
+
+
+def most_at_once(notes: list[dict[str, Any]]) -> int:
+    return max(sum(one["start"] <= note["start"] < one["end"] for one in notes) for note in notes)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed executors", "dynamic allocation"])
+def test_scoring_alone_asks_for_gpus(tmp_path: Path, dynamic: bool) -> None:
+    """Two executors with two cores and one GPU each: four tasks at once ingest, two score, and each has its GPU."""
+    experiment.write_input(tmp_path / "input")
+    for number in range(2):
+        (tmp_path / f"input/more-{number}.jsonl").write_text(json.dumps(experiment.document(number, 9)) + "\n")
+    (tmp_path / "notes").mkdir()
+    with StandaloneCluster(tmp_path / "cluster", workers=2, cores=4, gpus=1) as cluster:
+        conf = {**cluster.driver_conf(cores=2), "spark.executorEnv.PYTHONPATH": str(REPOSITORY)}
+        if dynamic:
+            conf = {key: value for key, value in conf.items() if "gpu" not in key and key != "spark.cores.max"}
+            conf |= {**DYNAMIC, "spark.miniplm.gpu.discoveryScript": str(cluster.discovery_script)}
+        given = {
+            "master": cluster.url, "conf": conf, "root": str(tmp_path / "root"), "input": str(tmp_path / "input"),
+            "notes": str(tmp_path / "notes"),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.cluster.gpu_job", json.dumps(given)]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, timeout=150, capture_output=True, text=True, preexec_fn=die_with_parent
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    notes = [json.loads(path.read_text()) for path in (tmp_path / "notes").iterdir()]
+    ingesting, scoring = ([note for note in notes if note["stage"] == stage] for stage in ("ingest", "score"))
+    assert all(note["gpus"] == [] for note in ingesting)
+    assert most_at_once(ingesting) > 2, "as many tasks as cores, not as GPUs"
+    assert len(scoring) == 4 * len(experiment.SCALES), "four partitions, each scored with every model"
+    assert all(note["gpus"] == ["0"] for note in scoring)
+    assert most_at_once(scoring) == 2, "as many tasks as GPUs, not as cores"
+    assert len({note["executor"] for note in scoring}) == 2
+    for executor in {note["executor"] for note in scoring}:
+        assert most_at_once([note for note in scoring if note["executor"] == executor]) == 1
+    pool = {row["instance_id"] for row in rows(tmp_path / "root", "instances") if row["split"] == "pool"}
+    scored = [(row["instance_id"], row["model_id"]) for row in rows(tmp_path / "root", "scores")]
+    rejected = {row["instance_id"] for row in rows(tmp_path / "root", "rejects")}
+    assert sorted(scored) == sorted((one, alias) for one in pool - rejected for alias in experiment.SCALES)

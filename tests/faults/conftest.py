@@ -1,0 +1,5 @@
+"""The Spark session of the tests that need no cluster."""
+
+from tests.spark.conftest import spark
+
+__all__ = ["spark"]

@@ -1,0 +1,347 @@
+"""The scorer process and its client, without Spark: models kept, deaths that lose nothing, and an end in time."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from miniplm_udf import places, scorer_client
+from miniplm_udf.errors import ConfigError, ModelLoadError, ScoringError
+from miniplm_udf.scorer_client import MAX_DEATHS
+from miniplm_udf.scorer_process import Life
+from miniplm_udf.tally import Tally
+from miniplm_udf.udf import score_arrow
+from tests.unit.crashing_scorer import Factory, Unloadable, made, pids, scored
+from tests.unit.test_udf import REQUEST_SCHEMA
+
+
+@pytest.fixture(autouse=True)
+def node(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A node of the test's own: no places, and so no processes, of others. Its path has room for a socket's."""
+    tmp_path_factory.getbasetemp()  # of the whole run, and so not in the test's node
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="node-") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Path]:
+    log = tmp_path / "log"
+    yield log
+    for pid in pids(log):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def request(texts: Sequence[str], aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
+    rows = [{"instance_id": f"id{n}", "text": text, "model_ids": list(aliases)} for n, text in enumerate(texts)]
+    return pa.RecordBatch.from_pylist(rows, schema=REQUEST_SCHEMA)
+
+
+def run(
+    factories: dict[str, Any], texts: Sequence[str], tally: Tally | None = None, rows_a_batch: int = 7
+) -> list[dict[str, Any]]:
+    """The scored rows of texts."""
+    whole = request(texts, list(factories))
+    batches = iter([whole.slice(start, rows_a_batch) for start in range(0, len(texts), rows_a_batch)])
+    sink = SimpleNamespace(add=(tally or Tally()).add)
+    return [row for out in score_arrow(factories, tally=sink)(batches) for row in out.to_pylist()]
+
+
+def texts_of(n: int) -> list[str]:
+    return [f"the text number {i}" for i in range(n)]
+
+
+def check(rows: Sequence[dict[str, Any]], texts: Sequence[str], bad: Sequence[str] = (), factor: float = 1.0) -> None:
+    """One row a text, in order, with its score; those of `bad` have none."""
+    assert [row["instance_id"] for row in rows] == [f"id{n}" for n in range(len(texts))]
+    for row, text in zip(rows, texts, strict=True):
+        if text in bad:
+            assert (row["nll_sum_nats"], row["reason"]) == (None, "scorer_crashed")
+        else:
+            assert (row["nll_sum_nats"], row["reason"]) == (factor * sum(text.encode()), None)
+
+
+def test_a_model_is_kept_between_tasks_and_makes_room_for_another(log: Path) -> None:
+    teacher, reference = Factory(1.0, log), Factory(2.0, log)
+    texts = texts_of(20)
+    for _ in range(3):
+        check(run({"teacher": teacher}, texts), texts)
+    assert [factor for factor, _ in made(log)] == [1.0]
+    both = run({"teacher": teacher, "reference": reference}, texts)
+    check([row for row in both if row["model_id"] == "teacher"], texts)
+    check([row for row in both if row["model_id"] == "reference"], texts, factor=2.0)
+    assert [factor for factor, _ in made(log)] == [1.0, 2.0]
+    check(run({"student": Factory(3.0, log)}, texts), texts, factor=3.0)
+    check(run({"teacher": teacher}, texts), texts)
+    assert [factor for factor, _ in made(log)] == [1.0, 2.0, 3.0, 1.0]
+    assert len(set(pids(log))) == 1
+
+
+def test_tasks_at_once_have_a_process_each_and_find_their_models_again(log: Path) -> None:
+    factories = [{"teacher": Factory(factor, log)} for factor in (1.0, 2.0)]
+    texts = texts_of(30)
+    for order in ([0, 1], [1, 0]):
+        tasks = {n: score_arrow(factories[n])(iter([request(texts)])) for n in order}
+        first = {n: next(tasks[n]).to_pylist() for n in order}
+        for n in order:
+            rest = [row for out in tasks[n] for row in out.to_pylist()]
+            check([*first[n], *rest], texts, factor=n + 1.0)
+    assert sorted(factor for factor, _ in made(log)) == [1.0, 2.0]
+    assert len(set(pids(log))) == 2
+
+
+@pytest.mark.parametrize(
+    ("n", "bad_rows"),
+    [
+        (1, [0]),
+        (33, [12]),
+        pytest.param(2, [1], marks=pytest.mark.slow),
+        pytest.param(33, [0], marks=pytest.mark.slow),
+        pytest.param(40, [5, 6, 38], marks=pytest.mark.slow),
+    ],
+)
+def test_a_text_that_kills_the_process_is_found_and_the_rest_is_scored(log: Path, n: int, bad_rows: list[int]) -> None:
+    texts = [f"kill {i}" if i in bad_rows else text for i, text in enumerate(texts_of(n))]
+    bad = [texts[row] for row in bad_rows]
+    tally = Tally()
+    rows = run({"a": Factory(1.0, log), "b": Factory(2.0, log)}, texts, tally)
+    for alias, factor in (("a", 1.0), ("b", 2.0)):
+        check([row for row in rows if row["model_id"] == alias], texts, bad, factor)
+        counts = tally.models[alias]
+        assert (counts.n_scored, counts.n_failed) == (n - len(bad), len(bad))
+        assert counts.n_tokens == sum(len(text) for text in texts if text not in bad)
+    killed = [row for row in rows if row["reason"]]
+    assert all("killed by SIGKILL, perhaps by the kernel for lack of memory" in row["detail"] for row in killed)
+    assert {(row["instance_id"], row["model_id"]) for row in killed} == {failed[:2] for failed in tally.failed}
+    # Slices of about six texts: on its way, alone, halved to one.
+    assert len(set(pids(log))) <= 1 + 6 * len(bad)
+
+
+def test_a_death_that_does_not_repeat_costs_the_repetition(log: Path) -> None:
+    texts = ["once" if n == 20 else text for n, text in enumerate(texts_of(36))]
+    tally = Tally()
+    rows = run({"teacher": Factory(1.0, log)}, texts, tally)
+    check(rows, texts)
+    assert (tally.models["teacher"].n_scored, tally.failed) == (36, [])
+    assert len(pids(log)) == 2
+    # Slices that were answered are not scored again.
+    assert [scored(log).count(text) for text in texts[:5]] == [1] * 5
+
+
+def test_a_text_alone_is_given_up_only_where_it_kills_again(log: Path) -> None:
+    """It dies on its way, and asked again alone; the second of these is not enough to tell the text from the time."""
+    check(run({"teacher": Factory(1.0, log)}, ["twice"]), ["twice"])
+    assert len(pids(log)) == 3
+
+
+def test_a_process_that_died_between_tasks_is_replaced_on_its_socket(log: Path) -> None:
+    texts = texts_of(3)
+    check(run({"teacher": Factory(1.0, log)}, texts), texts)
+    os.kill(pids(log)[0], signal.SIGKILL)
+    wait_until(lambda: is_gone(pids(log)[0]))
+    check(run({"teacher": Factory(1.0, log)}, texts), texts)
+    assert len(set(pids(log))) == 2
+
+
+def test_an_error_of_cuda_is_a_death(log: Path) -> None:
+    texts = [*texts_of(9), "cuda", *texts_of(4)]
+    rows = run({"teacher": Factory(1.0, log)}, texts)
+    check(rows, texts, ["cuda"])
+    assert "exit code 70" in rows[9]["detail"]
+    assert "RuntimeError: CUDA error: device-side assert triggered" in rows[9]["detail"]
+
+
+@pytest.mark.slow
+def test_a_machine_that_kills_everything_is_an_error_and_stays_known(log: Path) -> None:
+    factories = {"teacher": Factory(1.0, log)}
+    with pytest.raises(ScoringError, match=f"died {MAX_DEATHS} times and scored nothing.*SIGKILL"):
+        run(factories, [f"kill {text}" for text in texts_of(30)])
+    assert len(pids(log)) == MAX_DEATHS
+    # A task of one text is not to reject it, on such a machine.
+    with pytest.raises(ScoringError, match=f"died {MAX_DEATHS + 1} times"):
+        run(factories, ["kill"])
+    check(run(factories, texts_of(2)), texts_of(2))
+    check(run(factories, ["kill"]), ["kill"], ["kill"])
+
+
+def test_deaths_while_loading(log: Path) -> None:
+    texts = texts_of(3)
+    check(run({"teacher": Factory(1.0, log, "die once")}, texts), texts)
+    with pytest.raises(ModelLoadError, match=r"died over loading teacher, 2 times: killed by SIGKILL"):
+        run({"teacher": Factory(2.0, log, "die")}, texts)
+
+
+def test_errors_of_loading_come_with_their_class(log: Path) -> None:
+    with pytest.raises(ConfigError, match="context_tokens: too many"):
+        run({"teacher": Factory(1.0, log, "ConfigError")}, texts_of(1))
+    with pytest.raises(ModelLoadError, match="teacher: cannot be loaded: ValueError: no weights"):
+        run({"teacher": Factory(2.0, log, "ValueError")}, texts_of(1))
+    assert len(set(pids(log))) == 1, "an error ends no process"
+
+
+def test_what_cannot_be_unpickled_is_told() -> None:
+    with pytest.raises(ScoringError, match="ModuleNotFoundError: No module named 'no_such_module'"):
+        run({"teacher": Unloadable()}, texts_of(1))
+
+
+def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: Path) -> None:
+    (tmp_path / "miniplm_udf").mkdir()
+    (tmp_path / "miniplm_udf/__init__.py").write_text("raise ImportError('a half of an installation')")
+    monkeypatch.setattr(scorer_client, "_path", lambda: [str(tmp_path)])
+    with pytest.raises(ModelLoadError, match="over its start, 2 times: ended with exit code 1"):
+        run({"teacher": Factory(1.0, log)}, texts_of(1))
+
+
+def test_work_of_a_worker_that_is_gone_is_dropped(log: Path) -> None:
+    """As the process sees it: the connection ends while slices are unanswered."""
+    texts = [f"slow {n:02d}" for n in range(60)]  # fifteen a slice: a second and a half
+    task = score_arrow({"teacher": Factory(1.0, log)})(iter([request(texts)]))
+    next(task)
+    task.close()  # type: ignore[attr-defined]
+    start = time.monotonic()
+    check(run({"teacher": Factory(1.0, log)}, texts_of(5)), texts_of(5))
+    assert time.monotonic() - start < 1.0
+    assert len(scored(log)) < 30
+    assert len(pids(log)) == 1
+
+
+def test_no_more_is_read_than_a_few_slices(log: Path) -> None:
+    taken = 0
+
+    def source() -> Iterator[pa.RecordBatch]:
+        nonlocal taken
+        for _ in range(500):
+            taken += 1
+            yield request(["x" * 100])
+
+    task = score_arrow({"teacher": Factory(1.0, log)})(source())
+    for n in range(1, 20):
+        next(task)
+        time.sleep(0.01)
+        assert taken <= n + 8
+    assert len(list(task)) == 481
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return places.is_gone(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_it_ends_within_two_seconds_of_its_owner(log: Path, how: str) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tests.unit.test_scorer_process import Factory, run, texts_of\n"
+        "run({'teacher': Factory(1.0, Path(sys.argv[1]))}, texts_of(2)); print('done', flush=True); input()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert owner.stdout is not None
+    assert owner.stdin is not None
+    assert owner.stdout.readline() == b"done\n"
+    (pid,) = pids(log)
+    time.sleep(1.2)
+    assert not is_gone(pid)
+    if how == "kill":
+        # Nobody asks for its exit status yet, as where an executor's parent is slow.
+        owner.kill()
+    else:
+        owner.stdin.write(b"\n")
+        owner.stdin.close()
+    assert wait_until(lambda: is_gone(pid)) < 2
+    owner.wait()
+    owner.stdout.close()
+
+
+def test_reasons_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_KEPT", {})
+    monkeypatch.setattr("miniplm_udf.scorer_process._DAEMON_SECONDS", 0.05)
+    life = Life(os.getpid(), idle_seconds=0.3)
+    assert life.reason_to_end() is None
+    daemon = subprocess.Popen(["sleep", "60"])
+    life.connected(daemon.pid)
+    time.sleep(0.4)
+    assert life.reason_to_end() is None, "a worker is connected"
+    life.disconnected()
+    time.sleep(0.1)
+    assert life.reason_to_end() is None, "the daemon lives"
+    daemon.kill()
+    daemon.wait()
+    assert life.reason_to_end() == "the Spark session is gone"
+    life.connected(os.getpid())
+    life.disconnected()
+    assert life.reason_to_end() is None
+    time.sleep(0.4)
+    assert "nobody has asked" in str(life.reason_to_end())
+    life.connected(os.getpid())
+    life.lost_worker()
+    assert life.worker_is_gone()
+    assert life.reason_to_end() is None, "it is about to let go of the work"
+    monkeypatch.setattr("miniplm_udf.scorer_process._DROP_SECONDS", 0.0)
+    assert "does not let go" in str(life.reason_to_end())
+    owner = subprocess.Popen(["sleep", "60"])
+    life = Life(owner.pid)
+    life.connected(os.getpid())
+    assert life.reason_to_end() is None
+    owner.kill()
+    wait_until(lambda: life.reason_to_end() == "its executor is gone")
+    owner.wait()
+
+
+def test_an_idle_process_gives_way_to_one_that_waits_for_its_gpu(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_KEPT", {})
+    places.keep_place("gpu", 1)
+    life = Life(os.getpid())
+    assert life.reason_to_end() is None
+    code = f"import tempfile; tempfile.tempdir = {str(node)!r}; from miniplm_udf import places\n"
+    waiting = subprocess.Popen([sys.executable, "-c", code + "places.take_place('gpu', 1); print('taken', flush=True)"])
+    wait_until(lambda: life.reason_to_end() is not None)
+    assert life.reason_to_end() == "another process waits for its GPU"
+    places._KEPT["gpu"].close()
+    assert waiting.wait(10) == 0
+
+
+def test_places_are_private_and_their_sockets_short(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (node / f"miniplm-{os.getuid()}").mkdir(mode=0o755)
+    with pytest.raises(ScoringError, match="only this user can look into"):
+        places.take_scorer_place(["a"])
+    long = node / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with contextlib.closing(places.take_scorer_place(["a"])) as place:
+        assert len(str(place.socket)) < 100
+        assert place.socket.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_each_gpu_has_places_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_ASSIGNED", [])
+    sockets = set()
+    for address in ("0", "1", "GPU-8f6a7c3e-1234-5678-9abc-def012345678", None):
+        places.assign_gpu(address)
+        with contextlib.closing(places.take_scorer_place(["a"])) as place:
+            assert place.gpu == places.gpu_address() == address
+            sockets.add(place.socket)
+    assert len(sockets) == 4
