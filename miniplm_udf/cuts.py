@@ -4,8 +4,8 @@
 
 The counts are sums over all of the matrix's micro-batches up to one: a new one is added, none is read again.
 `cuts/<name>` holds the newest counts alone, some ten thousand rows at most; each commit replaces them and has the cut
-that was taken as its `userMetadata`. The counts are exact; the cut falls between two buckets, so its rank is wrong by at
-most the rows of the one bucket that holds the exact cut. A replay finds its micro-batch counted. Driver only.
+that was taken as its `userMetadata`. The counts are exact; the cut falls between two buckets, so its rank is wrong by
+at most the rows of the one bucket that holds the exact cut. A replay finds its micro-batch counted. Driver only.
 """
 
 import dataclasses

@@ -47,7 +47,7 @@ def create(spark: "SparkSession", uri: str, table: schemas.Table, properties: Ma
 
 
 def _remove_log_without_commits(uri: str) -> None:
-    """Removes what a kill, or a full disk, left of a table before its first commit: Delta makes no table on top of it."""
+    """Removes what a kill or a full disk left of a table before its first commit: Delta makes no table on top of it."""
     filesystem, path = fsspec.core.url_to_fs(storage.join(uri, "_delta_log"))
     if filesystem.exists(path) and not any(name.endswith((".json", ".parquet")) for name in filesystem.find(path)):
         filesystem.rm(path, recursive=True)

@@ -31,6 +31,13 @@ JAVA_OPTIONS = (
     "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData "
     "-XX:+UnlockDiagnosticVMOptions -XX:-BytecodeVerificationRemote"
 )
+# For tables of a few rows, compiling takes most of the time of a query.
+SMALL_TABLES = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.databricks.delta.snapshotPartitions": "1",
+    "spark.sql.shuffle.partitions": "1",
+}
 _PR_SET_PDEATHSIG = 1
 
 KINDS = ("master", "worker daemon", "executor", "python worker", "scorer process")
@@ -96,11 +103,7 @@ class StandaloneCluster:
             "spark.cores.max": str(cores * len(self._workers)),
             "spark.executor.extraJavaOptions": JAVA_OPTIONS,
             "spark.local.dir": str(self.folder / "scratch"),
-            # For tables of a few rows, compiling takes most of the time of a query.
-            "spark.sql.codegen.wholeStage": "false",
-            "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-            "spark.databricks.delta.snapshotPartitions": "1",
-            "spark.sql.shuffle.partitions": "1",
+            **SMALL_TABLES,
         }
         if self.gpus:
             conf["spark.executor.resource.gpu.amount"] = "1"

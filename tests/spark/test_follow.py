@@ -7,7 +7,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -141,18 +141,6 @@ class World:
         assert shown["inputs"].get("followed") == found.followed
 
 
-@pytest.fixture(scope="module")
-def followed(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A matrix of micro-batches 0 to 3, the corpus followed through them, undisturbed. Not to be changed."""
-    made = World(spark, tmp_path_factory.mktemp("followed") / "root")
-    made.score(300)
-    follower = made.follower()
-    follower.take(made.batch(0))
-    for shift in (0.3, -0.3, 0.1):
-        follower.take(made.batch(made.score(200, shift)))
-    return made
-
-
 @pytest.mark.parametrize("by", ["instances", "tokens"])
 def test_each_cut_is_within_a_bucket_of_the_exact_one(spark: Any, tmp_path: Path, by: Any) -> None:
     world = World(spark, tmp_path / "root", CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=0.3, by=by)))
@@ -203,45 +191,39 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "point", ["miniplm_udf.cuts.write", "miniplm_udf.refine.commit", "miniplm_udf.corpora.record", None]
-)
-@pytest.mark.parametrize("committed", [False, True])
-def test_a_replay_does_the_rest_and_nothing_twice(
-    spark: Any, tmp_path: Path, followed: World, point: str | None, committed: bool
-) -> None:
+def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) -> None:
     """Killed before and after each commit of a micro-batch, which is then given again to a new driver."""
-    if point is None and committed:
-        pytest.skip("without a kill there is no commit to be killed after")
     world = World(spark, tmp_path / "root")
     world.score(300)
     world.follower().take(world.batch(0))
-    for shift in (0.3, -0.3, 0.1):
-        batch_id = world.score(200, shift)
-        follower = world.follower()
-        if point is not None:
-            module, _, name = point.rpartition(".")
-            real = getattr(__import__(module, fromlist=[name]), name)
+    expected = world.kept()
+    for module, name in ((cuts, "write"), (refine, "commit"), (corpora, "record")):
+        for committed in (False, True):
+            batch_id, follower = world.score(150, 0.2), world.follower()
+            real = getattr(module, name)
 
-            def killed(*arguments: Any, real: Callable[..., Any] = real, **named: Any) -> None:
+            def killed(*arguments: Any, real: Any = real, committed: bool = committed, **named: Any) -> None:
                 if committed:
                     real(*arguments, **named)
                 raise Killed
 
-            with mock.patch(point, killed), pytest.raises(Killed):
+            with mock.patch.object(module, name, killed), pytest.raises(Killed):
                 follower.take(world.batch(batch_id))
-        world.follower().take(world.batch(batch_id))
-        # And again, as where the checkpoint was not written, or lost with all that is in it.
-        world.follower().take(world.batch(*range(batch_id + 1)))
-    assert world.kept() == followed.kept()
-    assert world.provenance() == followed.provenance()
-    assert world.cut() == followed.cut()
-    assert world.newest() == followed.newest()
-    world.check_provenance()
-    listed = [
-        [row["version"] for row in corpora.list_corpora(spark, one.config.root).collect()] for one in (world, followed)
-    ]
-    assert listed[0] == listed[1]
+            world.follower().take(world.batch(batch_id))
+            counts: dict[int, tuple[int, int]] = {}
+            for score, _, n_tokens in ranked(world.rows):
+                counts = dict(cuts.merged(counts, {bucket_of(score): (1, n_tokens)}))
+            cut = cuts.cut_of(counts, HALF.select)
+            assert world.cut() == dataclasses.asdict(cut), (name, committed)
+            new = ranked([row for row in world.rows if row["batch_id"] == batch_id])
+            expected = sorted([*expected, *(one for score, one, _ in new if bucket_of(score) >= cut.bucket)])
+            assert world.kept() == expected, (name, committed)
+            world.check_provenance()
+    before = world.newest()
+    # All at once, as where the checkpoint is lost.
+    world.follower().take(world.batch(*range(batch_id + 1)))
+    assert world.newest() == before
+    assert [row["version"] for row in corpora.list_corpora(spark, world.config.root).collect()] == list(range(1, 8))
 
 
 def test_a_full_refinement_in_between_is_taken_up(spark: Any, tmp_path: Path) -> None:
@@ -331,10 +313,10 @@ def test_buckets_never_fall_as_scores_rise(spark: Any) -> None:
     assert all(abs(lower_edge(of[edge]) - edge) <= 1.1 * abs(edge) / 1000 + 1e-6 for edge in edges)
 
 
-def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path, followed: World) -> None:
+def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     world.score(300)
-    first, second = world.follower(), world.follower()
+    first = world.follower()
     stale = world.newest()
     batch_id = world.score(200)
     first.take(world.batch(0))
@@ -373,7 +355,6 @@ def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path, f
     assert [type(failure) for failure in failures] == [CorpusError], failures
     assert world.newest().version == quick
     assert world.provenance().n_unscorable == 100
-    del second
 
 
 def test_another_config_or_matrix_is_not_mixed_in(spark: Any, tmp_path: Path) -> None:

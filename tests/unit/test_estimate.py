@@ -224,6 +224,7 @@ def estimate_score(**changes: Any) -> Any:
     return ScoreConfig(**changes)
 
 
+@pytest.mark.slow
 def test_table_bytes_are_those_of_tables_of_that_size(tmp_path: Path) -> None:
     pool = [{"n_bytes": 500 + i, "split": "pool"} for i in range(1000)]
     cut = estimate._Cut(pool, {})
