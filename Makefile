@@ -8,7 +8,7 @@ SCALE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test check faults bench-score bench-gpu bench-soak bench-stream format constraints clean
+.PHONY: help setup java demo test test-cluster check faults bench-score bench-gpu bench-soak bench-stream format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,7 +42,10 @@ check: setup ## lint, types, import contracts, unit tests
 test: check ## everything that CI runs
 	pytest -q -m slow tests/unit
 	@# Two at a time, a file each: a JVM rarely keeps two cores busy.
-	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/spark tests/faults tests/cluster
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/spark tests/faults/test_trials.py
+
+test-cluster: setup ## kill -9 in short, hazards, GPUs and packaged workers on a real cluster (20 minutes on 2 cores)
+	pytest -q tests/faults tests/cluster
 
 faults: setup ## kill -9 at fault points and at random, on a cluster, sixty times (half an hour on 2 cores); writes build/bench/faults.json
 	python -m tests.faults.run

@@ -111,13 +111,11 @@ def commit(
     Raises:
         CorpusError: another driver has committed meanwhile.
     """
-    from delta.exceptions import DeltaConcurrentModificationException
-
     number = on.base + 1 if on else 0
     write = tables.overwrite if replaces else tables.append
     try:
         write(frame, uri, table, metadata=metadata, query_id=_COMMITS, batch_id=number)
-    except DeltaConcurrentModificationException as error:
+    except tables.conflicts() as error:
         raise _overtaken(uri) from error
     made = newest(frame.sparkSession, uri)
     if made is None or made.metadata != json.loads(json.dumps(metadata)):

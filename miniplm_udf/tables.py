@@ -172,6 +172,21 @@ def overwrite(
     return int(version(spark, uri) or 0)
 
 
+def conflicts() -> tuple[type[Exception], ...]:
+    """What Delta raises where another writer was first: in Python these have no class in common."""
+    from delta import exceptions
+
+    return (
+        exceptions.ConcurrentAppendException,
+        exceptions.ConcurrentDeleteDeleteException,
+        exceptions.ConcurrentDeleteReadException,
+        exceptions.ConcurrentTransactionException,
+        exceptions.ConcurrentWriteException,
+        exceptions.DeltaConcurrentModificationException,
+        exceptions.MetadataChangedException,
+    )
+
+
 def compact(spark: "SparkSession", uri: str, batch_id: int) -> None:
     """Merges the table's small files after every so many micro-batches of the query that calls it.
 
@@ -179,7 +194,6 @@ def compact(spark: "SparkSession", uri: str, batch_id: int) -> None:
     that size, rarely those to large ones. Rows keep their order in time, so that statistics go on telling files apart.
     Streams that read the table do not see it, nor does it conflict with appends; of two that compact at once, one does.
     """
-    from delta.exceptions import DeltaConcurrentModificationException
     from delta.tables import DeltaTable
 
     for every, size_bytes in _COMPACTION:
@@ -190,7 +204,7 @@ def compact(spark: "SparkSession", uri: str, batch_id: int) -> None:
             own.conf.set("spark.databricks.delta.optimize.maxFileSize", size_bytes)
             try:
                 DeltaTable.forPath(own, uri).optimize().executeCompaction()
-            except DeltaConcurrentModificationException:
+            except conflicts():
                 LOGGER.info("table %s: another writer has merged its small files", storage.redact(uri))
             return
 

@@ -134,6 +134,7 @@ def config(root: Path, input_folder: Path, models: Sequence[str] = ()) -> Experi
     Args:
         models: aliases to score with; all of them by default.
     """
+    best = CorpusConfig(where="teacher_n_tokens > 0", select=SelectConfig(ratio=RATIO))
     return ExperimentConfig(
         root=str(root),
         models={alias: ModelConfig(path="fake", document_separator="<s>") for alias in SCALES},
@@ -149,9 +150,8 @@ def config(root: Path, input_folder: Path, models: Sequence[str] = ()) -> Experi
         score=ScoreConfig(
             models=list(models), workers=2, max_bytes_per_trigger="8k", max_reject_share=1.0, workers_per_gpu=1
         ),
-        refine=RefineConfig(
-            corpora={CORPUS: CorpusConfig(where="teacher_n_tokens > 0", select=SelectConfig(ratio=RATIO))}
-        ),
+        # Of one model alone, nothing can be refined.
+        refine=RefineConfig(corpora={} if models else {CORPUS: best}),
     )
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +112,11 @@ class World:
         found = self.newest().provenance
         assert found is not None
         return found
+
+    def has_counts(self) -> bool:
+        """Whether anything is counted yet: the table is made first, by a commit of its own."""
+        found = corpora.newest(self.spark, self.cuts_uri)
+        return found is not None and found.metadata is not None
 
     def cut(self) -> dict[str, Any]:
         found = corpora.newest(self.spark, self.cuts_uri)
@@ -337,20 +341,25 @@ def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path) -
     stale = world.newest()
     failures: list[BaseException] = []
 
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+
     def slow(batches: Iterator[Any]) -> Iterator[Any]:
-        time.sleep(6)
+        begun.touch()
+        until(go_on.exists, "the quick one's commit")
         yield from batches
 
     def commit_slowly() -> None:
         try:
-            commit(rows.mapInArrow(slow, rows.schema), False, 99)
+            # One task, for the other one needs a core.
+            commit(rows.coalesce(1).mapInArrow(slow, rows.schema), False, 99)
         except BaseException as error:
             failures.append(error)
 
     thread = threading.Thread(target=commit_slowly)
     thread.start()
-    time.sleep(2)
+    until(begun.exists, "the slow one's start")
     quick = commit(rows.limit(1), False, 100)
+    go_on.touch()
     thread.join()
     assert [type(failure) for failure in failures] == [CorpusError], failures
     assert world.newest().version == quick
@@ -437,7 +446,7 @@ def test_the_service_follows_until_sigterm(spark: Any, tmp_path: Path) -> None:
         return world.provenance().n_candidates if tables.exists(spark, world.uri) else 0
 
     def meanwhile() -> None:
-        until(lambda: tables.exists(spark, world.cuts_uri) and bool(world.cut()), "the first counts")
+        until(lambda: world.has_counts(), "the first counts")
         world.score(200, 0.3)
         until(lambda: n_candidates() == len(ranked(world.rows)), "the second micro-batch")
         # While it runs, a full refinement waits for its turn, and another follower is refused.
