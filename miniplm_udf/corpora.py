@@ -192,6 +192,7 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
     schema = type(plain)([field for field in plain.fields if field.name in values])
     row = spark.createDataFrame([tuple(values[name] for name in schema.names)], schema)
     tables.append(row.withColumn("created_at", F.current_timestamp()), _uri(root), schemas.CORPORA)
+    tables.compact(spark, _uri(root), version)
     return True
 
 

@@ -127,6 +127,7 @@ class Follower:
             n_chosen = found.n_instances - known.n_instances
             version = refine.commit(self._config, chosen, n_chosen, found, newest, replaces=False)
             corpora.record(spark, self._config.root, version, found)
+            tables.compact(spark, self._uri, through)
 
     def _newest(self, spark: "SparkSession") -> tuple[corpora.Newest, corpora.Provenance]:
         newest = corpora.newest(spark, self._uri)

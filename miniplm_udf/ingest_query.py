@@ -165,7 +165,11 @@ def ingest_query(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs
         return rows.mapInArrow(function, output_spark_schema()).dropDuplicates(["key"])
 
     def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
-        _write_batch(batch, query_id, batch_id, config)
+        _write_batch(
+            batch, query_id, batch_id, config, storage.join(_checkpoint(config, inputs), "changed_batches.json")
+        )
+        for table in (schemas.INSTANCES, schemas.REJECTS):
+            tables.compact(spark, config.table_uri(table.name), batch_id)
 
     def recover(error: "StreamingQueryException") -> bool:
         file, detail = _unreadable_file(spark, inputs, str(error))
@@ -221,15 +225,18 @@ def _checkpoint(config: ExperimentConfig, inputs: Inputs) -> str:
     return config.checkpoint_uri(f"{QUERY}-{inputs.format}")
 
 
-def _write_batch(batch: "DataFrame", query_id: str, batch_id: int, config: ExperimentConfig) -> None:
+def _write_batch(batch: "DataFrame", query_id: str, batch_id: int, config: ExperimentConfig, changed_uri: str) -> None:
     """Appends a micro-batch to the tables that it has rows for: an empty commit would be a new version of nothing.
 
     It is consumed whole before the first write, and never left early: Delta skips the write of a replayed batch unread,
-    and the state store would then miss its commit.
+    and the state store would then miss its commit. Where a file has changed between a micro-batch and its replay, the
+    table and the state store disagree on the batch: what the table lacks is added, and the batch is remembered at
+    `changed_uri`, for rows that come again and are new to the state store alone.
     """
     from pyspark.sql import functions as F
 
     spark = batch.sparkSession
+    changed = storage.read_json(changed_uri) or []
     batch.persist()
     try:
         n_rows = {row["kind"]: row["count"] for row in batch.groupBy("kind").count().collect()}
@@ -239,13 +246,28 @@ def _write_batch(batch: "DataFrame", query_id: str, batch_id: int, config: Exper
         rejects = marked.where(F.col("kind") == REJECT).withColumns(
             {"reject_id": F.col("key"), "stage": F.lit(STAGE), "rejected_at": F.lit(now)}
         )
-        parts = ((INSTANCE, instances, schemas.INSTANCES), (REJECT, rejects, schemas.REJECTS))
-        for frame, table in ((frame, table) for kind, frame, table in parts if n_rows.get(kind)):
+        for kind, frame, table in ((INSTANCE, instances, schemas.INSTANCES), (REJECT, rejects, schemas.REJECTS)):
             uri, key = config.table_uri(table.name), table.key[0]
+            there = tables.read(spark, uri)
+            written = there.where((F.col("query_id") == query_id) & (F.col("batch_id") == batch_id))
+            n_written = written.count()
+            if not n_rows.get(kind) and not n_written:
+                continue
+            rows = frame.select(*table.column_names)
             # Rows of a lost checkpoint's query; Delta's statistics rule its files out where there are none.
-            others = tables.read(spark, uri).where(F.col("query_id") != query_id)
-            new = tables.missing_from(frame.select(*table.column_names), others, key)
-            tables.append(new, uri, table, query_id, batch_id)
+            others = there.where((F.col("query_id") != query_id) | F.col("batch_id").isin([batch_id, *changed]))
+            new = tables.missing_from(rows, others, key)
+            if not n_written:
+                tables.append(new, uri, table, query_id, batch_id)
+                continue
+            n_new = new.count()
+            n_again = rows.join(written.select(key), key, "left_semi").count()
+            if (n_new or n_again < n_written) and batch_id not in changed:
+                LOGGER.warning("ingest: a file has changed since micro-batch %d was begun; it is read anew", batch_id)
+                changed.append(batch_id)
+                storage.write_json(changed_uri, changed)
+            if n_new:
+                tables.append(new, uri, table)
     finally:
         batch.unpersist()
 

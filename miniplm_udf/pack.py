@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import schemas, storage, tables
+from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.tokenizer_folders import TOKENIZER_FILE, PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
@@ -45,14 +45,12 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
         CorpusError: there is no such corpus, it is empty, or rows of it are not in `instances`.
     """
     refined_uri = config.table_uri(f"refined/{corpus}")
-    refined_version = tables.version(spark, refined_uri)
-    if refined_version is None:
+    newest = corpora.newest(spark, refined_uri)
+    if newest is None:
         raise CorpusError(f"refined corpus {corpus!r}: none at {storage.redact(refined_uri)}; run the refine stage")
+    refined_version = newest.version
     tokenizer = ensure_tokenizer(spark, config, tokenizer_name)
-    identity = {
-        "refined_version": refined_version,
-        "refined_metadata": tables.user_metadata(spark, refined_uri, refined_version),
-    }
+    identity = {"refined_version": refined_version, "refined_metadata": newest.metadata}
 
     def rows() -> tuple["DataFrame", int]:
         kept = tables.read(spark, refined_uri, refined_version).select("instance_id")

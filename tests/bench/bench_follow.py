@@ -5,7 +5,7 @@ holds each cut against the exact one over all rows so far (`refine.select`). Pri
 `build/bench/follow.json`: `rank_error`, the worst share of the candidates by which a cut is wrong, and
 `follow_growth`, the time of a micro-batch at the largest matrix over that at the smallest. Needs Spark, no model.
 
-    python -m tests.bench.bench_follow [--rows 100000,1000000] [--batches 8]
+    python -m tests.bench.bench_follow [--rows 100000,1000000] [--batches 4]
 """
 
 import argparse
@@ -127,17 +127,15 @@ def _state(config: ExperimentConfig, name: str) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="100000,1000000", help="sizes of the matrix, ascending")
-    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=4)
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.rows.split(",")]
     spark = make_session(ExperimentConfig(root="/tmp/unused", spark=SparkConfig(master="local[2]")), "bench_follow")
     try:
-        rows = []
+        rows: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as folder:
-            # The first size once more, and before: the JVM is warm then.
-            for number, size in enumerate([sizes[0], *sizes]):
-                found = measure(spark, Path(folder) / f"root{number}", size, arguments.batches)
-                rows += found if number else []
+            for size in sizes:
+                rows += measure(spark, Path(folder) / f"root{size}", size, arguments.batches)
     finally:
         spark.stop()
     header = ("rows", "rule", "buckets", "worst rank error, % of candidates", "s a micro-batch")

@@ -227,7 +227,13 @@ def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) ->
     # All at once, as where the checkpoint is lost.
     world.follower().take(world.batch(*range(batch_id + 1)))
     assert world.newest() == before
-    assert [row["version"] for row in corpora.list_corpora(spark, world.config.root).collect()] == list(range(1, 8))
+    # Its files merged, it is the same version, and goes on.
+    tables.compact(spark, world.uri, 31)
+    assert (world.newest().base, world.newest().version) == (before.version + 1, before.version)
+    world.follower().take(world.batch(world.score(150, 0.2)))
+    world.check_provenance()
+    assert world.kept() != expected
+    assert [row["version"] for row in corpora.list_corpora(spark, world.config.root).collect()] == [*range(1, 8), 9]
 
 
 def test_a_full_refinement_in_between_is_taken_up(spark: Any, tmp_path: Path) -> None:

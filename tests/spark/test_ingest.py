@@ -15,7 +15,7 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jobs.ingest import run
-from miniplm_udf import schemas, tables
+from miniplm_udf import ingest_query, schemas, tables
 from miniplm_udf.config import (
     ChunkingConfig,
     ExperimentConfig,
@@ -152,6 +152,34 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     again = run(spark, config)
     assert again["new_instances"] == 0
     assert len(instances(spark, config)) == third["instances"]
+
+
+def test_a_file_that_changes_between_a_batch_and_its_replay(
+    spark: Any, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both states of the file each document is there once, and those that come again stay so."""
+    folder = tmp_path / "input"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl(ROWS[:6]))
+    config = make(str(folder), mode="document", max_tokens=4096)
+    write = ingest_query._write_batch
+
+    def die_behind(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyError("killed between the tables and the checkpoint")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest_query, "_write_batch", die_behind)
+        with pytest.raises(Exception, match="killed between"):
+            run(spark, config)
+    (folder / "a.jsonl").write_bytes(jsonl(ROWS[3:9]))
+    assert run(spark, config)["documents"] == 9
+    (folder / "b.jsonl").write_bytes(jsonl(ROWS[:12]))
+    assert run(spark, config)["new_instances"] == 3
+    (folder / "c.jsonl").write_bytes(jsonl(ROWS[:12]))
+    assert run(spark, config)["new_instances"] == 0
+    found = [document for row in instances(spark, config) for document in row.document_ids]
+    assert sorted(found) == sorted(str(row["id"]) for row in ROWS[:12])
 
 
 def test_parquet_and_delta_equal_jsonl(spark: Any, make: Make, tmp_path: Path) -> None:
