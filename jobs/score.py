@@ -19,11 +19,11 @@ from miniplm_udf import matrix, scores, tables
 from miniplm_udf.config import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.model_records import describe_models, model_configs
-from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streams.query import Query
 from miniplm_udf.streams.runner import QueryRunner
-from miniplm_udf.tally import ModelCounts, Tally
+from miniplm_udf.workers.model_scorers import ModelScorerFactory
+from miniplm_udf.workers.tally import ModelCounts, Tally
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -26,11 +26,11 @@ import pyarrow as pa
 
 from miniplm_udf import errors
 from miniplm_udf.config import ModelConfig, ScoreConfig, TrainConfig
-from miniplm_udf.model_scorers import ModelScorerFactory, assigned_device
 from miniplm_udf.progress import configure_logging
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.flops import forward_flops
 from miniplm_udf.udf import ArrowFunction
+from miniplm_udf.workers.model_scorers import ModelScorerFactory, assigned_device
 
 LOGGER = logging.getLogger("miniplm.estimate")
 

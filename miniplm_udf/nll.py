@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 
 from miniplm_udf.config import ModelConfig, ScoreConfig
 from miniplm_udf.errors import ConfigError, ScoringError
-from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
 from miniplm_udf.udf import (
     DESCRIBE_REQUEST_DDL,
@@ -30,6 +29,7 @@ from miniplm_udf.udf import (
     model_config_json,
     score_arrow,
 )
+from miniplm_udf.workers.model_scorers import ModelScorerFactory
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -23,8 +23,8 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.offsets import end_offset, is_behind
 from miniplm_udf.streams.query import Query
-from miniplm_udf.tally import MAX_FAILED, Failed, Tally, TallyParam
 from miniplm_udf.udf import SCORED_DDL, ScorerLike, score_arrow
+from miniplm_udf.workers.tally import MAX_FAILED, Failed, Tally, TallyParam
 
 if TYPE_CHECKING:
     from pyspark import Accumulator

@@ -19,15 +19,15 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from miniplm_udf import errors
-from miniplm_udf.ahead import Ahead
 from miniplm_udf.config import ModelConfig
-from miniplm_udf.engine import SLICES_AHEAD, Engine
 from miniplm_udf.progress import configure_logging
-from miniplm_udf.scorer_client import score_in_process
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.slices import SCORED_SCHEMA, full_slices, rows_by_alias
-from miniplm_udf.tally import Tally
-from miniplm_udf.worker_scorers import ScorerLike, WorkerScorers
+from miniplm_udf.workers.ahead import Ahead
+from miniplm_udf.workers.engine import SLICES_AHEAD, Engine
+from miniplm_udf.workers.scorer_client import score_in_process
+from miniplm_udf.workers.slices import SCORED_SCHEMA, full_slices, rows_by_alias
+from miniplm_udf.workers.tally import Tally
+from miniplm_udf.workers.worker_scorers import ScorerLike, WorkerScorers
 
 __all__ = [
     "DESCRIBED_DDL",

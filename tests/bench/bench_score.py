@@ -30,11 +30,11 @@ from tokenizers import Tokenizer
 from jobs import score, session
 from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig
 from miniplm_udf.demo_text import write_demo_text
-from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.cpu import PackedLinear
 from miniplm_udf.scoring.models import describe, resolve
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
+from miniplm_udf.workers.model_scorers import ModelScorerFactory
 from tests.bench import plain_loops, results
 from tests.spark.score_tables import write_instances
 

@@ -127,7 +127,7 @@ class Samples(threading.Thread):
     @staticmethod
     def _kind(command: Sequence[str]) -> str | None:
         line = " ".join(command)
-        if "miniplm_udf.scorer_process" in line:
+        if "miniplm_udf.workers.scorer_process" in line:
             return "scorer process"
         return "python worker" if "pyspark.daemon" in line else None
 

@@ -193,7 +193,7 @@ def kind_of(process: psutil.Process) -> str | None:
         return "worker daemon"
     if "CoarseGrainedExecutorBackend" in line:
         return "executor"
-    if "miniplm_udf.scorer_process" in line:
+    if "miniplm_udf.workers.scorer_process" in line:
         return "scorer process"
     parent = process.parent() if "pyspark.daemon" in line else None
     return "python worker" if parent is not None and "pyspark.daemon" in " ".join(parent.cmdline()) else None

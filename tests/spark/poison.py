@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.scoring.scorer import Score
+from miniplm_udf.workers.model_scorers import ModelScorerFactory
 
 
 class Panic(BaseException):

@@ -14,7 +14,7 @@ from jobs import score
 from jobs.session import exit_code
 from miniplm_udf.errors import EXIT_DONE, EXIT_TOO_MANY_REJECTS
 from miniplm_udf.model_records import describe_models
-from miniplm_udf.model_scorers import ModelScorerFactory
+from miniplm_udf.workers.model_scorers import ModelScorerFactory
 from tests.spark.poison import PoisonedFactory
 from tests.spark.score_tables import experiment, instance_id, texts, two_models, write_instances
 from tests.unit.crashing_scorer import made

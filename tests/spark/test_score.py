@@ -18,8 +18,8 @@ from miniplm_udf.model_records import describe_models, read_record
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streams.lease import Lease, lease_uri
 from miniplm_udf.streams.query import executor_error
-from miniplm_udf.tally import Tally
 from miniplm_udf.udf import SCORED_DDL, score_arrow
+from miniplm_udf.workers.tally import Tally
 from tests.spark.score_tables import (
     FakeFactory,
     FakeScorer,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from miniplm_udf.ahead import Ahead
+from miniplm_udf.workers.ahead import Ahead
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_a_consumer_that_fails_ends_the_thread() -> None:
 
 
 def test_an_input_that_blocks_does_not_block_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("miniplm_udf.ahead._JOIN_SECONDS", 0.05)
+    monkeypatch.setattr("miniplm_udf.workers.ahead._JOIN_SECONDS", 0.05)
     release = threading.Event()
 
     def source() -> Iterator[int]:

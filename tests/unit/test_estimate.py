@@ -132,8 +132,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_tokens_are_those_that_scoring_counts(folder: Path) -> None:
-    from miniplm_udf.model_scorers import ModelScorerFactory
     from miniplm_udf.scoring.models import describe
+    from miniplm_udf.workers.model_scorers import ModelScorerFactory
 
     found = measured(request(folder), [*TEXTS, ""])
     description = describe("teacher", request(folder).config)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from miniplm_udf.errors import ScoringError
-from miniplm_udf.places import take_place
+from miniplm_udf.workers.places import take_place
 
 
 def test_there_are_so_many_places_and_one_that_is_left_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

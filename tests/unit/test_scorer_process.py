@@ -16,12 +16,12 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from miniplm_udf import places, scorer_client
 from miniplm_udf.errors import ConfigError, ModelLoadError, ScoringError
-from miniplm_udf.scorer_client import MAX_DEATHS
-from miniplm_udf.scorer_process import Life
-from miniplm_udf.tally import Tally
 from miniplm_udf.udf import score_arrow
+from miniplm_udf.workers import places, scorer_client
+from miniplm_udf.workers.scorer_client import MAX_DEATHS
+from miniplm_udf.workers.scorer_process import Life
+from miniplm_udf.workers.tally import Tally
 from tests.unit.crashing_scorer import Factory, Unloadable, made, pids, scored
 from tests.unit.test_udf import REQUEST_SCHEMA
 
@@ -278,7 +278,7 @@ def test_it_ends_within_two_seconds_of_its_owner(log: Path, how: str) -> None:
 
 def test_reasons_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "_KEPT", {})
-    monkeypatch.setattr("miniplm_udf.scorer_process._DAEMON_SECONDS", 0.05)
+    monkeypatch.setattr("miniplm_udf.workers.scorer_process._DAEMON_SECONDS", 0.05)
     life = Life(os.getpid(), idle_seconds=0.3)
     assert life.reason_to_end() is None
     daemon = subprocess.Popen(["sleep", "60"])
@@ -300,7 +300,7 @@ def test_reasons_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     life.lost_worker()
     assert life.worker_is_gone()
     assert life.reason_to_end() is None, "it is about to let go of the work"
-    monkeypatch.setattr("miniplm_udf.scorer_process._DROP_SECONDS", 0.0)
+    monkeypatch.setattr("miniplm_udf.workers.scorer_process._DROP_SECONDS", 0.0)
     assert "does not let go" in str(life.reason_to_end())
     owner = subprocess.Popen(["sleep", "60"])
     life = Life(owner.pid)
@@ -316,7 +316,7 @@ def test_an_idle_process_gives_way_to_one_that_waits_for_its_gpu(node: Path, mon
     places.keep_place("gpu", 1)
     life = Life(os.getpid())
     assert life.reason_to_end() is None
-    code = f"import tempfile; tempfile.tempdir = {str(node)!r}; from miniplm_udf import places\n"
+    code = f"import tempfile; tempfile.tempdir = {str(node)!r}; from miniplm_udf.workers import places\n"
     waiting = subprocess.Popen([sys.executable, "-c", code + "places.take_place('gpu', 1); print('taken', flush=True)"])
     wait_until(lambda: life.reason_to_end() is not None)
     assert life.reason_to_end() == "another process waits for its GPU"

@@ -14,14 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from miniplm_udf.engine import MAX_ERRORS_IN_A_ROW
 from miniplm_udf.errors import ScoringError
 from miniplm_udf.scoring.inputs import Failure
-from miniplm_udf.tally import Tally
 from miniplm_udf.udf import (
     SCORED_SCHEMA,
     score_arrow,
 )
+from miniplm_udf.workers.engine import MAX_ERRORS_IN_A_ROW
+from miniplm_udf.workers.tally import Tally
 
 REQUEST_SCHEMA = pa.schema(
     [

@@ -12,8 +12,8 @@ import pytest
 
 from miniplm_udf.config import ModelConfig, ScoreConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
-from miniplm_udf.model_scorers import ModelScorerFactory
 from miniplm_udf.udf import DESCRIBED_SCHEMA, describe_arrow, description_of, model_config_json, score_arrow
+from miniplm_udf.workers.model_scorers import ModelScorerFactory
 from tests.unit import tiny_models
 from tests.unit.test_udf import REQUEST_SCHEMA
 

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from miniplm_udf import errors
-from miniplm_udf.scorer_wire import Gone
-from miniplm_udf.slices import Failed, rows_by_alias, scored_rows
-from miniplm_udf.tally import Tally
-from miniplm_udf.worker_scorers import Kept, ScorerLike, TokenizingScorer, WorkerScorers
+from miniplm_udf.workers.scorer_wire import Gone
+from miniplm_udf.workers.slices import Failed, rows_by_alias, scored_rows
+from miniplm_udf.workers.tally import Tally
+from miniplm_udf.workers.worker_scorers import Kept, ScorerLike, TokenizingScorer, WorkerScorers
 
 LOGGER = logging.getLogger("miniplm.udf")
 

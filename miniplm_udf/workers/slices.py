@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from miniplm_udf.tally import ModelCounts, Tally
+from miniplm_udf.workers.tally import ModelCounts, Tally
 
 SCORED_SCHEMA = pa.schema(
     [

@@ -10,8 +10,8 @@ import time
 from typing import TYPE_CHECKING
 
 from miniplm_udf.config import ModelConfig, ScoreConfig
-from miniplm_udf.places import gpu_address, keep_place
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.workers.places import gpu_address, keep_place
 
 if TYPE_CHECKING:
     from miniplm_udf.scoring.scorer import Scorer

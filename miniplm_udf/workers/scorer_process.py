@@ -1,4 +1,4 @@
-"""Holds models and scores for Spark workers, one task at a time: `python -m miniplm_udf.scorer_process`.
+"""Holds models and scores for Spark workers, one task at a time: `python -m miniplm_udf.workers.scorer_process`.
 
 Started by the first task of a place (`scorer_client`), in a session of its own; kept while its executor lives, so that
 a model is loaded once although Spark ends idle workers after a minute, and so that a model's crash is not the worker's.
@@ -25,13 +25,13 @@ from typing import Any
 
 import psutil
 
-from miniplm_udf import places
-from miniplm_udf.ahead import Ahead
-from miniplm_udf.engine import SLICES_AHEAD, Engine, Slice, loses_device
 from miniplm_udf.errors import MiniplmError, ModelLoadError, ScoringError
 from miniplm_udf.progress import configure_logging
-from miniplm_udf.scorer_wire import Gone, Wire, from_ipc, to_ipc
-from miniplm_udf.worker_scorers import Kept, WorkerScorers
+from miniplm_udf.workers import places
+from miniplm_udf.workers.ahead import Ahead
+from miniplm_udf.workers.engine import SLICES_AHEAD, Engine, Slice, loses_device
+from miniplm_udf.workers.scorer_wire import Gone, Wire, from_ipc, to_ipc
+from miniplm_udf.workers.worker_scorers import Kept, WorkerScorers
 
 LOGGER = logging.getLogger("miniplm.udf")
 

@@ -22,13 +22,13 @@ from typing import Any
 import pyarrow as pa
 
 from miniplm_udf import errors
-from miniplm_udf.ahead import Ahead
-from miniplm_udf.engine import SLICES_AHEAD
-from miniplm_udf.places import ScorerPlace, take_scorer_place
-from miniplm_udf.scorer_wire import Gone, Wire, from_ipc, to_ipc
-from miniplm_udf.slices import Failed, full_slices, rows_by_alias, scored_rows
-from miniplm_udf.tally import Tally
-from miniplm_udf.worker_scorers import ScorerLike
+from miniplm_udf.workers.ahead import Ahead
+from miniplm_udf.workers.engine import SLICES_AHEAD
+from miniplm_udf.workers.places import ScorerPlace, take_scorer_place
+from miniplm_udf.workers.scorer_wire import Gone, Wire, from_ipc, to_ipc
+from miniplm_udf.workers.slices import Failed, full_slices, rows_by_alias, scored_rows
+from miniplm_udf.workers.tally import Tally
+from miniplm_udf.workers.worker_scorers import ScorerLike
 
 LOGGER = logging.getLogger("miniplm.udf")
 
@@ -219,7 +219,7 @@ def _start(place: ScorerPlace) -> subprocess.Popen[bytes]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(place.socket))
         listener.listen()
-        command = [sys.executable, "-P", "-m", "miniplm_udf.scorer_process"]
+        command = [sys.executable, "-P", "-m", "miniplm_udf.workers.scorer_process"]
         command += ["--listener", str(listener.fileno()), "--owner", str(place.owner)]
         command += [] if place.gpu is None else ["--gpu", place.gpu]
         started = subprocess.Popen(

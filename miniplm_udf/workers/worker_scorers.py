@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from miniplm_udf import errors
-from miniplm_udf.tally import Tally
+from miniplm_udf.workers.tally import Tally
 
 LOGGER = logging.getLogger("miniplm.udf")
 
