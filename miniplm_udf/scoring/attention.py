@@ -15,8 +15,8 @@ LOGGER = logging.getLogger("miniplm.scorer")
 
 _BLOCKED, _MASKLESS = "miniplm_blocked", "miniplm_maskless"
 # Queries of one block; above _LONGEST torch's own kernel is as quick (docs/scoring.md).
-_BLOCK = 64
-_LONGEST = 768
+_BLOCK = 32
+_LONGEST = 1280
 # Keywords of attention functions that change the result, beside mask and scale.
 _SPECIAL = ("softcap", "s_aux", "sinks", "position_bias", "cache")
 # Of the largest hidden state.
