@@ -1,5 +1,7 @@
-"""For all tests: JVMs that live for a minute are not worth the second compiler's work (a third of the tests' time)."""
+"""For all tests: drivers are short-lived."""
 
 import os
 
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
+from tests.short_lived import JAVA_OPTIONS
+
+os.environ.setdefault("SPARK_SUBMIT_OPTS", JAVA_OPTIONS)

@@ -23,21 +23,10 @@ from types import TracebackType
 
 import psutil
 
+from tests.short_lived import JAVA_OPTIONS, SMALL_TABLES
+
 _MARK = "MINIPLM_TEST_CLUSTER"
 _PATIENCE_SECONDS = 60.0
-# Short-lived JVMs: the second compiler, a parallel collector and the checks of Spark's own classes cost them more than
-# they give: a third of the processor seconds of a driver's and its executors' start (measured).
-JAVA_OPTIONS = (
-    "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData "
-    "-XX:+UnlockDiagnosticVMOptions -XX:-BytecodeVerificationRemote"
-)
-# For tables of a few rows, compiling takes most of the time of a query.
-SMALL_TABLES = {
-    "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-    "spark.databricks.delta.snapshotPartitions": "1",
-    "spark.sql.shuffle.partitions": "1",
-}
 _PR_SET_PDEATHSIG = 1
 
 KINDS = ("master", "worker daemon", "executor", "python worker", "scorer process")

@@ -8,17 +8,16 @@ import pytest
 
 from jobs import session as session_module
 from miniplm_udf.config import ExperimentConfig, SparkConfig, load_config
+from tests.short_lived import SMALL_TABLES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Of some rows a query costs its compilation and little else; tests/e2e and tests/faults run as users do.
-FEW_ROWS = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[Any]:
     config = ExperimentConfig(
         root="/tmp/unused",
-        spark=SparkConfig(master="local[2]", conf={"spark.driver.memory": "2g", **FEW_ROWS}),
+        spark=SparkConfig(master="local[2]", conf={"spark.driver.memory": "2g", **SMALL_TABLES}),
     )
     made = session_module.make_session(config, "miniplm tests")
     yield made

@@ -1,0 +1,15 @@
+"""Settings for JVMs that live a minute and tables of a few rows."""
+
+# The second compiler, a parallel collector and the checks of Spark's own classes cost more than they give: a third of
+# the processor seconds of a driver's and its executors' start (measured).
+JAVA_OPTIONS = (
+    "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData "
+    "-XX:+UnlockDiagnosticVMOptions -XX:-BytecodeVerificationRemote"
+)
+# Compiling takes most of the time of a query over a few rows.
+SMALL_TABLES = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.databricks.delta.snapshotPartitions": "1",
+    "spark.sql.shuffle.partitions": "1",
+}
