@@ -105,22 +105,21 @@ def test_running_again_does_nothing(experiment: Experiment) -> None:
 def test_a_new_file_is_all_that_is_scored(experiment: Experiment) -> None:
     before = read_table(experiment.root, "scores").to_pylist()
     version = table_version(experiment.root, "refined/difference")
-    write_jsonl(experiment.texts / "c.jsonl", make_documents(30, seed=3))
     reference = (experiment.root / "models" / "reference" / "model.safetensors").read_bytes()
-    for stage in ("ingest", "reference", "score", "refine"):
-        done = experiment.miniplm(stage)
-        assert done.returncode == 0, done.stderr[-4000:]
-    # Once trained, it is frozen: its scores would be of another model.
-    assert (experiment.root / "models" / "reference" / "model.safetensors").read_bytes() == reference
+    write_jsonl(experiment.texts / "c.jsonl", make_documents(30, seed=3))
+    done = experiment.miniplm("run")
+    assert done.returncode == 0, done.stderr[-4000:]
     after = read_table(experiment.root, "scores").to_pylist()
     old = {(row["instance_id"], row["model_revision"]): row for row in before}
     new = {(row["instance_id"], row["model_revision"]): row for row in after}
     assert {key: new[key] for key in old} == old
     assert len(new) == len(after) > len(before)
     assert {row["model_revision"] for row in after} == {row["model_revision"] for row in before}
+    assert (experiment.root / "models" / "reference" / "model.safetensors").read_bytes() == reference
     assert table_version(experiment.root, "refined/difference") == version + 1
     # The version of before is still there to be read.
     assert read_table(experiment.root, "refined/difference", version).num_rows > 0
+    assert "reference: unchanged, skipped" in done.stderr
 
 
 def test_the_tables_answer_plain_sql(experiment: Experiment) -> None:

@@ -283,8 +283,8 @@ def test_corrupt_parquet_beside_a_good_one(spark: Any, make: Make, tmp_path: Pat
     assert [row.reason for row in rejects(spark, config)] == ["invalid_utf8", "missing_text", "unreadable_file"]
 
 
-def test_one_line_of_50_megabytes(spark: Any, make: Make, tmp_path: Path) -> None:
-    text = SENTENCE * (50_000_000 // len(SENTENCE.encode()))
+def test_one_line_of_20_megabytes(spark: Any, make: Make, tmp_path: Path) -> None:
+    text = SENTENCE * (20_000_000 // len(SENTENCE.encode()))
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": "long", "text": text}, {"id": "short", "text": "Short."}]))
     config = make(str(tmp_path / "a.jsonl"), mode="document", max_tokens=1025)
     summary = run(spark, config)

@@ -107,6 +107,9 @@ def test_a_text_that_kills_the_model_has_no_score_and_the_rest_has(spark: Any, t
 def test_the_model_looks_at_each_row_once(spark: Any, tmp_path: Path, query: str, looks: int) -> None:
     from pyspark.sql.functions import ArrowUDFType, arrow_udf
 
+    spark = spark.newSession()
+    # With one partition, as these tests have it, a sort has no ranges to find.
+    spark.conf.set("spark.sql.shuffle.partitions", "2")
     of, log = texts(50), tmp_path / "calls.log"
     frame = spark.createDataFrame([(text, f"s{i % 3}") for i, text in enumerate(of)], ["text", "source"])
     # A table: the optimiser computes what stands in the query itself while it plans.
