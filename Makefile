@@ -47,7 +47,7 @@ test: check ## everything that CI runs
 test-cluster: setup ## kill -9 in short, hazards, GPUs and packaged workers on a real cluster, benchmarks in small (20 minutes on 2 cores)
 	pytest -q tests/faults tests/cluster tests/bench
 
-faults: setup ## kill -9 at fault points and at random, on a cluster, sixty times (half an hour on 2 cores); writes build/bench/faults.json
+faults: setup ## kill -9 at fault points and at random, on a cluster, sixty times (an hour on 2 cores); writes build/bench/faults.json
 	python -m tests.faults.run
 
 bench-gpu: setup ## scoring on a GPU: utilisation of its peak; needs CUDA

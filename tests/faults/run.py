@@ -166,7 +166,7 @@ def report(found: Results, n_trials: int) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=TRIALS)
-    parser.add_argument("--seconds", type=float, default=1800.0, help="no trial is begun after so long")
+    parser.add_argument("--seconds", type=float, default=4500.0, help="no trial is begun after so long")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
