@@ -208,8 +208,7 @@ class _Run:
         Raises:
             NotDelivered: a kill came too late.
         """
-        deadline = time.monotonic() + _RUN_SECONDS
-        while not self._runs_through(self._bench.drivers.current(), deadline):
+        while not self._runs_through(self._bench.drivers.current(), time.monotonic() + _RUN_SECONDS):
             self._restarts += 1
             if self._restarts > _RESTARTS:
                 raise RuntimeError(f"no end of {self._trial} in {_RESTARTS} starts of the driver")
@@ -218,7 +217,7 @@ class _Run:
         return self._restarts
 
     def _runs_through(self, driver: Driver, deadline: float) -> bool:
-        """One start of the driver: whether it came to its end."""
+        """One start of the driver, until a moment of the monotonic clock: whether it came to its end."""
         driver.send({**self._command, **release(self._next_stop())})
         while True:
             try:
