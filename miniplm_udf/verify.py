@@ -171,6 +171,8 @@ def _instances(at: _Root) -> Iterator[Check]:
 def _ingested(at: _Root, query: _Query, known: "DataFrame") -> Check:
     """read = instances + rejected: every key that the deduplication has let through stands in a table."""
     checkpoint = storage.join(at.root, "_checkpoints", query.name)
+    # Whoever opens a state store tells a coordinator, which is there once an application has looked at its streams.
+    at.spark.streams.active  # noqa: B018
     # As of that micro-batch: a later one's rows may have come after the tables were looked at.
     state = at.spark.read.format("statestore").option("batchId", query.batch_id).load(checkpoint)
     keys = state.selectExpr("key.key AS id")

@@ -120,6 +120,9 @@ def test_a_new_file_is_all_that_is_scored(experiment: Experiment) -> None:
     # The version of before is still there to be read.
     assert read_table(experiment.root, "refined/difference", version).num_rows > 0
     assert "reference: unchanged, skipped" in done.stderr
+    # In a process that has run no query of its own.
+    verified = experiment.miniplm("verify")
+    assert verified.returncode == 0, verified.stderr[-4000:]
 
 
 def test_the_tables_answer_plain_sql(experiment: Experiment) -> None:
