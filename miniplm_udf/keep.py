@@ -36,7 +36,7 @@ LOGGER = logging.getLogger("miniplm.refine")
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What is kept, by source, or under `ALL` of all sources.
+    """What is kept, by source, or under `ALL` of all sources together.
 
     Attributes:
         down_to: the last row that is kept; a source without one keeps nothing.
@@ -45,12 +45,13 @@ class Kept:
 
     down_to: Mapping[str, Cut]
     below: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
+    per_source: bool = False
 
     def mark(self, rows: "DataFrame") -> "DataFrame":
         """The rows with the column `is_kept`, true or false."""
         from pyspark.sql import functions as F
 
-        if set(self.down_to) <= {ALL}:
+        if not self.per_source:
             kept = F.lit(False) if ALL not in self.down_to else keep_condition(self.down_to[ALL])
             above = keep_condition(self.below[ALL]) if ALL in self.below else F.lit(False)
             return rows.withColumn("is_kept", is_finite() & kept & ~above)
@@ -71,7 +72,9 @@ class Kept:
         """As it stands in the provenance: by source, `down_to` and, of a band, `below`; each a score and an id."""
         cuts = {"down_to": self.down_to, "below": self.below}
         return {
-            source or "all sources": {name: list(_values(of[source])) for name, of in cuts.items() if source in of}
+            source if self.per_source else "all sources": {
+                name: list(_values(of[source])) for name, of in cuts.items() if source in of
+            }
             for source in sorted(self.down_to)
         }
 
@@ -112,11 +115,12 @@ def choose(candidates: "DataFrame", select: SelectConfig, place: str) -> Kept:
             f"found {sorted(set(select.per_source) - set(totals))}"
         )
     budgets = budgets_of(select, totals)
-    kept = find_cuts(ranked, buckets, budgets)
+    down_to = find_cuts(ranked, buckets, budgets)
     if select.rule != "band":
-        return Kept(kept)
+        return Kept(down_to, per_source=select.per_source is not None)
     above = {source: budget_of(1 - Fraction(str(select.high)), total) for source, total in totals.items()}
-    return Kept(kept, find_cuts(ranked, buckets, {source: budget for source, budget in above.items() if budget}))
+    below = find_cuts(ranked, buckets, {source: budget for source, budget in above.items() if budget})
+    return Kept(down_to, below, per_source=select.per_source is not None)
 
 
 def budgets_of(select: SelectConfig, totals: Mapping[str, int]) -> dict[str, int]:
