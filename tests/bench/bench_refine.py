@@ -3,11 +3,12 @@
     python -m tests.bench.bench_refine [--rows 10000000 100000000] [--only scan ours] [--texts 1000000] [--keep]
 
 Fills a `score_matrix` of each size with generated scores. Ours (the cut, and the selected ids written out), ORDER
-BY ... LIMIT, percentile_approx and a filter, and a scan that drops what it reads: all of the same columns, each to files of its
-own; then `refine` whole, with its provenance and its commit. Ours is held against the sort, row for row. Prints a
-table, writes `build/bench/refine.json`: `vs_scan`, `vs_sort` and `growth` (seconds a row at the largest size over those
-at the smallest). With --texts: the join of half of the ids with texts of 4 KB as `pack` makes it, no broadcast, against
-a copy of those rows alone (`text_vs_copy`). Parts and sizes may be run one by one: what was measured before is kept.
+BY ... LIMIT, percentile_approx and a filter, and a scan that drops what it reads: all of the same columns, each to
+files of its own; then `refine` whole, with its provenance and its commit. Ours is held against the sort, row for row.
+Prints a table, writes `build/bench/refine.json`: `vs_scan`, `vs_sort` and `growth` (seconds a row at the largest size
+over those at the smallest). With --texts: the join of half of the ids with texts of 4 KB as `pack` makes it, without
+broadcast, against a copy of those rows alone (`text_vs_copy`). Parts and sizes may be run one by one: what was measured
+before is kept.
 """
 
 import argparse
