@@ -202,12 +202,9 @@ class RankedFrame:
         from pyspark.sql import functions as F
 
         rows = self._within({group: (bucket.low, bucket.high) for group, bucket in ranges.items()}, "double")
-        width = F.col("upper") - F.col("lower")
-        share = (F.col("score") - F.col("lower")) / width
-        number = F.when(
-            width < F.lit(float("inf")), F.least(F.floor(share * F.lit(float(n_buckets))), F.lit(n_buckets - 1))
-        )
-        number = number.otherwise((F.col("score") >= 0).cast("bigint"))
+        # Scores of a bucket have one sign, so the width is a number.
+        share = (F.col("score") - F.col("lower")) / (F.col("upper") - F.col("lower"))
+        number = F.least(F.floor(share * F.lit(float(n_buckets))), F.lit(n_buckets - 1))
         found = rows.where("score between lower and upper").withColumn("number", number)
         return [_bucket(row) for row in self._sums(found, "number").collect()]
 
