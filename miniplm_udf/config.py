@@ -41,7 +41,7 @@ from miniplm_udf.config_sections import (
     check_name,
 )
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.rules import load_rules
+from miniplm_udf.rules import load_rules, resolve
 
 __all__ = [
     "ChunkingConfig",
@@ -137,6 +137,12 @@ class ExperimentConfig:
         check(
             corpus.rule in known,
             f"{place}.rule: expected one of {sorted(known)}, found {corpus.rule!r}{_nearest(corpus.rule, known)}",
+        )
+        # A resolved corpus, out of a version's provenance, has both.
+        given = dataclasses.replace(corpus, score=None)
+        check(
+            corpus.score is None or corpus.score == resolve(given).score,
+            f"{place}: expected a rule or a score, found rule {corpus.rule!r} and score {corpus.score!r}",
         )
         roles = known[corpus.rule].models
         links: list[tuple[str, str, Collection[str]]] = [(f"{place}.aliases", role, roles) for role in corpus.aliases]

@@ -137,11 +137,7 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         check(
-            self.rule is None or self.score is None,
-            f"rule, score: expected one of the two, found rule {self.rule!r} and score {self.score!r}",
-        )
-        check(
-            not self.aliases or self.score is None,
+            not self.aliases or self.rule is not None or self.score is None,
             f"aliases: expected with a rule, whose models they stand for, found with score {self.score!r}",
         )
 

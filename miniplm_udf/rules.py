@@ -61,28 +61,32 @@ def uniform(seed: int) -> str:
 
 
 def resolve(corpus: CorpusConfig) -> CorpusConfig:
-    """The corpus with `score` and `select` filled in: SQL, and with noise in it where the selection is random."""
-    rule = _rule_of(corpus)
-    select = corpus.select or (SelectConfig(**rule.select) if rule and rule.select else _HIGHEST_HALF)
+    """The corpus with `rule`, `score` and `select` filled in: SQL, with noise in it where the selection is random.
+
+    A corpus that is resolved already stays as it is.
+    """
+    rule = load_rules()[_name_of(corpus) or DEFAULT]
+    select = corpus.select or (SelectConfig(**rule.select) if rule.select and corpus.score is None else _HIGHEST_HALF)
+    score = plain_score(corpus, select.seed)
     if select.rule == "random":
         score = uniform(select.seed)
     elif select.rule == "gumbel":
         assert select.temperature is not None
-        noise = f"{float(select.temperature)!r}D * -ln(-ln({uniform(select.seed)}))"
-        score = f"({plain_score(corpus, select.seed)}) + {noise}"
-    else:
-        score = plain_score(corpus, select.seed)
-    return dataclasses.replace(corpus, score=score, select=select)
+        noise = f" + {float(select.temperature)!r}D * -ln(-ln({uniform(select.seed)}))"
+        score = score if score.endswith(noise) else f"({score}){noise}"
+    return dataclasses.replace(corpus, rule=_name_of(corpus), score=score, select=select)
 
 
 def plain_score(corpus: CorpusConfig, seed: int = 0) -> str:
     """What the corpus's config says to rank by, before any noise: SQL."""
-    rule = _rule_of(corpus)
-    return str(corpus.score) if rule is None else rule.sql(corpus.aliases, seed)
+    name = _name_of(corpus)
+    if corpus.score is not None or name is None:
+        return str(corpus.score)
+    return load_rules()[name].sql(corpus.aliases, seed)
 
 
-def _rule_of(corpus: CorpusConfig) -> Rule | None:
-    return load_rules()[corpus.rule or DEFAULT] if corpus.score is None else None
+def _name_of(corpus: CorpusConfig) -> str | None:
+    return corpus.rule or (DEFAULT if corpus.score is None else None)
 
 
 def describe() -> str:

@@ -58,6 +58,22 @@ def test_a_rule_brings_its_selection_and_the_corpus_may_say_otherwise() -> None:
     assert resolve(CorpusConfig(rule="random")).score == uniform(0)
 
 
+@pytest.mark.parametrize(
+    "corpus",
+    [
+        CorpusConfig(), CorpusConfig(score="x"), CorpusConfig(rule="perplexity_band"),
+        CorpusConfig(aliases={"teacher": "big"}), CorpusConfig(select=SelectConfig(rule="random", ratio=0.5)),
+        CorpusConfig(rule="teacher_only", select=SelectConfig(rule="gumbel", ratio=0.5, temperature=0.1)),
+        CorpusConfig(score="x", select=SelectConfig(rule="gumbel", ratio=0.5, temperature=0.1)),
+    ],
+)  # fmt: skip
+def test_a_resolved_corpus_resolves_to_itself(corpus: CorpusConfig) -> None:
+    assert resolve(resolve(corpus)) == resolve(corpus)
+    if corpus.rule == "teacher_only":
+        # As out of a version's provenance.
+        experiment(a=resolve(corpus))
+
+
 def test_aliases_stand_for_a_rules_models() -> None:
     corpus = CorpusConfig(rule="color_filter", aliases={"teacher": "big", "reference": "small"})
     experiment(a=corpus)
@@ -82,8 +98,8 @@ def test_a_rule_that_does_not_fit_is_named_with_those_there_are(corpus: CorpusCo
 
 
 def test_a_rule_and_a_score_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="expected one of the two"):
-        CorpusConfig(rule="miniplm", score="x")
+    with pytest.raises(ConfigError, match=r"refine\.corpora\.a: expected a rule or a score"):
+        experiment(a=CorpusConfig(rule="teacher_only", score="x"))
     with pytest.raises(ConfigError, match="expected with a rule"):
         CorpusConfig(score="x", aliases={"teacher": "big"})
 
