@@ -140,7 +140,7 @@ def test_groups_are_cut_each_by_itself_in_the_same_passes(small: int) -> None:
 def test_a_first_row_that_does_not_fit_keeps_nothing_even_where_a_later_one_would() -> None:
     rows = [(2.0, "a", 10), (1.0, "b", 1)]
     assert find_cut(rows, 5) is None
-    assert find_cut(rows, 10) == Cut(2.0, "a")
+    assert find_cut(rows, 10) == Cut(2.0)
     assert find_cut(rows, 11) == Cut(1.0)
 
 
