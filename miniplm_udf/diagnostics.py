@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig
+from miniplm_udf.rules import is_random
 from miniplm_udf.selection import bucket_number, is_finite
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ def diagnose(
     """
     usable = sum(row["n_rows"] - row["n_unusable"] for row in sums)
     alias = config.reference.alias if config.reference else corpus.aliases.get("reference", "reference")
-    is_random = corpus.select is not None and corpus.select.rule == "random"
-    found = rank_correlation(rows, f"{alias}_nll_mean") if alias in config.scored_aliases and not is_random else None
+    has_loss = alias in config.scored_aliases and not is_random(corpus)
+    found = rank_correlation(rows, f"{alias}_nll_mean") if has_loss else None
     diagnostics = {
         "negative_share": sum(row["n_negative"] for row in sums) / usable if usable else None,
         "spearman_with_reference_loss": found[0] if found else None,

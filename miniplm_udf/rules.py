@@ -85,6 +85,11 @@ def plain_score(corpus: CorpusConfig, seed: int = 0) -> str:
     return load_rules()[name].sql(corpus.aliases, seed)
 
 
+def is_random(corpus: CorpusConfig) -> bool:
+    """Whether a resolved corpus is chosen whatever its text."""
+    return corpus.rule == "random" or (corpus.select is not None and corpus.select.rule == "random")
+
+
 def _name_of(corpus: CorpusConfig) -> str | None:
     return corpus.rule or (DEFAULT if corpus.score is None else None)
 

@@ -162,13 +162,15 @@ def test_gumbel_noise_is_seeded_and_samples_by_the_score(spark: Any, config: Exp
 
 
 def test_monotone_equivalent_rules_select_the_same(spark: Any, config: ExperimentConfig) -> None:
-    named = {rule: CorpusConfig(rule=rule) for rule in ("miniplm", "scaling_filter", "rho", "reference_only")}
-    named |= {"miniplm_sum": CorpusConfig(rule="miniplm_sum"), "color_filter": CorpusConfig(rule="color_filter")}
+    # Not half: sums and means have one sign.
+    few = SelectConfig(ratio=0.2)
+    rules = ("miniplm", "scaling_filter", "rho", "reference_only", "miniplm_sum", "color_filter")
+    named = {rule: CorpusConfig(rule=rule, select=few) for rule in rules}
     band = SelectConfig(rule="band", low=0.3, high=0.7)
     named |= {"perplexity": CorpusConfig(rule="perplexity_band", select=band)}
     named |= {"loss": CorpusConfig(score="reference_nll_mean", select=band)}
     # Of a power of two nothing is rounded, and losses of two digits stay apart under exp.
-    named |= {"scaled": CorpusConfig(score=f"4 * ({DIFFERENCE})")}
+    named |= {"scaled": CorpusConfig(score=f"4 * ({DIFFERENCE})", select=few)}
     named |= {"chance": CorpusConfig(rule="random"), "teacher": CorpusConfig(rule="teacher_only")}
     used = with_corpora(config, **named)
     kept = {}
