@@ -8,7 +8,7 @@ SCALE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test test-cluster check faults bench-score bench-gpu bench-soak bench-stream format constraints clean
+.PHONY: help setup java demo test test-cluster check faults bench-score bench-gpu bench-soak bench-stream bench-refine format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,9 @@ bench-soak: setup ## the service left running for 20 minutes; writes build/bench
 
 bench-stream: setup ## a micro-batch as the tables grow to 10^7 rows, and small files (20 minutes on 2 cores); writes build/bench/stream.json
 	python -m tests.bench.bench_stream
+
+bench-refine: setup ## a selection from 10^8 rows beside a sort, a quantile and a scan (half an hour on 2 cores); writes build/bench/refine.json
+	python -m tests.bench.bench_refine
 
 format: setup ## put the code in the house's format
 	ruff check --fix .

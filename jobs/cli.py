@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         print(f"miniplm: unknown command {word!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    # `refine` is a stage, and with an option of its own a service.
-    if word in _OWN_MAIN or (word == "refine" and {"--follow", "--corpus", "-h", "--help"} & set(rest)):
+    # `refine` is a stage, and with options of its own a service, or a list.
+    if word in _OWN_MAIN or (word == "refine" and {"--follow", "--corpus", "--rules", "-h", "--help"} & set(rest)):
         return int(importlib.import_module(f"jobs.{word.replace('-', '_')}").main(rest))
     pipeline = importlib.import_module("jobs.pipeline")
     return int(pipeline.main(rest, stage=word if word in _STAGES else None))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import storage, tables
 from miniplm_udf.config import ExperimentConfig, fingerprint, to_dict
+from miniplm_udf.rules import resolve
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -62,7 +63,9 @@ def _score_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
 
 
 def _refine_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
-    return [to_dict(config.refine), tables.version(spark, config.table_uri("score_matrix"))]
+    # What a rule's name stands for belongs to it.
+    scores = {name: resolve(corpus).score for name, corpus in config.refine.corpora.items()}
+    return [to_dict(config.refine), scores, tables.version(spark, config.table_uri("score_matrix"))]
 
 
 def _students_corpora(config: ExperimentConfig) -> list[str]:

@@ -6,6 +6,7 @@ above the cut are appended (`stream.trigger: processing_time` for ever, else to 
 `cuts/<name>`. Needs no GPU: change a ratio and run again.
 
     miniplm refine -c conf/demo.yaml [--follow [--corpus NAME ...]] [key=value ...]
+    miniplm refine --rules
     spark-submit --properties-file conf/spark/local.conf jobs/refine.py -c conf/demo.yaml
 """
 
@@ -21,6 +22,7 @@ from miniplm_udf.config import ExperimentConfig, load_config, printable, to_dict
 from miniplm_udf.errors import EXIT_DONE, ConfigError
 from miniplm_udf.follow import follow_query, newest_version
 from miniplm_udf.refine import refine
+from miniplm_udf.rules import describe
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
@@ -68,9 +70,15 @@ def _names(config: ExperimentConfig) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = stage_parser("refine", __doc__)
     parser.add_argument("--follow", action="store_true", help="append what is scored meanwhile and lies above the cut")
+    parser.add_argument(
+        "--rules", action="store_true", help="print the rules for refine.corpora.NAME.rule; no -c needed"
+    )
     parser.add_argument("--corpus", action="append", default=[], metavar="NAME", help="with --follow: this one alone")
 
     def body() -> int:
+        if "--rules" in (sys.argv[1:] if argv is None else argv):
+            print(describe())
+            return EXIT_DONE
         arguments = parser.parse_intermixed_args(argv)
         config = load_config(arguments.config, arguments.overrides)
         if arguments.corpus and not arguments.follow:

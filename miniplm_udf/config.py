@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from miniplm_udf import storage
+from miniplm_udf.config_refine import CorpusConfig, RefineConfig, SelectConfig
 from miniplm_udf.config_sections import (
     ChunkingConfig,
-    CorpusConfig,
     EvaluateConfig,
     FieldsConfig,
     IngestConfig,
@@ -29,10 +29,8 @@ from miniplm_udf.config_sections import (
     ModelConfig,
     PackConfig,
     ReferenceConfig,
-    RefineConfig,
     ReportConfig,
     ScoreConfig,
-    SelectConfig,
     SparkConfig,
     SplitConfig,
     StreamConfig,
@@ -43,6 +41,7 @@ from miniplm_udf.config_sections import (
     check_name,
 )
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.rules import load_rules, resolve
 
 __all__ = [
     "ChunkingConfig",
@@ -116,6 +115,8 @@ class ExperimentConfig:
             links += [("reference.tokenizer", self.reference.tokenizer, self.models)]
         if self.refine.corpora:
             links += [("refine.tokens_of", self.refine.tokens_of, self.scored_aliases)]
+            for name, corpus in self.refine.corpora.items():
+                links += self._rule_links(f"refine.corpora.{name}", corpus)
         for name, student in self.students.items():
             links += [(f"students.{name}.corpus", student.corpus, self.refine.corpora)]
             links += [(f"students.{name}.tokenizer", student.tokenizer, self.tokenizers)]
@@ -127,6 +128,28 @@ class ExperimentConfig:
                 f"models.{alias}.path: expected a folder, a hub name or a .gguf file, found nothing "
                 "(only the model that the reference section trains goes without)",
             )
+
+    def _rule_links(self, place: str, corpus: CorpusConfig) -> list[tuple[str, str, Collection[str]]]:
+        """What a rule that the config names is asked for: that it exists, and that its models are scored."""
+        if corpus.rule is None:
+            return []
+        known = load_rules()
+        check(
+            corpus.rule in known,
+            f"{place}.rule: expected one of {sorted(known)}, found {corpus.rule!r}{_nearest(corpus.rule, known)}",
+        )
+        # A resolved corpus, out of a version's provenance, has both.
+        given = dataclasses.replace(corpus, score=None)
+        check(
+            corpus.score is None or corpus.score == resolve(given).score,
+            f"{place}: expected a rule or a score, found rule {corpus.rule!r} and score {corpus.score!r}",
+        )
+        roles = known[corpus.rule].models
+        links: list[tuple[str, str, Collection[str]]] = [(f"{place}.aliases", role, roles) for role in corpus.aliases]
+        return links + [
+            (f"{place}.rule: {corpus.rule}: {role}", corpus.aliases.get(role, role), self.scored_aliases)
+            for role in roles
+        ]
 
     @property
     def scored_aliases(self) -> list[str]:

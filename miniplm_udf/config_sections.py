@@ -199,59 +199,6 @@ class StreamConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectConfig:
-    """Which rows are kept.
-
-    Attributes:
-        rule: top_ratio keeps the highest floor(ratio * N); threshold keeps score >= threshold; random keeps a seeded
-            random floor(ratio * N), whatever the score.
-        by: count instances or tokens.
-    """
-
-    rule: Literal["top_ratio", "threshold", "random"] = "top_ratio"
-    ratio: float | None = None
-    by: Literal["instances", "tokens"] = "instances"
-    threshold: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rule == "threshold":
-            check(self.threshold is not None, "select.threshold: the rule threshold needs it")
-        else:
-            check(
-                self.ratio is not None and 0 < self.ratio <= 1,
-                f"select.ratio: the rule {self.rule} needs a ratio above 0 and at most 1, found {self.ratio}",
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """One refined corpus: SQL over `score_matrix`.
-
-    Attributes:
-        score: expression to rank by, higher is better; null is reference minus teacher mean NLL, the paper's.
-        where: condition to be a candidate; null is at least 32 scored tokens of the first model.
-    """
-
-    score: str = "reference_nll_mean - teacher_nll_mean"
-    where: str | None = None
-    select: SelectConfig = dataclasses.field(default_factory=lambda: SelectConfig(ratio=0.5))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RefineConfig:
-    """`tokens_of` is the model whose tokens a selection by tokens counts."""
-
-    tokens_of: str = "teacher"
-    corpora: dict[str, CorpusConfig] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in self.corpora:
-            check_name("corpus", name)
-            check(name != "reference", "corpus 'reference': that name is the reference split's; choose another")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """A student's tokenizer: one from `path` (folder or hub name), or a byte-level BPE trained on `pool` text.
 

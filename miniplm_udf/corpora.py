@@ -37,6 +37,8 @@ class Provenance:
         n_unscorable: candidates whose score is null, NaN or infinite; they are never kept.
         fingerprint: of the kept ids and scores, independent of order.
         kept_share_by_source: of a full refinement; empty where the corpus was followed.
+        cuts: the last kept rows, by source (`keep.Kept.plain`); empty where the corpus was followed.
+        diagnostics: of a full refinement (`diagnostics.diagnose`); empty where the corpus was followed.
         followed: None for a full refinement, which is exact. Else `since_version`, the full one that rows were
             appended to since; `n_appended` rows by this version; and the `cut` that chose them (`cuts.BucketCut`).
     """
@@ -55,6 +57,8 @@ class Provenance:
     code_revision: str
     kept_share_by_source: dict[str, float]
     followed: dict[str, Any] | None = None
+    cuts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +179,9 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
     if not known.isEmpty():
         return False
     inputs = {**provenance.inputs, "model_revisions": provenance.model_revisions}
-    if provenance.followed is not None:
-        inputs["followed"] = provenance.followed
+    for name in ("followed", "cuts", "diagnostics"):
+        if getattr(provenance, name):
+            inputs[name] = getattr(provenance, name)
     values: dict[str, Any] = {
         "name": provenance.corpus,
         "version": version,

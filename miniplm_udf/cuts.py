@@ -9,23 +9,15 @@ at most the rows of the one bucket that holds the exact cut. A replay finds its 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import SelectConfig
-from miniplm_udf.selection import budget_of, n_fitting
+from miniplm_udf.selection import UNUSABLE, bucket_number, budget_of, lower_edge, n_fitting
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
-
-# A bucket is a thousandth of its scores wide, and a millionth near 0.
-_BUCKETS_PER_E = 1024
-_UNITS = 1000.0
-_LARGEST = 1e300
-# Candidates without a finite score: below all others, never kept.
-UNUSABLE = -(1 << 31)
 
 # Rows and tokens by bucket.
 Counts = Mapping[int, tuple[int, int]]
@@ -80,14 +72,8 @@ def bucket_column(select: SelectConfig, usable: "Column") -> "Column":
     if select.rule == "threshold":
         bucket = F.when(score >= F.lit(float(select.threshold or 0)), F.lit(1)).otherwise(F.lit(0)).cast("bigint")
     else:
-        size = F.log1p(F.least(F.abs(score), F.lit(_LARGEST)) * F.lit(_UNITS)) * F.lit(float(_BUCKETS_PER_E))
-        bucket = F.floor(F.when(score < 0, -size).otherwise(size))
+        bucket = bucket_number(score)
     return F.when(usable, bucket).otherwise(F.lit(UNUSABLE).cast("bigint"))
-
-
-def lower_edge(bucket: int) -> float:
-    """The score at which a bucket begins."""
-    return math.copysign(math.expm1(abs(bucket) / _BUCKETS_PER_E) / _UNITS, bucket)
 
 
 def merged(counts: Counts, more: Counts) -> Counts:

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import __version__, corpora, cuts, refine, storage, tables
-from miniplm_udf.config import ExperimentConfig, fingerprint
+from miniplm_udf.config import CorpusConfig, ExperimentConfig, SelectConfig, fingerprint, to_dict
 from miniplm_udf.cuts import BucketCut, Counted, Counts
-from miniplm_udf.errors import CorpusError
+from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.selection import UNUSABLE, is_finite
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.query import Query
 
@@ -38,7 +39,7 @@ def follow_query(spark: "SparkSession", config: ExperimentConfig, name: str) -> 
     """The query that follows the corpus `name`.
 
     Raises:
-        ConfigError: there is no such corpus in the config.
+        ConfigError: there is no such corpus in the config, or its selection cannot be followed.
     """
     follower = Follower(spark, config, name)
     return Query(
@@ -58,6 +59,7 @@ class Follower:
     def __init__(self, spark: "SparkSession", config: ExperimentConfig, name: str) -> None:
         self._spark, self._config, self._name = spark, config, name
         self._resolved = refine.resolve(config, name)
+        self._select = _followable(name, self._resolved)
         self._plain = refine.plain_config(config, self._resolved)
         self._mark = fingerprint(self._plain)
         self._matrix_query = ""
@@ -69,9 +71,13 @@ class Follower:
         """Sees to a full refinement and to counts that the checkpoint goes on from; returns the stream.
 
         Raises:
+            ConfigError: an expression is refused, or needs more than the matrix.
             CorpusError: there is no matrix, or the full refinement would keep nothing.
         """
         self._matrix_query = _query_of(self._spark, self.matrix_uri)
+        # A micro-batch has the matrix's columns alone: refused here, before a full refinement.
+        matrix = tables.read(self._spark, self.matrix_uri)
+        refine.candidate_rows(matrix, self._config, self._name, self._resolved)
         newest = corpora.newest(self._spark, self._uri)
         if newest is not None and newest.provenance is not None and self._goes_on_from(newest.provenance):
             # Where the run before was killed before it had done so.
@@ -106,7 +112,7 @@ class Follower:
         counted = cuts.read(spark, self._cuts_uri, self._mark, self._matrix_query)
         included = known.inputs["last_batches"][self._matrix_query]
         rows = refine.candidate_rows(batch, self._config, self._name, self._resolved)
-        rows = rows.withColumn("bucket", cuts.bucket_column(self._resolved.select, refine.is_finite()))
+        rows = rows.withColumn("bucket", cuts.bucket_column(self._select, is_finite()))
         sums = self._sums(rows, counted.through, included)
         if not sums:
             return
@@ -143,7 +149,7 @@ class Follower:
         """Commits the counts with this micro-batch's, unless they have them, and takes the cut."""
         counts = {row["bucket"]: (row["n_counted"], row["n_counted_tokens"]) for row in sums if row["n_counted"]}
         after = counted.plus(counts, max(counted.through, *(row["through"] for row in sums)))
-        cut = cuts.cut_of(after.counts, self._resolved.select)
+        cut = cuts.cut_of(after.counts, self._select)
         if after.through > counted.through:
             cuts.write(spark, self._cuts_uri, self._name, after, cut)
         return after, cut
@@ -197,18 +203,42 @@ def grown(
         threshold=min(known.threshold, *(row["threshold"] for row in kept)),
         n_candidates=n_candidates,
         candidate_tokens=candidate_tokens,
-        n_unscorable=counts.get(cuts.UNUSABLE, (0, 0))[0],
+        n_unscorable=counts.get(UNUSABLE, (0, 0))[0],
         n_instances=n_instances,
         n_tokens=known.n_tokens + sum(row["n_tokens"] for row in kept),
         fingerprint=refine.fingerprint_of(parts, n_instances),
         code_revision=__version__,
         kept_share_by_source={},
+        cuts={},
+        diagnostics={},
         followed={
             "since_version": known.followed["since_version"] if known.followed else version,
             "n_appended": n_appended,
             "cut": dataclasses.asdict(cut),
         },
     )
+
+
+def _followable(name: str, corpus: CorpusConfig) -> SelectConfig:
+    """The selection, if rows that are only ever appended can fulfil it.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    select = corpus.select
+    assert select is not None
+    unfit = {
+        "a band has a second cut, below which rows would have to go again": select.rule == "band",
+        "a budget would be passed as the corpus grows": select.budget_tokens is not None,
+        "counts are of all sources together": select.per_source is not None,
+    }
+    for reason, applies in unfit.items():
+        if applies:
+            raise ConfigError(
+                f"refine.corpora.{name}.select: expected top_ratio, threshold, random or gumbel, with a ratio over all "
+                f"sources, to follow; found {to_dict(select)}: {reason}; refine it without --follow, as often as wanted"
+            )
+    return select
 
 
 def newest_version(spark: "SparkSession", config: ExperimentConfig, name: str) -> dict[str, Any]:

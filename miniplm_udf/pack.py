@@ -61,10 +61,14 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
                 f"refined/{corpus} version {refined_version}: expected all its instances in the instances table, found "
                 f"{n_missing} that are not there; refine it again"
             )
-        texts = kept.join(instances.select("instance_id", *_TEXT_COLUMNS), "instance_id")
-        return texts, kept.count()
+        return texts_of(kept, instances), kept.count()
 
     return _pack(spark, config, corpus, tokenizer, identity, rows, f"refined/{corpus} keeps nothing: refine it anew")
+
+
+def texts_of(kept: "DataFrame", instances: "DataFrame") -> "DataFrame":
+    """The kept ids with what of their instances is packed."""
+    return kept.join(instances.select("instance_id", *_TEXT_COLUMNS), "instance_id")
 
 
 def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:

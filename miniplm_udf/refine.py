@@ -1,12 +1,11 @@
 """Refinement: SQL over `score_matrix` chooses a corpus's instances; each choice is one version. Driver only, no torch.
 
-    score_matrix (split = pool, `where`) -> score -> cut (top ratio, threshold, random) -> refined/<name>, corpora
+    score_matrix (split = pool, `where`) -> score -> what is kept (keep.py) -> refined/<name>, corpora
 
-alpha counts the candidates, pool rows that pass `where`: floor(alpha * N) instances, or instances of at most
-floor(alpha * T) tokens in rank order. A score that is null, NaN or infinite counts among the candidates and is never
-kept. Ties break by `instance_id`. The same inputs and config give the same rows; where the newest version has them
-already, nothing is written. One version is one commit with its provenance; a retry after a kill adds what is missing.
-A corpus has one writer at a time (its lease): whoever refines or follows it (follow.py) waits for the other.
+Owns candidates, versions and their provenance; the expressions are expressions.py's, published rules rules.py's, the
+cut keep.py's, the signs of a poor choice diagnostics.py's. The same inputs and config give the same rows; where the
+newest version has them already, nothing is written. One version is one commit with its provenance; a retry after a kill
+adds what is missing. A corpus has one writer at a time (its lease): whoever refines or follows it (follow.py) waits.
 
 Source: MiniPLM, arXiv 2410.17215: r = log p_teacher / p_reference per token = reference_nll_mean - teacher_nll_mean.
 """
@@ -15,43 +14,25 @@ import dataclasses
 import logging
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, corpora, schemas, tables
+from miniplm_udf import __version__, corpora, diagnostics, expressions, rules, schemas, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.keep import Kept, choose
 from miniplm_udf.model_records import read_record
-from miniplm_udf.selection import Cut, RankedFrame, budget_of, find_cut, keep_condition
+from miniplm_udf.selection import is_finite
 from miniplm_udf.streams.lease import Lease, lease_uri
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, Row, SparkSession
 
 LOGGER = logging.getLogger("miniplm.refine")
 
 MIN_TOKENS = 32
 ROWS_PER_FILE = 2_000_000
 _BATCH = ("query_id", "batch_id")
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidates:
-    """The rows that a corpus is chosen from: the columns of `refined/<name>`, and those of `_BATCH`."""
-
-    frame: "DataFrame"
-    n_rows: int
-    n_tokens: int
-
-    def usable(self) -> "DataFrame":
-        """Those with a finite score: NaN is above infinity to Spark, so it goes first."""
-        return self.frame.where(is_finite())
-
-
-def is_finite() -> "Column":
-    from pyspark.sql import functions as F
-
-    score = F.col("score")
-    return score.isNotNull() & ~F.isnan(score) & (F.abs(score) < F.lit(float("inf")))
 
 
 def refine(spark: "SparkSession", config: ExperimentConfig, name: str) -> dict[str, Any]:
@@ -61,7 +42,7 @@ def refine(spark: "SparkSession", config: ExperimentConfig, name: str) -> dict[s
         name: a key of `config.refine.corpora`.
 
     Returns:
-        path, version, threshold, n_candidates, n_instances, n_tokens, kept_share_by_source, skipped.
+        path, version, threshold, n_candidates, n_instances, n_tokens, kept_share_by_source, diagnostics, skipped.
 
     Raises:
         ConfigError: an expression that is no SQL over the matrix's columns; means of unequal tokenizers compared.
@@ -85,8 +66,9 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
     matrix = tables.read(spark, matrix_uri, matrix_version)
     _check_columns(matrix, config)
     _check_tokenizers(config, name, resolved)
-    rows = candidate_rows(matrix, config, name, resolved)
-    inputs = _inputs(matrix, matrix_version)
+    seen, instances_version = with_instances(spark, config, matrix, str(resolved.where), str(resolved.score))
+    rows = candidate_rows(seen, config, name, resolved)
+    inputs = _inputs(matrix, matrix_version, instances_version)
     known = newest.provenance if newest else None
     if newest and known:
         # Where its maker was killed before it had done so.
@@ -95,7 +77,7 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
         version, found, skipped = newest.version, known, True
     else:
         revisions = _revisions(matrix, config.scored_aliases)
-        version, found = _write(config, name, resolved, rows, inputs, revisions, newest)
+        version, found = _write(spark, Made(config, name, resolved, inputs, revisions), rows, newest)
         corpora.record(spark, config.root, version, found)
         skipped = False
     LOGGER.info(
@@ -103,7 +85,9 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
         name, version, " is up to date" if skipped else "", found.n_instances, found.n_candidates, found.n_tokens,
         found.candidate_tokens, found.threshold,
     )  # fmt: skip
-    reported = ("threshold", "n_candidates", "n_instances", "n_tokens", "kept_share_by_source")
+    for note in found.diagnostics.get("notes", ()):
+        LOGGER.warning("refine: %s: %s", name, note)
+    reported = ("threshold", "n_candidates", "n_instances", "n_tokens", "kept_share_by_source", "diagnostics")
     return {"path": uri, "version": version, **{key: getattr(found, key) for key in reported}, "skipped": skipped}
 
 
@@ -120,67 +104,50 @@ def resolve(config: ExperimentConfig, name: str) -> CorpusConfig:
     """
     if name not in config.refine.corpora:
         raise ConfigError(f"refine.corpora: expected one of {sorted(config.refine.corpora)}, found {name!r}")
-    corpus = config.refine.corpora[name]
+    corpus = rules.resolve(config.refine.corpora[name])
     where = f"{config.refine.tokens_of}_n_tokens >= {MIN_TOKENS}" if corpus.where is None else corpus.where
-    score = random_score(corpus.select.seed) if corpus.select.rule == "random" else corpus.score
-    return dataclasses.replace(corpus, where=where, score=score)
+    return dataclasses.replace(corpus, where=where)
 
 
-def random_score(seed: int) -> str:
-    """A uniform of (0, 1) that belongs to the instance and the seed, however rows are partitioned."""
-    return f"(shiftrightunsigned(xxhash64(instance_id, {int(seed)}L), 11) + 0.5D) / 9007199254740992D"
+def candidate_rows(seen: "DataFrame", config: ExperimentConfig, name: str, corpus: CorpusConfig) -> "DataFrame":
+    """Pool rows that pass `where`, with their score, and their batch. Parses and analyses; runs nothing.
 
+    Args:
+        seen: rows of the matrix, with other columns beside where expressions may name such (`with_instances`).
+        corpus: resolved.
 
-def candidate_rows(matrix: "DataFrame", config: ExperimentConfig, name: str, corpus: CorpusConfig) -> "DataFrame":
-    """Pool rows that pass `where`, with their score, and their batch. Parses and analyses; runs nothing."""
+    Raises:
+        ConfigError: an expression is refused (expressions.py).
+    """
     from pyspark.sql import functions as F
     from pyspark.sql.types import BooleanType, NumericType
 
-    place = f"refine.corpora.{name}"
-    where = _expression(matrix, str(corpus.where), f"{place}.where", BooleanType, "a condition")
-    score = _expression(matrix, corpus.score, f"{place}.score", NumericType, "a number")
+    place, where, score = f"refine.corpora.{name}", str(corpus.where), str(corpus.score)
+    candidate = expressions.expression(seen, where, f"{place}.where", BooleanType, "a condition")
+    rank = expressions.expression(seen, score, f"{place}.score", NumericType, "a number")
     return (
-        matrix.where(F.col("split") == "pool")
-        .where(where)
-        .withColumns({"score": score.cast("double"), "n_tokens": F.col(f"{config.refine.tokens_of}_n_tokens")})
+        seen.where(F.col("split") == "pool")
+        .where(candidate)
+        .withColumns({"score": rank.cast("double"), "n_tokens": F.col(f"{config.refine.tokens_of}_n_tokens")})
         .select(*schemas.refined(name, config.scored_aliases).column_names, *_BATCH)
     )
 
 
-def _expression(matrix: "DataFrame", text: str, place: str, wanted: type, what: str) -> "Column":
-    """The parsed expression.
+def with_instances(
+    spark: "SparkSession", config: ExperimentConfig, matrix: "DataFrame", *texts: str
+) -> tuple["DataFrame", int | None]:
+    """The matrix, with the instances' own columns beside where one of the expressions names one.
 
-    Raises:
-        ConfigError: it is no SQL over the columns, is of another type, or differs from run to run.
+    Returns:
+        And the version of `instances` that they are of; None where it is not read.
     """
-    from pyspark.errors import AnalysisException, ParseException
-    from pyspark.sql import functions as F
-
-    names = [column for column in matrix.columns if column not in _BATCH]
-    columns = f"columns are {', '.join(names)}"
-    try:
-        analysed = matrix.select("instance_id", F.expr(text).alias("value"))
-        found = analysed.schema["value"].dataType
-    except (ParseException, AnalysisException) as error:
-        raise ConfigError(f"{place}: {text!r} is no SQL over score_matrix{_position(error)}; {columns}") from error
-    if not isinstance(found, wanted):
-        raise ConfigError(
-            f"{place}: expected {what}, found {text!r}, which is of type {found.simpleString()}; {columns}"
-        )
-    if not analysed._jdf.queryExecution().analyzed().deterministic():
-        raise ConfigError(
-            f"{place}: expected the same value in every run, found {text!r}, which is random; use select.rule: random"
-        )
-    return F.expr(text)
-
-
-def _position(error: Any) -> str:
-    """Where and what, of Spark's long message."""
-    message = str(error).strip().splitlines()[0]
-    contexts = error.getQueryContext() or []
-    spot = f"at character {contexts[0].startIndex() + 1}: " if contexts and contexts[0].startIndex() >= 0 else ""
-    found = re.search(r"\(line \d+, pos \d+\)", str(error))
-    return f" ({spot}{message}{' ' + found.group() if found and found.group() not in message else ''})"
+    uri = config.table_uri("instances")
+    if expressions.resolves(matrix, *texts):
+        return matrix, None
+    version = tables.version(spark, uri)
+    if version is None:
+        return matrix, None
+    return expressions.joined(matrix, tables.read(spark, uri, version)), version
 
 
 def _check_columns(matrix: "DataFrame", config: ExperimentConfig) -> None:
@@ -195,7 +162,7 @@ def _check_columns(matrix: "DataFrame", config: ExperimentConfig) -> None:
 def _check_tokenizers(config: ExperimentConfig, name: str, corpus: CorpusConfig) -> None:
     """Means per token compare models only where the tokens are the same."""
     known = set(config.scored_aliases)
-    used = sorted(set(re.findall(r"(\w+)_nll_mean\b", corpus.score)) & known)
+    used = sorted(set(re.findall(r"(\w+)_nll_mean\b", str(corpus.score))) & known)
     hashes = {alias: read_record(config, alias).tokenizer_hash for alias in used} if len(used) > 1 else {}
     if len(set(hashes.values())) > 1:
         raise ConfigError(
@@ -205,9 +172,10 @@ def _check_tokenizers(config: ExperimentConfig, name: str, corpus: CorpusConfig)
         )
 
 
-def _inputs(matrix: "DataFrame", version: int | None) -> dict[str, Any]:
+def _inputs(matrix: "DataFrame", version: int | None, instances_version: int | None) -> dict[str, Any]:
     batches = matrix.groupBy("query_id").max("batch_id").collect()
-    return {"matrix_version": version, "last_batches": {row[0]: row[1] for row in sorted(batches)}}
+    read = {} if instances_version is None else {"instances_version": instances_version}
+    return {"matrix_version": version, "last_batches": {row[0]: row[1] for row in sorted(batches)}, **read}
 
 
 def _revisions(matrix: "DataFrame", aliases: list[str]) -> dict[str, str]:
@@ -221,17 +189,33 @@ def plain_config(config: ExperimentConfig, corpus: CorpusConfig) -> dict[str, An
     return {**to_dict(corpus), "tokens_of": config.refine.tokens_of, "models": config.scored_aliases}
 
 
-def _write(
-    config: ExperimentConfig, name: str, corpus: CorpusConfig, rows: "DataFrame", inputs: dict[str, Any],
-    revisions: dict[str, str], newest: corpora.Newest | None,
-) -> tuple[int, corpora.Provenance]:  # fmt: skip
-    from pyspark.sql import functions as F
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a version is made of."""
 
-    candidates = _counted(rows)
-    cut = select(candidates, corpus)
-    kept = keep_condition(cut) if cut is not None else F.lit(False)
-    found = _provenance(config, name, corpus, candidates, kept, inputs, revisions)
-    return commit(config, candidates.usable().where(kept), found.n_instances, found, newest, replaces=True), found
+    config: ExperimentConfig
+    name: str
+    corpus: CorpusConfig
+    inputs: dict[str, Any]
+    revisions: dict[str, str]
+
+
+def _write(
+    spark: "SparkSession", made: Made, rows: "DataFrame", newest: corpora.Newest | None
+) -> tuple[int, corpora.Provenance]:
+    from pyspark import StorageLevel
+
+    # They are read some five times: what a join made is kept meanwhile.
+    if "instances_version" in made.inputs:
+        rows = rows.persist(StorageLevel.DISK_ONLY)
+    try:
+        assert made.corpus.select is not None
+        kept = choose(rows, made.corpus.select, f"refine.corpora.{made.name}")
+        found = _provenance(spark, made, rows, kept)
+        chosen = kept.mark(rows).where("is_kept").drop("is_kept")
+        return commit(made.config, chosen, found.n_instances, found, newest, replaces=True), found
+    finally:
+        rows.unpersist()
 
 
 def commit(
@@ -251,32 +235,7 @@ def commit(
     return corpora.commit(ordered, uri, table, dataclasses.asdict(found), newest, replaces)
 
 
-def _counted(rows: "DataFrame") -> Candidates:
-    from pyspark.sql import functions as F
-
-    n_rows, n_tokens = rows.agg(F.count("*"), F.sum("n_tokens")).collect()[0]
-    return Candidates(rows, n_rows, n_tokens or 0)
-
-
-def select(candidates: Candidates, corpus: CorpusConfig) -> Cut | None:
-    """The cut of a corpus's rule; None where it keeps nothing."""
-    from pyspark.sql import functions as F
-
-    rule = corpus.select
-    if rule.rule == "threshold":
-        assert rule.threshold is not None
-        return Cut(float(rule.threshold))
-    assert rule.ratio is not None
-    by_tokens = rule.by == "tokens"
-    weight = F.col("n_tokens") if by_tokens else F.lit(1).cast("bigint")
-    ranked = RankedFrame(candidates.usable().select("instance_id", "score", weight.alias("weight")))
-    return find_cut(ranked, budget_of(rule.ratio, candidates.n_tokens if by_tokens else candidates.n_rows))
-
-
-def _provenance(
-    config: ExperimentConfig, name: str, corpus: CorpusConfig, candidates: Candidates, kept: "Column",
-    inputs: dict[str, Any], revisions: dict[str, str],
-) -> corpora.Provenance:  # fmt: skip
+def _provenance(spark: "SparkSession", made: Made, rows: "DataFrame", kept: Kept) -> corpora.Provenance:
     """Counts, threshold and fingerprint of what will be kept, from one pass.
 
     Raises:
@@ -284,36 +243,52 @@ def _provenance(
     """
     from pyspark.sql import functions as F
 
-    usable = is_finite()
-    keep = usable & kept
-    sources = candidates.frame.groupBy("source").agg(
-        F.count("*").alias("n_rows"), F.count_if(~usable).alias("n_unusable"), *sums_of(keep)
+    sums = (
+        kept.mark(rows)
+        .groupBy("source", diagnostics.length_bucket().alias("length"))
+        .agg(
+            F.count("*").alias("n_rows"),
+            F.sum("n_tokens").alias("candidate_tokens"),
+            F.count_if(~is_finite()).alias("n_unusable"),
+            F.count_if(is_finite() & (F.col("score") < 0)).alias("n_negative"),
+            *sums_of(F.col("is_kept")),
+        )
     )
-    found = sorted(sources.collect(), key=lambda row: row["source"])
-    n_kept, n_unusable = sum(row["n_kept"] for row in found), sum(row["n_unusable"] for row in found)
+    found = sorted(sums.collect(), key=lambda row: (row["source"], row["length"]))
+    n_rows, n_kept, n_unusable = (sum(row[key] for row in found) for key in ("n_rows", "n_kept", "n_unusable"))
     if n_kept == 0:
         raise CorpusError(
-            f"refine.corpora.{name}: expected instances to keep, found none: of {candidates.n_rows} pool instances "
-            f"that pass where = {corpus.where!r}, {n_unusable} have no finite score and none passes the rule "
-            f"{to_dict(corpus.select)}; loosen `where` or the rule"
+            f"refine.corpora.{made.name}: expected instances to keep, found none: of {n_rows} pool instances "
+            f"that pass where = {made.corpus.where!r}, {n_unusable} have no finite score and none passes the rule "
+            f"{to_dict(made.corpus.select)}; loosen `where` or the rule"
         )
     if n_unusable:
-        LOGGER.warning("refine: %s: %d of %d candidates have no finite score", name, n_unusable, candidates.n_rows)
+        LOGGER.warning("refine: %s: %d of %d candidates have no finite score", made.name, n_unusable, n_rows)
     return corpora.Provenance(
-        corpus=name,
-        config=plain_config(config, corpus),
-        inputs=inputs,
-        model_revisions=revisions,
+        corpus=made.name,
+        config=plain_config(made.config, made.corpus),
+        inputs=made.inputs,
+        model_revisions=made.revisions,
         threshold=min(row["threshold"] for row in found if row["n_kept"]),
-        n_candidates=candidates.n_rows,
-        candidate_tokens=candidates.n_tokens,
+        n_candidates=n_rows,
+        candidate_tokens=sum(row["candidate_tokens"] for row in found),
         n_unscorable=n_unusable,
         n_instances=n_kept,
         n_tokens=sum(row["n_tokens"] or 0 for row in found),
         fingerprint=fingerprint_of([(row["xor"] or 0, row["sum"] or 0) for row in found], n_kept),
         code_revision=__version__,
-        kept_share_by_source={row["source"]: row["n_kept"] / row["n_rows"] for row in found},
+        kept_share_by_source=_kept_share_by_source(found),
+        cuts=kept.plain(),
+        diagnostics=diagnostics.diagnose(spark, made.config, made.corpus, rows, found),
     )
+
+
+def _kept_share_by_source(sums: "Sequence[Row]") -> dict[str, float]:
+    by_source: dict[str, tuple[int, int]] = {}
+    for row in sums:
+        n_kept, n_rows = by_source.get(row["source"], (0, 0))
+        by_source[row["source"]] = (n_kept + row["n_kept"], n_rows + row["n_rows"])
+    return {source: n_kept / n_rows for source, (n_kept, n_rows) in by_source.items()}
 
 
 def sums_of(keep: "Column") -> list["Column"]:

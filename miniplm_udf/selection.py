@@ -1,26 +1,36 @@
 """The exact cut of a ranking, without a global sort: which rows are the longest prefix that fits a budget.
 
-Rows are ranked by score, highest first; ties by `instance_id`, ascending. Each row weighs 1 (selection by instances) or
-its tokens. Input: a `Ranked` that answers with sums over ranges, and a budget. Output: a `Cut`, the last kept row.
-Counts in buckets of the score find the one bucket that holds the cut; it is cut into buckets again until it is small
-enough to sort here, or holds one score, which is then cut by the ids. Sums of integers and exact comparisons alone:
-the result does not depend on how rows are partitioned. `find_cut` is pure; `RankedFrame` runs on a Spark driver.
+Rows are ranked by score, highest first; ties by `instance_id`, ascending; each group (all rows, or each source) by
+itself. A row weighs 1 (selection by instances) or its tokens. Input: a `Ranked` that answers with sums over ranges, and
+a budget a group. Output: a `Cut` a group, the last kept row. One pass counts all rows in buckets of the score, a fixed
+function; the one bucket that holds the cut is counted by its scores (or, while it is large, in buckets again), and
+only rows of one score are cut by their ids. All groups go through the same passes. Sums of integers and exact
+comparisons alone: how rows are partitioned does not matter. `find_cuts` is pure; `RankedFrame` runs on a driver.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, GroupedData
+    from pyspark.sql import Column, DataFrame
 
+# The group that all rows are in where sources are not ranked by themselves.
+ALL = ""
 N_BUCKETS = 4096
-# So many rows are sorted on the driver.
+# So many scores, or ids, come to the driver.
 SMALL = 100_000
-_PREFIX_STEP = 4
+# Candidates without a finite score: below all others, never kept.
+UNUSABLE = -(1 << 31)
+# A bucket is a thousandth of its scores wide (of many sources a sixteenth of that many), and a millionth near 0.
+BUCKETS_PER_E = 1024
+BUCKETS_PER_E_OF_A_SOURCE = 64
+_UNITS = 1000.0
+_LARGEST = 1e300
+_WHOLE_ID = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +43,9 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Rows with scores of `low` to `high`, both of which occur."""
+    """Rows of a group with scores of `low` to `high`, both of which occur."""
 
+    group: str
     n_rows: int
     weight: int
     low: float
@@ -43,8 +54,9 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class IdGroup:
-    """Rows of one score whose ids begin with `prefix`; `last_id` is the greatest."""
+    """Rows of a group and of one score whose ids begin with `prefix`; `last_id` is the greatest."""
 
+    group: str
     n_rows: int
     weight: int
     prefix: str
@@ -52,22 +64,19 @@ class IdGroup:
 
 
 class Ranked(Protocol):
-    """Rows to rank. Scores are finite; ids are unique."""
+    """Rows to rank. Ids are unique. Answers are in any order."""
 
-    def whole(self) -> Bucket | None:
-        """All rows; None where there are none."""
+    def split(self, ranges: Mapping[str, Bucket], n_buckets: int) -> list[Bucket]:
+        """Of each group the rows of a bucket, in at most `n_buckets`, split where scores differ."""
 
-    def buckets(self, bucket: Bucket, n_buckets: int) -> list[Bucket]:
-        """The rows of a bucket in at most `n_buckets`, split where scores differ, in any order."""
+    def scores(self, ranges: Mapping[str, Bucket]) -> list[Bucket]:
+        """Of each group the rows of a bucket, one bucket a score."""
 
-    def rows(self, bucket: Bucket) -> list[tuple[float, str, int]]:
-        """(score, instance_id, weight) of a bucket's rows, in any order."""
-
-    def id_groups(self, score: float, prefix: str, n_characters: int) -> list[IdGroup]:
-        """Rows of this very score whose id begins with `prefix`, by the first `n_characters` of the id."""
+    def id_groups(self, ties: Mapping[str, tuple[float, str]], n_characters: int) -> list[IdGroup]:
+        """Of each group the rows of this very score whose id begins with this, by the first characters of the id."""
 
 
-def budget_of(ratio: float, total: int) -> int:
+def budget_of(ratio: float | Fraction, total: int) -> int:
     """floor(ratio * total), for the ratio as it is written: 0.29 of 100 is 29."""
     return math.floor(Fraction(str(ratio)) * total)
 
@@ -77,56 +86,90 @@ def n_fitting(weights: Iterable[int], budget: int) -> int:
     return sum(1 for _ in itertools.takewhile(lambda total: total <= budget, itertools.accumulate(weights)))
 
 
-def find_cut(ranked: Ranked, budget: int, n_buckets: int = N_BUCKETS, small: int = SMALL) -> Cut | None:
-    """The last row of the longest prefix, in rank order, whose weights sum to at most `budget`.
+def find_cuts(
+    ranked: Ranked, buckets: Sequence[Bucket], budgets: Mapping[str, int], n_buckets: int = N_BUCKETS,
+    small: int = SMALL,
+) -> dict[str, Cut]:  # fmt: skip
+    """Of each group the last row of the longest prefix, in rank order, whose weights sum to at most its budget.
 
     Args:
         ranked: the rows; weights are not negative.
-        budget: of weight.
+        buckets: all rows with a finite score, in buckets that do not overlap within a group.
+        budgets: of weight, by group; rows of other groups are left out.
         n_buckets: buckets of one pass, at least 2.
-        small: a bucket of at most so many rows is fetched and sorted.
+        small: buckets of at most so many rows together are counted by their scores, or by their ids.
 
     Returns:
-        None where not even the first row fits.
+        By group; without those of which not even the first row fits.
     """
-    bucket, cut = ranked.whole(), None
-    while bucket is not None:
-        if bucket.weight <= budget:
-            return Cut(bucket.low)
-        if bucket.n_rows <= small:
-            return _cut_in_rows(ranked.rows(bucket), budget) or cut
-        if bucket.low == bucket.high:
-            return _cut_in_ties(ranked, bucket.low, budget, small) or cut
-        parts = sorted(ranked.buckets(bucket, n_buckets), key=lambda part: -part.high)
-        fitting = n_fitting((part.weight for part in parts), budget)
-        if fitting:
-            cut = Cut(parts[fitting - 1].low)
-        budget -= sum(part.weight for part in parts[:fitting])
-        bucket = parts[fitting]
-    return cut
+    cuts: dict[str, Cut] = {}
+    left, ties = dict(budgets), dict[str, Bucket]()
+    buckets = [bucket for bucket in buckets if bucket.group in budgets]
+    while buckets:
+        wide: dict[str, Bucket] = {}
+        for group, parts in _by_group(buckets):
+            parts.sort(key=lambda part: -part.high)
+            fitting = n_fitting((part.weight for part in parts), left[group])
+            left[group] -= sum(part.weight for part in parts[:fitting])
+            if fitting:
+                cuts[group] = Cut(parts[fitting - 1].low)
+            if fitting < len(parts):
+                first = parts[fitting]
+                (ties if first.low == first.high else wide)[group] = first
+        few = sum(bucket.n_rows for bucket in wide.values()) <= small
+        buckets = (ranked.scores(wide) if few else ranked.split(wide, n_buckets)) if wide else []
+    return cuts | _cuts_in_ties(ranked, ties, left, small)
 
 
-def _cut_in_rows(rows: Sequence[tuple[float, str, int]], budget: int) -> Cut | None:
-    ordered = sorted(rows, key=lambda row: (-row[0], row[1]))
-    fitting = n_fitting((weight for _, _, weight in ordered), budget)
-    return Cut(*ordered[fitting - 1][:2]) if fitting else None
+_Part = TypeVar("_Part", Bucket, IdGroup)
 
 
-def _cut_in_ties(ranked: Ranked, score: float, budget: int, small: int) -> Cut | None:
-    """The cut among rows of one score, whose sum does not fit: by ever longer prefixes of their ids."""
-    prefix, n_characters, cut = "", _PREFIX_STEP, None
-    while True:
-        groups = sorted(ranked.id_groups(score, prefix, n_characters), key=lambda group: group.prefix)
-        fitting = n_fitting((group.weight for group in groups), budget)
-        if fitting:
-            cut = Cut(score, groups[fitting - 1].last_id)
-        budget -= sum(group.weight for group in groups[:fitting])
-        # A group of one row does not fit: the row above it is the last one.
-        if groups[fitting].n_rows == 1:
-            return cut
-        # Few rows: one pass with whole ids, each a group of its own.
-        n_characters = n_characters + _PREFIX_STEP if groups[fitting].n_rows > small else 1 << 30
-        prefix = groups[fitting].prefix
+def _by_group(parts: Iterable[_Part]) -> Iterator[tuple[str, list[_Part]]]:
+    ordered = sorted(parts, key=lambda part: part.group)
+    return ((group, list(of)) for group, of in itertools.groupby(ordered, key=lambda part: part.group))
+
+
+def _cuts_in_ties(ranked: Ranked, ties: Mapping[str, Bucket], left: dict[str, int], small: int) -> dict[str, Cut]:
+    """The cuts among rows of one score, whose sum does not fit: by ever longer prefixes of their ids."""
+    cuts: dict[str, Cut] = {}
+    found = [IdGroup(group, tie.n_rows, tie.weight, "", "") for group, tie in ties.items()]
+    n_characters = 0
+    # A group of one row does not fit: the row above it is the last one.
+    while opened := {part.group: part for part in found if part.n_rows > 1}:
+        few = sum(part.n_rows for part in opened.values()) <= small
+        n_characters = _WHOLE_ID if few else n_characters + (4 if len(opened) == 1 else 2)
+        found = []
+        places = {group: (ties[group].low, part.prefix) for group, part in opened.items()}
+        for group, parts in _by_group(ranked.id_groups(places, n_characters)):
+            parts.sort(key=lambda part: part.prefix)
+            fitting = n_fitting((part.weight for part in parts), left[group])
+            left[group] -= sum(part.weight for part in parts[:fitting])
+            if fitting:
+                cuts[group] = Cut(ties[group].low, parts[fitting - 1].last_id)
+            found.append(parts[fitting])
+    return cuts
+
+
+def is_finite() -> "Column":
+    """Whether the column `score` is a number: NaN is above infinity to Spark, so it goes first."""
+    from pyspark.sql import functions as F
+
+    score = F.col("score")
+    return score.isNotNull() & ~F.isnan(score) & (F.abs(score) < F.lit(float("inf")))
+
+
+def bucket_number(score: "Column", buckets_per_e: int = BUCKETS_PER_E) -> "Column":
+    """A bigint that never falls as the (finite) score rises, and that is negative where the score is."""
+    from pyspark.sql import functions as F
+
+    # Java's log1p never falls, nor do a product with a constant and floor.
+    size = F.log1p(F.least(F.abs(score), F.lit(_LARGEST)) * F.lit(_UNITS)) * F.lit(float(buckets_per_e))
+    return F.floor(F.when(score < 0, -size).otherwise(size))
+
+
+def lower_edge(bucket: int) -> float:
+    """The score at which a bucket begins."""
+    return math.copysign(math.expm1(abs(bucket) / BUCKETS_PER_E) / _UNITS, bucket)
 
 
 def keep_condition(cut: Cut) -> "Column":
@@ -138,52 +181,77 @@ def keep_condition(cut: Cut) -> "Column":
 
 
 class RankedFrame:
-    """The rows of a Spark frame: instance_id string, score double (finite), weight bigint."""
+    """The rows of a Spark frame: group string, instance_id string, score double (of any kind), weight bigint."""
 
     def __init__(self, frame: "DataFrame") -> None:
         self._frame = frame
 
-    def whole(self) -> Bucket | None:
-        found = self._summed(self._frame.groupBy())
-        return found[0] if found else None
-
-    def buckets(self, bucket: Bucket, n_buckets: int) -> list[Bucket]:
+    def tally(self, buckets_per_e: int = BUCKETS_PER_E) -> tuple[list[Bucket], dict[str, int]]:
+        """All rows with a finite score in buckets; and the weight of all rows, by group. One pass, without the ids."""
         from pyspark.sql import functions as F
 
-        score, width = F.col("score"), bucket.high - bucket.low
-        if math.isinf(width):
-            number = F.when(score >= 0, 1).otherwise(0)
-        else:
-            share = (score - F.lit(bucket.low)) / F.lit(width)
-            number = F.least(F.floor(share * F.lit(float(n_buckets))), F.lit(n_buckets - 1))
-        return self._summed(self._within(bucket).groupBy(number.alias("number")))
+        number = F.when(is_finite(), bucket_number(F.col("score"), buckets_per_e)).otherwise(F.lit(UNUSABLE))
+        buckets, totals = [], dict[str, int]()
+        for row in self._sums(self._frame.withColumn("number", number), "number").collect():
+            totals[row["group"]] = totals.get(row["group"], 0) + row["weight"]
+            if row["number"] != UNUSABLE:
+                buckets.append(_bucket(row))
+        return buckets, totals
 
-    def rows(self, bucket: Bucket) -> list[tuple[float, str, int]]:
-        return [tuple(row) for row in self._within(bucket).select("score", "instance_id", "weight").collect()]
-
-    def id_groups(self, score: float, prefix: str, n_characters: int) -> list[IdGroup]:
+    def split(self, ranges: Mapping[str, Bucket], n_buckets: int) -> list[Bucket]:
         from pyspark.sql import functions as F
 
+        rows = self._within({group: (bucket.low, bucket.high) for group, bucket in ranges.items()}, "double")
+        # Scores of a bucket have one sign, so the width is a number.
+        share = (F.col("score") - F.col("lower")) / (F.col("upper") - F.col("lower"))
+        number = F.least(F.floor(share * F.lit(float(n_buckets))), F.lit(n_buckets - 1))
+        found = rows.where("score between lower and upper").withColumn("number", number)
+        return [_bucket(row) for row in self._sums(found, "number").collect()]
+
+    def scores(self, ranges: Mapping[str, Bucket]) -> list[Bucket]:
+        rows = self._within({group: (bucket.low, bucket.high) for group, bucket in ranges.items()}, "double")
+        found = rows.where("score between lower and upper")
+        return [_bucket(row) for row in self._sums(found, "score").collect()]
+
+    def id_groups(self, ties: Mapping[str, tuple[float, str]], n_characters: int) -> list[IdGroup]:
+        from pyspark.sql import functions as F
+
+        rows = self._within(ties, "string")
         found = (
-            self._frame.where((F.col("score") == F.lit(score)) & F.col("instance_id").startswith(prefix))
-            .groupBy(F.substring("instance_id", 1, n_characters).alias("prefix"))
-            .agg(F.count("*"), F.sum("weight"), F.max("instance_id"))
+            rows.where((F.col("score") == F.col("lower")) & F.col("instance_id").startswith(F.col("upper")))
+            .groupBy("group", F.substring("instance_id", 1, n_characters).alias("prefix"))
+            .agg(F.count("*").alias("n"), F.sum("weight").alias("weight"), F.max("instance_id").alias("last"))
         )
-        return [IdGroup(n_rows, weight, prefix, last) for prefix, n_rows, weight, last in found.collect()]
+        return [
+            IdGroup(row["group"], row["n"], row["weight"], row["prefix"], row["last"])
+            for row in found.select("group", "n", "weight", "prefix", "last").collect()
+        ]
 
-    def _within(self, bucket: Bucket) -> "DataFrame":
+    def _within(self, places: Mapping[str, tuple[float, float | str]], upper: str) -> "DataFrame":
+        """The rows of these groups, with the two values of each as `lower` and `upper` (of the type `upper`)."""
         from pyspark.sql import functions as F
 
-        return self._frame.where(F.col("score").between(F.lit(bucket.low), F.lit(bucket.high)))
+        if len(places) == 1:
+            ((group, (lower, value)),) = places.items()
+            rows = self._frame.where(F.col("group") == F.lit(group))
+            return rows.withColumns({"lower": F.lit(lower).cast("double"), "upper": F.lit(value).cast(upper)})
+        spark = self._frame.sparkSession
+        known = [(group, lower, value) for group, (lower, value) in places.items()]
+        return self._frame.join(
+            F.broadcast(spark.createDataFrame(known, f"group string, lower double, upper {upper}")), "group"
+        )
 
     @staticmethod
-    def _summed(grouped: "GroupedData") -> list[Bucket]:
+    def _sums(frame: "DataFrame", by: str) -> "DataFrame":
         from pyspark.sql import functions as F
 
-        sums = grouped.agg(
+        return frame.groupBy("group", by).agg(
             F.count("*").alias("n"),
-            F.sum("weight").alias("w"),
+            F.sum("weight").alias("weight"),
             F.min("score").alias("low"),
             F.max("score").alias("high"),
         )
-        return [Bucket(row["n"], row["w"], row["low"], row["high"]) for row in sums.collect() if row["n"]]
+
+
+def _bucket(row: Mapping[str, object]) -> Bucket:
+    return Bucket(*(row[name] for name in ("group", "n", "weight", "low", "high")))  # type: ignore[arg-type]

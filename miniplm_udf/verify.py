@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from miniplm_udf import nearby, storage, tables
+from miniplm_udf import expressions, nearby, storage, tables
 from miniplm_udf.documents import STAGE as INGEST_STAGE
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.refine import fingerprint_of, sums_of
@@ -374,7 +374,10 @@ def _in_matrix(at: _Root, name: str, corpus: "DataFrame", row: Any) -> Check:
     if made_of.isdisjoint(found[0] for found in matrix.select("query_id").distinct().collect()):
         note = "the matrix was built anew since, of other models"
         return Check(f"{name}: rows are the matrix's", row["n_instances"], row["n_instances"], True, note=note)
-    score: Column = F.expr(json.loads(row["config"])["score"]).cast("double")
+    text = json.loads(row["config"])["score"]
+    if not expressions.resolves(matrix, text):
+        matrix = expressions.joined(matrix, at.table("instances"))
+    score: Column = F.expr(text).cast("double")
     wrong = corpus.join(matrix.select("instance_id", score.alias("again")), "instance_id", "left").where(
         ~F.col("score").eqNullSafe(F.col("again"))
     )

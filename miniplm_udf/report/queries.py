@@ -12,8 +12,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import storage, tables
+from miniplm_udf import rules, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig
+from miniplm_udf.refine import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
 
 if TYPE_CHECKING:
@@ -119,6 +120,12 @@ class CorpusFacts:
         return str(self.config.get("select", {}).get("rule", "top_ratio"))
 
     @property
+    def diagnostics(self) -> dict[str, Any]:
+        """Of the refinement; none where the corpus was followed."""
+        found: dict[str, Any] = self.inputs.get("diagnostics", {})
+        return found
+
+    @property
     def cut(self) -> float | None:
         """The lowest kept score, where the score decides: a random corpus has no cut."""
         return None if self.rule == "random" else self.record["threshold"]
@@ -192,7 +199,7 @@ def _corpus(spark: "SparkSession", config: ExperimentConfig, record: dict[str, A
     name = record["name"]
     resolved, inputs = json.loads(record["config"]), json.loads(record["inputs"])
     if resolved["select"]["rule"] == "random":  # its resolved score is the random draw: the configured one says more
-        resolved["score"] = config.refine.corpora.get(name, CorpusConfig()).score
+        resolved["score"] = rules.plain_score(config.refine.corpora.get(name, CorpusConfig()))
     notes: list[str] = []
     frame = _candidates(spark, config, record, resolved, inputs, notes).persist()
     try:
@@ -236,6 +243,7 @@ def _candidates(
     means = [column for column in matrix.columns if column.endswith("_nll_mean")]
     refined = tables.read(spark, config.table_uri(f"refined/{record['name']}"), record["version"])
     kept = refined.select("instance_id", F.lit(True).alias("kept"))
+    matrix, _ = with_instances(spark, config, matrix, resolved["where"], resolved["score"])
     scored = (
         matrix.where("split = 'pool'")
         .where(resolved["where"])

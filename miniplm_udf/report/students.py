@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import storage
 from miniplm_udf.config import ExperimentConfig
+from miniplm_udf.rules import is_random, resolve
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -73,13 +74,13 @@ def students(config: ExperimentConfig) -> list[StudentFacts]:
         training = storage.read_json(storage.join(config.model_uri(name), "training.json"))
         if training is None:
             continue
-        selection = config.refine.corpora[student.corpus].select
+        corpus = resolve(config.refine.corpora[student.corpus])
         found.append(
             StudentFacts(
                 name=name,
                 corpus=student.corpus,
                 tokenizer=student.tokenizer,
-                is_random=selection.rule == "random",
+                is_random=is_random(corpus),
                 training=training,
                 evaluation=storage.read_json(storage.join(config.model_uri(name), "evaluation.json")) or {},
                 curve=_curve(config, training.get("run_id")),

@@ -27,7 +27,8 @@ from miniplm_udf.config import (
     fingerprint,
 )
 from miniplm_udf.follow import Follower
-from miniplm_udf.selection import keep_condition
+from miniplm_udf.keep import choose
+from miniplm_udf.selection import is_finite
 from tests.bench import results
 from tests.spark.test_refine import ALIASES, DIFFERENCE, write_record
 
@@ -72,11 +73,12 @@ def rank_error(config: ExperimentConfig, name: str, matrix: "DataFrame", cut: di
 
     resolved = refine.resolve(config, name)
     rows = refine.candidate_rows(matrix, config, name, resolved)
-    n_rows, n_tokens = rows.agg(F.count("*"), F.sum("n_tokens")).collect()[0]
-    exact = refine.select(refine.Candidates(rows, n_rows, n_tokens), resolved)
-    assert exact is not None
-    bucket = cuts.bucket_column(resolved.select, refine.is_finite())
-    n_exact, n_bucket = rows.agg(F.count_if(keep_condition(exact)), F.count_if(bucket >= cut["bucket"])).collect()[0]
+    assert resolved.select is not None
+    exact = choose(rows, resolved.select, name).mark(rows)
+    bucket = cuts.bucket_column(resolved.select, is_finite())
+    n_rows, n_exact, n_bucket = exact.agg(
+        F.count("*"), F.count_if("is_kept"), F.count_if(bucket >= cut["bucket"])
+    ).collect()[0]
     assert abs(n_exact - n_bucket) <= cut["boundary_rows"]
     return abs(n_exact - n_bucket), n_rows
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pyspark
@@ -48,6 +49,12 @@ def worker_python(tmp_path: Path) -> Path:
     constraints = REPOSITORY / "constraints.txt"
     run(uv, "pip", "install", "--quiet", "--python", python, "-c", constraints, *EXECUTOR_PACKAGES)
     return python
+
+
+def test_the_wheel_has_the_rules(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {path.name for path in (REPOSITORY / "conf/rules").glob("*.yaml")}
+    assert shipped == {name.split("/")[-1] for name in names if name.startswith("miniplm_udf/rule_files/")}
 
 
 def linked_or_copied(source: str, target: str) -> None:

@@ -16,10 +16,9 @@ import pytest
 from jobs import refine as job
 from miniplm_udf import corpora, cuts, refine, schemas, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig, StreamConfig
-from miniplm_udf.cuts import UNUSABLE, lower_edge
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.follow import Follower, follow_query
-from miniplm_udf.selection import budget_of
+from miniplm_udf.selection import UNUSABLE, budget_of, lower_edge
 from miniplm_udf.streams import status as statuses
 from tests.spark.score_tables import experiment
 from tests.spark.test_refine import ALIASES, DIFFERENCE, ids, with_corpora, write_record
@@ -398,12 +397,32 @@ def test_another_config_or_matrix_is_not_mixed_in(spark: Any, tmp_path: Path) ->
         follow_query(spark, world.config, "whole")
 
 
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        (CorpusConfig(score=DIFFERENCE, select=SelectConfig(rule="band", low=0.2, high=0.8)), "a second cut"),
+        (CorpusConfig(score=DIFFERENCE, select=SelectConfig(rule="token_budget", budget_tokens="1k")), "a budget"),
+        (CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=0.5, per_source="same")), "all sources together"),
+        (CorpusConfig(score=DIFFERENCE, where="starts_document", select=SelectConfig(ratio=0.5)), "starts_document"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_before_anything_is_made(
+    spark: Any, tmp_path: Path, corpus: CorpusConfig, message: str
+) -> None:
+    world = World(spark, tmp_path / "root", corpus)
+    world.score(50)
+    with pytest.raises(ConfigError, match=message):
+        world.follower()
+    assert not tables.exists(spark, world.uri)
+
+
 def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     rules = {
         "half": HALF,
         "above": CorpusConfig(score=DIFFERENCE, select=SelectConfig(rule="threshold", threshold=0.25)),
         "random": CorpusConfig(score="0", select=SelectConfig(rule="random", ratio=0.5, seed=3)),
+        "noisy": CorpusConfig(select=SelectConfig(rule="gumbel", temperature=0.5, ratio=0.5)),
     }
     world.config = with_corpora(world.config, **rules)
     world.score(300)
@@ -418,6 +437,7 @@ def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Pat
     assert ids(corpora.read_corpus(spark, world.config.root, "above")) == above
     assert all(found["n_candidates"] == len(candidates) for found in second.values())
     assert abs(second["random"]["n_instances"] - len(candidates) / 2) < 40
+    assert abs(second["noisy"]["n_instances"] - len(candidates) / 2) < 40
     # Nothing is new; and a checkpoint that is gone, or counts that are, change nothing.
     versions = {name: found["version"] for name, found in second.items()}
 

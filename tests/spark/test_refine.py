@@ -13,7 +13,7 @@ from jobs import refine as job
 from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.selection import RankedFrame, find_cut
+from miniplm_udf.selection import ALL, RankedFrame, find_cuts
 from tests.spark.score_tables import experiment
 from tests.unit.test_selection import by_cut, by_sorting, random_rows
 
@@ -229,16 +229,30 @@ def test_means_of_unequal_tokenizers_are_not_compared(spark: Any, config: Experi
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 def test_the_cut_on_a_frame_equals_a_sort(spark: Any, by_tokens: bool) -> None:
+    """Of one group and of three, with few and many ties, down to the last id."""
     rng = random.Random(by_tokens)
-    for n_scores in (1, 60):
-        rows = [*random_rows(rng, 150, n_scores, by_tokens), (1e308, "f" * 32, 1), (-1e308, "0" * 32, 1)]
-        frame = spark.createDataFrame(rows, "score double, instance_id string, weight bigint").persist()
-        for budget in (1, sum(row[2] for row in rows) // 2):
-            cut = find_cut(RankedFrame(frame), budget, n_buckets=8, small=5)
-            assert by_cut(rows, cut) == by_sorting(rows, budget)
+    for groups in ((ALL,), ("web", "code", "books")):
+        rows = {group: random_rows(rng, 150, n, by_tokens) for group, n in zip(groups, (60, 1, 60), strict=False)}
+        rows[groups[0]] += [
+            (1e308, "f" * 32, 1),
+            (-1e308, "0" * 32, 1),
+            (math.nan, "e" * 32, 7),
+            (math.inf, "d" * 32, 7),
+        ]
+        flat = [(group, *row) for group, of in rows.items() for row in of]
+        frame = spark.createDataFrame(flat, "group string, score double, instance_id string, weight bigint").persist()
+        ranked = RankedFrame(frame)
+        buckets, totals = ranked.tally(2)
+        assert totals == {group: sum(row[2] for row in of) for group, of in rows.items()}
+        finite = {group: [row for row in of if math.isfinite(row[0])] for group, of in rows.items()}
+        for share in (0, 2):
+            budgets = {group: 1 + sum(row[2] for row in of) * share // 4 for group, of in finite.items()}
+            cuts = find_cuts(ranked, buckets, budgets, n_buckets=8, small=5)
+            for group, budget in budgets.items():
+                assert by_cut(finite[group], cuts.get(group)) == by_sorting(finite[group], budget), (group, share)
         frame.unpersist()
-    empty = spark.createDataFrame([], "score double, instance_id string, weight bigint")
-    assert find_cut(RankedFrame(empty), 5) is None
+    empty = RankedFrame(spark.createDataFrame([], frame.schema))
+    assert empty.tally() == ([], {})
 
 
 def test_delta_rs_reads_the_same_corpus(spark: Any, config: ExperimentConfig) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from jobs import cli
 from miniplm_udf.config import SelectConfig
-from miniplm_udf.cuts import UNUSABLE, BucketCut, Counted, cut_of, lower_edge, merged, totals
+from miniplm_udf.cuts import BucketCut, Counted, cut_of, merged, totals
+from miniplm_udf.selection import UNUSABLE, lower_edge
 
 COUNTS = {5: (3, 30), 4: (4, 10), -2: (2, 20), UNUSABLE: (1, 7)}
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -80,4 +81,6 @@ def test_follow_is_an_option_of_refine(tmp_path: Path, capsys: pytest.CaptureFix
     assert '"root"' in capsys.readouterr().out
     assert cli.main([*common, "--corpus", "difference"]) == 2
     assert "expected together with --follow" in capsys.readouterr().err
+    assert cli.main(["refine", "--rules"]) == 0
+    assert "color_filter: CoLoR-Filter" in capsys.readouterr().out
     assert not (tmp_path / "root").exists()

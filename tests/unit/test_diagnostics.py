@@ -1,0 +1,84 @@
+"""Spearman's correlation from joint counts against ranks of all rows, its bound, and the notes."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig
+from miniplm_udf.diagnostics import kept_share_by_length, notes, spearman
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Mean ranks of ties, plainly."""
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(sorted(values)):
+        places.setdefault(value, []).append(place)
+    return [sum(places[value]) / len(places[value]) for value in values]
+
+
+def exact(rows: list[tuple[float, float]]) -> float:
+    first, second = ranks([a for a, _ in rows]), ranks([b for _, b in rows])
+    mean = (len(rows) - 1) / 2
+    products = sum((a - mean) * (b - mean) for a, b in zip(first, second, strict=True))
+    return products / math.sqrt(sum((a - mean) ** 2 for a in first) * sum((b - mean) ** 2 for b in second))
+
+
+def joint(rows: list[tuple[float, float]], width: float) -> dict[tuple[int, int], int]:
+    found: dict[tuple[int, int], int] = {}
+    for a, b in rows:
+        key = (math.floor(a / width), math.floor(b / width))
+        found[key] = found.get(key, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize("slope", [-1.0, 0.0, 0.3, 3.0])
+def test_the_correlation_of_buckets_is_within_its_bound(slope: float) -> None:
+    rng = random.Random(slope)
+    rows = [(x, slope * x + rng.gauss(0, 1)) for x in (rng.gauss(0, 1) for _ in range(2000))]
+    truth = exact(rows)
+    errors = []
+    for width in (0.5, 0.1, 0.02):
+        found = spearman(joint(rows, width))
+        assert found is not None
+        assert abs(found[0] - truth) <= found[1]
+        errors.append(found[1])
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05
+    # One row a bucket: exact, ties too.
+    whole = [(round(a * 2), round(b * 2)) for a, b in rows]
+    found = spearman(joint(whole, 1))
+    assert found is not None
+    assert found[0] == pytest.approx(exact(whole), abs=1e-12)
+
+
+def test_one_bucket_has_no_correlation() -> None:
+    assert spearman({(1, 1): 5, (1, 2): 3}) is None
+    assert spearman({}) is None
+    assert spearman({(1, 1): 1, (2, 2): 1}) == (pytest.approx(1.0), pytest.approx(0.0))
+
+
+def sums(**lengths: tuple[int, int]) -> list[dict[str, int]]:
+    return [{"length": int(k[1:]), "n_kept": kept, "n_rows": n} for k, (kept, n) in lengths.items()]
+
+
+def test_the_kept_share_by_length_names_tokens() -> None:
+    found = kept_share_by_length([*sums(k5=(1, 4), k6=(2, 2)), *sums(k5=(1, 4))])  # type: ignore[arg-type]
+    assert found == {"32-63": 0.25, "64-127": 1.0}
+
+
+def test_notes_name_a_poor_pair_and_a_poor_rule() -> None:
+    config = ExperimentConfig(root="/tmp/x", models={a: ModelConfig(path="/n") for a in ("teacher", "reference")})
+    difference = CorpusConfig(score="reference_nll_mean - teacher_nll_mean")
+    total = CorpusConfig(score="reference_nll_sum_nats - teacher_nll_sum_nats")
+
+    def noted(corpus: CorpusConfig, rho: float, of: Any) -> list[str]:
+        return notes(config, corpus, "reference", (rho, 0.01), of)
+
+    assert ["too strong for this reference" in note for note in noted(difference, 0.95, sums(k5=(1, 9)))] == [True]
+    assert noted(difference, 0.6, sums(k5=(1, 9), k6=(1, 9))) == []
+    # The reference alone is its loss: that says nothing of the teacher.
+    assert noted(CorpusConfig(score="reference_nll_mean"), 1.0, sums(k5=(1, 9))) == []
+    assert ["lengths vary" in note for note in noted(total, 0.1, sums(k5=(1, 9), k6=(1, 9)))] == [True]
+    assert noted(total, 0.1, sums(k5=(1, 99), k6=(1, 1))) == []
