@@ -109,7 +109,8 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
 
 def is_exact(known: corpora.Provenance, plain: dict[str, Any], last_batches: dict[str, int]) -> bool:
     """Whether a version is the full refinement of these rows of the matrix by this config."""
-    return known.followed is None and known.config == plain and known.inputs["last_batches"] == last_batches
+    as_refined = known.followed is None and known.derived is None
+    return as_refined and known.config == plain and known.inputs["last_batches"] == last_batches
 
 
 def resolve(config: ExperimentConfig, name: str) -> CorpusConfig:
@@ -225,13 +226,26 @@ def _write(
     config: ExperimentConfig, name: str, corpus: CorpusConfig, rows: "DataFrame", inputs: dict[str, Any],
     revisions: dict[str, str], newest: corpora.Newest | None,
 ) -> tuple[int, corpora.Provenance]:  # fmt: skip
+    kept, found = choose(config, name, corpus, rows, inputs, revisions)
+    return commit(config, kept, found.n_instances, found, newest, replaces=True), found
+
+
+def choose(
+    config: ExperimentConfig, name: str, corpus: CorpusConfig, rows: "DataFrame", inputs: dict[str, Any],
+    revisions: dict[str, str],
+) -> tuple["DataFrame", corpora.Provenance]:  # fmt: skip
+    """Of `candidate_rows`, those that the resolved corpus keeps, and what is to be said of them. Writes nothing.
+
+    Raises:
+        CorpusError: nothing is kept.
+    """
     from pyspark.sql import functions as F
 
     candidates = _counted(rows)
     cut = select(candidates, corpus)
     kept = keep_condition(cut) if cut is not None else F.lit(False)
     found = _provenance(config, name, corpus, candidates, kept, inputs, revisions)
-    return commit(config, candidates.usable().where(kept), found.n_instances, found, newest, replaces=True), found
+    return candidates.usable().where(kept), found
 
 
 def commit(
@@ -243,9 +257,10 @@ def commit(
     Args:
         found: of the version, so of all its rows.
     """
-    table = schemas.refined(found.corpus, config.scored_aliases)
+    # Of what is recorded: a version of the past may be of other models.
+    table = schemas.refined(found.corpus, found.config["models"])
     # By the ids' hash, and in the ids' order within: the same rows in the same files, however the matrix lies.
-    n_files = math.ceil(n_kept / ROWS_PER_FILE)
+    n_files = max(1, math.ceil(n_kept / ROWS_PER_FILE))
     ordered = kept.drop(*_BATCH).repartition(n_files, "instance_id").sortWithinPartitions("instance_id")
     uri = corpora.corpus_uri(config.root, found.corpus)
     return corpora.commit(ordered, uri, table, dataclasses.asdict(found), newest, replaces)
