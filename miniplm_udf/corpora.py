@@ -26,7 +26,10 @@ MAINTENANCE = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "U
 # Maintenance comes once a while: the newest other commit is among these, mostly.
 _LOOK_BACK = 16
 # What Spark and Delta say of a version, or of files, that are gone.
-_GONE = re.compile(r"VERSION|FileNotFound|FILE_NOT_EXIST|does not exist|READ_FILE", re.IGNORECASE)
+_GONE = re.compile(
+    r"DELTA_\w*(VERSION|TIME_TRAVEL|LOG_FILE|TRUNCATED)|VersionNotFound|time travel"
+    r"|FileNotFound|FILE_NOT_EXIST|does not exist|READ_FILE"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

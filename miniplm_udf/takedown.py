@@ -137,7 +137,7 @@ class _TakeDown:
         found = {}
         for name in storage.list_folder(storage.join(self._root, "models")):
             found[name] = storage.read_json(storage.join(self._config.model_uri(name), "training.json"))
-        return sorted(name for name, training in found.items() if training and training["packed_uri"] in self._emptied)
+        return sorted(name for name, training in found.items() if (training or {}).get("packed_uri") in self._emptied)
 
     def _folders(self, name: str) -> list[str]:
         return storage.list_folder(self._config.table_uri(name))

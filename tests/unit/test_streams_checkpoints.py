@@ -8,7 +8,7 @@ import pytest
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.streams import checkpoints
+from miniplm_udf.streams import checkpoints, lease
 from miniplm_udf.streams.lease import Lease, is_held, lease_uri
 
 
@@ -41,7 +41,10 @@ def test_checkpoints_are_told_by_their_names(tmp_path: Path) -> None:
     assert datetime.datetime.now(datetime.UTC) - score.moved_at() < datetime.timedelta(minutes=5)
 
 
-def test_alone_keeps_the_queries_out_and_is_refused_where_one_runs(tmp_path: Path) -> None:
+def test_alone_keeps_the_queries_out_and_is_refused_where_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.0)
     root = storage.to_uri(str(tmp_path))
     write_checkpoint(tmp_path, "score-a", 1, 1)
     (tmp_path / "tables/refined/half").mkdir(parents=True)
