@@ -226,6 +226,8 @@ def vacuum(spark: "SparkSession", uri: str, retain_hours: float, is_logged: bool
     own = spark.newSession()
     own.conf.set("spark.databricks.delta.retentionDurationCheck.enabled", "false")
     own.conf.set("spark.databricks.delta.vacuum.logging.enabled", str(is_logged).lower())
+    # So many tasks list the files, 10,000 by default; a table of ours is one folder.
+    own.conf.set("spark.sql.sources.parallelPartitionDiscovery.parallelism", spark.sparkContext.defaultParallelism)
     statement = f"VACUUM delta.`{uri}` RETAIN {retain_hours:.6f} HOURS"
     n_files = own.sql(f"{statement} DRY RUN").count()
     if n_files and not dry_run:
