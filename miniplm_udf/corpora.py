@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from miniplm_udf import pins, schemas, storage, tables
 from miniplm_udf.errors import CorpusError
@@ -183,7 +184,19 @@ def read_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     with readable(name, found):
         if pins.of_version(spark, root, name, found) is not None:
             return pins.read(spark, root, name, found)
-        return tables.read(spark, corpus_uri(root, name), found)
+        return with_files(tables.read(spark, corpus_uri(root, name), found))
+
+
+def with_files(rows: "DataFrame") -> "DataFrame":
+    """The frame, if its files are there: looked for beforehand, since Spark shows a trace for each that it misses.
+
+    Raises:
+        FileNotFoundError: one is not.
+    """
+    for file in rows.inputFiles():
+        if not storage.exists(unquote(file)):
+            raise FileNotFoundError(f"FileNotFound: {storage.redact(file)}")
+    return rows
 
 
 def is_gone(error: Exception) -> bool:

@@ -38,7 +38,7 @@ def _version(at: Root, row: Any, is_newest: bool, may_be_gone: bool) -> Iterator
     name = f"corpus {row['name']}, version {row['version']}"
     uri = at.uri(f"refined/{row['name']}")
     try:
-        corpus = tables.read(at.spark, uri, row["version"])
+        corpus = corpora.with_files(tables.read(at.spark, uri, row["version"]))
         n_rows, n_ids, found = _sums(corpus)
     except Exception as error:
         if not corpora.is_gone(error):
@@ -77,7 +77,7 @@ def pinned(at: Root) -> Iterator[Check]:
     for pin in pins.find(at.spark, at.root):
         name = f"corpus {pin.name}, version {pin.version}: pinned"
         try:
-            n_rows, n_ids, found = _sums(pins.read(at.spark, at.root, pin.name, pin.version))
+            n_rows, n_ids, found = _sums(corpora.with_files(pins.read(at.spark, at.root, pin.name, pin.version)))
         except Exception as error:
             if not (isinstance(error, CorpusError) or corpora.is_gone(error)):
                 raise

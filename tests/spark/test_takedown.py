@@ -38,7 +38,7 @@ class World:
         self.config = dataclasses.replace(
             experiment(folder / "root", two_models(folder), {"kept": everything}),
             ingest=IngestConfig(
-                input=f"{folder}/*.jsonl", chunking=ChunkingConfig(mode="packed", max_tokens=300),
+                input=f"{folder}/*.jsonl", chunking=ChunkingConfig(mode="packed", max_tokens=700),
                 split=SplitConfig(reference=0, heldout=0), state_partitions=1,
             ),
             tokenizers={"bpe": TokenizerConfig(vocab_size=300)},
