@@ -18,16 +18,18 @@ COMMANDS = {
     "score": "instances -> scores -> score_matrix, with every configured model",
     "stream": "a service: ingest, score and the matrix at once, until told to stop",
     "refine": "score_matrix -> a new version of each refined corpus; --follow keeps them growing",
+    "corpus": "versions of corpora: list, show, diff, pin, unpin, restore, rebuild; take-down of documents",
     "pack": "refined corpora -> token sequences for the students' tokenizers",
     "train": "train the students",
     "evaluate": "held-out loss of the students",
     "report": "summary.json and report.html",
     "status": "where the queries of a root stand; Prometheus text",
     "verify": "checks a root: nothing lost, nothing twice, every sum",
+    "maintain": "merges small files and removes old ones; pinned versions and running queries keep theirs",
     "demo-text": "write the demo's corpus from documentation found on this machine",
 }
 # Commands with a `main` of their own; the others are stages of a pipeline.
-_OWN_MAIN = ("demo-text", "estimate", "status", "stream", "verify")
+_OWN_MAIN = ("corpus", "demo-text", "estimate", "maintain", "status", "stream", "verify")
 _STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
 

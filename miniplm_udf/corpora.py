@@ -1,27 +1,38 @@
 """Refined corpora and their versions: committing one, listing them, showing one's provenance, reading one back.
 
 Owns the table `corpora`, one row a version, which outlives the Delta log that holds the same provenance as
-`userMetadata`. Owns no selection (`refine.py`, `follow.py`). Versions are Delta versions of `refined/<name>`. Of two
-drivers that commit on top of the same version, one does and the other is told. A row of `corpora` is added once: a
-version that has one gets no second. Driver only.
+`userMetadata`. Owns no selection (`refine.py`, `follow.py`). Versions are Delta versions of `refined/<name>`; a pinned
+one is read from its copy (`pins.py`). Of two drivers that commit on top of the same version, one does and the other is
+told. A row of `corpora` is added once: a version that has one gets no second. Driver only.
 """
 
+import contextlib
 import dataclasses
 import json
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
-from miniplm_udf import schemas, storage, tables
+from miniplm_udf import pins, schemas, storage, tables
 from miniplm_udf.errors import CorpusError
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
 
 # Of Delta's transaction ids, the one that numbers the commits of a table that `commit` writes.
 _COMMITS = "commits"
+# What of a provenance stands in a row's `inputs`, where there is any.
+_RECORDED_APART = ("followed", "derived", "cuts", "diagnostics")
 # Commits that change no row.
-_MAINTENANCE = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UPGRADE PROTOCOL")
+MAINTENANCE = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UPGRADE PROTOCOL")
 # Maintenance comes once a while: the newest other commit is among these, mostly.
 _LOOK_BACK = 16
+# What Spark and Delta say of a version, or of files, that are gone.
+_GONE = re.compile(
+    r"DELTA_\w*(VERSION|TIME_TRAVEL|LOG_FILE|TRUNCATED)|VersionNotFound|time travel"
+    r"|FileNotFound|FILE_NOT_EXIST|does not exist|READ_FILE"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +45,16 @@ class Provenance:
         model_revisions: by alias.
         threshold: the lowest kept score.
         n_candidates: pool rows that passed `where`; `candidate_tokens` are theirs.
-        n_unscorable: candidates whose score is null, NaN or infinite; they are never kept.
+        n_unscorable: candidates whose score is null, NaN or infinite; they are never kept. None: not known any more.
         fingerprint: of the kept ids and scores, independent of order.
         kept_share_by_source: of a full refinement; empty where the corpus was followed.
         cuts: the last kept rows, by source (`keep.Kept.plain`); empty where the corpus was followed.
         diagnostics: of a full refinement (`diagnostics.diagnose`); empty where the corpus was followed.
         followed: None for a full refinement, which is exact. Else `since_version`, the full one that rows were
             appended to since; `n_appended` rows by this version; and the `cut` that chose them (`cuts.BucketCut`).
+        derived: None for what was refined or followed. Else `from_version`, the version that the rows are of, and
+            `by`: restore, rebuild or take-down (then its `takedown_id` too). The config and the inputs are that
+            version's.
     """
 
     corpus: str
@@ -50,7 +64,7 @@ class Provenance:
     threshold: float
     n_candidates: int
     candidate_tokens: int
-    n_unscorable: int
+    n_unscorable: int | None
     n_instances: int
     n_tokens: int
     fingerprint: str
@@ -59,6 +73,7 @@ class Provenance:
     followed: dict[str, Any] | None = None
     cuts: dict[str, Any] = dataclasses.field(default_factory=dict)
     diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    derived: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +108,7 @@ def newest(spark: "SparkSession", uri: str) -> Newest | None:
     for history in (table.history(_LOOK_BACK), table.history()):
         rows = history.select("version", "operation", "userMetadata").orderBy("version", ascending=False).collect()
         for row in rows:
-            if row["operation"] not in _MAINTENANCE:
+            if row["operation"] not in MAINTENANCE:
                 return Newest(
                     rows[0]["version"], row["version"], json.loads(row["userMetadata"]) if row["userMetadata"] else None
                 )
@@ -149,7 +164,7 @@ def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     Raises:
         CorpusError: there is no such corpus or version.
     """
-    known = list_corpora(spark, root).where(f"name = '{name}'").collect()
+    known = [row for row in list_corpora(spark, root).collect() if row["name"] == name]
     chosen = [row for row in known if version is None or row["version"] == version]
     if not chosen:
         names = sorted(row[0] for row in list_corpora(spark, root).select("name").distinct().collect())
@@ -157,17 +172,86 @@ def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None
             f"corpus {name!r}, version {'newest' if version is None else version}: expected one of the corpora {names}"
             f"{f', versions {[row.version for row in known]}' if known else ''}; run `miniplm refine` to make one"
         )
-    found: dict[str, Any] = chosen[-1].asDict()
-    return {**found, "config": json.loads(found["config"]), "inputs": json.loads(found["inputs"])}
+    return parsed(chosen[-1])
+
+
+def parsed(row: "Row") -> dict[str, Any]:
+    """A row of `corpora` as plain data, its JSON parsed."""
+    return {**row.asDict(), "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])}
 
 
 def read_corpus(spark: "SparkSession", root: str, name: str, version: int | None = None) -> "DataFrame":
     """A corpus as it was at a version (the newest by default): ids, scores, no text.
 
     Raises:
+        CorpusError: there is no such corpus or version, or it was not pinned and its log or files are gone.
+    """
+    found = int(show_corpus(spark, root, name, version)["version"])
+    with readable(name, found):
+        if pins.of_version(spark, root, name, found) is not None:
+            return pins.read(spark, root, name, found)
+        return with_files(tables.read(spark, corpus_uri(root, name), found))
+
+
+def with_files(rows: "DataFrame") -> "DataFrame":
+    """The frame, if its files are there: looked for beforehand, since Spark shows a trace for each that it misses.
+
+    Raises:
+        FileNotFoundError: one is not.
+    """
+    for file in rows.inputFiles():
+        if not storage.exists(unquote(file)):
+            raise FileNotFoundError(f"FileNotFound: {storage.redact(file)}")
+    return rows
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether reading failed because a version or its files are not there."""
+    return bool(_GONE.search(str(error)))
+
+
+@contextlib.contextmanager
+def readable(name: str, version: int) -> Iterator[None]:
+    """Says of a version that it is gone, where a read in the block says so in Spark's words.
+
+    Raises:
+        CorpusError: the version is gone.
+    """
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:
+        if not is_gone(error):
+            raise
+        raise CorpusError(
+            f"corpus {name!r}, version {version}: expected its files, found that they are gone: a version that is not "
+            "pinned is kept until maintenance or a take-down removes it; `miniplm corpus rebuild` makes its rows again"
+        ) from error
+
+
+def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> Provenance:
+    """A version's provenance from its row of `corpora`, which outlives the log; what no row has is not known any more.
+
+    Raises:
         CorpusError: there is no such corpus or version.
     """
-    return tables.read(spark, corpus_uri(root, name), int(show_corpus(spark, root, name, version)["version"]))
+    row = show_corpus(spark, root, name, version)
+    inputs = dict(row["inputs"])
+    revisions = inputs.pop("model_revisions", {})
+    apart = {key: inputs.pop(key) for key in _RECORDED_APART if key in inputs}
+    counts = ("threshold", "n_candidates", "candidate_tokens", "n_instances", "n_tokens", "fingerprint")
+    return Provenance(
+        corpus=name,
+        config=row["config"],
+        inputs=inputs,
+        model_revisions=revisions,
+        n_unscorable=None,
+        code_revision=row["code_revision"],
+        kept_share_by_source={},
+        **{key: row[key] for key in counts},
+        **apart,
+    )
 
 
 def record(spark: "SparkSession", root: str, version: int, provenance: Provenance) -> bool:
@@ -179,9 +263,9 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
     if not known.isEmpty():
         return False
     inputs = {**provenance.inputs, "model_revisions": provenance.model_revisions}
-    for name in ("followed", "cuts", "diagnostics"):
-        if getattr(provenance, name):
-            inputs[name] = getattr(provenance, name)
+    for key in _RECORDED_APART:
+        if value := getattr(provenance, key):
+            inputs[key] = value
     values: dict[str, Any] = {
         "name": provenance.corpus,
         "version": version,

@@ -6,7 +6,8 @@ names or times, so a retry, and the same file under another name, make the same 
 row's place too, so that bad rows are counted one by one.
 
 Reasons to refuse a row: `invalid_utf8` (lone surrogates too), `nul_byte` (also as an escape), `invalid_json`,
-`not_an_object`, `missing_text` (absent or null), `text_not_string`, `empty_text`; a whole file: `unreadable_file`.
+`not_an_object`, `missing_text` (absent or null), `text_not_string`, `empty_text`; a whole file: `unreadable_file`; an
+instance that holds a document of the record of take-downs (removals.py): `taken_down`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ REJECT_REASONS = (
     "text_not_string",
     "empty_text",
     "unreadable_file",
+    "taken_down",
 )
 STAGE = "ingest"
 RAW_BYTES = 4096

@@ -155,7 +155,8 @@ class Follower:
         return after, cut
 
     def _goes_on_from(self, known: corpora.Provenance) -> bool:
-        return known.config == self._plain and self._matrix_query in known.inputs["last_batches"]
+        is_ours = known.config == self._plain and self._matrix_query in known.inputs["last_batches"]
+        return is_ours and known.derived is None
 
     def _sums(self, rows: "DataFrame", counted: int, included: int) -> "list[Row]":
         """By bucket: what is not counted yet, and (`refine.sums_of`) what is in no version yet. One pass.

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import schemas, storage, tables
+from miniplm_udf import removals, schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig, ModelConfig
 from miniplm_udf.documents import RAW_BYTES, STAGE, reject_id
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError, ModelLoadError
@@ -161,8 +161,9 @@ def ingest_query(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs
     def source() -> "DataFrame":
         # Looked at again: a table may have gained a column since.
         found = find_inputs(own, config.ingest) if inputs.format == "delta" else inputs
-        rows = stream(own, found, config.ingest, excluded)
-        return rows.mapInArrow(function, output_spark_schema()).dropDuplicates(["key"])
+        rows = stream(own, found, config.ingest, excluded).mapInArrow(function, output_spark_schema())
+        # With the lease in hand, which a take-down waits for: none comes while this runs.
+        return _refuse(rows, removals.document_ids(spark, config.root)).dropDuplicates(["key"])
 
     def micro_batch(batch: "DataFrame", query_id: str, batch_id: int) -> None:
         _write_batch(
@@ -190,6 +191,32 @@ def ingest_query(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs
         recover=recover,
         backlog=lambda offset: _backlog(spark, config, inputs, offset),
         backlog_unit="rows" if inputs.format == "delta" else "files",
+    )
+
+
+def _refuse(rows: "DataFrame", taken_down: list[str]) -> "DataFrame":
+    """Makes a reject without text of each instance that holds a document that was taken down.
+
+    Of the whole instance, and after documents were cut: so what is refused never moves the cuts of its neighbours.
+    """
+    from pyspark.sql import functions as F
+
+    if not taken_down:
+        return rows
+    found = F.array_intersect("document_ids", F.lit(taken_down))
+    is_refused = (F.col("kind") == INSTANCE) & (F.size(found) > 0)
+    detail = F.concat(F.lit("of documents that were taken down: "), F.array_join(found, ", "))
+    values = {
+        "kind": F.lit(REJECT), "key": F.md5(F.concat(F.lit("taken_down/"), "key").cast("binary")),
+        "reason": F.lit("taken_down"), "detail": F.substring(detail, 1, RAW_BYTES),
+        # It is in no table, so that none looks for it.
+        "instance_id": F.lit(None), "text": F.lit(None), "metadata": F.lit(None),
+    }  # fmt: skip
+    return rows.select(
+        *(
+            F.when(is_refused, values[name]).otherwise(F.col(name)).alias(name) if name in values else F.col(name)
+            for name in rows.columns
+        )
     )
 
 

@@ -66,6 +66,8 @@ def matrix_query(
         return (
             spark.readStream.format("delta")
             .option("maxBytesPerTrigger", config.max_bytes_per_trigger)
+            # Only a take-down changes rows that are there.
+            .option("skipChangeCommits", "true")
             .load(scores_uri)
             # Here, before `foreachBatch`: a micro-batch reads all columns of its stream, whatever is used of it.
             .select(*_INSTANCE_COLUMNS, "model_revision", *_SCORE_COLUMNS)

@@ -117,9 +117,10 @@ def _pack(
         "shards": config.pack.shards,
         "packing_rule": PACKING_RULE,
     }
-    found = (tables.user_metadata(spark, uri) or {}) if tables.exists(spark, uri) else {}
-    if all(key in found and found[key] == value for key, value in identity.items()):
-        return _summary(uri, int(tables.version(spark, uri) or 0), found, skipped=True)
+    known = corpora.newest(spark, uri)
+    found = (known.metadata or {}) if known else {}
+    if known and all(key in found and found[key] == value for key, value in identity.items()):
+        return _summary(uri, known.version, found, skipped=True)
     version, metadata = _write(spark, config, uri, corpus, tokenizer, identity, *rows(), if_empty)
     return _summary(uri, version, metadata, skipped=False)
 

@@ -10,11 +10,12 @@ adds what is missing. A corpus has one writer at a time (its lease): whoever ref
 Source: MiniPLM, arXiv 2410.17215: r = log p_teacher / p_reference per token = reference_nll_mean - teacher_nll_mean.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import __version__, corpora, diagnostics, expressions, rules, schemas, tables
@@ -93,7 +94,8 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
 
 def is_exact(known: corpora.Provenance, plain: dict[str, Any], last_batches: dict[str, int]) -> bool:
     """Whether a version is the full refinement of these rows of the matrix by this config."""
-    return known.followed is None and known.config == plain and known.inputs["last_batches"] == last_batches
+    as_refined = known.followed is None and known.derived is None
+    return as_refined and known.config == plain and known.inputs["last_batches"] == last_batches
 
 
 def resolve(config: ExperimentConfig, name: str) -> CorpusConfig:
@@ -203,6 +205,17 @@ class Made:
 def _write(
     spark: "SparkSession", made: Made, rows: "DataFrame", newest: corpora.Newest | None
 ) -> tuple[int, corpora.Provenance]:
+    with chosen(spark, made, rows) as (kept, found):
+        return commit(made.config, kept, found.n_instances, found, newest, replaces=True), found
+
+
+@contextlib.contextmanager
+def chosen(spark: "SparkSession", made: Made, rows: "DataFrame") -> Iterator[tuple["DataFrame", corpora.Provenance]]:
+    """Of `candidate_rows`, those that the resolved corpus keeps, and what is to be said of them. Writes no table.
+
+    Raises:
+        CorpusError: nothing is kept.
+    """
     from pyspark import StorageLevel
 
     # They are read some five times: what a join made is kept meanwhile.
@@ -212,8 +225,7 @@ def _write(
         assert made.corpus.select is not None
         kept = choose(rows, made.corpus.select, f"refine.corpora.{made.name}")
         found = _provenance(spark, made, rows, kept)
-        chosen = kept.mark(rows).where("is_kept").drop("is_kept")
-        return commit(made.config, chosen, found.n_instances, found, newest, replaces=True), found
+        yield kept.mark(rows).where("is_kept").drop("is_kept"), found
     finally:
         rows.unpersist()
 
@@ -227,9 +239,10 @@ def commit(
     Args:
         found: of the version, so of all its rows.
     """
-    table = schemas.refined(found.corpus, config.scored_aliases)
+    # Of what is recorded: a version of the past may be of other models.
+    table = schemas.refined(found.corpus, found.config["models"])
     # By the ids' hash, and in the ids' order within: the same rows in the same files, however the matrix lies.
-    n_files = math.ceil(n_kept / ROWS_PER_FILE)
+    n_files = max(1, math.ceil(n_kept / ROWS_PER_FILE))
     ordered = kept.drop(*_BATCH).repartition(n_files, "instance_id").sortWithinPartitions("instance_id")
     uri = corpora.corpus_uri(config.root, found.corpus)
     return corpora.commit(ordered, uri, table, dataclasses.asdict(found), newest, replaces)

@@ -191,6 +191,35 @@ CORPORA = Table(
     ),
 )
 
+PINS = Table(
+    name="pins",
+    key=("name", "version"),
+    append_only=False,
+    columns=(
+        Column("name", "string", "name of the refined corpus"),
+        Column("version", "int64", "the pinned version; its rows are copied to pinned/<name>/<version>"),
+        Column("tag", "string", "what people call it", nullable=True),
+        Column("n_instances", "int64", "rows of the copy"),
+        Column("fingerprint", "string", "hash of its ids and scores, independent of order"),
+        Column("pinned_at", "timestamp", "when"),
+    ),
+)
+
+TAKEDOWNS = Table(
+    name="takedowns",
+    key=("takedown_id", "table", "key"),
+    append_only=False,
+    columns=(
+        Column("takedown_id", "string", "the command that took it down"),
+        Column("table", "string", "where rows were removed; `documents`: what was asked for"),
+        Column("key", "string", "instance_id of the rows; the id of a document; `*` for a table as a whole"),
+        Column("n_rows", "int64", "rows removed; 0 for what was asked for"),
+        Column("reason", "string", "as given", nullable=True),
+        Column("command", "string", "the command, and by whom"),
+        Column("taken_down_at", "timestamp", "when"),
+    ),
+)
+
 
 def cuts(name: str) -> Table:
     """What corpus `name` has counted of the matrix, in buckets of the score (cuts.py); each commit replaces it."""

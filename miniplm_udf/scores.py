@@ -128,7 +128,8 @@ def scoring_query(
         # With the lease in hand: what comes into the table from now on, no other query can have scored.
         start.begin(tables.version(spark, plan.instances_uri) or 0)
         reader = spark.readStream.format("delta").option("maxBytesPerTrigger", config.max_bytes_per_trigger)
-        return pool(reader.load(plan.instances_uri))
+        # Only a take-down changes rows that are there.
+        return pool(reader.option("skipChangeCommits", "true").load(plan.instances_uri))
 
     return Query(
         name="score",

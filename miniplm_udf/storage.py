@@ -100,8 +100,18 @@ def upload_folder(folder: Path, uri: str) -> None:
         filesystem.put(str(folder) + "/", path.rstrip("/") + "/", recursive=True)
 
 
+def list_folder(uri: str) -> list[str]:
+    """Names of what lies in the folder at `uri`, sorted, hidden files apart; none where there is no folder."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    if not filesystem.exists(path):
+        return []
+    filesystem.invalidate_cache(path)
+    names = (str(name).rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False))
+    return sorted(name for name in names if name and not name.startswith("."))
+
+
 def remove_folder(uri: str) -> None:
-    """Removes the folder at `uri` and all in it, where there is one."""
+    """Removes the folder at `uri` and all in it, or the file, where there is one."""
     filesystem, path = fsspec.core.url_to_fs(uri)
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)

@@ -194,19 +194,56 @@ def compact(spark: "SparkSession", uri: str, batch_id: int) -> None:
     that size, rarely those to large ones. Rows keep their order in time, so that statistics go on telling files apart.
     Streams that read the table do not see it, nor does it conflict with appends; of two that compact at once, one does.
     """
-    from delta.tables import DeltaTable
-
     for every, size_bytes in _COMPACTION:
         if (batch_id + 1) % every == 0:
-            # A session of its own: the settings are of this alone.
-            own = spark.newSession()
-            own.conf.set("spark.databricks.delta.optimize.minFileSize", size_bytes)
-            own.conf.set("spark.databricks.delta.optimize.maxFileSize", size_bytes)
-            try:
-                DeltaTable.forPath(own, uri).optimize().executeCompaction()
-            except conflicts():
-                LOGGER.info("table %s: another writer has merged its small files", storage.redact(uri))
-            return
+            return merge_small_files(spark, uri, size_bytes)
+
+
+def merge_small_files(spark: "SparkSession", uri: str, size_bytes: int = _COMPACTION[0][1]) -> None:
+    """Merges the table's files below a size to files of that size, in one commit that changes no row."""
+    from delta.tables import DeltaTable
+
+    # A session of its own: the settings are of this alone.
+    own = spark.newSession()
+    own.conf.set("spark.databricks.delta.optimize.minFileSize", size_bytes)
+    own.conf.set("spark.databricks.delta.optimize.maxFileSize", size_bytes)
+    try:
+        DeltaTable.forPath(own, uri).optimize().executeCompaction()
+    except conflicts():
+        LOGGER.info("table %s: another writer has merged its small files", storage.redact(uri))
+
+
+def vacuum(spark: "SparkSession", uri: str, retain_hours: float, is_logged: bool, dry_run: bool = False) -> int:
+    """Removes the files that no version of the last so many hours has; returns their number.
+
+    Versions that had them cannot be read any more, whatever the table's own retention is.
+
+    Args:
+        is_logged: leaves a commit in the log that says so. It is a commit like others: not where a query writes the
+            table meanwhile and the storage has no atomic ones.
+        dry_run: only counts.
+    """
+    own = spark.newSession()
+    own.conf.set("spark.databricks.delta.retentionDurationCheck.enabled", "false")
+    own.conf.set("spark.databricks.delta.vacuum.logging.enabled", str(is_logged).lower())
+    # So many tasks list the files, 10,000 by default; a table of ours is one folder.
+    own.conf.set("spark.sql.sources.parallelPartitionDiscovery.parallelism", spark.sparkContext.defaultParallelism)
+    statement = f"VACUUM delta.`{uri}` RETAIN {retain_hours:.6f} HOURS"
+    n_files = own.sql(f"{statement} DRY RUN").count()
+    if n_files and not dry_run:
+        own.sql(statement).collect()
+    return n_files
+
+
+def delete_matching(spark: "SparkSession", uri: str, ids: "DataFrame", key: str = "instance_id") -> None:
+    """Removes the rows whose key is in `ids` (of one column, `key`), in one commit; the old files stay until a vacuum.
+
+    Streams that read the table must skip the commit (`skipChangeCommits`).
+    """
+    from delta.tables import DeltaTable
+
+    target = DeltaTable.forPath(spark, uri).alias("t")
+    target.merge(ids.alias("s"), f"t.{key} = s.{key}").whenMatchedDelete().execute()
 
 
 def user_metadata(spark: "SparkSession", uri: str, at: int | None = None) -> dict[str, Any] | None:
@@ -227,11 +264,12 @@ def missing_from(frame: "DataFrame", others: "DataFrame", key: str = "instance_i
 def register_tables(spark: "SparkSession", root: str) -> list[str]:
     """Makes every table under `root` reachable by name in this session, as temporary views; returns the names.
 
-    `instances`, `scores`, `score_matrix`, `rejects`, `corpora`; `refined_<name>`, and with its text `<name>_text`.
+    `instances`, `scores`, `score_matrix`, `rejects`, `corpora`, `pins`, `takedowns`; `refined_<name>`, and with its
+    text `<name>_text`.
     """
     root = storage.to_uri(root)
     registered = []
-    for name in ("instances", "scores", "score_matrix", "rejects", "corpora"):
+    for name in ("instances", "scores", "score_matrix", "rejects", "corpora", "pins", "takedowns"):
         uri = storage.join(root, "tables", name)
         if exists(spark, uri):
             spark.read.format("delta").load(uri).createOrReplaceTempView(name)

@@ -26,7 +26,8 @@ def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) 
     log = DeltaTable.forPath(spark, uri)
     # As far back as the offset: a whole history is read commit by commit, and grows with every micro-batch.
     newest = int(log.history(1).select("version").collect()[0][0])
-    history = log.history(max(1, newest - at + 1)).where(f"version >= {at}")
+    # A deletion counts the rows that it copies; streams pass over it.
+    history = log.history(max(1, newest - at + 1)).where(f"version >= {at} and operation not in ('MERGE', 'DELETE')")
     appended = {row["version"]: row for row in history.select("version", "operationMetrics").collect()}
     behind = sum(_metric(row, "numOutputRows") for version, row in appended.items() if version > at)
     if is_start:

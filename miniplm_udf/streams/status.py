@@ -104,6 +104,11 @@ def write(root: str, status: QueryStatus) -> None:
         LOGGER.warning("%s: its status cannot be written: %s", status.query, error)
 
 
+def remove(root: str, lease: str) -> None:
+    """Removes the record of a query that is no more."""
+    storage.remove_folder(status_uri(root, lease))
+
+
 def read_all(root: str) -> list[QueryStatus]:
     """The records of a root, by name; none where nothing ever ran."""
     filesystem, path = fsspec.core.url_to_fs(storage.join(root, "_status"))
