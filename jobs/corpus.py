@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import corpus_text
 from jobs.session import guarded, make_session
-from miniplm_udf import takedown, versions
 from miniplm_udf.config import ExperimentConfig, load_config
 from miniplm_udf.errors import EXIT_DONE, ConfigError
 from miniplm_udf.removals import Takedown
+from miniplm_udf.upkeep import takedown, versions
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

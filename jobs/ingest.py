@@ -2,7 +2,7 @@
 
 Reads `ingest.input`: JSONL (plain, .gz, .zst), Parquet or a Delta table. Writes `<root>/tables/instances` and
 `rejects`. Run again, it takes up what is new: a file delivered twice changes nothing. Driver only; the
-work is in `miniplm_udf.ingest` (executors) and `miniplm_udf.ingest_query` (driver).
+work is in `miniplm_udf.ingestion.ingest` (executors) and `miniplm_udf.ingestion.ingest_query` (driver).
 
     miniplm ingest -c conf/demo.yaml root=/data/run1 ingest.input='/texts/*.jsonl.gz'
     spark-submit --properties-file conf/spark/local.conf jobs/ingest.py -c conf/demo.yaml
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-    """Ingests all that is new; returns the summary of `miniplm_udf.ingest_query.ingest`."""
-    from miniplm_udf.ingest_query import ingest
+    """Ingests all that is new; returns the summary of `miniplm_udf.ingestion.ingest_query.ingest`."""
+    from miniplm_udf.ingestion.ingest_query import ingest
 
     return ingest(spark, config)
 

@@ -17,7 +17,7 @@ from jobs.corpus_text import table
 from jobs.session import guarded, make_session
 from miniplm_udf.config import load_config
 from miniplm_udf.errors import EXIT_DONE
-from miniplm_udf.maintain import ABANDONED_DAYS, RETAIN_HOURS, Maintained, maintain
+from miniplm_udf.upkeep.maintain import ABANDONED_DAYS, RETAIN_HOURS, Maintained, maintain
 
 
 def text(found: Maintained) -> str:

@@ -40,7 +40,7 @@ def _model_states(config: ExperimentConfig, names: list[str], file: str) -> dict
 
 
 def _ingest_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
-    from miniplm_udf.inputs import input_state
+    from miniplm_udf.ingestion.inputs import input_state
 
     tokenizer_of = config.models.get(config.ingest.chunking.tokenizer)
     return [to_dict(config.ingest), to_dict(tokenizer_of) if tokenizer_of else None, input_state(spark, config.ingest)]

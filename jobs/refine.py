@@ -20,8 +20,8 @@ from jobs import records
 from jobs.session import guarded, make_session, stage_parser
 from miniplm_udf.config import ExperimentConfig, load_config, printable, to_dict
 from miniplm_udf.errors import EXIT_DONE, ConfigError
-from miniplm_udf.follow import follow_query, newest_version
-from miniplm_udf.refine import refine
+from miniplm_udf.refinement.follow import follow_query, newest_version
+from miniplm_udf.refinement.refine import refine
 from miniplm_udf.rules import describe
 from miniplm_udf.streams.runner import QueryRunner
 

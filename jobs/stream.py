@@ -20,8 +20,8 @@ from jobs import score
 from jobs.session import stage_main
 from miniplm_udf import scores
 from miniplm_udf.config import ExperimentConfig
-from miniplm_udf.ingest_query import ingest_query
-from miniplm_udf.inputs import find_inputs, input_state
+from miniplm_udf.ingestion.ingest_query import ingest_query
+from miniplm_udf.ingestion.inputs import find_inputs, input_state
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from jobs.session import guarded, make_session
 from miniplm_udf.config import ExperimentConfig, load_config
 from miniplm_udf.errors import EXIT_DONE, EXIT_FAILED, ConfigError
-from miniplm_udf.verify import Check, verify
+from miniplm_udf.upkeep.verify import Check, verify
 
 _MARKS = {True: "ok", False: "FAILED"}
 

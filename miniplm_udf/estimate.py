@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from miniplm_udf import schemas, storage
 from miniplm_udf.config import ExperimentConfig, ModelConfig
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.ingest import INSTANCE, REJECT, ChunkingSpec, make_ingest_function, output_spark_schema
-from miniplm_udf.ingest_query import chunking_model, executor_tokenizer_hash
-from miniplm_udf.inputs import find_inputs
+from miniplm_udf.ingestion.ingest import INSTANCE, REJECT, ChunkingSpec, make_ingest_function, output_spark_schema
+from miniplm_udf.ingestion.ingest_query import chunking_model, executor_tokenizer_hash
+from miniplm_udf.ingestion.inputs import find_inputs
 from miniplm_udf.measure import MEASURED_DDL, REQUEST_SCHEMA, Measured, MeasureRequest, measure_arrow, measured_of
 from miniplm_udf.model_records import record_uri
 from miniplm_udf.sampling import Sample, take_sample

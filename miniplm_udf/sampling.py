@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from miniplm_udf.config import IngestConfig
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.inputs import InputFile, Inputs, batch_columns, escape_glob
+from miniplm_udf.ingestion.inputs import InputFile, Inputs, batch_columns, escape_glob
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.session import make_session
-from miniplm_udf import corpora, cuts, refine, schemas, tables
+from miniplm_udf import corpora, schemas, tables
 from miniplm_udf.config import (
     CorpusConfig,
     ExperimentConfig,
@@ -26,9 +26,10 @@ from miniplm_udf.config import (
     SparkConfig,
     fingerprint,
 )
-from miniplm_udf.follow import Follower
-from miniplm_udf.keep import choose
-from miniplm_udf.selection import is_finite
+from miniplm_udf.refinement import cuts, refine
+from miniplm_udf.refinement.follow import Follower
+from miniplm_udf.refinement.keep import choose
+from miniplm_udf.refinement.selection import is_finite
 from tests.bench import results
 from tests.spark.test_refine import ALIASES, DIFFERENCE, write_record
 

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import session
-from miniplm_udf import pack, refine, schemas, tables
+from miniplm_udf import pack, schemas, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, RefineConfig, SelectConfig, SparkConfig
-from miniplm_udf.keep import choose
-from miniplm_udf.selection import budget_of
+from miniplm_udf.refinement import refine
+from miniplm_udf.refinement.keep import choose
+from miniplm_udf.refinement.selection import budget_of
 from tests.bench import results
 from tests.bench.stream_tables import instance_values
 from tests.spark.test_refine import ALIASES, write_record

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import ingest, score, session
-from miniplm_udf import inputs, schemas, scores, storage, tables
+from miniplm_udf import schemas, scores, storage, tables
 from miniplm_udf.config import (
     ChunkingConfig,
     ExperimentConfig,
@@ -33,7 +33,8 @@ from miniplm_udf.config import (
     SplitConfig,
     StreamConfig,
 )
-from miniplm_udf.ingest_query import ingest_query
+from miniplm_udf.ingestion import inputs
+from miniplm_udf.ingestion.ingest_query import ingest_query
 from miniplm_udf.streams.query import Query, checkpoint_query_id
 from miniplm_udf.streams.runner import QueryRunner
 from tests.bench import results

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from miniplm_udf import verify
+from miniplm_udf.upkeep import verify
 from tests.bench import bench_stream
 
 

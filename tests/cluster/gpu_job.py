@@ -18,8 +18,8 @@ from unittest import mock
 
 from jobs import ingest, score
 from jobs.session import make_session
-from miniplm_udf import ingest_query
 from miniplm_udf.config import ExperimentConfig, SparkConfig
+from miniplm_udf.ingestion import ingest_query
 from tests.faults import experiment
 from tests.faults.driver import stand_ins
 

@@ -24,8 +24,9 @@ from jobs import ingest as ingest_job
 from jobs import refine as refine_job
 from jobs import score as score_job
 from jobs.session import make_session
-from miniplm_udf import ingest_query, storage
+from miniplm_udf import storage
 from miniplm_udf.config import ExperimentConfig, SparkConfig
+from miniplm_udf.ingestion import ingest_query
 from miniplm_udf.model_records import record_uri
 from miniplm_udf.progress import configure_logging
 from tests.faults import experiment

@@ -116,11 +116,11 @@ def encode(texts: list[str]) -> list[list[tuple[int, int]]]:
 
 
 def ingest_function(ingest: IngestConfig, model: ModelConfig, spec: Any) -> Callable[[Iterator[Any]], Iterator[Any]]:
-    """In place of `miniplm_udf.ingest.make_ingest_function`: the same, without a tokenizer's folder."""
+    """In place of `miniplm_udf.ingestion.ingest.make_ingest_function`: the same, without a tokenizer's folder."""
 
     def ingest_split(batches: Iterator[Any]) -> Iterator[Any]:
-        from miniplm_udf.documents import DocumentReader
-        from miniplm_udf.ingest import ingest_batches
+        from miniplm_udf.ingestion.documents import DocumentReader
+        from miniplm_udf.ingestion.ingest import ingest_batches
 
         reader = DocumentReader(ingest.fields, ingest.default_source, ingest.split)
         yield from ingest_batches(batches, encode, reader, spec)

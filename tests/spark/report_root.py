@@ -21,7 +21,7 @@ from deltalake import write_deltalake
 
 from miniplm_udf import schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig, load_config, to_dict
-from miniplm_udf.refine import resolve
+from miniplm_udf.refinement.refine import resolve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)

@@ -14,11 +14,12 @@ from unittest import mock
 import pytest
 
 from jobs import refine as job
-from miniplm_udf import corpora, cuts, refine, schemas, storage, tables
+from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig, StreamConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.follow import Follower, follow_query
-from miniplm_udf.selection import UNUSABLE, budget_of, lower_edge
+from miniplm_udf.refinement import cuts, refine
+from miniplm_udf.refinement.follow import Follower, follow_query
+from miniplm_udf.refinement.selection import UNUSABLE, budget_of, lower_edge
 from miniplm_udf.streams import status as statuses
 from tests.spark.score_tables import experiment
 from tests.spark.test_refine import ALIASES, DIFFERENCE, ids, with_corpora, write_record

@@ -15,7 +15,7 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jobs.ingest import run
-from miniplm_udf import ingest_query, schemas, tables
+from miniplm_udf import schemas, tables
 from miniplm_udf.config import (
     ChunkingConfig,
     ExperimentConfig,
@@ -25,6 +25,7 @@ from miniplm_udf.config import (
     SplitConfig,
 )
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
+from miniplm_udf.ingestion import ingest_query
 
 Make = Callable[..., ExperimentConfig]
 
@@ -351,7 +352,7 @@ def test_an_executor_error_is_raised_as_it_was(
 ) -> None:
     """The node that begins has another tokenizer than the one that works."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS[:3]))
-    monkeypatch.setattr("miniplm_udf.ingest_query.executor_tokenizer_hash", lambda *_: "0" * 32)
+    monkeypatch.setattr("miniplm_udf.ingestion.ingest_query.executor_tokenizer_hash", lambda *_: "0" * 32)
     with pytest.raises(CorpusError, match=r"^tokenizer .*expected hash 0{32}.*the same model files$"):
         run(spark, make(str(tmp_path / "a.jsonl")))
 

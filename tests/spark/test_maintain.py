@@ -9,10 +9,11 @@ import pytest
 
 from jobs import maintain as job
 from jobs import refine
-from miniplm_udf import checks, corpora, maintain, storage, tables, verify_versions, versions
+from miniplm_udf import corpora, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.streams.lease import Lease, lease_uri
+from miniplm_udf.upkeep import checks, maintain, verify_versions, versions
 from tests.spark.score_tables import experiment, texts, write_instances
 from tests.spark.test_refine import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record
 

@@ -13,7 +13,7 @@ from jobs import refine as job
 from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.selection import ALL, RankedFrame, find_cuts
+from miniplm_udf.refinement.selection import ALL, RankedFrame, find_cuts
 from tests.spark.score_tables import experiment
 from tests.unit.test_selection import by_cut, by_sorting, random_rows
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from jobs import refine as job
-from miniplm_udf import corpora, diagnostics, refine, storage, tables, verify
+from miniplm_udf import corpora, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.keep import choose
-from miniplm_udf.selection import budget_of
+from miniplm_udf.refinement import diagnostics, refine
+from miniplm_udf.refinement.keep import choose
+from miniplm_udf.refinement.selection import budget_of
+from miniplm_udf.upkeep import verify
 from tests.spark.score_tables import experiment, instance_id, write_instances
 from tests.spark.test_refine import ALIASES, DIFFERENCE, ids, matrix_rows, with_corpora, write_matrix, write_record
 from tests.unit.test_diagnostics import exact

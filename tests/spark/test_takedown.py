@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import corpus, corpus_text, ingest, refine, score
-from miniplm_udf import corpora, pins, removals, storage, tables, takedown, verify, versions
+from miniplm_udf import corpora, pins, removals, storage, tables
 from miniplm_udf.config import (
     ChunkingConfig,
     CorpusConfig,
@@ -24,6 +24,7 @@ from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.pack import pack_corpus
 from miniplm_udf.removals import Takedown
 from miniplm_udf.streams.lease import Lease, lease_uri
+from miniplm_udf.upkeep import takedown, verify, versions
 from tests.spark.score_tables import FakeFactory, experiment, texts, two_models
 
 ASKED = Takedown("a test", "a court says so")

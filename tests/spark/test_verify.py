@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from jobs import cli, ingest, refine, score
-from miniplm_udf import storage, verify
+from miniplm_udf import storage
 from miniplm_udf.config import ChunkingConfig, CorpusConfig, ExperimentConfig, IngestConfig, SelectConfig, SplitConfig
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.upkeep import verify
 from tests.spark.score_tables import FakeFactory, experiment, texts, two_models
 
 CORPUS = {"kept": CorpusConfig(where="true", select=SelectConfig(ratio=0.5))}

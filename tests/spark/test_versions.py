@@ -7,9 +7,10 @@ import pytest
 
 from jobs import corpus_text
 from jobs import refine as job
-from miniplm_udf import checks, corpora, pins, storage, tables, verify_versions, versions
+from miniplm_udf import corpora, pins, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.upkeep import checks, verify_versions, versions
 from tests.spark.score_tables import experiment, write_instances
 from tests.spark.test_refine import ALIASES, DIFFERENCE, ids, matrix_rows, with_corpora, write_matrix, write_record
 

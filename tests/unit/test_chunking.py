@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from miniplm_udf import chunking
-from miniplm_udf.chunking import Chunk, Chunker, Encode, Span
-from miniplm_udf.documents import Document
+from miniplm_udf.ingestion import chunking
+from miniplm_udf.ingestion.chunking import Chunk, Chunker, Encode, Span
+from miniplm_udf.ingestion.documents import Document
 
 
 def words(texts: list[str]) -> list[list[Span]]:

@@ -58,7 +58,7 @@ def test_bad_config_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) ->
     [
         ("jobs.cli, jobs.pipeline", "torch pyspark transformers mlflow"),
         ("jobs.ingest, jobs.score, jobs.refine, jobs.pack, jobs.report", "torch transformers"),
-        ("miniplm_udf.refine, miniplm_udf.tables", "torch transformers"),
+        ("miniplm_udf.refinement.refine, miniplm_udf.tables", "torch transformers"),
         (
             "trainer.loop, trainer.loss, trainer.order, trainer.schedule",
             "pyspark mlflow deltalake pyarrow jsonargparse yaml",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobs import cli, corpus, corpus_text, maintain
-from miniplm_udf.maintain import Maintained, Tended
+from miniplm_udf.upkeep.maintain import Maintained, Tended
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COUNTS = {"web": {"n_instances": 1200, "n_tokens": 34000}, "code": {"n_instances": 2, "n_tokens": 5}}

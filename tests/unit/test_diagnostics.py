@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig
-from miniplm_udf.diagnostics import kept_share_by_length, notes, spearman
+from miniplm_udf.refinement.diagnostics import kept_share_by_length, notes, spearman
 
 
 def ranks(values: list[float]) -> list[float]:

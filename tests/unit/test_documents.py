@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from miniplm_udf import ingest_query
 from miniplm_udf.config import ExperimentConfig, FieldsConfig, IngestConfig, SplitConfig
-from miniplm_udf.documents import (
+from miniplm_udf.ingestion import ingest_query
+from miniplm_udf.ingestion.documents import (
     REJECT_REASONS,
     Document,
     DocumentReader,
@@ -19,8 +19,8 @@ from miniplm_udf.documents import (
     instance_id,
     split_of,
 )
-from miniplm_udf.ingest import ChunkingSpec, ingest_batches
-from miniplm_udf.inputs import Inputs, _line_keys
+from miniplm_udf.ingestion.ingest import ChunkingSpec, ingest_batches
+from miniplm_udf.ingestion.inputs import Inputs, _line_keys
 
 READER = DocumentReader(FieldsConfig(metadata=["lang"]), "unknown", SplitConfig(reference=0, heldout=0))
 

@@ -15,7 +15,7 @@ from jobs import estimate as job
 from miniplm_udf import estimate, measure
 from miniplm_udf.config import ExperimentConfig, IngestConfig, ModelConfig, ScoreConfig, TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
-from miniplm_udf.inputs import InputFile, Inputs
+from miniplm_udf.ingestion.inputs import InputFile, Inputs
 from miniplm_udf.sampling import STRATA, take_sample
 from tests.unit import tiny_models
 

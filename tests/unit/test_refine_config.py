@@ -7,8 +7,8 @@ import pytest
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, RefineConfig, SelectConfig
 from miniplm_udf.config_refine import parse_tokens
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.keep import budgets_of
-from miniplm_udf.refine import fingerprint_of, parts_of, resolve
+from miniplm_udf.refinement.keep import budgets_of
+from miniplm_udf.refinement.refine import fingerprint_of, parts_of, resolve
 from miniplm_udf.rules import uniform
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from miniplm_udf.chunking import Chunker
-from miniplm_udf.documents import Document
+from miniplm_udf.ingestion.chunking import Chunker
+from miniplm_udf.ingestion.documents import Document
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import check_head
 from miniplm_udf.scoring.scorer import Score, Scorer

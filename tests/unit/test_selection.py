@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from miniplm_udf.selection import ALL, Bucket, Cut, IdGroup, budget_of, find_cuts, n_fitting
+from miniplm_udf.refinement.selection import ALL, Bucket, Cut, IdGroup, budget_of, find_cuts, n_fitting
 
 Row = tuple[float, str, int]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import SelectConfig
-from miniplm_udf.selection import UNUSABLE, bucket_number, budget_of, lower_edge, n_fitting
+from miniplm_udf.refinement.selection import UNUSABLE, bucket_number, budget_of, lower_edge, n_fitting
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession

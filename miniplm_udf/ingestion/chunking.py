@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from miniplm_udf.documents import Document
+from miniplm_udf.ingestion.documents import Document
 
 Span = tuple[int, int]
 Encode = Callable[[list[str]], Sequence[Sequence[Span]]]

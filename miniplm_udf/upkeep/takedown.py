@@ -14,11 +14,12 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import corpora, pins, removals, storage, tables, versions
+from miniplm_udf import corpora, pins, removals, storage, tables
 from miniplm_udf.config import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.removals import WHOLE, Takedown
 from miniplm_udf.streams import checkpoints
+from miniplm_udf.upkeep import versions
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf.config_refine import SelectConfig, parse_tokens
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.selection import (
+from miniplm_udf.refinement.selection import (
     ALL,
     BUCKETS_PER_E,
     BUCKETS_PER_E_OF_A_SOURCE,

@@ -13,12 +13,13 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miniplm_udf import nearby, pins, removals, storage, tables, verify_versions
-from miniplm_udf.checks import Check, Root, examples_of, none, unique
-from miniplm_udf.documents import STAGE as INGEST_STAGE
+from miniplm_udf import nearby, pins, removals, storage, tables
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.ingestion.documents import STAGE as INGEST_STAGE
 from miniplm_udf.schemas import INSTANCES, REJECTS, SCORES
 from miniplm_udf.streams.checkpoints import Checkpoint
+from miniplm_udf.upkeep import verify_versions
+from miniplm_udf.upkeep.checks import Check, Root, examples_of, none, unique
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig
+from miniplm_udf.refinement.selection import bucket_number, is_finite
 from miniplm_udf.rules import is_random
-from miniplm_udf.selection import bucket_number, is_finite
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, Row, SparkSession

@@ -18,8 +18,8 @@ from urllib.parse import unquote
 
 from miniplm_udf import storage
 from miniplm_udf.config import FieldsConfig, IngestConfig
-from miniplm_udf.documents import field_names
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.ingestion.documents import field_names
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

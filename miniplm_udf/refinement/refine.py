@@ -18,12 +18,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, corpora, diagnostics, expressions, rules, schemas, tables
+from miniplm_udf import __version__, corpora, rules, schemas, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.keep import Kept, choose
 from miniplm_udf.model_records import read_record
-from miniplm_udf.selection import is_finite
+from miniplm_udf.refinement import diagnostics, expressions
+from miniplm_udf.refinement.keep import Kept, choose
+from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.streams.lease import Lease, lease_uri
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, corpora, cuts, refine, storage, tables
+from miniplm_udf import __version__, corpora, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, SelectConfig, fingerprint, to_dict
-from miniplm_udf.cuts import BucketCut, Counted, Counts
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.selection import UNUSABLE, is_finite
+from miniplm_udf.refinement import cuts, refine
+from miniplm_udf.refinement.cuts import BucketCut, Counted, Counts
+from miniplm_udf.refinement.selection import UNUSABLE, is_finite
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.query import Query
 

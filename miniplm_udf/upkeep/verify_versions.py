@@ -9,11 +9,12 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import corpora, expressions, pins, removals, tables
-from miniplm_udf.checks import TABLES, Check, Root, examples_of, none, unique
+from miniplm_udf import corpora, pins, removals, tables
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.refine import fingerprint_of, sums_of
+from miniplm_udf.refinement import expressions
+from miniplm_udf.refinement.refine import fingerprint_of, sums_of
 from miniplm_udf.schemas import CORPORA, PINS
+from miniplm_udf.upkeep.checks import TABLES, Check, Root, examples_of, none, unique
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame

@@ -10,10 +10,11 @@ import dataclasses
 import datetime
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import corpora, pins, refine, removals, storage, tables
+from miniplm_udf import corpora, pins, removals, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, RefineConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.pins import Pin
+from miniplm_udf.refinement import refine
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import schemas
-from miniplm_udf.chunking import RULE_VERSION, Chunk, Chunker, Encode
 from miniplm_udf.config import IngestConfig, ModelConfig, fingerprint
-from miniplm_udf.documents import (
+from miniplm_udf.errors import CorpusError
+from miniplm_udf.ingestion.chunking import RULE_VERSION, Chunk, Chunker, Encode
+from miniplm_udf.ingestion.documents import (
     RAW_BYTES,
     Document,
     DocumentReader,
@@ -25,7 +26,6 @@ from miniplm_udf.documents import (
     instance_id,
     reject_id,
 )
-from miniplm_udf.errors import CorpusError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,13 +15,14 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from miniplm_udf import pins, storage, tables, versions
+from miniplm_udf import pins, storage, tables
 from miniplm_udf.config import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.checkpoints import Checkpoint
 from miniplm_udf.streams.lease import Lease, is_held, lease_uri
+from miniplm_udf.upkeep import versions
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

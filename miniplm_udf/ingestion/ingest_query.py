@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import removals, schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig, ModelConfig
-from miniplm_udf.documents import RAW_BYTES, STAGE, reject_id
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError, ModelLoadError
-from miniplm_udf.ingest import (
+from miniplm_udf.ingestion.documents import RAW_BYTES, STAGE, reject_id
+from miniplm_udf.ingestion.ingest import (
     INSTANCE,
     REJECT,
     ChunkingSpec,
@@ -31,7 +31,7 @@ from miniplm_udf.ingest import (
     output_spark_schema,
     tokenizer_folder,
 )
-from miniplm_udf.inputs import InputFile, Inputs, find_inputs, list_files, plain_path, same_file, stream
+from miniplm_udf.ingestion.inputs import InputFile, Inputs, find_inputs, list_files, plain_path, same_file, stream
 from miniplm_udf.scoring.description import with_absolute_path
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.query import Query, checkpoint_query_id

@@ -1,0 +1,1 @@
+"""From input files to instances: readers, documents, chunking, and the deduplicating stream."""
