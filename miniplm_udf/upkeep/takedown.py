@@ -135,10 +135,13 @@ class _TakeDown:
 
     def students(self) -> list[str]:
         """Models that were trained on packed sequences which were given up."""
+        # By the table's place in its root, which may have been moved since.
+        ends = tuple(f"/tables/{table}" for table in self._emptied)
         found = {}
         for name in storage.list_folder(storage.join(self._root, "models")):
-            found[name] = storage.read_json(storage.join(self._config.model_uri(name), "training.json"))
-        return sorted(name for name, training in found.items() if (training or {}).get("packed_uri") in self._emptied)
+            training = storage.read_json(storage.join(self._config.model_uri(name), "training.json")) or {}
+            found[name] = str(training.get("packed_uri", ""))
+        return sorted(name for name, packed in found.items() if ends and packed.endswith(ends))
 
     def _folders(self, name: str) -> list[str]:
         return storage.list_folder(self._config.table_uri(name))
@@ -179,7 +182,7 @@ class _TakeDown:
             removals.add(self._spark, self._root, self._takedown, table, whole)
             DeltaTable.forPath(self._spark, uri).delete()
             self.removed[table] = n_rows
-            self._emptied.append(storage.redact(uri))
+            self._emptied.append(table)
         self._vacuum(table)
 
     def _is_packed_of_gone(self, name: str, uri: str) -> bool:
