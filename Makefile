@@ -41,11 +41,11 @@ check: setup ## lint, types, import contracts, unit tests
 
 test: check ## everything that CI runs
 	pytest -q -n 2 -m slow tests/unit
-	@# Two at a time, a file each: a JVM rarely keeps two cores busy.
-	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/spark tests/faults/test_trials.py
+	@# Several at a time, a file each: a JVM rarely keeps two cores busy. The longest first.
+	pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests/faults/test_faults.py tests/e2e tests/spark tests/faults/test_trials.py
 
-test-cluster: setup ## kill -9 in short, hazards, GPUs and packaged workers on a real cluster, benchmarks in small (20 minutes on 2 cores)
-	pytest -q tests/faults tests/cluster tests/bench
+test-cluster: setup ## hazards, GPUs and packaged workers on a real cluster, benchmarks in small (15 minutes on 2 cores)
+	pytest -q tests/faults/test_hazards.py tests/cluster tests/bench
 
 faults: setup ## kill -9 at fault points and at random, on a cluster, sixty times (an hour on 2 cores); writes build/bench/faults.json
 	python -m tests.faults.run
