@@ -1,8 +1,8 @@
 """`miniplm annotate`: instances -> annotations, columns of the texts for refinement to use.
 
-Reads `instances` (split = pool) and the evaluation files of `annotate.contamination`; writes `annotations`. Run again, it
-annotates what is new; what is annotated already, by the same section and files, is left as it is. Driver only; the work
-is in `miniplm_udf.annotations`.
+Reads `instances` (split = pool) and the evaluation files of `annotate.contamination`; writes `annotations`. Run again,
+it annotates what is new; what is annotated already, by the same section and files, is left as it is. Driver only; the
+work is in `miniplm_udf.annotations`.
 
     miniplm annotate -c conf/demo.yaml 'annotate={duplicates: true, near_duplicates: {}, language: true, quality: true}'
     spark-submit --properties-file conf/spark/local.conf jobs/annotate.py -c conf/demo.yaml

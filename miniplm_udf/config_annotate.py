@@ -62,7 +62,7 @@ class ContaminationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotateConfig:
-    """Groups of columns; the names of the attributes are those of the groups in `schemas.ANNOTATIONS`."""
+    """Groups of columns; the names of the attributes are those of the groups in `schemas.ANNOTATIONS_BY_GROUP`."""
 
     duplicates: bool = False
     near_duplicates: NearDuplicatesConfig | None = None

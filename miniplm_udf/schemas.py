@@ -227,7 +227,7 @@ TAKEDOWNS = Table(
 ANNOTATIONS = "annotations"
 
 # By group of the config's section `annotate`; docs/annotations.md has the sources. Words stand between spaces.
-_ANNOTATIONS = {
+ANNOTATIONS_BY_GROUP = {
     "duplicates": (
         Column("duplicate_of", "string", "the first instance of the same text; null: this one", nullable=True),
     ),
@@ -264,11 +264,10 @@ _ANNOTATIONS = {
         Column("duplicate_line_character_share", "float64", "their characters, over those of all", nullable=True),
     ),
 }
-ANNOTATION_GROUPS = tuple(_ANNOTATIONS)
 
 
 def annotations(groups: Iterable[str]) -> Table:
-    """What is known of the pool's instances beside their scores, as groups of columns. All rows have one `annotated_by`."""
+    """What the pool's texts say beside their scores, as groups of columns. All rows have one `annotated_by`."""
     return Table(
         name=ANNOTATIONS,
         key=("instance_id",),
@@ -277,7 +276,7 @@ def annotations(groups: Iterable[str]) -> Table:
         columns=(
             Column("instance_id", "string", "the instance"),
             Column("ingested_at", "timestamp", "of the instance: of two, it tells which was first"),
-            *(column for group in groups for column in _ANNOTATIONS[group]),
+            *(column for group in groups for column in ANNOTATIONS_BY_GROUP[group]),
             Column("annotated_by", "string", "fingerprint of the section `annotate` and the evaluation files' n-grams"),
         ),
     )

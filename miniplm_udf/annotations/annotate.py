@@ -171,6 +171,7 @@ class _Annotation:
         from pyspark.sql import functions as F
 
         newest = corpora.newest(self._spark, self._uri)
+        assert newest is not None
         rows = tables.read(self._spark, self._uri)
         counted = {group: text for group, text in _COUNTED.items() if group in self._settings.groups}
         counts = [F.count_if(F.expr(text)).alias(group) for group, text in counted.items()]
@@ -182,9 +183,4 @@ class _Annotation:
             found["evaluation"] = {
                 "ngrams": evaluation.n_ngrams, "records": evaluation.n_records, "short_records": evaluation.n_short,
             }  # fmt: skip
-        return {
-            "path": self._uri,
-            "version": None if newest is None else newest.version,
-            "new_annotated": n_new,
-            **found,
-        }
+        return {"path": self._uri, "version": newest.version, "new_annotated": n_new, **found}

@@ -86,7 +86,7 @@ def needed_from(spark: "SparkSession", table_uri: str, checkpoint: Checkpoint) -
 
 @contextlib.contextmanager
 def alone(root: str) -> Iterator[None]:
-    """Keeps the queries of a root from running, as far as it has any, and waits for annotation and refinements that run.
+    """Keeps the queries of a root from running, as far as it has any, and waits for what annotates or refines it.
 
     Raises:
         CorpusError: on entering, a query runs.
