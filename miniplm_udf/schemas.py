@@ -277,7 +277,7 @@ def annotations(groups: Iterable[str]) -> Table:
             Column("instance_id", "string", "the instance"),
             Column("ingested_at", "timestamp", "of the instance: of two, it tells which was first"),
             *(column for group in groups for column in ANNOTATIONS_BY_GROUP[group]),
-            Column("annotated_by", "string", "fingerprint of the section `annotate` and the evaluation files' n-grams"),
+            Column("annotated_by", "string", "JSON: the section `annotate`; of evaluation files a hash of n-grams"),
         ),
     )
 

@@ -3,11 +3,12 @@
     instances (split = pool) not annotated yet -> columns of the groups in `annotate` -> annotations, in one commit
 
 Owns which rows are new, and the commit; each group of columns is its module's. Where the section `annotate` or the
-evaluation files have changed, the table is made anew: its rows carry the fingerprint that they were made by. Otherwise
-rows that are there stay as they are and new ones are added; where none is new, nothing is written. A kill before the
+evaluation files have changed, the table is made anew: its rows say what they were made by. Otherwise rows that are
+there stay as they are and new ones are added; where none is new, nothing is written. A kill before the
 commit loses the run's work and no row, and the next run does it again. One driver annotates at a time (its lease).
 """
 
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from miniplm_udf import corpora, schemas, tables
 from miniplm_udf.annotations import contamination, duplicates, language, quality
 from miniplm_udf.annotations.contamination import Evaluation
 from miniplm_udf.annotations.words import n_ngrams, words
-from miniplm_udf.config import AnnotateConfig, ExperimentConfig, fingerprint, to_dict
+from miniplm_udf.config import AnnotateConfig, ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.streams.lease import Lease, lease_uri
 
@@ -112,10 +113,10 @@ class _Annotation:
 
     def _mark(self, evaluation: Evaluation | None) -> str:
         """What the columns of a text depend on, beside the text: not what the evaluation files are called."""
-        plain = to_dict(self._settings)
+        plain = {group: value for group, value in to_dict(self._settings).items() if value}
         if evaluation is not None:
             plain["contamination"] = {**plain["contamination"], "files": evaluation.fingerprint}
-        return fingerprint(_RULES_VERSION, plain)
+        return json.dumps({**plain, "rules_version": _RULES_VERSION}, sort_keys=True)
 
     def _known(self, newest: corpora.Newest | None, mark: str) -> "DataFrame | None":
         """The rows that stay; None where the table is to be made anew."""

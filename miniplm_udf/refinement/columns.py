@@ -7,8 +7,9 @@ that is not annotated yet would pass or fail for want of a value; so there must 
 rows is run; nothing is written.
 """
 
+import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import corpora, schemas, tables
 from miniplm_udf.config import ExperimentConfig
@@ -23,11 +24,12 @@ INSTANCES_VERSION, ANNOTATIONS_VERSION = "instances_version", "annotations_versi
 
 def with_instances(
     spark: "SparkSession", config: ExperimentConfig, matrix: "DataFrame", *texts: str
-) -> tuple["DataFrame", dict[str, int]]:
+) -> tuple["DataFrame", dict[str, Any]]:
     """The matrix, with columns of `instances` and of `annotations` beside where the expressions name such.
 
     Returns:
-        And the versions that they are of (`instances_version`, `annotations_version`), of what is read alone.
+        And the versions that they are of (`instances_version`, `annotations_version`) and, of annotations, what they
+        were made by (`annotated_by`); of what is read alone.
 
     Raises:
         CorpusError: columns of `annotations` are named that are not there, or that not all rows have.
@@ -40,9 +42,10 @@ def with_instances(
         if set(chosen) <= others.keys():
             rows = expressions.joined(matrix, *(others[name][0] for name in chosen))
             if expressions.resolves(rows, *texts):
+                read: dict[str, Any] = {name: others[name][1] for name in chosen}
                 if ANNOTATIONS_VERSION in chosen:
-                    _check_complete(matrix, others[ANNOTATIONS_VERSION][0])
-                return rows, {name: others[name][1] for name in chosen}
+                    read["annotated_by"] = _checked(matrix, others[ANNOTATIONS_VERSION][0])
+                return rows, read
     _refuse_unannotated(rows, texts)
     return rows, {}
 
@@ -77,10 +80,17 @@ def _refuse_unannotated(rows: "DataFrame", texts: tuple[str, ...]) -> None:
         )
 
 
-def _check_complete(matrix: "DataFrame", annotations: "DataFrame") -> None:
+def _checked(matrix: "DataFrame", annotations: "DataFrame") -> Any:
+    """What the annotations were made by, if all rows have some.
+
+    Raises:
+        CorpusError: some have none.
+    """
     missing = tables.missing_from(matrix.where("split = 'pool'").select("instance_id"), annotations)
     if n_missing := missing.count():
         raise CorpusError(
             f"annotations: expected all instances of score_matrix, found {n_missing} that are not annotated, for "
             f"example {missing.limit(1).collect()[0][0]}; run `miniplm annotate` first"
         )
+    made_by = annotations.select("annotated_by").limit(1).collect()
+    return json.loads(made_by[0][0]) if made_by else None
