@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNSPACED = ("CJK UNIFIED", "HIRAGANA LETTER", "KATAKANA LETTER", "THAI CHARACTER")
-_VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "ou") for c in ("n", "rt", "st", "ll")]
+VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "ou") for c in ("n", "rt", "st", "ll")]
 
 
 def words(text: str) -> list[str]:
@@ -82,7 +82,7 @@ class Planted:
 
 
 def random_text(rng: random.Random, n_words: int) -> str:
-    return " ".join(rng.choices(_VOCABULARY, k=n_words))
+    return " ".join(rng.choices(VOCABULARY, k=n_words))
 
 
 def plant(rng: random.Random, target: float, n_words: int) -> Planted:
@@ -96,5 +96,5 @@ def plant(rng: random.Random, target: float, n_words: int) -> Planted:
         copy = [*copy[:kept], *random_text(rng, n_words - kept).split()]
     while jaccard(original, " ".join(copy)) > target:
         place = rng.randrange(len(copy))
-        copy[place : place + rng.choice((0, 1, 1))] = rng.choice(([], rng.choices(_VOCABULARY, k=1)))
+        copy[place : place + rng.choice((0, 1, 1))] = rng.choice(([], rng.choices(VOCABULARY, k=1)))
     return Planted(original, " ".join(copy), jaccard(original, " ".join(copy)))
