@@ -12,6 +12,7 @@ annotated by each group alone. Prints two tables, writes `build/bench/annotate.j
 import argparse
 import dataclasses
 import datetime
+import itertools
 import random
 import shutil
 import sys
@@ -110,7 +111,7 @@ def measure_recall(
     ]
     bins = []
     bands = minhash.bands_of(threshold)
-    for low, high in zip(_EDGES, _EDGES[1:], strict=False):
+    for low, high in itertools.pairwise(_EDGES):
         of = [number for number, pair in enumerate(pairs) if low <= pair.jaccard < high]
         shared = [minhash.p_shared(pairs[n].jaccard, *bands) if pairs[n].jaccard >= threshold else 0.0 for n in of]
         bins.append(Bin(low, min(high, 1.0), len(of), sum(found[n] for n in of), sum(shared) / max(len(of), 1)))
