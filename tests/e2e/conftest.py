@@ -29,6 +29,7 @@ SMALL = [
     "refine.corpora.random.where=teacher_n_tokens >= 8",
     "tokenizers.bpe8k.vocab_size=400",
     "pack.sequence_length=64",
+    "annotate={duplicates: true, near_duplicates: {}, language: true, quality: true}",
 ]
 WORDS = (
     "the quick brown fox jumps over a lazy dog while seven wizards quietly box with",
