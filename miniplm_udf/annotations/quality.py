@@ -4,7 +4,7 @@ Input: a frame with `text`; output: the columns of the group `quality` in schema
 between spaces, but for repetition, where it is that of words.py. A line is one that is not blank, without the space at
 its ends. A ratio over nothing is null. Pure expressions of Spark: nothing runs here.
 
-Sources: Gopher, arXiv 2112.11446, A.1.1; C4, arXiv 1910.10683, 2.2; FineWeb, arXiv 2406.17557, 3.6; RedPajama-V2,
+Sources: Gopher, arXiv 2112.11446, A.1.1; C4, arXiv 1910.10683, 2.2; FineWeb, arXiv 2406.17557; RedPajama-V2,
 arXiv 2411.12372.
 """
 
