@@ -145,7 +145,11 @@ class _Annotation:
         if settings.near_duplicates is not None:
             columns = ["instance_id", "ingested_at", duplicates.BUCKETS]
             old = None if known is None else known.select(*columns)
-            near = duplicates.near_duplicates(by_text.select(*columns), old, self._pool, settings.near_duplicates)
+            pairs = duplicates.pairs(by_text.select(*columns), old).persist(StorageLevel.DISK_ONLY)
+            kept.append(pairs)
+            sets = duplicates.shingled(pairs, self._pool, settings.near_duplicates).persist(StorageLevel.DISK_ONLY)
+            kept.append(sets)
+            near = duplicates.nearest(pairs, sets, settings.near_duplicates.threshold)
             rows = rows.join(near, "instance_id", "left")
         if settings.contamination is not None and evaluation is not None:
             shared = contamination.shared_ngrams(new, evaluation, settings.contamination.ngram_words)

@@ -1,6 +1,7 @@
 """Copies and near-copies: which instance of the same, or nearly the same, text came first. Joins of Spark; driver only.
 
-    content_hash -> duplicate_of            shingles -> buckets -> pairs -> Jaccard -> near_duplicate_of
+    content_hash -> duplicate_of
+    shingles -> buckets -> pairs -> their Jaccard similarity -> near_duplicate_of
 
 Instances are ordered by when they were ingested, then by id, and each is held against those before it alone: so what an
 earlier run has said of an instance stays true, whatever comes. Of a bucket's instances each is paired with the first
@@ -80,43 +81,15 @@ def _buckets_arrow(found: "pa.Array", threshold: float) -> "pa.Array":
     return pa.ListArray.from_arrays(offsets, pa.array(of_sets.ravel(), pa.int64()))
 
 
-def near_duplicates(
-    new: "DataFrame", old: "DataFrame | None", pool: "DataFrame", config: NearDuplicatesConfig
-) -> "DataFrame":
-    """Of the new rows that have any, the first near-duplicate that was found before them, and how near it is.
+def pairs(new: "DataFrame", old: "DataFrame | None") -> "DataFrame":
+    """Who may be a near-duplicate of whom: new rows, and those before them in a bucket that are first there, or next.
 
     Args:
         new, old: instance_id, ingested_at and their buckets; old ones are looked at, not judged.
-        pool: all instances, with their texts.
 
     Returns:
-        instance_id, near_duplicate_of, near_duplicate_jaccard.
+        instance_id, other.
     """
-    from pyspark.sql import functions as F
-
-    pairs = _pairs(new, old)
-    wanted = pairs.select("instance_id").union(pairs.select(F.col("other").alias("instance_id"))).distinct()
-    sets = pool.join(wanted, "instance_id", "left_semi").select(
-        "instance_id", "ingested_at", F.array_distinct(shingles(config.shingle_words)).alias("shingles")
-    )
-    own = sets.select("instance_id", F.col("shingles").alias("of_one"))
-    others = sets.select(
-        F.col("instance_id").alias("other"), F.col("ingested_at").alias("other_at"), F.col("shingles").alias("of_other")
-    )
-    shared = F.size(F.array_intersect("of_one", "of_other"))
-    jaccard = shared / (F.size("of_one") + F.size("of_other") - shared)
-    near = pairs.join(own, "instance_id").join(others, "other").withColumn("jaccard", jaccard)
-    first = near.where(F.col("jaccard") >= config.threshold).groupBy("instance_id")
-    found = first.agg(F.min(F.struct("other_at", "other", "jaccard")).alias("first"))
-    return found.select(
-        "instance_id",
-        F.col("first.other").alias("near_duplicate_of"),
-        F.col("first.jaccard").alias("near_duplicate_jaccard"),
-    )
-
-
-def _pairs(new: "DataFrame", old: "DataFrame | None") -> "DataFrame":
-    """(instance_id, other): new rows, and those before them in a bucket that are the first there, or the nearest."""
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
@@ -130,5 +103,45 @@ def _pairs(new: "DataFrame", old: "DataFrame | None") -> "DataFrame":
     order = Window.partitionBy("bucket").orderBy(*_ORDER)
     before = F.array(F.first("instance_id").over(order), F.lag("instance_id").over(order))
     found = rows.withColumn("before", before).where("is_new")
-    pairs = found.select("instance_id", F.explode("before").alias("other"))
-    return pairs.where("other != instance_id").distinct()
+    return found.select("instance_id", F.explode("before").alias("other")).where("other != instance_id").distinct()
+
+
+def shingled(pairs: "DataFrame", pool: "DataFrame", config: NearDuplicatesConfig) -> "DataFrame":
+    """The instances of the pairs, each with its set of shingles.
+
+    Args:
+        pool: all instances, with their texts.
+    """
+    from pyspark.sql import functions as F
+
+    wanted = pairs.select(F.explode(F.array("instance_id", "other")).alias("instance_id")).distinct()
+    found = F.array_distinct(shingles(config.shingle_words)).alias("shingles")
+    return pool.join(wanted, "instance_id", "left_semi").select(*_ORDER, found)
+
+
+def nearest(pairs: "DataFrame", shingled: "DataFrame", threshold: float) -> "DataFrame":
+    """Of the pairs that are as similar as the threshold, each instance's first, and how similar it is.
+
+    Returns:
+        instance_id, near_duplicate_of, near_duplicate_jaccard.
+    """
+    from pyspark.sql import functions as F
+
+    own = shingled.select("instance_id", F.col("shingles").alias("of_one"))
+    others = shingled.select(
+        F.col("instance_id").alias("other"), F.col("ingested_at").alias("other_at"), F.col("shingles").alias("of_other")
+    )
+    shared = F.size(F.array_intersect("of_one", "of_other"))
+    jaccard = shared / (F.size("of_one") + F.size("of_other") - shared)
+    near = pairs.join(own, "instance_id").join(others, "other").withColumn("jaccard", jaccard)
+    first = F.min(F.struct("other_at", "other", "jaccard")).alias("first")
+    return (
+        near.where(F.col("jaccard") >= threshold)
+        .groupBy("instance_id")
+        .agg(first)
+        .select(
+            "instance_id",
+            F.col("first.other").alias("near_duplicate_of"),
+            F.col("first.jaccard").alias("near_duplicate_jaccard"),
+        )
+    )

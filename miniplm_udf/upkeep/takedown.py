@@ -1,6 +1,7 @@
 """Taking documents down by id: out of every table of a root, pinned versions too, and never in again. Driver only.
 
-    asked for -> recorded -> packed, refined, pinned, annotations, score_matrix, scores, rejects, instances -> old files
+    asked for -> recorded -> packed, refined, pinned, annotations, score_matrix, scores, rejects, instances
+              -> old files removed
 
 Input: a config and ids of documents. Every instance that holds a byte of one goes, whole: a score belongs to the text
 that was scored, and a cut text would be an instance that nobody has scored; its other documents lose that slice. What
