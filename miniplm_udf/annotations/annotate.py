@@ -65,11 +65,10 @@ class _Annotation:
         self._pool = tables.read(spark, instances_uri, self._instances_version).where("split = 'pool'")
 
     def run(self) -> dict[str, Any]:
-        if self._settings.language:
-            language.check(self._spark)
+        identifier = language.identifier_of(self._spark) if self._settings.language else None
         evaluation = self._evaluation()
         try:
-            n_new = self._write(evaluation)
+            n_new = self._write(evaluation, self._mark(evaluation, identifier))
         finally:
             if evaluation is not None:
                 evaluation.ngrams.unpersist()
@@ -89,10 +88,9 @@ class _Annotation:
             )  # fmt: skip
         return found
 
-    def _write(self, evaluation: Evaluation | None) -> int:
+    def _write(self, evaluation: Evaluation | None, mark: str) -> int:
         """Commits the rows that are new; returns their number."""
         newest = corpora.newest(self._spark, self._uri)
-        mark = self._mark(evaluation)
         known = self._known(newest, mark)
         new, kept = self._pool, []
         try:
@@ -111,9 +109,11 @@ class _Annotation:
             raise CorpusError("instances: expected some of the split `pool` to annotate, found none")
         return n_new
 
-    def _mark(self, evaluation: Evaluation | None) -> str:
+    def _mark(self, evaluation: Evaluation | None, identifier: str | None) -> str:
         """What the columns of a text depend on, beside the text: not what the evaluation files are called."""
         plain = {group: value for group, value in to_dict(self._settings).items() if value}
+        if identifier is not None:
+            plain["language"] = identifier
         if evaluation is not None:
             plain["contamination"] = {**plain["contamination"], "files": evaluation.fingerprint}
         return json.dumps({**plain, "rules_version": _RULES_VERSION}, sort_keys=True)

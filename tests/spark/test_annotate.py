@@ -281,6 +281,7 @@ def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
     assert newest is not None
     inputs = {name: corpora.show_corpus(spark, config.root, name)["inputs"] for name in ("clean", "long")}
     assert [inputs[name]["annotations_version"] for name in ("clean", "long")] == [newest.version] * 2
+    assert inputs["clean"]["annotated_by"]["language"].startswith("py3langid 0")
     assert inputs["clean"]["annotated_by"]["near_duplicates"] == {"threshold": THRESHOLD, "shingle_words": 5}
     assert "instances_version" in inputs["long"]
     assert "instances_version" not in inputs["clean"]
