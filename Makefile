@@ -8,7 +8,7 @@ SCALE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test test-cluster check faults bench-score bench-gpu bench-soak bench-stream bench-refine format constraints clean
+.PHONY: help setup java demo test test-cluster check faults bench-score bench-gpu bench-soak bench-stream bench-refine bench-annotate format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ bench-stream: setup ## a micro-batch as the tables grow to 10^7 rows, and small 
 
 bench-refine: setup ## a selection from 10^8 rows beside a sort, a quantile and a scan (half an hour on 2 cores); writes build/bench/refine.json
 	python -m tests.bench.bench_refine
+
+bench-annotate: setup ## near-duplicates planted and found, and what each group of columns costs (minutes); writes build/bench/annotate.json
+	python -m tests.bench.bench_annotate
 
 format: setup ## put the code in the house's format
 	ruff check --fix .

@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "all stages in order, skipping those whose inputs and config have not changed",
     "estimate": "what it will cost, from a sample: tokens, FLOPs, seconds, bytes, rejects; writes nothing",
     "ingest": "files or a table -> instances and rejects",
+    "annotate": "instances -> annotations: duplicates, contamination, language, quality, as columns for refine",
     "reference": "train the reference LM on the reference split, once",
     "score": "instances -> scores -> score_matrix, with every configured model",
     "stream": "a service: ingest, score and the matrix at once, until told to stop",
@@ -30,7 +31,7 @@ COMMANDS = {
 }
 # Commands with a `main` of their own; the others are stages of a pipeline.
 _OWN_MAIN = ("corpus", "demo-text", "estimate", "maintain", "status", "stream", "verify")
-_STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
+_STAGES = ("ingest", "annotate", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
 
 def usage() -> str:

@@ -19,7 +19,7 @@ from miniplm_udf.rules import resolve
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
+STAGES = ("ingest", "annotate", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
 LOGGER = logging.getLogger("miniplm.jobs")
 
@@ -46,6 +46,14 @@ def _ingest_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
     return [to_dict(config.ingest), to_dict(tokenizer_of) if tokenizer_of else None, input_state(spark, config.ingest)]
 
 
+def _annotate_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    from miniplm_udf.annotations.contamination import files_of
+
+    given = config.annotate.contamination if config.annotate else None
+    files = files_of(spark, given) if given else []
+    return [to_dict(config.annotate), tables.version(spark, config.table_uri("instances")), list(map(to_dict, files))]
+
+
 def _score_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
     aliases = config.scored_aliases
     # Weights may change under an old path; a hub name or a file of a package is no path, and its state is empty.
@@ -65,7 +73,8 @@ def _score_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
 def _refine_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
     # What a rule's name stands for belongs to it.
     scores = {name: resolve(corpus).score for name, corpus in config.refine.corpora.items()}
-    return [to_dict(config.refine), scores, tables.version(spark, config.table_uri("score_matrix"))]
+    read = [tables.version(spark, config.table_uri(name)) for name in ("score_matrix", "annotations")]
+    return [to_dict(config.refine), scores, *read]
 
 
 def _students_corpora(config: ExperimentConfig) -> list[str]:
@@ -104,6 +113,7 @@ def _reference_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
 
 INPUTS: dict[str, Inputs] = {
     "ingest": _ingest_inputs,
+    "annotate": _annotate_inputs,
     "reference": _reference_inputs,
     "score": _score_inputs,
     "refine": _refine_inputs,
@@ -119,6 +129,7 @@ def _has_outputs(spark: "SparkSession", config: ExperimentConfig, stage: str) ->
     pairs = {(student.corpus, student.tokenizer) for student in config.students.values()}
     made = {
         "ingest": ["instances"],
+        "annotate": ["annotations"],
         "score": ["scores", "score_matrix"],
         "refine": ["corpora", *(f"refined/{name}" for name in config.refine.corpora)],
         "pack": [f"packed/{corpus}/{tokenizer}" for corpus, tokenizer in pairs],

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from miniplm_udf import storage
+from miniplm_udf.config_annotate import AnnotateConfig, ContaminationConfig, NearDuplicatesConfig
 from miniplm_udf.config_refine import CorpusConfig, RefineConfig, SelectConfig
 from miniplm_udf.config_sections import (
     ChunkingConfig,
@@ -44,7 +45,9 @@ from miniplm_udf.errors import ConfigError
 from miniplm_udf.rules import load_rules, resolve
 
 __all__ = [
+    "AnnotateConfig",
     "ChunkingConfig",
+    "ContaminationConfig",
     "CorpusConfig",
     "EvaluateConfig",
     "ExperimentConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "IngestConfig",
     "MlflowConfig",
     "ModelConfig",
+    "NearDuplicatesConfig",
     "PackConfig",
     "ReferenceConfig",
     "RefineConfig",
@@ -79,6 +83,7 @@ class ExperimentConfig:
     models: dict[str, ModelConfig] = dataclasses.field(default_factory=dict)
     spark: SparkConfig = dataclasses.field(default_factory=SparkConfig)
     ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
+    annotate: AnnotateConfig | None = None
     reference: ReferenceConfig | None = None
     score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)

@@ -8,6 +8,7 @@ A Delta table holds a column as nullable or not exactly as declared here. Units 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _SPARK_TYPES = {
     "binary": "binary",
     "list<string>": "array<string>",
     "list<int32>": "array<int>",
+    "list<int64>": "array<bigint>",
 }
 
 
@@ -84,6 +86,7 @@ class Table:
             "binary": pa.binary(),
             "list<string>": pa.list_(pa.field("element", pa.string(), nullable=False)),
             "list<int32>": pa.list_(pa.field("element", pa.int32(), nullable=False)),
+            "list<int64>": pa.list_(pa.field("element", pa.int64(), nullable=False)),
         }
         return pa.schema([pa.field(c.name, types[c.type], nullable=c.nullable) for c in self.columns])
 
@@ -219,6 +222,64 @@ TAKEDOWNS = Table(
         Column("taken_down_at", "timestamp", "when"),
     ),
 )
+
+
+ANNOTATIONS = "annotations"
+
+# By group of the config's section `annotate`; docs/annotations.md has the sources. Words stand between spaces.
+ANNOTATIONS_BY_GROUP = {
+    "duplicates": (
+        Column("duplicate_of", "string", "the first instance of the same text; null: this one", nullable=True),
+    ),
+    "near_duplicates": (
+        Column("near_duplicate_of", "string", "the first found before it that is nearly the same", nullable=True),
+        Column("near_duplicate_jaccard", "float64", "Jaccard similarity of their shingles", nullable=True),
+        Column("minhash_buckets", "list<int64>", "where near-duplicates of it are looked for"),
+    ),
+    "contamination": (
+        Column("contaminated_ngrams", "int64", "its n-grams that stand in the evaluation files, each time they occur"),
+        Column("contaminated_share", "float64", "of all its n-grams; null: it has none", nullable=True),
+    ),
+    "language": (
+        Column("language", "string", "ISO 639 code"),
+        Column("language_confidence", "float64", "0 to 1"),
+    ),
+    "quality": (
+        Column("n_words", "int64", "words"),
+        Column("mean_word_characters", "float64", "characters that are no space, over words", nullable=True),
+        Column("alphabetic_word_share", "float64", "words with a letter, over words", nullable=True),
+        Column("hash_word_ratio", "float64", "signs #, over words", nullable=True),
+        Column("ellipsis_word_ratio", "float64", "ellipses, over words", nullable=True),
+        Column("n_stop_words", "int64", "how many of the, be, to, of, and, that, have, with occur"),
+        Column("unique_word_share", "float64", "different words over words, case and signs apart", nullable=True),
+        Column("duplicate_5gram_share", "float64", "runs of 5 words that occurred before, over all", nullable=True),
+        Column("has_curly_bracket", "bool", "has a {"),
+        Column("has_lorem_ipsum", "bool", "has lorem ipsum"),
+        Column("n_lines", "int64", "lines that are not blank"),
+        Column("bullet_line_share", "float64", "lines that begin with a bullet, over lines", nullable=True),
+        Column("ellipsis_line_share", "float64", "lines that end with an ellipsis, over lines", nullable=True),
+        Column("punctuated_line_share", "float64", "lines that end with . ! ? or a quotation mark", nullable=True),
+        Column("short_line_share", "float64", "lines of fewer than 30 characters, over lines", nullable=True),
+        Column("duplicate_line_share", "float64", "lines that occurred before, over lines", nullable=True),
+        Column("duplicate_line_character_share", "float64", "their characters, over those of all", nullable=True),
+    ),
+}
+
+
+def annotations(groups: Iterable[str]) -> Table:
+    """What the pool's texts say beside their scores, as groups of columns. All rows have one `annotated_by`."""
+    return Table(
+        name=ANNOTATIONS,
+        key=("instance_id",),
+        append_only=False,
+        statistics=("instance_id",),
+        columns=(
+            Column("instance_id", "string", "the instance"),
+            Column("ingested_at", "timestamp", "of the instance: of two, it tells which was first"),
+            *(column for group in groups for column in ANNOTATIONS_BY_GROUP[group]),
+            Column("annotated_by", "string", "JSON: the section `annotate`; of evaluation files a hash of n-grams"),
+        ),
+    )
 
 
 def cuts(name: str) -> Table:

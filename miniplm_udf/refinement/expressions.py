@@ -1,6 +1,6 @@
 """What a corpus's `score` and `where` may be: Spark SQL that computes one column of the row. Driver only; runs no job.
 
-    text + score_matrix (+ instances, only where a column of it is named) -> the analysed expression, or a ConfigError
+    text + score_matrix (+ other tables where a column of them is named) -> the analysed expression, or a ConfigError
 
 Refused, named with the place in the config and the position in the text: what does not parse or resolve, another type,
 subqueries, aggregates and window functions, generators, and what differs from run to run. So an expression reads no
@@ -10,19 +10,13 @@ other table, writes none, and gives the same version again. Nothing is retried: 
 import re
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import schemas
 from miniplm_udf.errors import ConfigError
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
-# Of either table: they tell how a row came, not what it is, and are not the same where it is ingested or scored anew.
-_OF_THE_RUN = ("query_id", "batch_id", "ingested_at", "instance_batch_id")
-
-
-def instance_columns(matrix: "DataFrame") -> list[str]:
-    """Columns of `instances` that an expression may name beside the matrix's."""
-    return [name for name in schemas.INSTANCES.column_names if name not in {*matrix.columns, *_OF_THE_RUN}]
+# Of any table: they tell how a row came, not what it is, and are not the same where it is ingested or scored anew.
+_OF_THE_RUN = ("query_id", "batch_id", "ingested_at", "instance_batch_id", "annotated_by", "minhash_buckets")
 
 
 def resolves(rows: "DataFrame", *texts: str) -> bool:
@@ -40,10 +34,18 @@ def resolves(rows: "DataFrame", *texts: str) -> bool:
     return True
 
 
-def joined(matrix: "DataFrame", instances: "DataFrame") -> "DataFrame":
-    """Pool rows of the matrix with the instances' own columns beside: rows of both tables move between tasks."""
-    own = instances.where("split = 'pool'").select("instance_id", *instance_columns(matrix))
-    return matrix.where("split = 'pool'").join(own, "instance_id")
+def joined(matrix: "DataFrame", *others: "DataFrame") -> "DataFrame":
+    """Pool rows of the matrix with the other tables' own columns beside: rows of all tables move between tasks.
+
+    Args:
+        others: by instance_id: `instances`, `annotations`.
+    """
+    rows = matrix.where("split = 'pool'")
+    for other in others:
+        of_pool = other.where("split = 'pool'") if "split" in other.columns else other
+        own = [name for name in other.columns if name not in {*rows.columns, *_OF_THE_RUN}]
+        rows = rows.join(of_pool.select("instance_id", *own), "instance_id")
+    return rows
 
 
 def expression(rows: "DataFrame", text: str, place: str, wanted: type, what: str) -> "Column":

@@ -23,6 +23,7 @@ from miniplm_udf.config import CorpusConfig, ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.model_records import read_record
 from miniplm_udf.refinement import diagnostics, expressions
+from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION, INSTANCES_VERSION, with_instances
 from miniplm_udf.refinement.keep import Kept, choose
 from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.streams.lease import Lease, lease_uri
@@ -68,14 +69,14 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
     matrix = tables.read(spark, matrix_uri, matrix_version)
     _check_columns(matrix, config)
     _check_tokenizers(config, name, resolved)
-    seen, instances_version = with_instances(spark, config, matrix, str(resolved.where), str(resolved.score))
+    seen, read = with_instances(spark, config, matrix, str(resolved.where), str(resolved.score))
     rows = candidate_rows(seen, config, name, resolved)
-    inputs = _inputs(matrix, matrix_version, instances_version)
+    inputs = {**_inputs(matrix, matrix_version), **read}
     known = newest.provenance if newest else None
     if newest and known:
         # Where its maker was killed before it had done so.
         corpora.record(spark, config.root, newest.version, known)
-    if newest and known and is_exact(known, plain_config(config, resolved), inputs["last_batches"]):
+    if newest and known and is_exact(known, plain_config(config, resolved), inputs):
         version, found, skipped = newest.version, known, True
     else:
         revisions = _revisions(matrix, config.scored_aliases)
@@ -93,10 +94,11 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
     return {"path": uri, "version": version, **{key: getattr(found, key) for key in reported}, "skipped": skipped}
 
 
-def is_exact(known: corpora.Provenance, plain: dict[str, Any], last_batches: dict[str, int]) -> bool:
-    """Whether a version is the full refinement of these rows of the matrix by this config."""
+def is_exact(known: corpora.Provenance, plain: dict[str, Any], inputs: dict[str, Any]) -> bool:
+    """Whether a version is the full refinement of these rows of the matrix, and these annotations, by this config."""
     as_refined = known.followed is None and known.derived is None
-    return as_refined and known.config == plain and known.inputs["last_batches"] == last_batches
+    same = all(known.inputs.get(key) == inputs.get(key) for key in ("last_batches", ANNOTATIONS_VERSION))
+    return as_refined and known.config == plain and same
 
 
 def resolve(config: ExperimentConfig, name: str) -> CorpusConfig:
@@ -136,23 +138,6 @@ def candidate_rows(seen: "DataFrame", config: ExperimentConfig, name: str, corpu
     )
 
 
-def with_instances(
-    spark: "SparkSession", config: ExperimentConfig, matrix: "DataFrame", *texts: str
-) -> tuple["DataFrame", int | None]:
-    """The matrix, with the instances' own columns beside where one of the expressions names one.
-
-    Returns:
-        And the version of `instances` that they are of; None where it is not read.
-    """
-    uri = config.table_uri("instances")
-    if expressions.resolves(matrix, *texts):
-        return matrix, None
-    version = tables.version(spark, uri)
-    if version is None:
-        return matrix, None
-    return expressions.joined(matrix, tables.read(spark, uri, version)), version
-
-
 def _check_columns(matrix: "DataFrame", config: ExperimentConfig) -> None:
     expected = schemas.score_matrix(config.scored_aliases).column_names
     if not set(expected) <= set(matrix.columns):
@@ -175,10 +160,9 @@ def _check_tokenizers(config: ExperimentConfig, name: str, corpus: CorpusConfig)
         )
 
 
-def _inputs(matrix: "DataFrame", version: int | None, instances_version: int | None) -> dict[str, Any]:
+def _inputs(matrix: "DataFrame", version: int | None) -> dict[str, Any]:
     batches = matrix.groupBy("query_id").max("batch_id").collect()
-    read = {} if instances_version is None else {"instances_version": instances_version}
-    return {"matrix_version": version, "last_batches": {row[0]: row[1] for row in sorted(batches)}, **read}
+    return {"matrix_version": version, "last_batches": {row[0]: row[1] for row in sorted(batches)}}
 
 
 def _revisions(matrix: "DataFrame", aliases: list[str]) -> dict[str, str]:
@@ -220,7 +204,7 @@ def chosen(spark: "SparkSession", made: Made, rows: "DataFrame") -> Iterator[tup
     from pyspark import StorageLevel
 
     # They are read some five times: what a join made is kept meanwhile.
-    if "instances_version" in made.inputs:
+    if {INSTANCES_VERSION, ANNOTATIONS_VERSION} & made.inputs.keys():
         rows = rows.persist(StorageLevel.DISK_ONLY)
     try:
         assert made.corpus.select is not None

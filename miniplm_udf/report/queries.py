@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import rules, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig
-from miniplm_udf.refinement.refine import with_instances
+from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
 
 if TYPE_CHECKING:

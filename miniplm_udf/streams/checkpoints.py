@@ -86,7 +86,7 @@ def needed_from(spark: "SparkSession", table_uri: str, checkpoint: Checkpoint) -
 
 @contextlib.contextmanager
 def alone(root: str) -> Iterator[None]:
-    """Keeps the queries of a root from running, as far as it has any, and waits for refinements that run.
+    """Keeps the queries of a root from running, as far as it has any, and waits for what annotates or refines it.
 
     Raises:
         CorpusError: on entering, a query runs.
@@ -96,6 +96,7 @@ def alone(root: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for query in sorted(queries):
             stack.enter_context(Lease(lease_uri(root, query), query))
+        stack.enter_context(Lease(lease_uri(root, "annotations"), "annotate", waits=True))
         for name in corpora:
             stack.enter_context(Lease(lease_uri(root, f"refined-{name}"), f"refined/{name}", waits=True))
         yield

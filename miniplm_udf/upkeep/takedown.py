@@ -1,6 +1,7 @@
 """Taking documents down by id: out of every table of a root, pinned versions too, and never in again. Driver only.
 
-    asked for -> recorded -> packed, refined, pinned, score_matrix, scores, rejects, instances -> old files removed
+    asked for -> recorded -> packed, refined, pinned, annotations, score_matrix, scores, rejects, instances
+              -> old files removed
 
 Input: a config and ids of documents. Every instance that holds a byte of one goes, whole: a score belongs to the text
 that was scored, and a cut text would be an instance that nobody has scored; its other documents lose that slice. What
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.takedown")
 
 # With rows by instance id, from the last to the first.
-_BY_INSTANCE = ("score_matrix", "scores", "rejects", "instances")
+_BY_INSTANCE = ("annotations", "score_matrix", "scores", "rejects", "instances")
+# Columns of annotations that name another instance.
+_NAMING = ("duplicate_of", "near_duplicate_of")
 
 
 def look(spark: "SparkSession", root: str, ids: Sequence[str]) -> dict[str, Any]:
@@ -130,6 +133,7 @@ class _TakeDown:
             self._corpus(name)
         for pin in pins.find(self._spark, self._root):
             self._pin(pin)
+        self._named_in_annotations()
         for name in _BY_INSTANCE:
             self._table(name)
 
@@ -233,6 +237,29 @@ class _TakeDown:
             pins.changed(self._spark, self._root, made)
             tables.delete_matching(self._spark, uri, self.gone)
         self._vacuum(table)
+
+    def _named_in_annotations(self) -> None:
+        """Removes the annotations of instances that are said to be copies of one that goes: `annotate` makes them anew.
+
+        Else `duplicate_of is null` would drop texts of which no copy is left.
+        """
+        uri = self._config.table_uri("annotations")
+        if not tables.exists(self._spark, uri):
+            return
+        rows = tables.read(self._spark, uri)
+        found = rows.select("instance_id").where("false")
+        for name in set(_NAMING) & set(rows.columns):
+            of_gone = self.gone.withColumnRenamed("instance_id", name)
+            found = found.union(rows.join(of_gone, name, "left_semi").select("instance_id"))
+        ids = tables.missing_from(found.distinct(), self.gone).persist()
+        try:
+            if n_rows := ids.count():
+                tables.delete_matching(self._spark, uri, ids)
+                LOGGER.info(
+                    "annotations: %d rows named an instance that goes; `miniplm annotate` makes them anew", n_rows
+                )
+        finally:
+            ids.unpersist()
 
     def _table(self, name: str) -> None:
         """Removes the rows of a table; a query that has still to read files of it begins anew, without them."""

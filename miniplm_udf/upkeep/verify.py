@@ -3,7 +3,7 @@
 Input: a Spark session and a root; output: `Check`s, each with what was expected, what was found, and examples. It may
 run while queries run: how far each query has come is read first (checks.py). A row that a query has not reached yet is
 *behind*; one that it has reached and that is nowhere is lost. Sums and joins are Spark's: the driver holds counts and
-examples alone. Versions of corpora, pins and take-downs are verify_versions.py's.
+examples alone. Versions of corpora, pins and take-downs are verify_versions.py's, annotations verify_annotations.py's.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.ingestion.documents import STAGE as INGEST_STAGE
 from miniplm_udf.schemas import INSTANCES, REJECTS, SCORES
 from miniplm_udf.streams.checkpoints import Checkpoint
-from miniplm_udf.upkeep import verify_versions
+from miniplm_udf.upkeep import verify_annotations, verify_versions
 from miniplm_udf.upkeep.checks import Check, Root, examples_of, none, unique
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def verify(spark: "SparkSession", root: str) -> list[Check]:
             f"root {storage.redact(at.root)}: expected a table of instances, found none; nothing to verify"
         )
     checks: list[Callable[[Root], Iterator[Check]]] = [_instances, _rejects]
+    checks += [verify_annotations.annotated] if at.has("annotations") else []
     checks += [_scores] if at.has("scores") else []
     checks += [_matrix] if at.has("score_matrix") and at.has("scores") else []
     checks += [verify_versions.corpora_of] if at.has("corpora") else []

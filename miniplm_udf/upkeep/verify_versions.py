@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from miniplm_udf import corpora, pins, removals, tables
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.refinement import expressions
+from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION
 from miniplm_udf.refinement.refine import fingerprint_of, sums_of
 from miniplm_udf.schemas import CORPORA, PINS
 from miniplm_udf.upkeep.checks import TABLES, Check, Root, examples_of, none, unique
@@ -114,13 +115,21 @@ def _in_matrix(at: Root, name: str, corpus: "DataFrame", row: Any) -> Check:
     from pyspark.sql import functions as F
 
     matrix = at.table("score_matrix")
-    made_of = set(json.loads(row["inputs"]).get("last_batches", {}))
+    inputs = json.loads(row["inputs"])
+    made_of = set(inputs.get("last_batches", {}))
     if made_of.isdisjoint(found[0] for found in matrix.select("query_id").distinct().collect()):
         note = "the matrix was built anew since, of other models"
         return Check(f"{name}: rows are the matrix's", row["n_instances"], row["n_instances"], True, note=note)
     text = json.loads(row["config"])["score"]
     if not expressions.resolves(matrix, text):
-        matrix = expressions.joined(matrix, at.table("instances"))
+        others = ["instances"]
+        if (made_of_version := inputs.get(ANNOTATIONS_VERSION)) is not None:
+            newest = corpora.newest(at.spark, at.uri("annotations"))
+            if newest is None or newest.version != made_of_version:
+                note = "the annotations that its score is made of have changed since"
+                return Check(f"{name}: rows are the matrix's", row["n_instances"], row["n_instances"], True, note=note)
+            others.append("annotations")
+        matrix = expressions.joined(matrix, *map(at.table, others))
     score: Column = F.expr(text).cast("double")
     wrong = corpus.join(matrix.select("instance_id", score.alias("again")), "instance_id", "left").where(
         ~F.col("score").eqNullSafe(F.col("again"))

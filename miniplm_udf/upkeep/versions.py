@@ -15,6 +15,7 @@ from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, Refi
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.pins import Pin
 from miniplm_udf.refinement import refine
+from miniplm_udf.refinement.columns import with_instances
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -215,8 +216,8 @@ def rebuild(spark: "SparkSession", config: ExperimentConfig, address: str, dry_r
         if found.fingerprint != known.fingerprint:
             raise CorpusError(
                 f"{name}@{version}: expected the fingerprint {known.fingerprint} again, found {found.fingerprint}, "
-                f"{found.n_instances} instances instead of {known.n_instances}: the matrix (by a take-down, perhaps) "
-                f"or the code ({known.code_revision} then) has changed since; nothing was written"
+                f"{found.n_instances} instances instead of {known.n_instances}: the matrix (by a take-down, perhaps), "
+                f"the annotations or the code ({known.code_revision} then) have changed since; nothing was written"
             )
         if dry_run:
             return _summary(name, version, version, known, skipped=True)
@@ -242,7 +243,7 @@ def _again(
             f"{sorted(found)}: the matrix was built anew since, and its micro-batches are others; refine anew"
         )
     condition = " or ".join(f"(query_id = '{query}' and batch_id <= {batch})" for query, batch in batches.items())
-    seen, _ = refine.with_instances(spark, config, matrix.where(condition), str(corpus.where), str(corpus.score))
+    seen, _ = with_instances(spark, config, matrix.where(condition), str(corpus.where), str(corpus.score))
     rows = refine.candidate_rows(seen, config, name, corpus)
     return refine.Made(config, name, corpus, known.inputs, known.model_revisions), rows
 

@@ -26,11 +26,12 @@ SMALL = [
     "reference.train={steps: 6, warmup_steps: 1}",
     "train={steps: 6, batch_sequences: 4, micro_batch_sequences: 4, learning_rate: 1.0e-3, warmup_steps: 1, "
     "save_every_steps: 3}",
-    "refine.corpora.difference.where=teacher_n_tokens >= 8",
+    "refine.corpora.difference.where=teacher_n_tokens >= 8 and duplicate_of is null and n_words > 0",
     "refine.corpora.random.where=teacher_n_tokens >= 8",
     "tokenizers.bpe8k.vocab_size=400",
     "pack.sequence_length=64",
     f"spark.conf={json.dumps(SMALL_TABLES)}",
+    "annotate={duplicates: true, near_duplicates: {}, language: true, quality: true}",
 ]
 WORDS = (
     "the quick brown fox jumps over a lazy dog while seven wizards quietly box with",

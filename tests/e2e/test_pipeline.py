@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.conftest import REPOSITORY, Experiment, make_documents, write_jsonl
 
-STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
+STAGES = ("ingest", "annotate", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
 
 def read_table(root: Path, name: str, version: int | None = None) -> pa.Table:

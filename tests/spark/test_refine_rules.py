@@ -12,7 +12,7 @@ from jobs import refine as job
 from miniplm_udf import corpora, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.refinement import diagnostics, refine
+from miniplm_udf.refinement import columns, diagnostics, refine
 from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import budget_of
 from miniplm_udf.upkeep import verify
@@ -207,7 +207,7 @@ def test_columns_of_the_instances_are_joined_where_they_are_named(spark: Any, co
     assert all(check.ok for check in checks)
     # Where none is named there is no join.
     plain = with_corpora(config, a=CorpusConfig(score=DIFFERENCE))
-    assert refine.with_instances(spark, plain, matrix_of(spark, plain), DIFFERENCE)[1] is None
+    assert columns.with_instances(spark, plain, matrix_of(spark, plain), DIFFERENCE)[1] == {}
 
 
 @pytest.mark.parametrize(
