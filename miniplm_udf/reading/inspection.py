@@ -76,8 +76,7 @@ def inspect(spark: "SparkSession", root: str, address: str, asked: Question) -> 
     name, version = versions.find(spark, root, address)
     known = corpora.provenance_of(spark, root, name, version)
     with corpora.readable(name, version), _matching(spark, root, name, version, known, asked) as matching:
-        order = _near_cut if asked.near_cut else _sample
-        chosen = order(matching, asked).limit(asked.n_rows).collect()
+        chosen = _ordered(matching, asked).limit(asked.n_rows).collect()
         rows = [{name: _finite(value) for name, value in row.asDict().items()} for row in chosen]
         n_matching = matching.count()
         if not rows:
@@ -98,15 +97,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _near_cut(rows: "DataFrame", asked: Question) -> "DataFrame":
+def _ordered(rows: "DataFrame", asked: Question) -> "DataFrame":
     from pyspark.sql import functions as F
 
-    return rows.where(is_finite()).orderBy(F.abs("cut_distance").asc_nulls_last(), "instance_id")
-
-
-def _sample(rows: "DataFrame", asked: Question) -> "DataFrame":
-    from pyspark.sql import functions as F
-
+    if asked.near_cut:
+        return rows.orderBy(F.abs("cut_distance").asc_nulls_last(), "instance_id")
     return rows.orderBy(F.xxhash64("instance_id", F.lit(asked.seed)), "instance_id")
 
 
@@ -123,6 +118,8 @@ def _matching(
     shown = rows.columns
     if asked.source is not None:
         rows = rows.where(F.col("source") == asked.source)
+    if asked.near_cut:
+        rows = rows.where(is_finite())
     if asked.sql is None:
         yield rows
         return
