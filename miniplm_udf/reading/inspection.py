@@ -74,18 +74,18 @@ def inspect(spark: "SparkSession", root: str, address: str, asked: Question) -> 
         CorpusError: there is no such version; its rows, or the matrix it was made of, are gone; no row fits.
     """
     name, version = versions.find(spark, root, address)
-    known = corpora.provenance_of(spark, root, name, version)
-    with corpora.readable(name, version), _matching(spark, root, name, version, known, asked) as matching:
-        chosen = _ordered(matching, asked).limit(asked.n_rows).collect()
-        rows = [{name: _finite(value) for name, value in row.asDict().items()} for row in chosen]
+    look = _Look(spark, root, name, version, corpora.provenance_of(spark, root, name, version), asked)
+    with corpora.readable(name, version), look.matching() as matching:
+        chosen = matching.orderBy(*_order(asked)).limit(asked.n_rows).collect()
         n_matching = matching.count()
-        if not rows:
-            raise _nothing(spark, root, name, version, known, asked)
+        if not chosen:
+            raise look.nothing()
+    rows = [{key: _finite(value) for key, value in row.asDict().items()} for row in chosen]
     texts = _texts(spark, root, [row["instance_id"] for row in rows], asked.n_characters)
     return {
         "version": f"{name}@{version}",
         "side": asked.side,
-        "threshold": known.threshold,
+        "threshold": look.known.threshold,
         "order": "nearest to the cut" if asked.near_cut else f"a random sample, seed {asked.seed}",
         "n_matching": n_matching,
         "rows": [{**row, **texts.get(row["instance_id"], {"text": None, "is_cut": False})} for row in rows],
@@ -97,60 +97,79 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _ordered(rows: "DataFrame", asked: Question) -> "DataFrame":
+def _order(asked: Question) -> "list[Column]":
     from pyspark.sql import functions as F
 
-    if asked.near_cut:
-        return rows.orderBy(F.abs("cut_distance").asc_nulls_last(), "instance_id")
-    return rows.orderBy(F.xxhash64("instance_id", F.lit(asked.seed)), "instance_id")
+    by = F.abs("cut_distance").asc_nulls_last() if asked.near_cut else F.xxhash64("instance_id", F.lit(asked.seed))
+    return [by, F.col("instance_id")]
 
 
-@contextlib.contextmanager
-def _matching(
-    spark: "SparkSession", root: str, name: str, version: int, known: corpora.Provenance, asked: Question
-) -> Iterator["DataFrame"]:
-    """The rows that a question fits: the version's columns and `cut_distance`."""
-    from pyspark import StorageLevel
-    from pyspark.sql import functions as F
-    from pyspark.sql.types import BooleanType
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """A question to a version."""
 
-    rows = _side(spark, root, name, version, known, asked.side).withColumn("cut_distance", cut_distance(known))
-    shown = rows.columns
-    if asked.source is not None:
-        rows = rows.where(F.col("source") == asked.source)
-    if asked.near_cut:
-        rows = rows.where(is_finite())
-    if asked.sql is None:
-        yield rows
-        return
-    has_all = expressions.resolves(rows, asked.sql)
-    if not has_all:
-        instances = tables.read(spark, _instances_uri(root))
-        n_rows = known.n_instances if asked.side == "kept" else known.n_candidates - known.n_instances
-        rows = texts_of(rows, instances, expressions.instance_columns(rows), n_rows)
-    what = "the columns shown and the instances' own"
-    condition = expressions.expression(rows, asked.sql, "--sql", BooleanType, "a condition", what)
-    rows = rows.where(condition).select(*shown)
-    if has_all:
-        yield rows
-        return
-    # All texts are read for it: once.
-    rows = rows.persist(StorageLevel.DISK_ONLY)
-    try:
-        yield rows
-    finally:
-        rows.unpersist()
+    spark: "SparkSession"
+    root: str
+    name: str
+    version: int
+    known: corpora.Provenance
+    asked: Question
 
+    def side(self) -> "DataFrame":
+        """The rows of the asked side, all of them: columns of schemas.refined."""
+        columns = schemas.refined(self.name, self.known.config["models"]).column_names
+        kept = corpora.read_corpus(self.spark, self.root, self.name, self.version)
+        if self.asked.side == "kept":
+            return kept.select(*columns)
+        _, _, rows = versions.candidates(self.spark, self.root, self.name, self.version, self.known)
+        return tables.missing_from(rows, kept).select(*columns)
 
-def _side(
-    spark: "SparkSession", root: str, name: str, version: int, known: corpora.Provenance, side: str
-) -> "DataFrame":
-    columns = schemas.refined(name, known.config["models"]).column_names
-    kept = corpora.read_corpus(spark, root, name, version)
-    if side == "kept":
-        return kept.select(*columns)
-    _, _, rows = versions.candidates(spark, root, name, version, known)
-    return tables.missing_from(rows, kept).select(*columns)
+    @contextlib.contextmanager
+    def matching(self) -> Iterator["DataFrame"]:
+        """Those that fit the question, with `cut_distance`."""
+        from pyspark import StorageLevel
+        from pyspark.sql import functions as F
+
+        rows = self.side().withColumn("cut_distance", cut_distance(self.known))
+        if self.asked.source is not None:
+            rows = rows.where(F.col("source") == self.asked.source)
+        if self.asked.near_cut:
+            rows = rows.where(is_finite())
+        if self.asked.sql is None:
+            yield rows
+        elif expressions.resolves(rows, self.asked.sql):
+            yield self._where(rows)
+        else:
+            # All texts are read for it: once.
+            found = self._where(self._with_instances(rows)).select(*rows.columns).persist(StorageLevel.DISK_ONLY)
+            try:
+                yield found
+            finally:
+                found.unpersist()
+
+    def _with_instances(self, rows: "DataFrame") -> "DataFrame":
+        n_kept, n_all = self.known.n_instances, self.known.n_candidates
+        n_rows = n_kept if self.asked.side == "kept" else n_all - n_kept
+        instances = tables.read(self.spark, _instances_uri(self.root))
+        return texts_of(rows, instances, expressions.instance_columns(rows), n_rows)
+
+    def _where(self, rows: "DataFrame") -> "DataFrame":
+        from pyspark.sql.types import BooleanType
+
+        over = "the columns shown and the instances' own"
+        return rows.where(expressions.expression(rows, str(self.asked.sql), "--sql", BooleanType, "a condition", over))
+
+    def nothing(self) -> CorpusError:
+        """What to say where no row fits."""
+        asked = self.asked
+        sources = sorted(row[0] for row in self.side().select("source").distinct().collect())
+        limits = [f"of source {asked.source!r}"] if asked.source is not None else []
+        limits += [f"where {asked.sql}"] if asked.sql is not None else []
+        limits += ["with a finite score"] if asked.near_cut else []
+        wanted = f"{asked.side} rows {' and '.join(limits)}".strip()
+        return CorpusError(
+            f"{self.name}@{self.version}: expected {wanted}, found none; the sources of what it {asked.side} are {sources}"
+        )
 
 
 def cuts_of(known: corpora.Provenance) -> dict[str | None, list[float]]:
@@ -205,17 +224,3 @@ def _texts(spark: "SparkSession", root: str, ids: list[str], n_characters: int) 
 
 def _instances_uri(root: str) -> str:
     return storage.join(storage.to_uri(root), "tables", "instances")
-
-
-def _nothing(
-    spark: "SparkSession", root: str, name: str, version: int, known: corpora.Provenance, asked: Question
-) -> CorpusError:
-    side = _side(spark, root, name, version, known, asked.side)
-    sources = sorted(row[0] for row in side.select("source").distinct().collect())
-    limits = [f"of source {asked.source!r}"] if asked.source is not None else []
-    limits += [f"where {asked.sql}"] if asked.sql is not None else []
-    limits += ["with a finite score"] if asked.near_cut else []
-    return CorpusError(
-        f"{name}@{version}: expected {asked.side} rows {' and '.join(limits)}, found none; the sources of what it "
-        f"{asked.side} are {sources}"
-    )

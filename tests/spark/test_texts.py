@@ -25,9 +25,8 @@ def test_the_texts_of_rows_come_without_a_sort(spark: Any, config: ExperimentCon
     threshold = spark.conf.get(key)
     instances = tables.read(spark, config.table_uri("instances"))
     rows = instances.where("pmod(xxhash64(instance_id), 3) = 0").selectExpr("instance_id", "n_bytes * 2 AS doubled")
-    expected = {
-        row[0]: row for row in rows.join(instances, "instance_id").select("instance_id", "doubled", "text").collect()
-    }
+    wanted = ("instance_id", "doubled", "text")
+    expected = {row[0]: row for row in rows.join(instances, "instance_id").select(*wanted).collect()}
     try:
         spark.conf.set(key, threshold if is_pruned else "-1")
         found = texts_of(rows, instances, ("text",), len(expected), 4)
