@@ -167,9 +167,8 @@ class _Look:
         limits += [f"where {asked.sql}"] if asked.sql is not None else []
         limits += ["with a finite score"] if asked.near_cut else []
         wanted = f"{asked.side} rows {' and '.join(limits)}".strip()
-        return CorpusError(
-            f"{self.name}@{self.version}: expected {wanted}, found none; the sources of what it {asked.side} are {sources}"
-        )
+        of_side = f"the sources of what it {asked.side} are {sources}"
+        return CorpusError(f"{self.name}@{self.version}: expected {wanted}, found none; {of_side}")
 
 
 def cuts_of(known: corpora.Provenance) -> dict[str | None, list[float]]:
