@@ -60,6 +60,25 @@ class ExportRequest:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Version:
+    """What is exported, and what is recorded of it."""
+
+    name: str
+    number: int
+    known: corpora.Provenance
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.number}"
+
+    @property
+    def columns(self) -> list[schemas.Column]:
+        """Of the files, in order: those of the instance, then the corpus's."""
+        refined = schemas.refined(self.name, self.known.config["models"]).columns
+        of_instance = {column.name: column for column in schemas.INSTANCES.columns}
+        return [refined[0], *(of_instance[name] for name in _OF_INSTANCES), *refined[1:]]
+
+
 def export(spark: "SparkSession", config: ExperimentConfig, address: str, request: ExportRequest) -> dict[str, Any]:
     """Writes a version of a corpus to files.
 
@@ -74,58 +93,50 @@ def export(spark: "SparkSession", config: ExperimentConfig, address: str, reques
         CorpusError: there is no such version; it is empty, or its rows are gone; its instances are not all there;
             another driver exports to the same folder.
     """
-    name, version = versions.find(spark, config.root, address)
-    known = corpora.provenance_of(spark, config.root, name, version)
-    default = storage.join(config.exports_uri, f"{name}-{version}.{request.to}")
+    name, number = versions.find(spark, config.root, address)
+    version = _Version(name, number, corpora.provenance_of(spark, config.root, name, number))
+    default = storage.join(config.exports_uri, f"{name}-{number}.{request.to}")
     target = default if request.out is None else storage.to_uri(request.out)
     mark = hashlib.sha256(target.encode()).hexdigest()[:16]
     with (
         Lease(lease_uri(config.root, f"export-{mark}"), f"the export to {storage.redact(target)}"),
         folders.written(target, request.overwrite) as folder,
-        corpora.readable(name, version),
-        watched_tasks(spark, f"export {name}@{version}"),
+        corpora.readable(name, number),
+        watched_tasks(spark, f"export {version}"),
     ):
-        files = _write(spark, config, name, version, known, request, folder)
-        manifest = _manifest(name, version, known, request, files)
+        files = _write(spark, config, version, request, folder)
+        manifest = _manifest(version, request, files)
         folders.remove_others(folder, [file["name"] for file in files])
-        storage.write_text(storage.join(folder, "README.md"), _card(name, version, known, request))
+        storage.write_text(storage.join(folder, "README.md"), _card(version, request))
         storage.write_json(storage.join(folder, folders.MANIFEST), manifest)
     return {**manifest, "path": storage.redact(target)}
 
 
-def columns_of(name: str, aliases: list[str]) -> list[schemas.Column]:
-    """The columns of an export, in order: those of the instance, then the corpus's."""
-    refined = schemas.refined(name, aliases).columns
-    of_instance = {column.name: column for column in schemas.INSTANCES.columns}
-    return [refined[0], *(of_instance[name] for name in _OF_INSTANCES), *refined[1:]]
-
-
 def _write(
-    spark: "SparkSession", config: ExperimentConfig, name: str, version: int, known: corpora.Provenance,
-    request: ExportRequest, folder: str,
-) -> list[dict[str, Any]]:  # fmt: skip
+    spark: "SparkSession", config: ExperimentConfig, version: _Version, request: ExportRequest, folder: str
+) -> list[dict[str, Any]]:
     """Writes the files and says what is in each, by name.
 
     Raises:
         CorpusError: they do not hold the version.
     """
     # A take-down changes the rows of a pin, and says so in its row.
-    expected = pins.of_version(spark, config.root, name, version) or known
+    expected = pins.of_version(spark, config.root, version.name, version.number) or version.known
     if not expected.n_instances:
-        raise CorpusError(f"{name}@{version}: expected instances to export, found none in it")
-    columns = [column.name for column in columns_of(name, known.config["models"])]
+        raise CorpusError(f"{version}: expected instances to export, found none in it")
     rows = texts_of(
-        corpora.read_corpus(spark, config.root, name, version),
+        corpora.read_corpus(spark, config.root, version.name, version.number),
         tables.read(spark, config.table_uri("instances")),
         _OF_INSTANCES,
         expected.n_instances,
         math.ceil(expected.n_instances / request.rows_per_file),
     )
+    columns = [column.name for column in version.columns]
     found = rows.select(*_written_columns(request.to, columns), *_counted())
     # Sorted here: Spark would run the tasks twice, the first time to see the range of what it sorts.
     written = found.mapInArrow(write_function(folder, request.to), WRITTEN_DDL).collect()
     files = sorted((row.asDict() for row in written), key=lambda file: file["name"])
-    _check(f"{name}@{version}", expected, files)
+    _check(version, expected, files)
     missing = {file["name"] for file in files} - set(storage.list_folder(folder))
     if missing:
         raise CorpusError(
@@ -152,7 +163,7 @@ def _counted() -> "list[Column]":
     return [value.alias(name) for value, name in zip(values, COUNTED, strict=True)]
 
 
-def _check(version: str, expected: "corpora.Provenance | pins.Pin", files: list[dict[str, Any]]) -> None:
+def _check(version: _Version, expected: "corpora.Provenance | pins.Pin", files: list[dict[str, Any]]) -> None:
     n_rows = _sum(files, "n_rows")
     if n_rows != expected.n_instances:
         raise CorpusError(
@@ -171,14 +182,13 @@ def _sum(files: list[dict[str, Any]], key: str) -> int:
     return sum(file[key] for file in files)
 
 
-def _manifest(
-    name: str, version: int, known: corpora.Provenance, request: ExportRequest, files: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _manifest(version: _Version, request: ExportRequest, files: list[dict[str, Any]]) -> dict[str, Any]:
+    known = version.known
     n_rows = _sum(files, "n_rows")
     return {
         "kind": folders.KIND,
-        "corpus": name,
-        "version": version,
+        "corpus": version.name,
+        "version": version.number,
         "to": request.to,
         "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "code_revision": __version__,
@@ -193,21 +203,21 @@ def _manifest(
         "config": known.config,
         "inputs": known.inputs,
         "refined_by": known.code_revision,
-        "columns": {column.name: column.meaning for column in columns_of(name, known.config["models"])},
+        "columns": {column.name: column.meaning for column in version.columns},
         "files": [{key: file[key] for key in _OF_A_FILE} for file in files],
     }
 
 
-def _card(name: str, version: int, known: corpora.Provenance, request: ExportRequest) -> str:
+def _card(version: _Version, request: ExportRequest) -> str:
     """What `datasets` reads first: the files, and the types, which it would guess from the first lines of JSON."""
     import yaml
 
     head = {
         "configs": [{"config_name": "default", "data_files": f"*.{request.to}"}],
-        "dataset_info": {"features": [_feature(column) for column in columns_of(name, known.config["models"])]},
+        "dataset_info": {"features": [_feature(column) for column in version.columns]},
     }
     return (
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}@{version}\n\n"
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {version}\n\n"
         "A corpus that `miniplm export` wrote; `manifest.json` tells what it is, where it came from, and what each\n"
         "column means.\n"
     )
