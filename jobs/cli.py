@@ -20,6 +20,8 @@ COMMANDS = {
     "stream": "a service: ingest, score and the matrix at once, until told to stop",
     "refine": "score_matrix -> a new version of each refined corpus; --follow keeps them growing",
     "corpus": "versions of corpora: list, show, diff, pin, unpin, restore, rebuild; take-down of documents",
+    "inspect": "texts that a corpus kept, or dropped, with their scores",
+    "export": "a corpus as JSON lines or Parquet, with texts, spans and scores, for other trainers",
     "pack": "refined corpora -> token sequences for the students' tokenizers",
     "train": "train the students",
     "evaluate": "held-out loss of the students",
@@ -30,7 +32,9 @@ COMMANDS = {
     "demo-text": "write the demo's corpus from documentation found on this machine",
 }
 # Commands with a `main` of their own; the others are stages of a pipeline.
-_OWN_MAIN = ("corpus", "demo-text", "estimate", "maintain", "status", "stream", "verify")
+_OWN_MAIN = ("corpus", "demo-text", "estimate", "export", "inspect", "maintain", "status", "stream", "verify")
+# A file of that name would hide Python's own module from the others in its folder.
+_MODULES = {"inspect": "inspect_corpus"}
 _STAGES = ("ingest", "annotate", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
 
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # `refine` is a stage, and with options of its own a service, or a list.
     if word in _OWN_MAIN or (word == "refine" and {"--follow", "--corpus", "--rules", "-h", "--help"} & set(rest)):
-        return int(importlib.import_module(f"jobs.{word.replace('-', '_')}").main(rest))
+        return int(importlib.import_module(f"jobs.{_MODULES.get(word, word.replace('-', '_'))}").main(rest))
     pipeline = importlib.import_module("jobs.pipeline")
     return int(pipeline.main(rest, stage=word if word in _STAGES else None))
 

@@ -112,4 +112,6 @@ def taken_down(found: Mapping[str, Any]) -> str:
         lines.append(f"queries that begin anew: {', '.join(found['begun_anew'])}")
     if found["students"]:
         lines.append(f"trained on such text, and not changed: {', '.join(found['students'])}")
+    if found["exports"]:
+        lines.append(f"exports that may hold such text, and are not changed: {', '.join(found['exports'])}")
     return "\n".join(lines)

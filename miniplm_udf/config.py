@@ -170,6 +170,11 @@ class ExperimentConfig:
     def model_uri(self, name: str) -> str:
         return storage.join(self.root, "models", name)
 
+    @property
+    def exports_uri(self) -> str:
+        """Where exports go that are given no other place."""
+        return storage.join(self.root, "exports")
+
     def report_folder(self) -> Path:
         """Local folder of `summary.json`, `report.html` and, by default, `mlflow.db`."""
         if self.report.folder is not None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.texts import texts_of
 from miniplm_udf.tokenizer_folders import TOKENIZER_FILE, PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ LOGGER = logging.getLogger("miniplm.pack")
 
 PACKING_RULE = 2  # raised with every change of what packing makes: older tables are then packed anew
 # In the order of `packing.Slice`.
-_TEXT_COLUMNS = (
+TEXT_COLUMNS = (
     "stream_id", "ordinal", "text", "segment_ends", "starts_document", "ends_document", "document_ids", "start_byte",
 )  # fmt: skip
 _PACKED_DDL = "shard int, position bigint, token_ids binary, target_mask binary, n_targets int, n_new_tokens bigint"
@@ -61,14 +62,10 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
                 f"refined/{corpus} version {refined_version}: expected all its instances in the instances table, found "
                 f"{n_missing} that are not there; refine it again"
             )
-        return texts_of(kept, instances), kept.count()
+        n_kept = kept.count()
+        return texts_of(kept, instances, TEXT_COLUMNS, n_kept), n_kept
 
     return _pack(spark, config, corpus, tokenizer, identity, rows, f"refined/{corpus} keeps nothing: refine it anew")
-
-
-def texts_of(kept: "DataFrame", instances: "DataFrame") -> "DataFrame":
-    """The kept ids with what of their instances is packed."""
-    return kept.join(instances.select("instance_id", *_TEXT_COLUMNS), "instance_id")
 
 
 def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
@@ -84,7 +81,7 @@ def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str,
     if config.reference is None:
         raise ConfigError("reference: expected the section of a reference to train, found none")
     instances_uri = config.table_uri("instances")
-    reference = tables.read(spark, instances_uri).where("split = 'reference'").select("instance_id", *_TEXT_COLUMNS)
+    reference = tables.read(spark, instances_uri).where("split = 'reference'").select("instance_id", *TEXT_COLUMNS)
     empty = (
         f"no text of the reference split in {storage.redact(instances_uri)}: raise ingest.split.reference "
         f"(now {config.ingest.split.reference}) and ingest into a new root, or ingest more text"
@@ -202,7 +199,7 @@ def _pack_function(
         def slices() -> Iterator["Slice"]:
             nonlocal shard
             for batch in batches:
-                columns = [batch.column(name).to_pylist() for name in _TEXT_COLUMNS]
+                columns = [batch.column(name).to_pylist() for name in TEXT_COLUMNS]
                 if shard is None and batch.num_rows:
                     shard = batch.column("shard")[0].as_py()
                 for values in zip(*columns, strict=True):

@@ -6,9 +6,14 @@ Owns no computation. Lines go through `logging` to stderr, so that stdout stays 
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 LOGGER = logging.getLogger("miniplm")
 
@@ -64,3 +69,25 @@ def progress(label: str, total: float | None = None, unit: str = "it") -> Iterat
         yield shown
     finally:
         shown.close()
+
+
+@contextmanager
+def watched_tasks(spark: "SparkSession", label: str, every_seconds: float = 10.0) -> Iterator[None]:
+    """Tells now and then how far the tasks of Spark's stages at work are, while the block runs."""
+    tracker = spark.sparkContext.statusTracker()
+    has_ended = threading.Event()
+
+    def watch() -> None:
+        while not has_ended.wait(every_seconds):
+            for stage in filter(None, map(tracker.getStageInfo, tracker.getActiveStageIds())):
+                LOGGER.info(
+                    "%s: %d of %d tasks of stage %d", label, stage.numCompletedTasks, stage.numTasks, stage.stageId
+                )
+
+    thread = threading.Thread(target=watch, name=label, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()

@@ -48,12 +48,14 @@ def joined(matrix: "DataFrame", *others: "DataFrame") -> "DataFrame":
     return rows
 
 
-def expression(rows: "DataFrame", text: str, place: str, wanted: type, what: str) -> "Column":
+def expression(
+    rows: "DataFrame", text: str, place: str, wanted: type, what: str, over: str = "score_matrix"
+) -> "Column":
     """The expression, checked.
 
     Args:
-        rows: what it is over.
-        place: in the config.
+        rows: what it is over; `over` is that in words.
+        place: in the config, or on the command line.
         wanted: Spark's class of the type it must have; `what` is that in words.
 
     Raises:
@@ -68,7 +70,7 @@ def expression(rows: "DataFrame", text: str, place: str, wanted: type, what: str
         analysed = rows.select("instance_id", F.expr(text).alias("value"))
         found = analysed.schema["value"].dataType
     except (ParseException, AnalysisException) as error:
-        raise ConfigError(f"{place}: {text!r} is no SQL over score_matrix{position(error)}; {columns}") from error
+        raise ConfigError(f"{place}: {text!r} is no SQL over {over}{position(error)}; {columns}") from error
     refused = _more_than_a_column(rows, analysed, text)
     if refused:
         raise ConfigError(f"{place}: expected a value of the row itself, found {text!r}, which has {refused}")

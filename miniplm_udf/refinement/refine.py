@@ -289,11 +289,18 @@ def _kept_share_by_source(sums: "Sequence[Row]") -> dict[str, float]:
     return {source: n_kept / n_rows for source, (n_kept, n_rows) in by_source.items()}
 
 
+def row_hash() -> "Column":
+    """What a fingerprint is made of, a bigint a row."""
+    from pyspark.sql import functions as F
+
+    return F.xxhash64("instance_id", "score")
+
+
 def sums_of(keep: "Column") -> list["Column"]:
     """Aggregates of the rows that `keep` keeps: n_kept, n_tokens, threshold, and xor and sum of their hashes."""
     from pyspark.sql import functions as F
 
-    hashed = F.xxhash64("instance_id", "score")
+    hashed = row_hash()
     low_bits = hashed.bitwiseAND(F.lit(0xFFFFFFFF).cast("bigint"))
     return [
         F.count_if(keep).alias("n_kept"),

@@ -74,7 +74,7 @@ def take_down(
 
     Returns:
         As `look`; `takedown_id`; `removed`: {table: rows}; `begun_anew`: queries; `students` that were trained on
-        packed sequences of such rows.
+        packed sequences of such rows; `exports` under the root, which may hold such text and are not changed.
 
     Raises:
         ConfigError: no id was given.
@@ -92,7 +92,7 @@ def take_down(
     LOGGER.info("take-down %s: %d instances, %s", takedown.id, found["instances"], done.removed)
     return {
         **found, "takedown_id": takedown.id, "removed": done.removed, "begun_anew": done.begun_anew,
-        "students": done.students(),
+        "students": done.students(), "exports": storage.list_folder(config.exports_uri),
     }  # fmt: skip
 
 

@@ -233,6 +233,21 @@ def _again(
             f"{name}@{version}: expected a version that was refined at once, found one that was followed, whose cuts "
             f"came one by one; rebuild {name}@{known.followed['since_version']}, the last that was not"
         )
+    config, corpus, rows = candidates(spark, root, name, version, known)
+    return refine.Made(config, name, corpus, known.inputs, known.model_revisions), rows
+
+
+def candidates(
+    spark: "SparkSession", root: str, name: str, version: int, known: corpora.Provenance
+) -> tuple[ExperimentConfig, CorpusConfig, "DataFrame"]:
+    """What a version was chosen from: `refine.candidate_rows` of the matrix's rows that it was made of.
+
+    Returns:
+        And its experiment and corpus as they are recorded (`recorded_config`).
+
+    Raises:
+        CorpusError: the matrix was built anew since; the record is of another version of this code.
+    """
     config, corpus = recorded_config(root, name, known)
     matrix = tables.read(spark, config.table_uri("score_matrix"))
     batches: dict[str, int] = known.inputs["last_batches"]
@@ -244,8 +259,7 @@ def _again(
         )
     condition = " or ".join(f"(query_id = '{query}' and batch_id <= {batch})" for query, batch in batches.items())
     seen, _ = with_instances(spark, config, matrix.where(condition), str(corpus.where), str(corpus.score))
-    rows = refine.candidate_rows(seen, config, name, corpus)
-    return refine.Made(config, name, corpus, known.inputs, known.model_revisions), rows
+    return config, corpus, refine.candidate_rows(seen, config, name, corpus)
 
 
 def recorded_config(root: str, name: str, known: corpora.Provenance) -> tuple[ExperimentConfig, CorpusConfig]:

@@ -28,6 +28,7 @@ from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, Refi
 from miniplm_udf.refinement import refine
 from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import budget_of
+from miniplm_udf.texts import texts_of
 from tests.bench import results
 from tests.bench.stream_tables import instance_values
 from tests.spark.test_refine import ALIASES, write_record
@@ -198,13 +199,14 @@ class Texts:
         tables.append(rows.select(*cast), self.uri, schemas.INSTANCES)
         kept = tables.read(self.spark, self.uri).where("pmod(xxhash64(instance_id), 2) = 0")
         kept.select("instance_id").write.parquet(str(self.folder / "kept"))
-        texts = pack.texts_of(kept.select("instance_id"), tables.read(self.spark, self.uri))
-        texts.write.parquet(str(self.folder / "kept_texts"))
+        self._texts().write.parquet(str(self.folder / "kept_texts"))
+
+    def _texts(self) -> "DataFrame":
+        kept = self.spark.read.parquet(str(self.folder / "kept"))
+        return texts_of(kept, tables.read(self.spark, self.uri), pack.TEXT_COLUMNS, self.rows // 2)
 
     def join(self) -> None:
-        kept = self.spark.read.parquet(str(self.folder / "kept"))
-        texts = pack.texts_of(kept, tables.read(self.spark, self.uri))
-        texts.write.mode("overwrite").parquet(str(self.folder / "joined"))
+        self._texts().write.mode("overwrite").parquet(str(self.folder / "joined"))
 
     def copy(self) -> None:
         rows = self.spark.read.parquet(str(self.folder / "kept_texts"))
