@@ -58,7 +58,7 @@ def _score_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
             alias: [file for file in state if not file[0].endswith("evaluation.json")]
             for alias, state in weights.items()
         },
-        config.score.max_reject_share,
+        [config.score.max_reject_share, config.score.sample],
     ]
 
 

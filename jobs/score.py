@@ -68,7 +68,7 @@ def prepare(
     )
     revisions = {alias: description.model_revision for alias, description in descriptions.items()}
     total = Tally()
-    checkpoint = config.checkpoint_uri(scores.checkpoint_name(plan.models))
+    checkpoint = config.checkpoint_uri(scores.checkpoint_name(plan.models, config.score.sample))
     matrix_checkpoint = config.checkpoint_uri(matrix.checkpoint_name(revisions))
     return Scoring(
         plan,
