@@ -17,6 +17,7 @@ COMMANDS = {
     "reference": "train the reference LM on the reference split, once",
     "score": "instances -> scores -> score_matrix, with every configured model",
     "stream": "a service: ingest, score and the matrix at once, until told to stop",
+    "proxy": "a small regressor learns the score from a scored sample, and predicts it for all the pool",
     "refine": "score_matrix -> a new version of each refined corpus; --follow keeps them growing",
     "corpus": "versions of corpora: list, show, diff, pin, unpin, restore, rebuild; take-down of documents",
     "pack": "refined corpora -> token sequences for the students' tokenizers",
@@ -29,7 +30,7 @@ COMMANDS = {
     "demo-text": "write the demo's corpus from documentation found on this machine",
 }
 # Commands with a `main` of their own; the others are stages of a pipeline.
-_OWN_MAIN = ("corpus", "demo-text", "estimate", "maintain", "status", "stream", "verify")
+_OWN_MAIN = ("corpus", "demo-text", "estimate", "maintain", "proxy", "status", "stream", "verify")
 _STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
 

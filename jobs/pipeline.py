@@ -1,6 +1,6 @@
 """`miniplm run`: all stages in order, skipping those whose inputs and config have not changed.
 
-    ingest -> reference -> score -> refine -> pack -> train -> evaluate -> report
+    ingest -> reference -> score -> proxy -> refine -> pack -> train -> evaluate -> report
 
 Reads and writes every table of DESIGN's drawing, through the stages. Spark stages share one session; the trainer's
 stages are processes of their own. A kill loses at most what the running stage was doing: each stage can be rerun.
@@ -64,7 +64,7 @@ def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bo
         return run
 
     return {
-        **{stage: spark_stage(stage) for stage in ("ingest", "score", "refine", "pack", "report")},
+        **{stage: spark_stage(stage) for stage in ("ingest", "score", "proxy", "refine", "pack", "report")},
         "reference": reference,
         "train": train,
         "evaluate": evaluate,
@@ -75,6 +75,8 @@ def applies(config: ExperimentConfig, stage: str) -> bool:
     """Whether the experiment has this stage at all."""
     if stage == "reference":
         return config.reference is not None
+    if stage == "proxy":
+        return config.proxy is not None
     if stage == "refine":
         return bool(config.refine.corpora)
     if stage == "evaluate":

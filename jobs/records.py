@@ -19,7 +19,7 @@ from miniplm_udf.rules import resolve
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-STAGES = ("ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report")
+STAGES = ("ingest", "reference", "score", "proxy", "refine", "pack", "train", "evaluate", "report")
 
 LOGGER = logging.getLogger("miniplm.jobs")
 
@@ -65,7 +65,13 @@ def _score_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
 def _refine_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
     # What a rule's name stands for belongs to it.
     scores = {name: resolve(corpus).score for name, corpus in config.refine.corpora.items()}
-    return [to_dict(config.refine), scores, tables.version(spark, config.table_uri("score_matrix"))]
+    read = ["score_matrix", *(["proxy_scores"] if config.proxy else [])]
+    return [to_dict(config.refine), scores, [tables.version(spark, config.table_uri(name)) for name in read]]
+
+
+def _proxy_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    versions = [tables.version(spark, config.table_uri(name)) for name in ("instances", "score_matrix")]
+    return [to_dict(config.proxy) if config.proxy else None, config.refine.tokens_of, versions]
 
 
 def _students_corpora(config: ExperimentConfig) -> list[str]:
@@ -106,6 +112,7 @@ INPUTS: dict[str, Inputs] = {
     "ingest": _ingest_inputs,
     "reference": _reference_inputs,
     "score": _score_inputs,
+    "proxy": _proxy_inputs,
     "refine": _refine_inputs,
     "pack": _pack_inputs,
     "train": _train_inputs,
@@ -120,6 +127,7 @@ def _has_outputs(spark: "SparkSession", config: ExperimentConfig, stage: str) ->
     made = {
         "ingest": ["instances"],
         "score": ["scores", "score_matrix"],
+        "proxy": ["proxy_scores"],
         "refine": ["corpora", *(f"refined/{name}" for name in config.refine.corpora)],
         "pack": [f"packed/{corpus}/{tokenizer}" for corpus, tokenizer in pairs],
     }

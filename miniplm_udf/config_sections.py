@@ -186,7 +186,8 @@ class ProxyConfig:
 
     Attributes:
         score: what it predicts, SQL over `score_matrix`; null is the rule miniplm.
-        rows: scored instances that it is fitted and tried on, at most, drawn by a hash of their ids.
+        rows: about so many scored instances are drawn, by a hash of their ids, to fit it and to try it on. One task
+            fits it, so that it comes out the same again; hence the bound.
         heldout: share of these that it is tried on, and never fitted on.
         features: n-grams of words are hashed to so many numbers.
     """
@@ -198,8 +199,8 @@ class ProxyConfig:
 
     def __post_init__(self) -> None:
         check(0 < self.heldout < 1, f"proxy.heldout: expected a share between 0 and 1, found {self.heldout}")
-        for name in ("rows", "features"):
-            check(getattr(self, name) >= 1, f"proxy.{name}: expected at least 1, found {getattr(self, name)}")
+        check(1 <= self.rows <= 10**6, f"proxy.rows: expected 1 to 1000000, found {self.rows}")
+        check(1 <= self.features <= 2**24, f"proxy.features: expected 1 to {2**24}, found {self.features}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

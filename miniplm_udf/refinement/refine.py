@@ -5,7 +5,8 @@
 Owns versions and their provenance; the rows are candidates.py's, the expressions expressions.py's, published rules
 rules.py's, the cut keep.py's, the signs of a poor choice diagnostics.py's. The same inputs and config give the same
 rows; where the newest version has them already, nothing is written. One version is one commit with its provenance; a
-retry after a kill adds what is missing. A corpus has one writer at a time (its lease): whoever refines or follows it (follow.py) waits.
+retry after a kill adds what is missing. A corpus has one writer at a time (its lease): whoever refines or follows it
+(follow.py) waits.
 
 Source: MiniPLM, arXiv 2410.17215: r = log p_teacher / p_reference per token = reference_nll_mean - teacher_nll_mean.
 """
