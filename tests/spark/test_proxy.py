@@ -1,9 +1,7 @@
 """The proxy of a score that can be read off the words, and of one that cannot; and all that follows from it."""
 
 import dataclasses
-import random
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,16 @@ import pytest
 
 from jobs import proxy, refine, score
 from miniplm_udf import proxy_records, schemas, storage, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ProxyConfig, SelectConfig
+from miniplm_udf.config import CorpusConfig, ExperimentConfig, ProxyConfig, RefineConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.pack import texts_of
 from miniplm_udf.proxy import features, fit, quality
 from miniplm_udf.removals import Takedown
 from miniplm_udf.rules import in_sample
 from miniplm_udf.upkeep import takedown, verify, versions
-from tests.spark.score_tables import Result, experiment, instance_id, two_models, write_instances
+from tests.spark.planted import PlantedFactory, planted, truth
+from tests.spark.score_tables import experiment, instance_id, two_models, write_instances
 
-GOOD = [f"good{number}" for number in range(20)]
-POOR = [f"poor{number}" for number in range(20)]
 SAMPLE = 0.5
 CORPORA = {
     "cheap": CorpusConfig(candidates="proxy_scores", select=SelectConfig(ratio=0.5)),
@@ -32,45 +29,6 @@ CORPORA = {
         select=SelectConfig(ratio=0.3, by="tokens"),
     ),
 }
-
-
-def planted(n: int, start: int = 0) -> list[str]:
-    """Texts of 40 words, each good or poor with a chance of the text's own."""
-    found = []
-    for number in range(start, start + n):
-        rng = random.Random(number)
-        share = rng.random()
-        words = [rng.choice(GOOD if rng.random() < share else POOR) for _ in range(40)]
-        found.append(f"{number} " + " ".join(words))
-    return found
-
-
-def truth(text: str) -> float:
-    """The score, in nats a token: the share of good words."""
-    words = text.split()
-    return sum(word.startswith("good") for word in words) / len(words)
-
-
-@dataclasses.dataclass(frozen=True)
-class PlantedFactory:
-    """Scorers by which the reference loses 3 nats a word, and the teacher as much less as there are good words."""
-
-    is_teacher: bool
-
-    @property
-    def key(self) -> str:
-        return f"planted/{self.is_teacher}"
-
-    def __call__(self) -> "PlantedFactory":
-        return self
-
-    def score(
-        self, texts: Sequence[str], segment_ends: Sequence[Sequence[int]], ends_document: Sequence[bool]
-    ) -> list[Result]:
-        return [
-            Result((3 - truth(text) * self.is_teacher) * len(text.split()), len(text.split()), len(text.encode()))
-            for text in texts
-        ]
 
 
 def score_with_models(spark: Any, config: ExperimentConfig) -> dict[str, Any]:
@@ -94,8 +52,9 @@ def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experime
     """A root of 360 instances of the pool, half of them scored by models, all of them by the proxy; and its summary."""
     folder = tmp_path_factory.mktemp("proxy")
     config = dataclasses.replace(
-        experiment(folder / "root", two_models(folder), CORPORA, sample=SAMPLE),
+        experiment(folder / "root", two_models(folder), sample=SAMPLE),
         proxy=ProxyConfig(heldout=0.3, features=4096),
+        refine=RefineConfig(corpora=CORPORA),
     )
     write_instances(spark, config, planted(360))
     write_instances(spark, config, planted(10, start=900), split="heldout")
@@ -160,7 +119,7 @@ def test_nothing_is_done_twice_and_what_is_new_is_predicted(
 
     # Killed after the commit of a micro-batch, and before its query knows of it.
     def killed(*given: Any) -> None:
-        raise KeyboardInterrupt("killed")
+        raise RuntimeError("killed")
 
     write_instances(spark, copied, planted(10, start=500), batch_id=1)
     with monkeypatch.context() as patched:
@@ -171,7 +130,8 @@ def test_nothing_is_done_twice_and_what_is_new_is_predicted(
     proxy.run(spark, copied)
     assert len(rows(spark, copied, "proxy_scores")) == len(before) + 10
     assert before.items() <= predictions(spark, copied).items()
-    assert wrong(spark, copied)[0].name.startswith("teacher: 0.5 of the pool"), "models are behind, the proxy is not"
+    # The models are behind, the proxy is not.
+    assert {check.name.split(" of the pool")[0] for check in wrong(spark, copied)} == {"teacher: 0.5", "reference: 0.5"}
 
     # Another proxy, and then the first again: it is not fitted, and predicts what it predicted.
     other = dataclasses.replace(copied, proxy=ProxyConfig(heldout=0.2, features=4096))
