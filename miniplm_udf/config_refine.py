@@ -141,9 +141,9 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         check(
-            self.rule is None or not self.is_of_proxy,
-            f"rule: a rule ranks what models have scored, found {self.rule!r} with candidates: proxy_scores; leave it "
-            "out, and say in proxy.score what the proxy predicts",
+            not self.is_of_proxy or (self.rule is None and not self.aliases),
+            f"rule: a rule ranks what models have scored, found {self.rule or self.aliases} with candidates: "
+            "proxy_scores; leave it out, and say in proxy.score what the proxy predicts",
         )
         check(
             not self.aliases or self.rule is not None or self.score is None,

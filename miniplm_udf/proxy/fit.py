@@ -47,12 +47,13 @@ def current(spark: "SparkSession", config: ExperimentConfig, refit: bool = False
         CorpusError: there is no matrix, or too little in it.
     """
     with Lease(lease_uri(config.root, "proxy"), "proxy", waits=True):
-        scored = candidates.read(spark, config, CorpusConfig())
-        identity = _identity(config, scored.revisions)
+        plain = CorpusConfig()
+        scored = candidates.read(spark, config, plain)
+        identity = _identity(config, candidates.revisions(config, plain, scored.rows))
         known = proxy_records.read(config.root)
         if known and known.identity == identity and not refit:
             return known
-        drawn = _drawn(spark, config, scored.rows, identity).persist()
+        drawn = _drawn(config, scored.rows, identity).persist()
         try:
             fitted_on = _described(drawn, scored.inputs)
             revision = fingerprint(identity, fitted_on["fingerprint"])
@@ -82,9 +83,7 @@ def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> dict[str, 
     }
 
 
-def _drawn(
-    spark: "SparkSession", config: ExperimentConfig, matrix: "DataFrame", identity: dict[str, Any]
-) -> "DataFrame":
+def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: dict[str, Any]) -> "DataFrame":
     """instance_id, source, score, n_tokens, n_bytes, is_heldout of the rows to fit and to try on, and `n_scored`."""
     from pyspark.sql import functions as F
     from pyspark.sql.types import NumericType

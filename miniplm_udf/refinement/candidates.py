@@ -28,12 +28,10 @@ class Candidates:
     Attributes:
         rows: with `query_id` and `batch_id` of their own table.
         inputs: for the provenance: the tables' versions, and `last_batches`, the last batch of each of their queries.
-        revisions: of the models by alias; of a proxy too, as `proxy`.
     """
 
     rows: "DataFrame"
     inputs: dict[str, Any]
-    revisions: dict[str, str]
 
 
 def read(
@@ -42,20 +40,32 @@ def read(
     """The rows of a resolved corpus's tables, as they are now or as they were at these micro-batches.
 
     Raises:
-        CorpusError: a table is not there, or lacks columns of the models.
+        CorpusError: a table is not there, or (now) lacks columns of the models.
     """
     matrix, matrix_version = _table(spark, config, MATRIX, last_batches)
     if not corpus.is_of_proxy:
-        _check_columns(matrix, config)
-        inputs = {"matrix_version": matrix_version, "last_batches": _last_batches(matrix)}
-        return Candidates(matrix, inputs, _revisions(matrix, config.scored_aliases))
+        if last_batches is None:
+            _check_columns(matrix, config)
+        return Candidates(matrix, {"matrix_version": matrix_version, "last_batches": _last_batches(matrix)})
     predicted, version = _table(spark, config, PROXY, last_batches)
     rows = beside(predicted, matrix, str(corpus.where), str(corpus.score))
     inputs = {"proxy_version": version, "last_batches": _last_batches(predicted)}
     if rows is not predicted:
         inputs["matrix_version"] = matrix_version
         inputs["last_batches"] |= _last_batches(matrix)
-    return Candidates(rows, inputs, _proxy_revisions(config, predicted))
+    return Candidates(rows, inputs)
+
+
+def revisions(config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame") -> dict[str, str]:
+    """What made the rows of `read`: model revisions by alias, and `proxy`, that of the proxy that they are of."""
+    if not corpus.is_of_proxy:
+        # One query with one set of models wrote all rows of the matrix.
+        found = rows.select(*(f"{alias}_revision" for alias in config.scored_aliases)).limit(1).collect()
+        return dict(zip(config.scored_aliases, found[0], strict=True)) if found else {}
+    of_proxy = [row[0] for row in rows.select("proxy_revision").limit(1).collect()]
+    record = proxy_records.read(config.root, of_proxy[0]) if of_proxy else None
+    models: dict[str, str] = record.identity["model_revisions"] if record else {}
+    return {**models, "proxy": of_proxy[0]} if of_proxy else {}
 
 
 def as_of(rows: "DataFrame", last_batches: dict[str, int]) -> "DataFrame":
@@ -94,18 +104,3 @@ def _check_columns(matrix: "DataFrame", config: ExperimentConfig) -> None:
 
 def _last_batches(rows: "DataFrame") -> dict[str, int]:
     return {row[0]: row[1] for row in sorted(rows.groupBy("query_id").max("batch_id").collect())}
-
-
-def _revisions(matrix: "DataFrame", aliases: list[str]) -> dict[str, str]:
-    """Model revisions by alias: one query with one set of models wrote all rows of the matrix."""
-    rows = matrix.select(*(f"{alias}_revision" for alias in aliases)).limit(1).collect()
-    return dict(zip(aliases, rows[0], strict=True)) if rows else {}
-
-
-def _proxy_revisions(config: ExperimentConfig, predicted: "DataFrame") -> dict[str, str]:
-    """The proxy's, and those of the models whose scores it was fitted on: one proxy wrote all rows of its table."""
-    rows = predicted.select("proxy_revision").limit(1).collect()
-    if not rows:
-        return {}
-    record = proxy_records.read(config.root, rows[0][0])
-    return {**(record.identity["model_revisions"] if record else {}), "proxy": rows[0][0]}

@@ -65,11 +65,11 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
     uri = corpora.corpus_uri(config.root, name)
     # Before the matrix: what was followed so far is of rows that this version of the matrix has.
     newest = corpora.newest(spark, uri)
-    found_rows = candidates.read(spark, config, resolved)
+    read = candidates.read(spark, config, resolved)
     check_tokenizers(config, f"refine.corpora.{name}.score", str(resolved.score))
-    seen, instances_version = with_instances(spark, config, found_rows.rows, str(resolved.where), str(resolved.score))
+    seen, instances_version = with_instances(spark, config, read.rows, str(resolved.where), str(resolved.score))
     rows = candidate_rows(seen, config, name, resolved)
-    inputs = found_rows.inputs | ({} if instances_version is None else {"instances_version": instances_version})
+    inputs = read.inputs | ({} if instances_version is None else {"instances_version": instances_version})
     known = newest.provenance if newest else None
     if newest and known:
         # Where its maker was killed before it had done so.
@@ -77,7 +77,8 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
     if newest and known and is_exact(known, plain_config(config, resolved), inputs["last_batches"]):
         version, found, skipped = newest.version, known, True
     else:
-        version, found = _write(spark, Made(config, name, resolved, inputs, found_rows.revisions), rows, newest)
+        revisions = candidates.revisions(config, resolved, read.rows)
+        version, found = _write(spark, Made(config, name, resolved, inputs, revisions), rows, newest)
         corpora.record(spark, config.root, version, found)
         skipped = False
     LOGGER.info(

@@ -98,7 +98,7 @@ def alone(root: str) -> Iterator[None]:
         CorpusError: on entering, a query runs.
     """
     corpora = storage.list_folder(storage.join(root, "tables", "refined"))
-    queries = {"ingest", "score_matrix", *(one.lease for one in find(root)), *(f"follow-{name}" for name in corpora)}
+    queries = {*_LEASES.values(), *(one.lease for one in find(root)), *(f"follow-{name}" for name in corpora)}
     with contextlib.ExitStack() as stack:
         for query in sorted(queries):
             stack.enter_context(Lease(lease_uri(root, query), query))

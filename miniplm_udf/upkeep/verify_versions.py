@@ -116,10 +116,11 @@ def _in_matrix(at: Root, name: str, corpus: "DataFrame", row: Any) -> Check:
     config, batches = json.loads(row["config"]), json.loads(row["inputs"]).get("last_batches", {})
     text, of = config["score"], config.get("candidates", candidates.MATRIX)
     what = "the matrix's" if of == candidates.MATRIX else "the proxy's"
-    matrix = at.table(of) if at.has(of) else at.table("score_matrix").where("false")
-    if set(batches).isdisjoint(found[0] for found in matrix.select("query_id").distinct().collect()):
+    found = at.table(of).select("query_id").distinct().collect() if at.has(of) else []
+    if set(batches).isdisjoint(row[0] for row in found):
         note = f"{of} was built anew since, of other models"
         return Check(f"{name}: rows are {what}", row["n_instances"], row["n_instances"], True, note=note)
+    matrix = at.table(of)
     if of == candidates.PROXY:
         # As the matrix was: what was scored since had no score then.
         matrix = candidates.beside(matrix, candidates.as_of(at.table("score_matrix"), batches), text)
