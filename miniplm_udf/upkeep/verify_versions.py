@@ -116,9 +116,10 @@ def _in_matrix(at: Root, name: str, corpus: "DataFrame", row: Any) -> Check:
     config, batches = json.loads(row["config"]), json.loads(row["inputs"]).get("last_batches", {})
     text, of = config["score"], config.get("candidates", candidates.MATRIX)
     what = "the matrix's" if of == candidates.MATRIX else "the proxy's"
-    found = at.table(of).select("query_id").distinct().collect() if at.has(of) else []
-    if set(batches).isdisjoint(row[0] for row in found):
-        note = f"{of} was built anew since, of other models"
+    read = [table for table in {of, candidates.MATRIX} if at.has(table)]
+    known = {one[0] for table in read for one in at.table(table).select("query_id").distinct().collect()}
+    if of not in read or not batches or not set(batches) <= known:
+        note = f"{of} was built anew since, of other models or by another proxy"
         return Check(f"{name}: rows are {what}", row["n_instances"], row["n_instances"], True, note=note)
     matrix = at.table(of)
     if of == candidates.PROXY:
