@@ -18,6 +18,7 @@ COMMANDS = {
     "reference": "train the reference LM on the reference split, once",
     "score": "instances -> scores -> score_matrix, with every configured model",
     "stream": "a service: ingest, score and the matrix at once, until told to stop",
+    "proxy": "a small regressor learns the score from a scored sample, and predicts it for all the pool",
     "refine": "score_matrix -> a new version of each refined corpus; --follow keeps them growing",
     "corpus": "versions of corpora: list, show, diff, pin, unpin, restore, rebuild; take-down of documents",
     "inspect": "texts that a corpus kept, or dropped, with their scores",
@@ -32,7 +33,7 @@ COMMANDS = {
     "demo-text": "write the demo's corpus from documentation found on this machine",
 }
 # Commands with a `main` of their own; the others are stages of a pipeline.
-_OWN_MAIN = ("corpus", "demo-text", "estimate", "export", "inspect", "maintain", "status", "stream", "verify")
+_OWN_MAIN = ("corpus", "demo-text", "estimate", "export", "inspect", "maintain", "proxy", "status", "stream", "verify")
 # A file of that name would hide Python's own module from the others in its folder.
 _MODULES = {"inspect": "inspect_corpus"}
 _STAGES = ("ingest", "annotate", "reference", "score", "refine", "pack", "train", "evaluate", "report")

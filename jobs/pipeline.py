@@ -1,6 +1,6 @@
 """`miniplm run`: all stages in order, skipping those whose inputs and config have not changed.
 
-    ingest -> annotate -> reference -> score -> refine -> pack -> train -> evaluate -> report
+    ingest -> annotate -> reference -> score -> proxy -> refine -> pack -> train -> evaluate -> report
 
 Reads and writes every table of DESIGN's drawing, through the stages. Spark stages share one session; the trainer's
 stages are processes of their own. A kill loses at most what the running stage was doing: each stage can be rerun.
@@ -64,7 +64,7 @@ def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bo
         return run
 
     return {
-        **{stage: spark_stage(stage) for stage in ("ingest", "annotate", "score", "refine", "pack", "report")},
+        **{stage: spark_stage(stage) for stage in ("ingest", "annotate", "score", "proxy", "refine", "pack", "report")},
         "reference": reference,
         "train": train,
         "evaluate": evaluate,
@@ -77,6 +77,8 @@ def applies(config: ExperimentConfig, stage: str) -> bool:
         return config.annotate is not None
     if stage == "reference":
         return config.reference is not None
+    if stage == "proxy":
+        return config.proxy is not None
     if stage == "refine":
         return bool(config.refine.corpora)
     if stage == "evaluate":

@@ -19,7 +19,7 @@ from miniplm_udf.rules import resolve
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-STAGES = ("ingest", "annotate", "reference", "score", "refine", "pack", "train", "evaluate", "report")
+STAGES = ("ingest", "annotate", "reference", "score", "proxy", "refine", "pack", "train", "evaluate", "report")
 
 LOGGER = logging.getLogger("miniplm.jobs")
 
@@ -66,15 +66,20 @@ def _score_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
             alias: [file for file in state if not file[0].endswith("evaluation.json")]
             for alias, state in weights.items()
         },
-        config.score.max_reject_share,
+        [config.score.max_reject_share, config.score.sample],
     ]
 
 
 def _refine_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
     # What a rule's name stands for belongs to it.
     scores = {name: resolve(corpus).score for name, corpus in config.refine.corpora.items()}
-    read = [tables.version(spark, config.table_uri(name)) for name in ("score_matrix", "annotations")]
-    return [to_dict(config.refine), scores, *read]
+    read = ["score_matrix", "annotations", *(["proxy_scores"] if config.proxy else [])]
+    return [to_dict(config.refine), scores, [tables.version(spark, config.table_uri(name)) for name in read]]
+
+
+def _proxy_inputs(spark: "SparkSession", config: ExperimentConfig) -> Any:
+    versions = [tables.version(spark, config.table_uri(name)) for name in ("instances", "score_matrix")]
+    return [to_dict(config.proxy) if config.proxy else None, config.refine.tokens_of, versions]
 
 
 def _students_corpora(config: ExperimentConfig) -> list[str]:
@@ -116,6 +121,7 @@ INPUTS: dict[str, Inputs] = {
     "annotate": _annotate_inputs,
     "reference": _reference_inputs,
     "score": _score_inputs,
+    "proxy": _proxy_inputs,
     "refine": _refine_inputs,
     "pack": _pack_inputs,
     "train": _train_inputs,
@@ -131,6 +137,7 @@ def _has_outputs(spark: "SparkSession", config: ExperimentConfig, stage: str) ->
         "ingest": ["instances"],
         "annotate": ["annotations"],
         "score": ["scores", "score_matrix"],
+        "proxy": ["proxy_scores"],
         "refine": ["corpora", *(f"refined/{name}" for name in config.refine.corpora)],
         "pack": [f"packed/{corpus}/{tokenizer}" for corpus, tokenizer in pairs],
     }

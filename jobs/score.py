@@ -68,7 +68,7 @@ def prepare(
     )
     revisions = {alias: description.model_revision for alias, description in descriptions.items()}
     total = Tally()
-    checkpoint = config.checkpoint_uri(scores.checkpoint_name(plan.models))
+    checkpoint = config.checkpoint_uri(scores.checkpoint_name(plan.models, config.score.sample))
     matrix_checkpoint = config.checkpoint_uri(matrix.checkpoint_name(revisions))
     return Scoring(
         plan,
@@ -117,7 +117,7 @@ def summary(spark: "SparkSession", config: ExperimentConfig, prepared: Scoring, 
     if not all(scored.values()) and config.stream.trigger == "available_now":
         raise CorpusError(
             f"scores: expected scored instances of the split `pool` for every model, found {scored} and {rejected} "
-            "rejects; see the table rejects, and whether ingest.split leaves a pool"
+            "rejects; see the table rejects, and whether ingest.split leaves a pool, and score.sample some of it"
         )
     counts = {alias: prepared.total.models.get(alias, ModelCounts()) for alias in scored}
     matrix_uri = config.table_uri("score_matrix")

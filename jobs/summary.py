@@ -18,17 +18,19 @@ def build_summary(config: ExperimentConfig) -> dict[str, Any]:
     """Counts, rates and seconds of all stages that have run, and the students' held-out numbers.
 
     Returns:
-        `instances`, `rejected` (all stages), `scored` (per model alias), `kept` (per corpus), `tokens_per_second` (per
-        model alias, of its last scoring), `refined` (per corpus: `path`, `version`), `students` (per name), `seconds`
-        (per stage, of its last run).
+        `instances`, `rejected` (all stages), `scored` (per model alias), `proxy` (`predicted`, held-out `spearman`;
+        null where there is none), `kept` (per corpus), `tokens_per_second` (per model alias, of its last scoring),
+        `refined` (per corpus: `path`, `version`), `students` (per name), `seconds` (per stage, of its last run).
     """
     records = {stage: record for stage in STAGES if (record := read_record(config, stage))}
-    ingest, score, refine = (records.get(stage, {}).get("summary", {}) for stage in ("ingest", "score", "refine"))
+    stages = ("ingest", "score", "proxy", "refine")
+    ingest, score, proxy, refine = (records.get(stage, {}).get("summary", {}) for stage in stages)
     evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
     return {
         "instances": ingest.get("instances", 0),
         "rejected": ingest.get("rejected", 0) + score.get("rejected", 0),
         "scored": score.get("scored", {}),
+        "proxy": {"predicted": proxy["rows"]["pool"], "spearman": proxy["heldout"]["spearman"]} if proxy else None,
         "kept": refine.get("kept", {}),
         "tokens_per_second": score.get("tokens_per_second", {}),
         "refined": {
@@ -50,6 +52,7 @@ def summary_text(config: ExperimentConfig, summary: dict[str, Any]) -> str:
         ("instances in", f"{summary['instances']:,}"),
         ("rejected", f"{summary['rejected']:,}"),
         *((f"scored by {alias}", f"{n:,}") for alias, n in summary["scored"].items()),
+        *([("predicted by the proxy", _predicted(summary["proxy"]))] if summary["proxy"] else []),
         *((f"kept in {name}", f"{n:,}") for name, n in summary["kept"].items()),
     ]
     speeds = [
@@ -77,6 +80,11 @@ def summary_text(config: ExperimentConfig, summary: dict[str, Any]) -> str:
     if students:
         parts.append(_table([("student", "corpus", "held-out nats/token", "bits/byte"), *students]))
     return "\n\n".join([*parts, _table(places)])
+
+
+def _predicted(proxy: dict[str, Any]) -> str:
+    rho = proxy["spearman"]
+    return f"{proxy['predicted']:,} (Spearman on held-out instances {'none' if rho is None else format(rho, '.3f')})"
 
 
 def _speeds(config: ExperimentConfig, summary: dict[str, Any], stage: str) -> str:

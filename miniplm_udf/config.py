@@ -29,6 +29,7 @@ from miniplm_udf.config_sections import (
     MlflowConfig,
     ModelConfig,
     PackConfig,
+    ProxyConfig,
     ReferenceConfig,
     ReportConfig,
     ScoreConfig,
@@ -42,7 +43,7 @@ from miniplm_udf.config_sections import (
     check_name,
 )
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.rules import load_rules, resolve
+from miniplm_udf.rules import DEFAULT, load_rules, resolve
 
 __all__ = [
     "AnnotateConfig",
@@ -57,6 +58,7 @@ __all__ = [
     "ModelConfig",
     "NearDuplicatesConfig",
     "PackConfig",
+    "ProxyConfig",
     "ReferenceConfig",
     "RefineConfig",
     "ReportConfig",
@@ -86,6 +88,7 @@ class ExperimentConfig:
     annotate: AnnotateConfig | None = None
     reference: ReferenceConfig | None = None
     score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    proxy: ProxyConfig | None = None
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     tokenizers: dict[str, TokenizerConfig] = dataclasses.field(default_factory=dict)
@@ -118,10 +121,17 @@ class ExperimentConfig:
         if self.reference:
             links += [("reference.alias", self.reference.alias, self.models)]
             links += [("reference.tokenizer", self.reference.tokenizer, self.models)]
-        if self.refine.corpora:
+        if self.refine.corpora or self.proxy:
             links += [("refine.tokens_of", self.refine.tokens_of, self.scored_aliases)]
-            for name, corpus in self.refine.corpora.items():
-                links += self._rule_links(f"refine.corpora.{name}", corpus)
+        if self.proxy and self.proxy.score is None:
+            links += [("proxy.score: miniplm", role, self.scored_aliases) for role in load_rules()[DEFAULT].models]
+        for name, corpus in self.refine.corpora.items():
+            links += self._rule_links(f"refine.corpora.{name}", corpus)
+            check(
+                self.proxy is not None or not corpus.is_of_proxy,
+                f"refine.corpora.{name}.candidates: expected the section proxy, which makes proxy_scores, found none "
+                "(`proxy: {}` takes the defaults)",
+            )
         for name, student in self.students.items():
             links += [(f"students.{name}.corpus", student.corpus, self.refine.corpora)]
             links += [(f"students.{name}.tokenizer", student.tokenizer, self.tokenizers)]

@@ -121,14 +121,18 @@ class CorpusConfig:
     """One refined corpus: SQL over `score_matrix` and the instances' own columns.
 
     Attributes:
+        candidates: the table of which rows may be kept. `proxy_scores` has the whole pool, also what no model has
+            scored; expressions are over its columns then, and those of `score_matrix`, null where no model has scored.
         rule: a published rule by name (`miniplm refine --rules` lists them), in place of `score`. With neither, the
             paper's: miniplm.
         aliases: models of the experiment that stand for the rule's, where they have other names: {teacher: big}.
-        score: expression to rank by, higher is better.
-        where: condition to be a candidate; null is at least 32 scored tokens of the model `refine.tokens_of`.
+        score: expression to rank by, higher is better; null, of `proxy_scores`, is `prediction`.
+        where: condition to be a candidate; null is at least 32 scored tokens of the model `refine.tokens_of` (of
+            `proxy_scores`, as many estimated ones).
         select: null is the rule's own, and where it has none the highest half.
     """
 
+    candidates: Literal["score_matrix", "proxy_scores"] = "score_matrix"
     rule: str | None = None
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
     score: str | None = None
@@ -137,9 +141,18 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         check(
+            not self.is_of_proxy or (self.rule is None and not self.aliases),
+            f"rule: a rule ranks what models have scored, found {self.rule or self.aliases} with candidates: "
+            "proxy_scores; leave it out, and say in proxy.score what the proxy predicts",
+        )
+        check(
             not self.aliases or self.rule is not None or self.score is None,
             f"aliases: expected with a rule, whose models they stand for, found with score {self.score!r}",
         )
+
+    @property
+    def is_of_proxy(self) -> bool:
+        return self.candidates == "proxy_scores"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

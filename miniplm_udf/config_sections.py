@@ -145,6 +145,8 @@ class ScoreConfig:
 
     Attributes:
         models: aliases to score with; empty means all of `models`.
+        sample: share of the pool that is scored, by a hash of the instance's id: a larger one holds a smaller one, so
+            that raising it later scores only what is missing. The rest is for a proxy (section `proxy`).
         workers: concurrent scorers: one a GPU; 1 on a single machine without.
         workers_per_gpu: worker processes that may hold a model on one GPU at a time; others wait. Null: no bound.
         tokens_per_batch: token budget of one forward pass; null takes what is best on the device.
@@ -154,6 +156,7 @@ class ScoreConfig:
     """
 
     models: list[str] = dataclasses.field(default_factory=list)
+    sample: float = 1.0
     workers: int = 1
     workers_per_gpu: int | None = 1
     tokens_per_batch: int | None = None
@@ -163,6 +166,7 @@ class ScoreConfig:
     max_reject_share: float = 0.01
 
     def __post_init__(self) -> None:
+        check(0 < self.sample <= 1, f"score.sample: expected a share above 0 and at most 1, found {self.sample}")
         check(
             self.tokens_per_batch is None or self.tokens_per_batch >= 1,
             f"score.tokens_per_batch: expected at least 1, found {self.tokens_per_batch}",
@@ -174,6 +178,29 @@ class ScoreConfig:
             re.fullmatch(r"\d+[bkmgt]?b?", self.max_bytes_per_trigger.lower()) is not None,
             f"score.max_bytes_per_trigger: expected a size such as 512m or 1g, found {self.max_bytes_per_trigger!r}",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProxyConfig:
+    """A small regressor that predicts, from the text alone, the score of instances that no model has scored.
+
+    Attributes:
+        score: what it predicts, SQL over `score_matrix`; null is the rule miniplm.
+        rows: about so many scored instances are drawn, by a hash of their ids, to fit it and to try it on. One task
+            fits it, so that it comes out the same again; hence the bound.
+        heldout: share of these that it is tried on, and never fitted on.
+        features: n-grams of words are hashed to so many numbers.
+    """
+
+    score: str | None = None
+    rows: int = 100_000
+    heldout: float = 0.2
+    features: int = 2**18
+
+    def __post_init__(self) -> None:
+        check(0 < self.heldout < 1, f"proxy.heldout: expected a share between 0 and 1, found {self.heldout}")
+        check(1 <= self.rows <= 10**6, f"proxy.rows: expected 1 to 1000000, found {self.rows}")
+        check(1 <= self.features <= 2**24, f"proxy.features: expected 1 to {2**24}, found {self.features}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

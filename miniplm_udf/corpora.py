@@ -41,7 +41,8 @@ class Provenance:
 
     Attributes:
         config: the resolved corpus config.
-        inputs: `matrix_version`, and `last_batches`: the last batch of each query id in the matrix that is in it.
+        inputs: `matrix_version` (of what a proxy ranks `proxy_version`), and `last_batches`: the last batch of each
+            query id in these tables that is in it.
         model_revisions: by alias.
         threshold: the lowest kept score.
         n_candidates: pool rows that passed `where`; `candidate_tokens` are theirs.

@@ -93,7 +93,9 @@ def estimate(spark: "SparkSession", config: ExperimentConfig, sample_bytes: int,
             f"{len(cut.instances)} instances of other splits and rejects {cut.rejects or 'none'}"
         )
     measured = {alias: _measure(spark, config, alias, cut) for alias in config.scored_aliases}
-    models = {alias: _model_facts(one, sample.scale, gpus) for alias, one in measured.items()}
+    # Of the pool, `score.sample` is scored.
+    scored_scale = sample.scale * config.score.sample
+    models = {alias: _model_facts(one, scored_scale, gpus) for alias, one in measured.items()}
     rejects = _reject_facts(config, sample, cut, measured)
     return {
         "sample": {**_sample_facts(sample), "seconds": round(time.monotonic() - started, 1)},
@@ -101,7 +103,7 @@ def estimate(spark: "SparkSession", config: ExperimentConfig, sample_bytes: int,
         "models": models,
         "reference_training": _training_facts(config, measured, gpus),
         "score": _stage_facts(config, models),
-        "tables": _table_bytes(config, cut, sample.scale),
+        "tables": _table_bytes(config, cut, scored_scale),
         "rejects": rejects,
         "too_many_rejects": any(part["too_many"] for part in rejects.values()),
         "gpus": dataclasses.asdict(gpus),
@@ -245,9 +247,10 @@ def _reject_facts(
     by_reason: Counter[str] = Counter()
     for one in measured.values():
         by_reason.update(one.rejects)
-    score = {reason: round(n * sample.scale) for reason, n in by_reason.items()}
+    scored_scale = sample.scale * config.score.sample
+    score = {reason: round(n * scored_scale) for reason, n in by_reason.items()}
     n_rows = round((cut.n_documents + sum(cut.rejects.values())) * sample.scale)
-    n_pairs = round(len(cut.pool) * len(measured) * sample.scale)
+    n_pairs = round(len(cut.pool) * len(measured) * scored_scale)
     return {
         "ingest": _shares(ingest, n_rows, config.ingest.max_reject_share),
         "score": _shares(score, n_pairs, config.score.max_reject_share),

@@ -66,7 +66,7 @@ def add(spark: "SparkSession", root: str, pin: Pin, rows: "DataFrame", metadata:
         metadata: its provenance, kept beside the copy.
     """
     table = dataclasses.replace(
-        schemas.refined(pin.name, list(metadata["config"]["models"])), name=f"pinned/{pin.name}/{pin.version}"
+        schemas.refined_as(pin.name, metadata["config"]), name=f"pinned/{pin.name}/{pin.version}"
     )
     tables.overwrite(rows, copy_uri(root, pin.name, pin.version), table, metadata)
     frame = spark.createDataFrame([dataclasses.astuple(pin)], schemas.PINS.spark_schema())

@@ -15,8 +15,9 @@ from typing import Any
 
 from miniplm_udf.config_refine import CorpusConfig, SelectConfig
 
-# Of a corpus whose config names neither a rule nor a score: the paper's.
+# Of a corpus whose config names neither a rule nor a score: the paper's; of one that a proxy ranks: its column.
 DEFAULT = "miniplm"
+PREDICTION = "prediction"
 _HIGHEST_HALF = SelectConfig(ratio=0.5)
 
 
@@ -55,9 +56,19 @@ def load_rules() -> dict[str, Rule]:
     return {file.name.removesuffix(".yaml"): Rule(**yaml.safe_load(file.read_text("utf-8"))) for file in files}
 
 
-def uniform(seed: int) -> str:
-    """A uniform of (0, 1) that belongs to the instance and the seed, however rows are partitioned."""
-    return f"(shiftrightunsigned(xxhash64(instance_id, {int(seed)}L), 11) + 0.5D) / 9007199254740992D"
+def uniform(seed: int, purpose: str = "") -> str:
+    """A uniform of (0, 1) that belongs to the instance and the seed, however rows are partitioned.
+
+    Args:
+        purpose: draws for different purposes have nothing to do with each other.
+    """
+    of = f"instance_id, {int(seed)}L" + (f", '{purpose}'" if purpose else "")
+    return f"(shiftrightunsigned(xxhash64({of}), 11) + 0.5D) / 9007199254740992D"
+
+
+def in_sample(share: float) -> str:
+    """Whether an instance is among those that `score.sample` scores: SQL. Those of a smaller share are among them."""
+    return "true" if share >= 1 else f"{uniform(0, 'score.sample')} < {float(share)!r}D"
 
 
 def resolve(corpus: CorpusConfig) -> CorpusConfig:
@@ -65,8 +76,9 @@ def resolve(corpus: CorpusConfig) -> CorpusConfig:
 
     A corpus that is resolved already stays as it is.
     """
-    rule = load_rules()[_name_of(corpus) or DEFAULT]
-    select = corpus.select or (SelectConfig(**rule.select) if rule.select and corpus.score is None else _HIGHEST_HALF)
+    name = _name_of(corpus)
+    own = load_rules()[name].select if name else None
+    select = corpus.select or (SelectConfig(**own) if own else _HIGHEST_HALF)
     score = plain_score(corpus, select.seed)
     if select.rule == "random":
         score = uniform(select.seed)
@@ -74,14 +86,14 @@ def resolve(corpus: CorpusConfig) -> CorpusConfig:
         assert select.temperature is not None
         noise = f" + {float(select.temperature)!r}D * -ln(-ln({uniform(select.seed)}))"
         score = score if score.endswith(noise) else f"({score}){noise}"
-    return dataclasses.replace(corpus, rule=_name_of(corpus), score=score, select=select)
+    return dataclasses.replace(corpus, rule=name, score=score, select=select)
 
 
 def plain_score(corpus: CorpusConfig, seed: int = 0) -> str:
     """What the corpus's config says to rank by, before any noise: SQL."""
     name = _name_of(corpus)
     if corpus.score is not None or name is None:
-        return str(corpus.score)
+        return corpus.score or PREDICTION
     return load_rules()[name].sql(corpus.aliases, seed)
 
 
@@ -91,7 +103,7 @@ def is_random(corpus: CorpusConfig) -> bool:
 
 
 def _name_of(corpus: CorpusConfig) -> str | None:
-    return corpus.rule or (DEFAULT if corpus.score is None else None)
+    return corpus.rule or (DEFAULT if corpus.score is None and not corpus.is_of_proxy else None)
 
 
 def describe() -> str:

@@ -8,7 +8,7 @@ A Delta table holds a column as nullable or not exactly as declared here. Units 
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -153,6 +153,24 @@ SCORES = Table(
         Column("context_tokens", "int64", "longest input of one forward pass"),
         Column("run_id", "string", "the command that scored it"),
         Column("scored_at", "timestamp", "when the micro-batch was written"),
+        *_QUERY,
+    ),
+)
+
+PROXY_SCORES = Table(
+    name="proxy_scores",
+    key=("instance_id",),
+    statistics=("instance_id", "source", "instance_batch_id", "query_id", "batch_id"),
+    columns=(
+        Column("instance_id", "string", "an instance of the pool, scored by models or not"),
+        Column("source", "string", "domain"),
+        Column("split", "string", "pool"),
+        Column("n_bytes", "int64", "UTF-8 length of the text"),
+        Column("content_hash", "string", "hash of the text alone"),
+        Column("estimated_tokens", "int64", "n_bytes / bytes a token of its source, of the model `refine.tokens_of`"),
+        Column("prediction", "float64", "what the proxy expects of `proxy.score`, in its unit"),
+        Column("proxy_revision", "string", "hash of what the proxy was fitted on and how"),
+        INSTANCE_BATCH_ID,
         *_QUERY,
     ),
 )
@@ -345,6 +363,12 @@ def score_matrix(aliases: list[str]) -> Table:
             *_QUERY,
         ),
     )
+
+
+def refined_as(name: str, config: Mapping[str, Any]) -> Table:
+    """The table of a corpus by the config that is recorded of it: what a proxy ranks has no columns of models."""
+    is_scored = config.get("candidates", "score_matrix") == "score_matrix"
+    return refined(name, list(config["models"]) if is_scored else [])
 
 
 def refined(name: str, aliases: list[str]) -> Table:

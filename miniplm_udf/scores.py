@@ -1,6 +1,7 @@
 """The micro-batches of the score job: pool instances -> `scores` and `rejects`. Driver only; models run in `udf.py`.
 
-    instances (split = pool) -> rows still missing, per model -> mapInArrow -> one append to scores -> rejects
+    instances (split = pool; `score.sample` of it) -> rows still missing, per model -> mapInArrow
+              -> one append to scores -> rejects
 
 Scores only what is missing: what another query has scored or rejected (a lost checkpoint, another set of models) is
 looked for until the instances that were there at the start are through; a model is scored by one driver at a time, so
@@ -19,6 +20,7 @@ from miniplm_udf import nearby, schemas, tables
 from miniplm_udf.config import ScoreConfig, fingerprint
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.resources import scoring_profile
+from miniplm_udf.rules import in_sample
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.offsets import end_offset, is_behind
@@ -87,9 +89,11 @@ def distinct_revisions(descriptions: dict[str, ModelDescription]) -> tuple[Model
     return tuple(first.values())
 
 
-def checkpoint_name(models: tuple[ModelDescription, ...]) -> str:
-    """A set of models has its own query: another set looks at every instance again, and scores what is missing."""
-    return "score-" + fingerprint(sorted(model.model_revision for model in models))
+def checkpoint_name(models: tuple[ModelDescription, ...], sample: float = 1.0) -> str:
+    """A set of models has its own query, and so has each share of the pool: another one looks at every instance again,
+    and scores what is missing. The name tells the share (`Checkpoint.sample`)."""
+    name = "score-" + fingerprint(sorted(model.model_revision for model in models))
+    return name if sample >= 1 else f"{name}-{float(sample)!r}"
 
 
 def new_tally(spark: "SparkSession") -> "Accumulator[Tally]":
@@ -129,11 +133,12 @@ def scoring_query(
         start.begin(tables.version(spark, plan.instances_uri) or 0)
         reader = spark.readStream.format("delta").option("maxBytesPerTrigger", config.max_bytes_per_trigger)
         # Only a take-down changes rows that are there.
-        return pool(reader.option("skipChangeCommits", "true").load(plan.instances_uri))
+        instances = reader.option("skipChangeCommits", "true").load(plan.instances_uri)
+        return pool(instances.where(in_sample(config.sample)))
 
     return Query(
         name="score",
-        lease=checkpoint_name(plan.models),
+        lease=checkpoint_name(plan.models, config.sample),
         # Of two sets of models, those that they share would be scored twice.
         also=tuple(f"model-{revision}" for revision in plan.revisions),
         checkpoint_uri=checkpoint_uri,
@@ -141,6 +146,7 @@ def scoring_query(
         micro_batch=micro_batch,
         tokens=lambda: {alias: counts.n_tokens for alias, counts in total.models.items()},
         backlog=lambda offset: rows_behind(spark, plan.instances_uri, offset),
+        backlog_unit="rows" if config.sample >= 1 else f"rows to draw {config.sample:g} of",
     )
 
 

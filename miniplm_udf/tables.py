@@ -264,12 +264,14 @@ def missing_from(frame: "DataFrame", others: "DataFrame", key: str = "instance_i
 def register_tables(spark: "SparkSession", root: str) -> list[str]:
     """Makes every table under `root` reachable by name in this session, as temporary views; returns the names.
 
-    `instances`, `annotations`, `scores`, `score_matrix`, `rejects`, `corpora`, `pins`, `takedowns`; `refined_<name>`,
+    `instances`, `annotations`, `scores`, `score_matrix`, `proxy_scores`, `rejects`, `corpora`, `pins`, `takedowns`;
+    `refined_<name>`,
     and with its text `<name>_text`.
     """
     root = storage.to_uri(root)
     registered = []
-    for name in ("instances", "annotations", "scores", "score_matrix", "rejects", "corpora", "pins", "takedowns"):
+    names = ("instances", "annotations", "scores", "score_matrix", "proxy_scores", "rejects")
+    for name in (*names, "corpora", "pins", "takedowns"):
         uri = storage.join(root, "tables", name)
         if exists(spark, uri):
             spark.read.format("delta").load(uri).createOrReplaceTempView(name)

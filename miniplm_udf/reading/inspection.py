@@ -121,7 +121,7 @@ class _Look:
         kept = corpora.read_corpus(self.spark, self.root, self.name, self.version)
         if self.asked.side == "kept":
             return kept.select(*columns)
-        _, _, rows = versions.candidates(self.spark, self.root, self.name, self.version, self.known)
+        _, _, rows = versions.chosen_from(self.spark, self.root, self.name, self.version, self.known)
         return tables.missing_from(rows, kept).select(*columns)
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import tables
+from miniplm_udf import proxy_records, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig
 from miniplm_udf.refinement.selection import bucket_number, is_finite
 from miniplm_udf.rules import is_random
@@ -53,7 +53,7 @@ def diagnose(
     """
     usable = sum(row["n_rows"] - row["n_unusable"] for row in sums)
     alias = config.reference.alias if config.reference else corpus.aliases.get("reference", "reference")
-    has_loss = alias in config.scored_aliases and not is_random(corpus)
+    has_loss = f"{alias}_nll_mean" in rows.columns and not is_random(corpus)
     found = rank_correlation(rows, f"{alias}_nll_mean") if has_loss else None
     diagnostics = {
         "negative_share": sum(row["n_negative"] for row in sums) / usable if usable else None,
@@ -62,7 +62,9 @@ def diagnose(
         "kept_share_by_length": kept_share_by_length(sums),
         "rejects": rejects(spark, config),
     }
-    return {**diagnostics, "notes": notes(config, corpus, alias, found, sums)}
+    proxy = proxy_records.read(config.root) if corpus.is_of_proxy else None
+    of_proxy = proxy.warnings if proxy else []
+    return {**diagnostics, "notes": [*notes(config, corpus, alias, found, sums), *of_proxy]}
 
 
 def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:

@@ -230,6 +230,7 @@ def _followable(name: str, corpus: CorpusConfig) -> SelectConfig:
     select = corpus.select
     assert select is not None
     unfit = {
+        "what is followed is score_matrix, not proxy_scores": corpus.is_of_proxy,
         "a band has a second cut, below which rows would have to go again": select.rule == "band",
         "a budget would be passed as the corpus grows": select.budget_tokens is not None,
         "counts are of all sources together": select.per_source is not None,
@@ -237,7 +238,7 @@ def _followable(name: str, corpus: CorpusConfig) -> SelectConfig:
     for reason, applies in unfit.items():
         if applies:
             raise ConfigError(
-                f"refine.corpora.{name}.select: expected top_ratio, threshold, random or gumbel, with a ratio over all "
+                f"refine.corpora.{name}: expected top_ratio, threshold, random or gumbel, with a ratio over all "
                 f"sources, to follow; found {to_dict(select)}: {reason}; refine it without --follow, as often as wanted"
             )
     return select

@@ -1,11 +1,12 @@
 """Refinement: SQL over `score_matrix` chooses a corpus's instances; each choice is one version. Driver only, no torch.
 
-    score_matrix (split = pool, `where`) -> score -> what is kept (keep.py) -> refined/<name>, corpora
+    candidates.py (split = pool, `where`) -> score -> what is kept (keep.py) -> refined/<name>, corpora
 
-Owns candidates, versions and their provenance; the expressions are expressions.py's, published rules rules.py's, the
-cut keep.py's, the signs of a poor choice diagnostics.py's. The same inputs and config give the same rows; where the
-newest version has them already, nothing is written. One version is one commit with its provenance; a retry after a kill
-adds what is missing. A corpus has one writer at a time (its lease): whoever refines or follows it (follow.py) waits.
+Owns versions and their provenance; the rows are candidates.py's, the expressions expressions.py's, published rules
+rules.py's, the cut keep.py's, the signs of a poor choice diagnostics.py's. The same inputs and config give the same
+rows; where the newest version has them already, nothing is written. One version is one commit with its provenance; a
+retry after a kill adds what is missing. A corpus has one writer at a time (its lease): whoever refines or follows it
+(follow.py) waits.
 
 Source: MiniPLM, arXiv 2410.17215: r = log p_teacher / p_reference per token = reference_nll_mean - teacher_nll_mean.
 """
@@ -18,11 +19,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, corpora, rules, schemas, tables
+from miniplm_udf import __version__, corpora, rules, schemas
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.model_records import read_record
-from miniplm_udf.refinement import diagnostics, expressions
+from miniplm_udf.refinement import candidates, diagnostics, expressions
 from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION, INSTANCES_VERSION, with_instances
 from miniplm_udf.refinement.keep import Kept, choose
 from miniplm_udf.refinement.selection import is_finite
@@ -62,16 +63,14 @@ def corpus_lease(config: ExperimentConfig, name: str) -> Lease:
 
 
 def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved: CorpusConfig) -> dict[str, Any]:
-    uri, matrix_uri = corpora.corpus_uri(config.root, name), config.table_uri("score_matrix")
+    uri = corpora.corpus_uri(config.root, name)
     # Before the matrix: what was followed so far is of rows that this version of the matrix has.
     newest = corpora.newest(spark, uri)
-    matrix_version = tables.version(spark, matrix_uri)
-    matrix = tables.read(spark, matrix_uri, matrix_version)
-    _check_columns(matrix, config)
-    _check_tokenizers(config, name, resolved)
-    seen, read = with_instances(spark, config, matrix, str(resolved.where), str(resolved.score))
+    read = candidates.read(spark, config, resolved)
+    check_tokenizers(config, f"refine.corpora.{name}.score", str(resolved.score))
+    seen, others = with_instances(spark, config, read.rows, str(resolved.where), str(resolved.score))
     rows = candidate_rows(seen, config, name, resolved)
-    inputs = {**_inputs(matrix, matrix_version), **read}
+    inputs = {**read.inputs, **others}
     known = newest.provenance if newest else None
     if newest and known:
         # Where its maker was killed before it had done so.
@@ -79,7 +78,7 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, resolved
     if newest and known and is_exact(known, plain_config(config, resolved), inputs):
         version, found, skipped = newest.version, known, True
     else:
-        revisions = _revisions(matrix, config.scored_aliases)
+        revisions = candidates.revisions(config, resolved, read.rows)
         version, found = _write(spark, Made(config, name, resolved, inputs, revisions), rows, newest)
         corpora.record(spark, config.root, version, found)
         skipped = False
@@ -110,15 +109,20 @@ def resolve(config: ExperimentConfig, name: str) -> CorpusConfig:
     if name not in config.refine.corpora:
         raise ConfigError(f"refine.corpora: expected one of {sorted(config.refine.corpora)}, found {name!r}")
     corpus = rules.resolve(config.refine.corpora[name])
-    where = f"{config.refine.tokens_of}_n_tokens >= {MIN_TOKENS}" if corpus.where is None else corpus.where
+    where = f"{tokens_column(config, corpus)} >= {MIN_TOKENS}" if corpus.where is None else corpus.where
     return dataclasses.replace(corpus, where=where)
+
+
+def tokens_column(config: ExperimentConfig, corpus: CorpusConfig) -> str:
+    """What a selection by tokens counts: scored tokens, or, where not all was scored, estimated ones."""
+    return "estimated_tokens" if corpus.is_of_proxy else f"{config.refine.tokens_of}_n_tokens"
 
 
 def candidate_rows(seen: "DataFrame", config: ExperimentConfig, name: str, corpus: CorpusConfig) -> "DataFrame":
     """Pool rows that pass `where`, with their score, and their batch. Parses and analyses; runs nothing.
 
     Args:
-        seen: rows of the matrix, with other columns beside where expressions may name such (`with_instances`).
+        seen: rows of the corpus's table, with other columns beside where expressions name such (`with_instances`).
         corpus: resolved.
 
     Raises:
@@ -130,45 +134,30 @@ def candidate_rows(seen: "DataFrame", config: ExperimentConfig, name: str, corpu
     place, where, score = f"refine.corpora.{name}", str(corpus.where), str(corpus.score)
     candidate = expressions.expression(seen, where, f"{place}.where", BooleanType, "a condition")
     rank = expressions.expression(seen, score, f"{place}.score", NumericType, "a number")
+    columns = schemas.refined_as(name, plain_config(config, corpus)).column_names
     return (
         seen.where(F.col("split") == "pool")
         .where(candidate)
-        .withColumns({"score": rank.cast("double"), "n_tokens": F.col(f"{config.refine.tokens_of}_n_tokens")})
-        .select(*schemas.refined(name, config.scored_aliases).column_names, *_BATCH)
+        .withColumns({"score": rank.cast("double"), "n_tokens": F.col(tokens_column(config, corpus))})
+        .select(*columns, *_BATCH)
     )
 
 
-def _check_columns(matrix: "DataFrame", config: ExperimentConfig) -> None:
-    expected = schemas.score_matrix(config.scored_aliases).column_names
-    if not set(expected) <= set(matrix.columns):
-        raise CorpusError(
-            f"score_matrix: expected columns of the models {config.scored_aliases}, missing "
-            f"{sorted(set(expected) - set(matrix.columns))}; run `miniplm score` with this config first"
-        )
+def check_tokenizers(config: ExperimentConfig, place: str, score: str) -> None:
+    """Means per token compare models only where the tokens are the same.
 
-
-def _check_tokenizers(config: ExperimentConfig, name: str, corpus: CorpusConfig) -> None:
-    """Means per token compare models only where the tokens are the same."""
+    Raises:
+        ConfigError: the expression, which stands at this place in the config, compares others.
+    """
     known = set(config.scored_aliases)
-    used = sorted(set(re.findall(r"(\w+)_nll_mean\b", str(corpus.score))) & known)
+    used = sorted(set(re.findall(r"(\w+)_nll_mean\b", score)) & known)
     hashes = {alias: read_record(config, alias).tokenizer_hash for alias in used} if len(used) > 1 else {}
     if len(set(hashes.values())) > 1:
         raise ConfigError(
-            f"refine.corpora.{name}.score: {corpus.score!r} compares means per token of models with unequal tokenizers "
+            f"{place}: {score!r} compares means per token of models with unequal tokenizers "
             f"({', '.join(f'{alias} {found}' for alias, found in hashes.items())}); compare bits per byte instead: "
             f"{' - '.join(f'{alias}_bits_per_byte' for alias in used)} (context_prefix: token scores every byte)"
         )
-
-
-def _inputs(matrix: "DataFrame", version: int | None) -> dict[str, Any]:
-    batches = matrix.groupBy("query_id").max("batch_id").collect()
-    return {"matrix_version": version, "last_batches": {row[0]: row[1] for row in sorted(batches)}}
-
-
-def _revisions(matrix: "DataFrame", aliases: list[str]) -> dict[str, str]:
-    """Model revisions by alias: one query with one set of models wrote all rows of the matrix."""
-    rows = matrix.select(*(f"{alias}_revision" for alias in aliases)).limit(1).collect()
-    return dict(zip(aliases, rows[0], strict=True)) if rows else {}
 
 
 def plain_config(config: ExperimentConfig, corpus: CorpusConfig) -> dict[str, Any]:
@@ -204,7 +193,8 @@ def chosen(spark: "SparkSession", made: Made, rows: "DataFrame") -> Iterator[tup
     from pyspark import StorageLevel
 
     # They are read some five times: what a join made is kept meanwhile.
-    if {INSTANCES_VERSION, ANNOTATIONS_VERSION} & made.inputs.keys():
+    joins = {INSTANCES_VERSION, ANNOTATIONS_VERSION} & made.inputs.keys()
+    if joins or {"matrix_version", "proxy_version"} <= made.inputs.keys():
         rows = rows.persist(StorageLevel.DISK_ONLY)
     try:
         assert made.corpus.select is not None
@@ -225,7 +215,7 @@ def commit(
         found: of the version, so of all its rows.
     """
     # Of what is recorded: a version of the past may be of other models.
-    table = schemas.refined(found.corpus, found.config["models"])
+    table = schemas.refined_as(found.corpus, found.config)
     # By the ids' hash, and in the ids' order within: the same rows in the same files, however the matrix lies.
     n_files = max(1, math.ceil(n_kept / ROWS_PER_FILE))
     ordered = kept.drop(*_BATCH).repartition(n_files, "instance_id").sortWithinPartitions("instance_id")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import rules, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig
+from miniplm_udf.refinement import candidates
 from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
 
@@ -172,7 +173,7 @@ def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, d
 
 
 def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[TableFacts]:
-    names = ["instances", "scores", "score_matrix", "rejects", "corpora"]
+    names = ["instances", "scores", "score_matrix", "proxy_scores", "rejects", "corpora"]
     names += [f"refined/{corpus}" for corpus in config.refine.corpora]
     packed = {f"packed/{student.corpus}/{student.tokenizer}" for student in config.students.values()}
     for name in names + sorted(packed):
@@ -234,13 +235,16 @@ def _candidates(
     """The rows that the corpus was chosen from: instance_id, source, n_tokens, score, `<alias>_nll_mean`, kept."""
     from pyspark.sql import functions as F
 
-    matrix = _matrix_at(spark, config, inputs.get("matrix_version"), notes)
+    matrix = _table_at(spark, config, candidates.MATRIX, inputs.get("matrix_version"), notes)
     if not notes and inputs.get("last_batches"):
         # A corpus that is followed names a version of the matrix that may have a few rows more.
-        seen = (f"(query_id = '{query}' and batch_id <= {last})" for query, last in inputs["last_batches"].items())
-        matrix = matrix.where(" or ".join(seen))
+        matrix = candidates.as_of(matrix, inputs["last_batches"])
     tokens = f"{resolved['tokens_of']}_n_tokens"
     means = [column for column in matrix.columns if column.endswith("_nll_mean")]
+    if resolved.get("candidates") == candidates.PROXY:
+        predicted = _table_at(spark, config, candidates.PROXY, inputs["proxy_version"], notes)
+        matrix = candidates.beside(predicted, matrix, resolved["where"], resolved["score"])
+        tokens, means = "estimated_tokens", []
     refined = tables.read(spark, config.table_uri(f"refined/{record['name']}"), record["version"])
     kept = refined.select("instance_id", F.lit(True).alias("kept"))
     matrix, _ = with_instances(spark, config, matrix, resolved["where"], resolved["score"])
@@ -254,18 +258,20 @@ def _candidates(
     return finite.select(*columns).join(kept, "instance_id", "left").fillna(False, subset=["kept"])
 
 
-def _matrix_at(spark: "SparkSession", config: ExperimentConfig, version: int | None, notes: list[str]) -> "DataFrame":
-    """`score_matrix` as the refinement saw it; where that version is gone the newest, with a note."""
+def _table_at(
+    spark: "SparkSession", config: ExperimentConfig, name: str, version: int | None, notes: list[str]
+) -> "DataFrame":
+    """A table as the refinement saw it; where that version is gone the newest, with a note."""
     from pyspark.errors import PySparkException
 
-    uri = config.table_uri("score_matrix")
+    uri = config.table_uri(name)
     if version is not None:
         try:
             return tables.read(spark, uri, version)
         except PySparkException as error:
-            LOGGER.warning("score_matrix version %s cannot be read any more: %s", version, str(error).splitlines()[0])
+            LOGGER.warning("%s version %s cannot be read any more: %s", name, version, str(error).splitlines()[0])
             notes.append(
-                f"Version {version} of score_matrix, which this corpus was chosen from, cannot be read any more: "
+                f"Version {version} of {name}, which this corpus was chosen from, cannot be read any more: "
                 "candidates are those of the newest version, and rows scored since then count as dropped."
             )
     return tables.read(spark, uri)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 # What the queries read, by the beginning of their checkpoints' names; ingest reads what is not ours.
-SOURCES = {"score-": "instances", "score_matrix-": "scores", "follow-": "score_matrix"}
+SOURCES = {"score-": "instances", "score_matrix-": "scores", "follow-": "score_matrix", "proxy-": "instances"}
+# Of queries that a table is the work of: they hold the lease of that name. Others have one of their own.
+_LEASES = {"ingest-": "ingest", "score_matrix-": "score_matrix", "proxy-": "proxy_scores"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,15 @@ class Checkpoint:
         return next((table for prefix, table in SOURCES.items() if self.name.startswith(prefix)), None)
 
     @property
+    def sample(self) -> float:
+        """The share of its source's rows that it takes; only `score` takes less than all (`scores.checkpoint_name`)."""
+        parts = self.name.split("-", 2)
+        return float(parts[2]) if parts[0] == "score" and len(parts) == 3 else 1.0
+
+    @property
     def lease(self) -> str:
         """The name of the lease that its driver holds."""
-        if self.name.startswith("ingest-"):
-            return "ingest"
-        return "score_matrix" if self.name.startswith("score_matrix-") else self.name
+        return next((lease for prefix, lease in _LEASES.items() if self.name.startswith(prefix)), self.name)
 
     def moved_at(self) -> datetime.datetime:
         """When it finished its newest micro-batch, or was begun, by the storage's clock (UTC)."""
@@ -92,7 +98,7 @@ def alone(root: str) -> Iterator[None]:
         CorpusError: on entering, a query runs.
     """
     corpora = storage.list_folder(storage.join(root, "tables", "refined"))
-    queries = {"ingest", "score_matrix", *(one.lease for one in find(root)), *(f"follow-{name}" for name in corpora)}
+    queries = {*_LEASES.values(), *(one.lease for one in find(root)), *(f"follow-{name}" for name in corpora)}
     with contextlib.ExitStack() as stack:
         for query in sorted(queries):
             stack.enter_context(Lease(lease_uri(root, query), query))

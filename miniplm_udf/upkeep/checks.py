@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _N_EXAMPLES = 5
 # From the last to the first: each was written after the ones behind it.
-TABLES = ("corpora", "score_matrix", "scores", "rejects", "annotations", "instances")
+TABLES = ("corpora", "proxy_scores", "score_matrix", "scores", "rejects", "annotations", "instances")
 
 
 @dataclasses.dataclass(frozen=True)

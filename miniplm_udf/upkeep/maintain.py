@@ -35,7 +35,7 @@ ABANDONED_DAYS = 30.0
 _LONGEST_WRITE_HOURS = 24.0
 # Files of the version that a query is at were replaced a moment before or after its commit, by this clock or another.
 _MARGIN_HOURS = 1.0
-_MERGED = ("instances", "scores", "score_matrix", "rejects", "annotations")
+_MERGED = ("instances", "annotations", "scores", "score_matrix", "proxy_scores", "rejects")
 _OTHERS = ("corpora", "pins", "takedowns")
 # Their versions are what users go back to: kept for years unless a retention is given.
 _VERSIONED = ("refined", "packed")
@@ -161,9 +161,9 @@ def _writers(root: str, name: str, queries: list[Checkpoint]) -> list[Lease]:
     if name.startswith("refined/"):
         corpus = name.removeprefix("refined/")
         return [Lease(lease_uri(root, f"refined-{corpus}"), name, waits=True)]
-    scoring = sorted(one.lease for one in queries if one.source == "instances")
+    scoring = sorted(one.lease for one in queries if one.name.startswith("score-"))
     leases = {"instances": ["ingest"], "scores": scoring, "score_matrix": ["score_matrix"]}
-    leases |= {"rejects": ["ingest", *scoring], "annotations": ["annotations"]}
+    leases |= {"rejects": ["ingest", *scoring], "annotations": ["annotations"], "proxy_scores": ["proxy_scores"]}
     return [Lease(lease_uri(root, lease), lease) for lease in leases[name]]
 
 

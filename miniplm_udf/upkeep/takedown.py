@@ -1,7 +1,7 @@
 """Taking documents down by id: out of every table of a root, pinned versions too, and never in again. Driver only.
 
-    asked for -> recorded -> packed, refined, pinned, annotations, score_matrix, scores, rejects, instances
-              -> old files removed
+    asked for -> recorded -> packed, refined, pinned -> annotations, proxy_scores, score_matrix, scores, rejects,
+              instances -> old files removed
 
 Input: a config and ids of documents. Every instance that holds a byte of one goes, whole: a score belongs to the text
 that was scored, and a cut text would be an instance that nobody has scored; its other documents lose that slice. What
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.takedown")
 
 # With rows by instance id, from the last to the first.
-_BY_INSTANCE = ("annotations", "score_matrix", "scores", "rejects", "instances")
+_BY_INSTANCE = ("annotations", "proxy_scores", "score_matrix", "scores", "rejects", "instances")
 # Columns of annotations that name another instance.
 _NAMING = ("duplicate_of", "near_duplicate_of")
 

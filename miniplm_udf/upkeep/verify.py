@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from miniplm_udf import nearby, pins, removals, storage, tables
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.ingestion.documents import STAGE as INGEST_STAGE
-from miniplm_udf.schemas import INSTANCES, REJECTS, SCORES
+from miniplm_udf.rules import in_sample
+from miniplm_udf.schemas import INSTANCES, PROXY_SCORES, REJECTS, SCORES
 from miniplm_udf.streams.checkpoints import Checkpoint
 from miniplm_udf.upkeep import verify_annotations, verify_versions
 from miniplm_udf.upkeep.checks import Check, Root, examples_of, none, unique
@@ -44,6 +45,7 @@ def verify(spark: "SparkSession", root: str) -> list[Check]:
     checks += [verify_annotations.annotated] if at.has("annotations") else []
     checks += [_scores] if at.has("scores") else []
     checks += [_matrix] if at.has("score_matrix") and at.has("scores") else []
+    checks += [_proxy] if at.has("proxy_scores") else []
     checks += [verify_versions.corpora_of] if at.has("corpora") else []
     checks += [verify_versions.pinned] if tables.exists(spark, pins.pins_uri(at.root)) else []
     checks += [verify_versions.taken_down] if tables.exists(spark, removals.takedowns_uri(at.root)) else []
@@ -123,7 +125,12 @@ def _scores(at: Root) -> Iterator[Check]:
     for revision in sorted({revision for revision, _ in wrote}):
         queries = [query for query in at.queries if (revision, query.id) in wrote]
         of_revision = done.where(F.col("model_revision") == revision)
-        yield _pool(at, aliases.get(revision, revision[:8]), pool, of_revision, queries)
+        # The largest holds the others. Where no query can be asked, all that is not scored counts as behind.
+        share = max((query.sample for query in queries), default=1.0)
+        wanted = pool.where(in_sample(share))
+        alias = aliases.get(revision, revision[:8])
+        name = f"{alias}: {'pool' if share >= 1 else f'{share:g} of the pool'} = scored + rejected"
+        yield _pool(at, name, wanted, of_revision, queries)
 
 
 def _unlike(at: Root, scores: "DataFrame", instances: "DataFrame") -> "DataFrame":
@@ -138,12 +145,16 @@ def _unlike(at: Root, scores: "DataFrame", instances: "DataFrame") -> "DataFrame
     return scores.select("instance_id", *pairs).join(theirs, "instance_id").where(unlike)
 
 
-def _pool(at: Root, alias: str, pool: "DataFrame", done: "DataFrame", queries: list[Checkpoint]) -> Check:
-    """pool = scored + rejected for one model: of what its queries have reached, nothing is missing."""
+def _pool(at: Root, name: str, pool: "DataFrame", done: "DataFrame", queries: list[Checkpoint]) -> Check:
+    """pool = done: of the instances that are to be done and that the queries have reached, nothing is missing."""
     missing = tables.missing_from(pool, done).persist()
     try:
         n_pool, n_missing = pool.count(), missing.count()
-        reached = [frame for query in queries if (frame := at.reached(query, "instances")) is not None]
+        reached = [
+            frame.where(in_sample(query.sample))
+            for query in queries
+            if (frame := at.reached(query, "instances")) is not None
+        ]
         lost = reduce(
             lambda left, right: left.unionAll(right),
             [missing.join(frame.select("instance_id"), "instance_id", "left_semi") for frame in reached],
@@ -155,7 +166,18 @@ def _pool(at: Root, alias: str, pool: "DataFrame", done: "DataFrame", queries: l
         missing.unpersist()
     note = "" if reached or not n_missing else "how far its query has come cannot be told"
     behind = n_missing - n_lost
-    return Check(f"{alias}: pool = scored + rejected", n_pool, n_pool - n_missing, n_lost == 0, behind, note, examples)
+    return Check(name, n_pool, n_pool - n_missing, n_lost == 0, behind, note, examples)
+
+
+def _proxy(at: Root) -> Iterator[Check]:
+    """Every instance of the pool has one prediction, and nothing else has."""
+    rows = at.table("proxy_scores")
+    pool = at.table("instances").where("split = 'pool'").select("instance_id")
+    yield unique(rows, "proxy_scores", PROXY_SCORES.key)
+    yield none("proxy_scores: each is of an instance", tables.missing_from(rows, pool), "instance_id")
+    wrote = {row[0] for row in rows.select("query_id").distinct().collect()}
+    queries = [query for query in at.queries if query.id in wrote]
+    yield _pool(at, "proxy_scores: pool = predicted", pool, rows, queries)
 
 
 def _matrix(at: Root) -> Iterator[Check]:

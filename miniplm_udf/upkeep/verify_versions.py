@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import corpora, pins, removals, tables
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.refinement import expressions
+from miniplm_udf.refinement import candidates, expressions
 from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION
 from miniplm_udf.refinement.refine import fingerprint_of, sums_of
 from miniplm_udf.schemas import CORPORA, PINS
@@ -114,20 +114,26 @@ def _in_matrix(at: Root, name: str, corpus: "DataFrame", row: Any) -> Check:
     """Every kept row stands in the matrix, with the score that the recorded expression gives it there."""
     from pyspark.sql import functions as F
 
-    matrix = at.table("score_matrix")
-    inputs = json.loads(row["inputs"])
-    made_of = set(inputs.get("last_batches", {}))
-    if made_of.isdisjoint(found[0] for found in matrix.select("query_id").distinct().collect()):
-        note = "the matrix was built anew since, of other models"
-        return Check(f"{name}: rows are the matrix's", row["n_instances"], row["n_instances"], True, note=note)
-    text = json.loads(row["config"])["score"]
+    config, inputs = json.loads(row["config"]), json.loads(row["inputs"])
+    batches = inputs.get("last_batches", {})
+    text, of = config["score"], config.get("candidates", candidates.MATRIX)
+    what = "the matrix's" if of == candidates.MATRIX else "the proxy's"
+    read = [table for table in {of, candidates.MATRIX} if at.has(table)]
+    known = {one[0] for table in read for one in at.table(table).select("query_id").distinct().collect()}
+    if of not in read or not batches or not set(batches) <= known:
+        note = f"{of} was built anew since, of other models or by another proxy"
+        return Check(f"{name}: rows are {what}", row["n_instances"], row["n_instances"], True, note=note)
+    matrix = at.table(of)
+    if of == candidates.PROXY:
+        # As the matrix was: what was scored since had no score then.
+        matrix = candidates.beside(matrix, candidates.as_of(at.table("score_matrix"), batches), text)
     if not expressions.resolves(matrix, text):
         others = ["instances"]
         if (made_of_version := inputs.get(ANNOTATIONS_VERSION)) is not None:
             newest = corpora.newest(at.spark, at.uri("annotations"))
             if newest is None or newest.version != made_of_version:
                 note = "the annotations that its score is made of have changed since"
-                return Check(f"{name}: rows are the matrix's", row["n_instances"], row["n_instances"], True, note=note)
+                return Check(f"{name}: rows are {what}", row["n_instances"], row["n_instances"], True, note=note)
             others.append("annotations")
         matrix = expressions.joined(matrix, *map(at.table, others))
     score: Column = F.expr(text).cast("double")
@@ -137,4 +143,4 @@ def _in_matrix(at: Root, name: str, corpus: "DataFrame", row: Any) -> Check:
     n_wrong = wrong.count()
     examples = examples_of(wrong, "instance_id") if n_wrong else ()
     n_rows = int(row["n_instances"])
-    return Check(f"{name}: rows are the matrix's", n_rows, n_rows - n_wrong, n_wrong == 0, examples=examples)
+    return Check(f"{name}: rows are {what}", n_rows, n_rows - n_wrong, n_wrong == 0, examples=examples)

@@ -11,11 +11,12 @@ import datetime
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import corpora, pins, removals, storage, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, RefineConfig, SelectConfig
+from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, ProxyConfig, RefineConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.pins import Pin
-from miniplm_udf.refinement import refine
+from miniplm_udf.refinement import candidates, refine
 from miniplm_udf.refinement.columns import with_instances
+from miniplm_udf.rules import PREDICTION
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -233,11 +234,11 @@ def _again(
             f"{name}@{version}: expected a version that was refined at once, found one that was followed, whose cuts "
             f"came one by one; rebuild {name}@{known.followed['since_version']}, the last that was not"
         )
-    config, corpus, rows = candidates(spark, root, name, version, known)
+    config, corpus, rows = chosen_from(spark, root, name, version, known)
     return refine.Made(config, name, corpus, known.inputs, known.model_revisions), rows
 
 
-def candidates(
+def chosen_from(
     spark: "SparkSession", root: str, name: str, version: int, known: corpora.Provenance
 ) -> tuple[ExperimentConfig, CorpusConfig, "DataFrame"]:
     """What a version was chosen from: `refine.candidate_rows` of the matrix's rows that it was made of.
@@ -249,16 +250,16 @@ def candidates(
         CorpusError: the matrix was built anew since; the record is of another version of this code.
     """
     config, corpus = recorded_config(root, name, known)
-    matrix = tables.read(spark, config.table_uri("score_matrix"))
     batches: dict[str, int] = known.inputs["last_batches"]
-    found = {row[0] for row in matrix.select("query_id").distinct().collect()}
-    if not set(batches) <= found:
+    read = candidates.read(spark, config, corpus, batches)
+    found = read.inputs["last_batches"]
+    if not set(batches) <= found.keys():
         raise CorpusError(
-            f"{name}@{version}: expected score_matrix to hold rows of its queries {sorted(batches)}, found "
-            f"{sorted(found)}: the matrix was built anew since, and its micro-batches are others; refine anew"
+            f"{name}@{version}: expected {corpus.candidates} to hold rows of its queries {sorted(batches)}, found "
+            f"those of {sorted(found) or 'others'}: it was built anew since, and its micro-batches are others; refine "
+            "anew"
         )
-    condition = " or ".join(f"(query_id = '{query}' and batch_id <= {batch})" for query, batch in batches.items())
-    seen, _ = with_instances(spark, config, matrix.where(condition), str(corpus.where), str(corpus.score))
+    seen, _ = with_instances(spark, config, read.rows, str(corpus.where), str(corpus.score))
     return config, corpus, refine.candidate_rows(seen, config, name, corpus)
 
 
@@ -273,8 +274,10 @@ def recorded_config(root: str, name: str, known: corpora.Provenance) -> tuple[Ex
             f"corpus {name!r}: its recorded config is of another version of this code ({known.code_revision}): {error}"
         ) from error
     refined = RefineConfig(tokens_of=tokens_of, corpora={name: corpus})
-    # Where the models are does not matter: nothing is scored.
-    return ExperimentConfig(root=root, models={a: ModelConfig(path=a) for a in models}, refine=refined), corpus
+    # Where the models are does not matter: nothing is scored, nor predicted.
+    proxy = ProxyConfig(score=PREDICTION) if corpus.is_of_proxy else None
+    scored = {alias: ModelConfig(path=alias) for alias in models}
+    return ExperimentConfig(root=root, models=scored, refine=refined, proxy=proxy), corpus
 
 
 def recounted(known: corpora.Provenance, rows: "DataFrame") -> corpora.Provenance:

@@ -141,7 +141,7 @@ def test_distances_are_from_the_nearest_cut(spark: Any, config: ExperimentConfig
 def test_candidates_of_a_followed_version_are_known_too(spark: Any, config: ExperimentConfig) -> None:
     known = corpora.provenance_of(spark, config.root, "half", 1)
     followed = corpora.Provenance(**{**vars(known), "followed": {"since_version": 1}, "cuts": {}})
-    _, _, rows = versions.candidates(spark, config.root, "half", 1, followed)
+    _, _, rows = versions.chosen_from(spark, config.root, "half", 1, followed)
     assert {row[0] for row in rows.select("instance_id").collect()} == scores().keys()
 
 

@@ -138,7 +138,7 @@ def test_rows_scored_after_the_refinement_are_no_candidates(spark: Any, built: B
 
 def test_a_lost_matrix_version_is_said(spark: Any, built: Built) -> None:
     notes: list[str] = []
-    found = queries._matrix_at(spark, built.config, 999, notes)
+    found = queries._table_at(spark, built.config, "score_matrix", 999, notes)
     assert found.count() == 320
     assert "Version 999" in notes[0]
 

@@ -94,6 +94,11 @@ def test_train_section_is_inherited_key_by_key() -> None:
         ("students.reference={architecture: {}, corpus: random, tokenizer: bpe8k}", "choose another"),
         ("score.max_bytes_per_trigger=banana", "512m or 1g"),
         ("ingest.state_partitions=0", "at least 1, found 0"),
+        ("score.sample=0", r"score\.sample: expected a share above 0 and at most 1, found 0"),
+        ("proxy.heldout=1", "between 0 and 1, found 1"),
+        ("proxy.rows=2000000", "1 to 1000000, found 2000000"),
+        ("refine.corpora.difference.candidates=proxy_scores", "rule: a rule ranks what models have scored"),
+        ("refine.corpora.random.candidates=proxy_scores", "expected the section proxy"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

@@ -23,16 +23,19 @@ def write_checkpoint(root: Path, name: str, n_finished: int, n_begun: int) -> No
 
 
 def test_checkpoints_are_told_by_their_names(tmp_path: Path) -> None:
-    for name in ("ingest-jsonl", "score-a", "score_matrix-b", "follow-half"):
+    for name in ("ingest-jsonl", "score-a", "score-a-1e-05", "score_matrix-b", "follow-half", "proxy-c"):
         write_checkpoint(tmp_path, name, 12 if name == "score-a" else 0, 13)
     (tmp_path / "_checkpoints/train/model").mkdir(parents=True)
     found = {one.name: one for one in checkpoints.find(str(tmp_path))}
     assert {name: (one.source, one.lease) for name, one in found.items()} == {
         "ingest-jsonl": (None, "ingest"),
         "score-a": ("instances", "score-a"),
+        "score-a-1e-05": ("instances", "score-a-1e-05"),
         "score_matrix-b": ("scores", "score_matrix"),
         "follow-half": ("score_matrix", "follow-half"),
+        "proxy-c": ("instances", "proxy_scores"),
     }
+    assert {name: one.sample for name, one in found.items() if one.sample != 1} == {"score-a-1e-05": 1e-05}
     score = found["score-a"]
     assert (score.id, score.batch_id) == ("00scorea", 11)
     assert score.offset is not None
