@@ -41,8 +41,8 @@ check: setup ## lint, types, import contracts, unit tests
 
 test: check ## everything that CI runs
 	pytest -q -n 2 -m slow tests/unit
-	@# Several at a time, a file each: a JVM rarely keeps two cores busy. The longest first.
-	pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests/faults/test_faults.py tests/e2e tests/spark tests/faults/test_trials.py
+	@# Two at a time, a file each: a JVM rarely keeps two cores busy. The longest first.
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults/test_faults.py tests/e2e tests/spark tests/faults/test_trials.py
 
 test-cluster: setup ## hazards, GPUs and packaged workers on a real cluster, benchmarks in small (15 minutes on 2 cores)
 	pytest -q tests/faults/test_hazards.py tests/cluster tests/bench

@@ -243,7 +243,9 @@ def _backlog(spark: "SparkSession", config: ExperimentConfig, inputs: Inputs, of
     if offset is None or not storage.exists(log):
         taken = set()
     else:
-        entries = spark.read.text(log).selectExpr("get_json_object(value, '$.path')").collect()
+        # Spark merges these files and removes old ones while we read.
+        files = spark.read.option("ignoreMissingFiles", "true").text(log)
+        entries = files.selectExpr("get_json_object(value, '$.path')").collect()
         taken = {plain_path(row[0]) for row in entries if row[0]}
     return sum(plain_path(file.path) not in taken for file in list_files(spark, inputs.path))
 

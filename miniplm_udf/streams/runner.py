@@ -247,7 +247,11 @@ class QueryRunner:
         LOGGER.info("%s", one.status.line())
 
     def _tell(self, one: _Running) -> None:
-        one.status.backlog = one.query.backlog(one.offset)
+        try:
+            one.status.backlog = one.query.backlog(one.offset)
+        except Exception as error:
+            # A log may be tidied up while it is counted; a number that is not known for a while ends no service.
+            LOGGER.warning("%s: what waits cannot be counted now: %s", one.query.name, str(error).splitlines()[0])
         statuses.write(self._root, one.status)
         one.told_at, one.has_news = time.monotonic(), False
 

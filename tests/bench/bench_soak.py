@@ -49,7 +49,8 @@ def experiment(folder: Path, interval_seconds: float) -> ExperimentConfig:
         models=two_models(folder),
         ingest=IngestConfig(
             input=f"{folder}/inbox/*.jsonl",
-            chunking=ChunkingConfig(mode="document", max_tokens=128),
+            # A document is one instance.
+            chunking=ChunkingConfig(mode="document", max_tokens=512),
             split=SplitConfig(reference=0, heldout=0),
             state_partitions=2,
         ),
@@ -202,13 +203,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         deliveries.start()
         stream.run(spark, config)
         samples.stop()
+        grown = growth(samples.rows)
+        shown = samples.rows[:: max(1, len(samples.rows) // 10)]
+        kinds = ["seconds", *grown]
+        print(results.table(kinds, [[row.get(kind, float("nan")) for kind in kinds] for row in shown]), flush=True)
         seconds = sorted(latencies(spark, config, deliveries.arrived))
     finally:
         spark.stop()
-    grown = growth(samples.rows)
-    shown = samples.rows[:: max(1, len(samples.rows) // 10)]
-    kinds = ["seconds", *grown]
-    print(results.table(kinds, [[row.get(kind, float("nan")) for kind in kinds] for row in shown]))
     ratios = {
         "memory_growth": max(grown.values()),
         "loads_per_model": len(samples.scorers),

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.short_lived import SMALL_TABLES
 from tests.unit.tiny_models import make_model_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +29,6 @@ SMALL = [
     "refine.corpora.random.where=teacher_n_tokens >= 8",
     "tokenizers.bpe8k.vocab_size=400",
     "pack.sequence_length=64",
-    f"spark.conf={json.dumps(SMALL_TABLES)}",
     "annotate={duplicates: true, near_duplicates: {}, language: true, quality: true}",
 ]
 WORDS = (

@@ -20,6 +20,7 @@ from miniplm_udf.config import ChunkingConfig, IngestConfig, SplitConfig, Stream
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.lease import Lease, lease_uri
+from miniplm_udf.streams.runner import QueryRunner
 from miniplm_udf.streams.status import QueryStatus
 from tests.spark.score_tables import FakeFactory, Result, experiment, texts, two_models, write_instances
 
@@ -198,6 +199,23 @@ def test_a_task_that_hangs_is_noticed(spark: Any, tmp_path: Path, caplog: pytest
     (line,) = [record.getMessage() for record in caplog.records if "nothing has moved" in record.getMessage()]
     assert line.startswith("score: nothing has moved for 3 s: task ")
     assert " of stage " in line
+
+
+def test_a_backlog_that_cannot_be_told_ends_no_query(
+    spark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service(spark, tmp_path)
+    write_instances(spark, service.config, texts(3))
+    scoring = score.prepare(spark, service.config, service.factories()).scoring
+
+    def gone(offset: Any) -> int:
+        raise FileNotFoundError("a file of the log is gone\n  with a trace")
+
+    with caplog.at_level("WARNING", logger="miniplm.streams"):
+        QueryRunner(spark, service.config.root, StreamConfig()).run([dataclasses.replace(scoring, backlog=gone)])
+    assert "score: what waits cannot be counted now: a file of the log is gone" in caplog.messages
+    assert service.count("scores") == 6
+    assert service.status("score").state == "stopped"
 
 
 def test_what_cannot_start_says_so(spark: Any, tmp_path: Path) -> None:
