@@ -10,10 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+from typing import Any
 
 LOGGER = logging.getLogger("miniplm")
 
@@ -72,8 +69,12 @@ def progress(label: str, total: float | None = None, unit: str = "it") -> Iterat
 
 
 @contextmanager
-def watched_tasks(spark: "SparkSession", label: str, every_seconds: float = 10.0) -> Iterator[None]:
-    """Tells now and then how far the tasks of Spark's stages at work are, while the block runs."""
+def watched_tasks(spark: Any, label: str, every_seconds: float = 10.0) -> Iterator[None]:
+    """Tells now and then how far the tasks of Spark's stages at work are, while the block runs.
+
+    Args:
+        spark: a `SparkSession`; its type is not named, for the trainer shows progress too and has no Spark.
+    """
     tracker = spark.sparkContext.statusTracker()
     has_ended = threading.Event()
 

@@ -53,7 +53,7 @@ def spearman(first: "np.ndarray", second: "np.ndarray") -> float | None:
     ranks = [_ranks(values) for values in (first, second)]
     if any(np.ptp(of) == 0 for of in ranks):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: "np.ndarray") -> "np.ndarray":

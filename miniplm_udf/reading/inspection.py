@@ -151,7 +151,7 @@ class _Look:
         n_kept, n_all = self.known.n_instances, self.known.n_candidates
         n_rows = n_kept if self.asked.side == "kept" else n_all - n_kept
         instances = tables.read(self.spark, _instances_uri(self.root))
-        return texts_of(rows, instances, expressions.instance_columns(rows), n_rows)
+        return texts_of(rows, instances, expressions.own_columns(instances, rows), n_rows)
 
     def _where(self, rows: "DataFrame") -> "DataFrame":
         from pyspark.sql.types import BooleanType

@@ -49,7 +49,7 @@ def read(
         return Candidates(matrix, {"matrix_version": matrix_version, "last_batches": _last_batches(matrix)})
     predicted, version = _table(spark, config, PROXY, last_batches)
     rows = beside(predicted, matrix, str(corpus.where), str(corpus.score))
-    inputs = {"proxy_version": version, "last_batches": _last_batches(predicted)}
+    inputs: dict[str, Any] = {"proxy_version": version, "last_batches": _last_batches(predicted)}
     if rows is not predicted:
         inputs["matrix_version"] = matrix_version
         inputs["last_batches"] |= _last_batches(matrix)

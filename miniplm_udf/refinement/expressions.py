@@ -43,9 +43,13 @@ def joined(matrix: "DataFrame", *others: "DataFrame") -> "DataFrame":
     rows = matrix.where("split = 'pool'")
     for other in others:
         of_pool = other.where("split = 'pool'") if "split" in other.columns else other
-        own = [name for name in other.columns if name not in {*rows.columns, *_OF_THE_RUN}]
-        rows = rows.join(of_pool.select("instance_id", *own), "instance_id")
+        rows = rows.join(of_pool.select("instance_id", *own_columns(other, rows)), "instance_id")
     return rows
+
+
+def own_columns(other: "DataFrame", rows: "DataFrame") -> list[str]:
+    """Columns of another table that expressions may name and that the rows do not have."""
+    return [name for name in other.columns if name not in {*rows.columns, *_OF_THE_RUN}]
 
 
 def expression(
