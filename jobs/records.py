@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import storage, tables
+from miniplm_udf.catalog import register_tables
 from miniplm_udf.config import ExperimentConfig, fingerprint, to_dict
 from miniplm_udf.rules import resolve
 
@@ -177,6 +178,8 @@ def execute(
     inputs = _input_fingerprint(spark, config, stage)
     start = time.monotonic()
     summary = run(spark, config)
+    if config.spark.schema is not None:
+        register_tables(spark, config.root, config.spark.schema)
     seconds = time.monotonic() - start
     earlier = (read_record(config, stage) or {}).get("summary", {})
     if "tokens_per_second" in summary:

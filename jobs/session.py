@@ -83,6 +83,8 @@ def _defaults(cores: int) -> dict[str, str]:
         # Small parts, so that scorers get even shares of a micro-batch's files without a shuffle of the text.
         "spark.hadoop.parquet.block.size": str(16 * 1024 * 1024),
         "spark.sql.files.maxPartitionBytes": "16m",
+        # Ids differ from row to row.
+        "spark.hadoop.parquet.enable.dictionary#instance_id": "false",
         "spark.sql.streaming.stateStore.providerClass": (
             "org.apache.spark.sql.execution.streaming.state.RocksDBStateStoreProvider"
         ),

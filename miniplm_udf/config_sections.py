@@ -64,10 +64,20 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparkConfig:
-    """The session of a command; a file run by spark-submit takes master and conf from there."""
+    """The session of a command; a file run by spark-submit takes master and conf from there.
+
+    `schema` (or catalog.schema): where each stage registers the root's tables, for sessions that share the catalog.
+    """
 
     master: str | None = None
     conf: dict[str, str] = dataclasses.field(default_factory=dict)
+    schema: str | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            self.schema is None or re.fullmatch(r"\w+(\.\w+)?", self.schema) is not None,
+            f"spark.schema: expected schema or catalog.schema, found {self.schema!r}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ nullability are not the declared ones (schemas.py). An append takes (query_id, b
 replayed micro-batch writes nothing a second time. Small files are merged as micro-batches go. Owns no query, no model.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -90,6 +91,21 @@ def read(spark: "SparkSession", uri: str, version: int | None = None) -> "DataFr
         )
     reader = spark.read.format("delta")
     return (reader if version is None else reader.option("versionAsOf", version)).load(uri)
+
+
+@contextlib.contextmanager
+def long_scans(spark: "SparkSession") -> Iterator[None]:
+    """While the block runs, reads go in parts of 128 MB, Spark's own default, for passes over narrow columns.
+
+    Sessions of this project have smaller ones, which share texts out evenly to scorers (`jobs.session`).
+    """
+    key = "spark.sql.files.maxPartitionBytes"
+    before = str(spark.conf.get(key))
+    spark.conf.set(key, "128m")
+    try:
+        yield
+    finally:
+        spark.conf.set(key, before)
 
 
 def version(spark: "SparkSession", uri: str) -> int | None:
@@ -259,32 +275,3 @@ def user_metadata(spark: "SparkSession", uri: str, at: int | None = None) -> dic
 def missing_from(frame: "DataFrame", others: "DataFrame", key: str = "instance_id") -> "DataFrame":
     """Rows of `frame` whose key is not in `others`."""
     return frame.join(others.select(key), on=key, how="left_anti")
-
-
-def register_tables(spark: "SparkSession", root: str) -> list[str]:
-    """Makes every table under `root` reachable by name in this session, as temporary views; returns the names.
-
-    `instances`, `annotations`, `scores`, `score_matrix`, `proxy_scores`, `rejects`, `corpora`, `pins`, `takedowns`;
-    `refined_<name>`,
-    and with its text `<name>_text`.
-    """
-    root = storage.to_uri(root)
-    registered = []
-    names = ("instances", "annotations", "scores", "score_matrix", "proxy_scores", "rejects")
-    for name in (*names, "corpora", "pins", "takedowns"):
-        uri = storage.join(root, "tables", name)
-        if exists(spark, uri):
-            spark.read.format("delta").load(uri).createOrReplaceTempView(name)
-            registered.append(name)
-    if "corpora" in registered:
-        for (name,) in spark.table("corpora").select("name").distinct().orderBy("name").collect():
-            registered += _register_corpus(spark, root, name)
-    return registered
-
-
-def _register_corpus(spark: "SparkSession", root: str, name: str) -> list[str]:
-    corpus = spark.read.format("delta").load(storage.join(root, "tables", "refined", name))
-    corpus.createOrReplaceTempView(f"refined_{name}")
-    text = spark.table("instances").select("instance_id", "document_ids", "text")
-    corpus.join(text, "instance_id").createOrReplaceTempView(f"{name}_text")
-    return [f"refined_{name}", f"{name}_text"]

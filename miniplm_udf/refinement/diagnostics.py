@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import proxy_records, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig
-from miniplm_udf.refinement.selection import bucket_number, is_finite
+from miniplm_udf.refinement.selection import is_finite, quick_number
 from miniplm_udf.rules import is_random
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Above this, the score says little that the reference's loss alone does not.
 _TOO_NEAR = 0.9
-_SCORE_BUCKETS_PER_E, _LOSS_BUCKETS_PER_E = 64, 128
+_SCORE_BUCKETS, _LOSS_BUCKETS = 64, 32
 # Of a rule of sums: as soon as this share of the candidates is of another length than the most.
 _OF_OTHER_LENGTH = 0.1
 
@@ -114,8 +114,8 @@ def rank_correlation(rows: "DataFrame", loss: str) -> tuple[float, float] | None
     joint = (
         rows.where(is_finite() & F.col(loss).isNotNull())
         .groupBy(
-            bucket_number(F.col("score"), _SCORE_BUCKETS_PER_E).alias("score"),
-            bucket_number(F.col(loss), _LOSS_BUCKETS_PER_E).alias("loss"),
+            quick_number(F.col("score"), _SCORE_BUCKETS).alias("score"),
+            quick_number(F.col(loss), _LOSS_BUCKETS).alias("loss"),
         )
         .count()
     )

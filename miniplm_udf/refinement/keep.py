@@ -18,8 +18,8 @@ from miniplm_udf.config_refine import SelectConfig, parse_tokens
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.refinement.selection import (
     ALL,
-    BUCKETS_PER_E,
-    BUCKETS_PER_E_OF_A_SOURCE,
+    BUCKETS_PER_UNIT,
+    BUCKETS_PER_UNIT_OF_A_SOURCE,
     Cut,
     RankedFrame,
     budget_of,
@@ -106,9 +106,9 @@ def choose(candidates: "DataFrame", select: SelectConfig, place: str) -> Kept:
     if select.rule == "threshold":
         return Kept({ALL: Cut(float(select.threshold or 0.0))})
     group = F.lit(ALL) if select.per_source is None else F.col("source")
-    weight = F.col("n_tokens") if select.counts_tokens else F.lit(1).cast("bigint")
-    ranked = RankedFrame(candidates.select(group.alias("group"), "instance_id", "score", weight.alias("weight")))
-    buckets, totals = ranked.tally(BUCKETS_PER_E if select.per_source is None else BUCKETS_PER_E_OF_A_SOURCE)
+    weight = [F.col("n_tokens").alias("weight")] if select.counts_tokens else []
+    ranked = RankedFrame(candidates.select(group.alias("group"), "instance_id", "score", *weight))
+    buckets, totals = ranked.tally(BUCKETS_PER_UNIT if select.per_source is None else BUCKETS_PER_UNIT_OF_A_SOURCE)
     if isinstance(select.per_source, dict) and set(select.per_source) - set(totals):
         raise CorpusError(
             f"{place}.select.per_source: expected sources of the candidates, {sorted(totals)}, "

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, corpora, rules, schemas
+from miniplm_udf import __version__, corpora, rules, schemas, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.model_records import read_record
@@ -53,7 +53,7 @@ def refine(spark: "SparkSession", config: ExperimentConfig, name: str) -> dict[s
         CorpusError: there is no matrix, or nothing would be kept.
     """
     resolved = resolve(config, name)
-    with corpus_lease(config, name):
+    with corpus_lease(config, name), tables.long_scans(spark):
         return _refine(spark, config, name, resolved)
 
 

@@ -25,10 +25,12 @@ N_BUCKETS = 4096
 SMALL = 100_000
 # Candidates without a finite score: below all others, never kept.
 UNUSABLE = -(1 << 31)
-# A bucket is a thousandth of its scores wide (of many sources a sixteenth of that many), and a millionth near 0.
+# A bucket of `bucket_number` is a thousandth of its scores wide, and a millionth near 0.
 BUCKETS_PER_E = 1024
-BUCKETS_PER_E_OF_A_SOURCE = 64
 _UNITS = 1000.0
+# Of `quick_number`, buckets a unit of the score: of all rows together; of many sources.
+BUCKETS_PER_UNIT, BUCKETS_PER_UNIT_OF_A_SOURCE = 1024, 64
+_FINE_BELOW, _FINER, _EVEN_BELOW = 0.125, 64.0, 64.0
 _LARGEST = 1e300
 _WHOLE_ID = 1 << 30
 
@@ -151,20 +153,35 @@ def _cuts_in_ties(ranked: Ranked, ties: Mapping[str, Bucket], left: dict[str, in
 
 
 def is_finite() -> "Column":
-    """Whether the column `score` is a number: NaN is above infinity to Spark, so it goes first."""
+    """Whether the column `score` is a number: true or false. NaN is above infinity to Spark."""
     from pyspark.sql import functions as F
 
-    score = F.col("score")
-    return score.isNotNull() & ~F.isnan(score) & (F.abs(score) < F.lit(float("inf")))
+    return F.coalesce(F.abs("score") < F.lit(float("inf")), F.lit(False))
 
 
-def bucket_number(score: "Column", buckets_per_e: int = BUCKETS_PER_E) -> "Column":
-    """A bigint that never falls as the (finite) score rises, and that is negative where the score is."""
+def bucket_number(score: "Column") -> "Column":
+    """A bigint that never falls as the (finite) score rises, and that is negative where the score is.
+
+    `lower_edge` is its inverse.
+    """
     from pyspark.sql import functions as F
 
     # Java's log1p never falls, nor do a product with a constant and floor.
-    size = F.log1p(F.least(F.abs(score), F.lit(_LARGEST)) * F.lit(_UNITS)) * F.lit(float(buckets_per_e))
+    size = F.log1p(F.least(F.abs(score), F.lit(_LARGEST)) * F.lit(_UNITS)) * F.lit(float(BUCKETS_PER_E))
     return F.floor(F.when(score < 0, -size).otherwise(size))
+
+
+def quick_number(score: "Column", buckets_per_unit: int) -> "Column":
+    """As `bucket_number`, of even buckets: finer ones near 0, and the logarithm (80 ns a row) far from it alone."""
+    from pyspark.sql import functions as F
+
+    size, scale = F.abs(score), F.lit(float(buckets_per_unit))
+    # In units of a bucket of the middle part; no rounding makes a part begin below the end of the one before it.
+    middle = _FINE_BELOW * _FINER - _FINE_BELOW
+    far = F.log1p(F.least(size, F.lit(_LARGEST)) - F.lit(_EVEN_BELOW)) + F.lit(middle + _EVEN_BELOW)
+    place = F.when(size < _FINE_BELOW, size * F.lit(_FINER)).when(size < _EVEN_BELOW, size + F.lit(middle))
+    place = place.otherwise(far) * scale
+    return F.floor(F.when(score < 0, -place).otherwise(place))
 
 
 def lower_edge(bucket: int) -> float:
@@ -181,16 +198,19 @@ def keep_condition(cut: Cut) -> "Column":
 
 
 class RankedFrame:
-    """The rows of a Spark frame: group string, instance_id string, score double (of any kind), weight bigint."""
+    """The rows of a Spark frame: group string, instance_id string, score double (of any kind); weight bigint, or 1."""
 
     def __init__(self, frame: "DataFrame") -> None:
-        self._frame = frame
+        from pyspark.sql import functions as F
 
-    def tally(self, buckets_per_e: int = BUCKETS_PER_E) -> tuple[list[Bucket], dict[str, int]]:
+        self._frame = frame
+        self._weight = F.sum("weight") if "weight" in frame.columns else F.count("*")
+
+    def tally(self, buckets_per_unit: int = BUCKETS_PER_UNIT) -> tuple[list[Bucket], dict[str, int]]:
         """All rows with a finite score in buckets; and the weight of all rows, by group. One pass, without the ids."""
         from pyspark.sql import functions as F
 
-        number = F.when(is_finite(), bucket_number(F.col("score"), buckets_per_e)).otherwise(F.lit(UNUSABLE))
+        number = F.when(is_finite(), quick_number(F.col("score"), buckets_per_unit)).otherwise(F.lit(UNUSABLE))
         buckets, totals = [], dict[str, int]()
         for row in self._sums(self._frame.withColumn("number", number), "number").collect():
             totals[row["group"]] = totals.get(row["group"], 0) + row["weight"]
@@ -220,7 +240,7 @@ class RankedFrame:
         found = (
             rows.where((F.col("score") == F.col("lower")) & F.col("instance_id").startswith(F.col("upper")))
             .groupBy("group", F.substring("instance_id", 1, n_characters).alias("prefix"))
-            .agg(F.count("*").alias("n"), F.sum("weight").alias("weight"), F.max("instance_id").alias("last"))
+            .agg(F.count("*").alias("n"), self._weight.alias("weight"), F.max("instance_id").alias("last"))
         )
         return [
             IdGroup(row["group"], row["n"], row["weight"], row["prefix"], row["last"])
@@ -241,13 +261,12 @@ class RankedFrame:
             F.broadcast(spark.createDataFrame(known, f"group string, lower double, upper {upper}")), "group"
         )
 
-    @staticmethod
-    def _sums(frame: "DataFrame", by: str) -> "DataFrame":
+    def _sums(self, frame: "DataFrame", by: str) -> "DataFrame":
         from pyspark.sql import functions as F
 
         return frame.groupBy("group", by).agg(
             F.count("*").alias("n"),
-            F.sum("weight").alias("weight"),
+            self._weight.alias("weight"),
             F.min("score").alias("low"),
             F.max("score").alias("high"),
         )

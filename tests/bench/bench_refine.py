@@ -276,8 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="where refine.json goes")
     parser.add_argument("--keep", action="store_true", help="leave the tables, for a next run")
     given = parser.parse_args(argv)
-    base = ExperimentConfig(root=str(given.folder), spark=SparkConfig(conf={"spark.driver.memory": "4g"}))
-    spark = session.make_session(base, "bench refine")
+    # As `refine` reads.
+    conf = {"spark.driver.memory": "4g", "spark.sql.files.maxPartitionBytes": "128m"}
+    spark = session.make_session(ExperimentConfig(root=str(given.folder), spark=SparkConfig(conf=conf)), "bench refine")
     rows, texts = [], []
     try:
         for n in sorted(given.rows):

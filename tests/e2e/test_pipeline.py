@@ -130,7 +130,7 @@ def test_the_tables_answer_plain_sql(experiment: Experiment) -> None:
         "import sys\n"
         "from jobs.session import make_session\n"
         "from miniplm_udf.config import ExperimentConfig\n"
-        "from miniplm_udf.tables import register_tables\n"
+        "from miniplm_udf.catalog import register_tables\n"
         "spark = make_session(ExperimentConfig(root=sys.argv[1]), 'sql')\n"
         "register_tables(spark, sys.argv[1])\n"
         "n = spark.sql('select count(*) from difference_text where text is not null').first()[0]\n"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from jobs import proxy, refine, score
-from miniplm_udf import proxy_records, schemas, storage, tables
+from miniplm_udf import catalog, proxy_records, schemas, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ProxyConfig, RefineConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.pack import texts_of
 from miniplm_udf.proxy import features, fit, quality
 from miniplm_udf.removals import Takedown
 from miniplm_udf.rules import in_sample
+from miniplm_udf.texts import texts_of
 from miniplm_udf.upkeep import takedown, verify, versions
 from tests.spark.planted import PlantedFactory, planted, truth
 from tests.spark.score_tables import experiment, instance_id, two_models, write_instances
@@ -187,8 +187,9 @@ def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
         assert (row["score"] == pytest.approx(true, abs=1e-12)) is (row["instance_id"] in scored)
     assert all(one["skipped"] for one in refine.run(spark, copied)["refined"].values())
     kept = tables.read(spark, copied.table_uri("refined/cheap"))
-    assert texts_of(kept.select("instance_id"), tables.read(spark, copied.table_uri("instances"))).count() == 180
-    assert {"proxy_scores", "cheap_text"} <= set(tables.register_tables(spark, copied.root))
+    instances = tables.read(spark, copied.table_uri("instances"))
+    assert texts_of(kept.select("instance_id"), instances, ["text"], 180).count() == 180
+    assert {"proxy_scores", "cheap_text"} <= set(catalog.register_tables(spark, copied.root))
 
     # More is scored by models: what rests on their scores is chosen anew, what rests on predictions stays.
     versions.pin(spark, copied.root, "mixed")

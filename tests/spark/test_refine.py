@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyspark.sql import functions as F
 
 from jobs import refine as job
 from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.refinement.selection import ALL, RankedFrame, find_cuts
+from miniplm_udf.refinement.selection import ALL, RankedFrame, find_cuts, quick_number
 from tests.spark.score_tables import experiment
 from tests.unit.test_selection import by_cut, by_sorting, random_rows
 
@@ -253,6 +254,19 @@ def test_the_cut_on_a_frame_equals_a_sort(spark: Any, by_tokens: bool) -> None:
         frame.unpersist()
     empty = RankedFrame(spark.createDataFrame([], frame.schema))
     assert empty.tally() == ([], {})
+
+
+def test_a_bucket_never_falls_as_the_score_rises(spark: Any) -> None:
+    edges = [0.125, 64.0, 1.0, 1e-3, 63.9990234375, 1e300, 1.7e308]
+    scores = {math.nextafter(edge, to) for edge in edges for to in (0, edge, math.inf)} | {0.0, 5e-324}
+    rng = random.Random(5)
+    scores |= {rng.choice((1e-6, 0.2, 2, 100, 1e9)) * rng.random() for _ in range(500)}
+    ordered = sorted(scores | {-score for score in scores if score})
+    frame = spark.createDataFrame([(score,) for score in ordered], "score double")
+    numbers = [row[0] for row in frame.coalesce(1).select(quick_number(F.col("score"), 1024)).collect()]
+    assert numbers == sorted(numbers)
+    assert all((number < 0) == (score < 0) for number, score in zip(numbers, ordered, strict=True))
+    assert len({number for number, score in zip(numbers, ordered, strict=True) if 1 < score < 2}) > 100
 
 
 def test_delta_rs_reads_the_same_corpus(spark: Any, config: ExperimentConfig) -> None:
