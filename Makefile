@@ -8,7 +8,7 @@ SCALE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo test test-cluster check faults bench-score bench-gpu bench-soak bench-stream bench-refine bench-annotate format constraints clean
+.PHONY: help setup java demo test test-long check faults bench-score bench-gpu bench-soak bench-stream bench-refine bench-annotate format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,9 +42,11 @@ check: setup ## lint, types, import contracts, unit tests
 test: check ## everything that CI runs
 	pytest -q -n 2 -m slow tests/unit
 	@# Two at a time, a file each: a JVM rarely keeps two cores busy. The longest first.
-	pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults/test_faults.py tests/e2e tests/spark tests/faults/test_trials.py
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" \
+	  tests/faults/test_faults.py tests/e2e tests/spark tests/faults/test_trials.py
 
-test-cluster: setup ## hazards, GPUs and packaged workers on a real cluster, benchmarks in small (15 minutes on 2 cores)
+test-long: setup ## what CI leaves out: long Spark tests, hazards, GPUs and packaged workers on a cluster (half an hour on 2 cores)
+	pytest -q -n 2 --dist loadfile -m slow tests/spark
 	pytest -q tests/faults/test_hazards.py tests/cluster tests/bench
 
 faults: setup ## kill -9 at fault points and at random, on a cluster, sixty times (an hour on 2 cores); writes build/bench/faults.json

@@ -37,7 +37,7 @@ class Question:
 
     Attributes:
         source: None is all.
-        sql: a condition over the columns of the version, `cut_distance`, and the instances' own columns.
+        sql: a condition over the columns of the version, `cut_distance`, and those of `annotations` and `instances`.
         near_cut: those nearest to the cut, on their side of it, in place of a random sample.
         n_rows: at most so many.
         n_characters: of each text, from its beginning.
@@ -135,17 +135,29 @@ class _Look:
             rows = rows.where(F.col("source") == self.asked.source)
         if self.asked.near_cut:
             rows = rows.where(is_finite())
+        annotated = self._annotated(rows)
         if self.asked.sql is None:
             yield rows
         elif expressions.resolves(rows, self.asked.sql):
             yield self._where(rows)
+        elif expressions.resolves(annotated, self.asked.sql):
+            yield self._where(annotated).select(*rows.columns)
         else:
             # All texts are read for it: once.
-            found = self._where(self._with_instances(rows)).select(*rows.columns).persist(StorageLevel.DISK_ONLY)
+            found = self._where(self._with_instances(annotated)).select(*rows.columns).persist(StorageLevel.DISK_ONLY)
             try:
                 yield found
             finally:
                 found.unpersist()
+
+    def _annotated(self, rows: "DataFrame") -> "DataFrame":
+        """With the columns of `annotations` where there are any; null for an instance that has none."""
+        uri = storage.join(storage.to_uri(self.root), "tables", "annotations")
+        if not tables.exists(self.spark, uri):
+            return rows
+        annotations = tables.read(self.spark, uri)
+        own = expressions.own_columns(annotations, rows)
+        return rows.join(annotations.select("instance_id", *own), "instance_id", "left")
 
     def _with_instances(self, rows: "DataFrame") -> "DataFrame":
         n_kept, n_all = self.known.n_instances, self.known.n_candidates
@@ -156,7 +168,7 @@ class _Look:
     def _where(self, rows: "DataFrame") -> "DataFrame":
         from pyspark.sql.types import BooleanType
 
-        over = "the columns shown and the instances' own"
+        over = "the columns shown, the annotations and the instances' own"
         return rows.where(expressions.expression(rows, str(self.asked.sql), "--sql", BooleanType, "a condition", over))
 
     def nothing(self) -> CorpusError:

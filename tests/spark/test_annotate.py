@@ -27,6 +27,7 @@ from miniplm_udf.config import (
     SelectConfig,
 )
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.reading.inspection import Question, inspect
 from miniplm_udf.removals import Takedown
 from miniplm_udf.upkeep import maintain, takedown, verify
 from tests.spark.score_tables import experiment
@@ -261,6 +262,7 @@ def scored(spark: Any, config: ExperimentConfig, names: list[str]) -> None:
         write_record(config, alias)
 
 
+@pytest.mark.slow
 def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
     names = sorted(TEXTS)
     scored(spark, copy, names)
@@ -292,6 +294,15 @@ def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
     assert named["corpus long, version 1: rows are the matrix's"] == verify.Check(
         "corpus long, version 1: rows are the matrix's", len(names) // 2, len(names) // 2, True
     )
+    # What was dropped is asked for by these columns too, and by a text beside.
+    named_copies = {name for name in names if rows[name]["duplicate_of"]}
+    for sql in ("duplicate_of is not null", "duplicate_of is not null and length(text) > 0"):
+        shown = inspect(spark, config.root, "clean", Question(sql="duplicate_of is null", n_rows=100))
+        assert {row["instance_id"] for row in shown["rows"]} == set(clean)
+        with pytest.raises(CorpusError, match="expected kept rows where duplicate_of is not null"):
+            inspect(spark, config.root, "clean", Question(sql=sql))
+        shown = inspect(spark, config.root, "long", Question(side="dropped", sql=sql, n_rows=100))
+        assert {row["instance_id"] for row in shown["rows"]} == named_copies - set(ranked[: len(names) // 2])
     # Merged files are the same annotations; others are others.
     tables.merge_small_files(spark, config.table_uri("annotations"))
     assert all(one["skipped"] for one in refine.run(spark, config)["refined"].values())
@@ -323,6 +334,7 @@ def test_refinement_never_guesses_what_is_not_annotated(spark: Any, copy: Experi
         refine.follow(spark, clean)
 
 
+@pytest.mark.slow
 def test_a_take_down_leaves_no_copy_of_nothing(spark: Any, copy: ExperimentConfig) -> None:
     gone = {"z copied", "q3 of it", "zh"}
     found = takedown.take_down(spark, copy, [f"document of {name}" for name in gone], Takedown("a test"))

@@ -48,7 +48,7 @@ def test_a_root_has_names(spark: Any, tmp_path: Path) -> None:
         assert other.sql(COUNT.format("")).collect()[0][0] == kept
         elsewhere = experiment(tmp_path / "elsewhere", models)
         write_matrix(spark, elsewhere, matrix_rows(3))
-        with pytest.raises(ConfigError, match=r"a_schema\.score_matrix, found .*a%20root"):
+        with pytest.raises(ConfigError, match=r"a_schema\.score_matrix, found .*a root"):
             catalog.register_tables(spark, elsewhere.root, "a_schema")
     finally:
         spark.sql("DROP SCHEMA a_schema CASCADE")

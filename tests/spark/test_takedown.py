@@ -155,6 +155,7 @@ def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: World) ->
     assert world.wrong() == []
 
 
+@pytest.mark.slow
 def test_it_does_not_come_back(spark: Any, world: World) -> None:
     config = world.config
     takedown.take_down(spark, config, ["text 5"], ASKED)
@@ -178,6 +179,7 @@ def test_it_does_not_come_back(spark: Any, world: World) -> None:
     assert world.wrong() == []
 
 
+@pytest.mark.slow
 def test_a_query_that_is_behind_begins_anew_without_it(spark: Any, world: World) -> None:
     config = world.config
     world.deliver("more", texts(16, start=12))
@@ -201,6 +203,7 @@ def test_a_query_that_is_behind_begins_anew_without_it(spark: Any, world: World)
     assert {"text 13", "text 26"}.isdisjoint(world.documents())
 
 
+@pytest.mark.slow
 def test_one_that_was_killed_is_finished(spark: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     delete = tables.delete_matching
 
