@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ def configure_logging(level: str | None = None) -> None:
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     LOGGER.setLevel(level or os.environ.get("MINIPLM_LOG_LEVEL", "INFO"))
+    # Types in place of hints, which would import pyarrow where it is not needed.
+    warnings.filterwarnings("ignore", message="It is preferred to specify type hints for arrow UDF")
 
 
 class Progress:

@@ -57,11 +57,9 @@ def write_texts(frame: "DataFrame", config: ExperimentConfig, values: dict[str, 
     """
     from pyspark.sql import functions as F
 
-    whole = {**instance_values(), "query_id": F.lit("q" * 32), "batch_id": F.lit(0), **values}
+    whole = {**instance_values(), "query_id": F.lit("q" * 32), "batch_id": F.lit(0).cast("bigint"), **values}
     # From the frame: a value may be one of its own columns.
-    rows = frame.select(
-        *(whole[field.name].cast(field.dataType).alias(field.name) for field in schemas.INSTANCES.spark_schema().fields)
-    )
+    rows = frame.select(*(whole[name].alias(name) for name in schemas.INSTANCES.column_names))
     tables.append(rows, config.table_uri("instances"), schemas.INSTANCES)
 
 

@@ -3,12 +3,12 @@
     python -m tests.bench.bench_refine [--rows 10000000 100000000] [--only scan ours] [--texts 1000000] [--keep]
 
 Fills a `score_matrix` of each size with generated scores. Ours (the cut, and the selected ids written out), ORDER
-BY ... LIMIT, percentile_approx and a filter, and a scan that drops what it reads: all of the same columns, each to
-files of its own; then `refine` whole, with its provenance and its commit. Ours is held against the sort, row for row.
-Prints a table, writes `build/bench/refine.json`: `vs_scan`, `vs_sort` and `growth` (seconds a row at the largest size
-over those at the smallest). With --texts: the join of half of the ids with texts of 4 KB as `pack` makes it, without
-broadcast, against a copy of those rows alone (`text_vs_copy`). Parts and sizes may be run one by one: what was measured
-before is kept.
+BY ... LIMIT, percentile_approx and a filter; a scan that drops what it reads; rows above a known score written out, as
+if a cut cost nothing: all of the same columns, each to files of its own. Then `refine` whole, with its provenance and
+its commit. Ours is held against the sort, row for row. Prints a table, writes `build/bench/refine.json`: `vs_scan`,
+`vs_write`, `vs_sort` and `growth` (seconds a row at the largest size over those at the smallest). With --texts: the
+join of half of the ids with texts of 4 KB as `pack` makes it, without broadcast, against a copy of those rows alone
+(`text_vs_copy`). Parts and sizes may be run one by one: what was measured before is kept.
 """
 
 import argparse
@@ -36,10 +36,12 @@ from tests.spark.test_refine import ALIASES, write_record
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-PARTS = ("scan", "ours", "sort", "percentile", "refine")
+PARTS = ("scan", "write", "ours", "sort", "percentile", "refine")
 RATIO = 0.5
 # What ours reads: of the score, of `where`, and the ids.
 COLUMNS = ("instance_id", "split", "teacher_n_tokens", "teacher_nll_mean", "reference_nll_mean")
+# Of the generated scores.
+_MIDDLE = 0.3
 _ROWS_PER_COMMIT = 20_000_000
 _SHA_512_PER_TEXT = 32
 
@@ -99,6 +101,11 @@ class Sized:
         rows = self.candidates()
         self._write(choose(rows, select, "half").mark(rows).where("is_kept"), "ours")
 
+    def write(self) -> None:
+        from pyspark.sql import functions as F
+
+        self._write(self.candidates().where(F.col("score") > F.lit(_MIDDLE)), "write")
+
     def sort(self) -> None:
         self._write(
             self.candidates().orderBy("score", "instance_id", ascending=[False, True]).limit(self.budget), "sort"
@@ -142,7 +149,7 @@ def matrix_values(batch_id: int) -> dict[str, Any]:
         "batch_id": F.lit(batch_id),
     }
     for number, alias in enumerate(ALIASES):
-        mean = 3 + 0.3 * number + 0.6 * F.randn(10 * batch_id + number)
+        mean = 3 + _MIDDLE * number + 0.6 * F.randn(10 * batch_id + number)
         values |= {
             f"{alias}_nll_mean": mean,
             f"{alias}_nll_sum_nats": F.lit(1.0),
@@ -167,7 +174,7 @@ def measure(sized: Sized, parts: Sequence[str]) -> dict[str, Any]:
     """One row of the table, of these parts."""
     row: dict[str, Any] = {"rows": sized.rows}
     for part in parts:
-        row[part] = timed(getattr(sized, part), 1 if part in ("sort", "percentile") else 2)
+        row[part] = timed(getattr(sized, part), 2 if part in ("scan", "write", "ours") else 1)
         print(f"{sized.rows:,} rows: {part} {row[part]:.2f} s", flush=True)
     has_both = all(sized.written(part).exists() for part in ("ours", "sort"))
     if {"ours", "sort"} & set(parts) and has_both and not sized.is_the_sorts():
@@ -193,10 +200,9 @@ class Texts:
         if tables.exists(self.spark, self.uri):
             return
         text = F.concat(*(F.sha2(F.concat_ws("/", "id", F.lit(n)), 512) for n in range(_SHA_512_PER_TEXT)))
-        values = {**instance_values(), "text": text, "query_id": F.lit("q" * 32), "batch_id": F.lit(0)}
-        rows = self.spark.range(self.rows).withColumns(values)
-        cast = [rows[field.name].cast(field.dataType) for field in schemas.INSTANCES.spark_schema().fields]
-        tables.append(rows.select(*cast), self.uri, schemas.INSTANCES)
+        values = {**instance_values(), "text": text, "query_id": F.lit("q" * 32), "batch_id": F.lit(0).cast("bigint")}
+        rows = self.spark.range(self.rows).withColumns(values).select(*schemas.INSTANCES.column_names)
+        tables.append(rows, self.uri, schemas.INSTANCES)
         kept = tables.read(self.spark, self.uri).where("pmod(xxhash64(instance_id), 2) = 0")
         kept.select("instance_id").write.parquet(str(self.folder / "kept"))
         self._texts().write.parquet(str(self.folder / "kept_texts"))
@@ -242,6 +248,7 @@ def ratios(rows: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]]) -> d
     found = {}
     for name, above, below in (
         ("vs_scan", "ours", "scan"),
+        ("vs_write", "ours", "write"),
         ("vs_sort", "sort", "ours"),
         ("refine_vs_scan", "refine", "scan"),
     ):

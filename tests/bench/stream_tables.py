@@ -17,7 +17,7 @@ def row_id(name: str) -> "Column":
 
 
 def instance_values() -> dict[str, "Column"]:
-    """Columns of generated instances. Their text is short: nothing reads it any more."""
+    """Columns of generated instances, without `query_id` and `batch_id`. Their text is short: nothing reads it."""
     from pyspark.sql import functions as F
 
     return {
