@@ -35,7 +35,8 @@ def listing(found: Sequence[Mapping[str, Any]]) -> str:
 
 def show(found: Mapping[str, Any]) -> str:
     inputs = dict(found["inputs"])
-    revisions, followed, derived = (inputs.pop(key, None) for key in ("model_revisions", "followed", "derived"))
+    apart = ("model_revisions", "followed", "derived", "diagnostics")
+    revisions, followed, derived, diagnostics = (inputs.pop(key, None) for key in apart)
     pairs = [
         ("corpus", f"{found['name']}@{found['version']}"),
         ("made (UTC)", found["created_at"].isoformat(" ", "seconds")),
@@ -48,6 +49,7 @@ def show(found: Mapping[str, Any]) -> str:
         ("code", found["code_revision"]),
         *((f"config {key}", _words(value)) for key, value in found["config"].items()),
         *((f"input {key}", _words(value)) for key, value in inputs.items()),
+        *((key.replace("_", " "), _words(value)) for key, value in (diagnostics or {}).items() if value),
         *((f"model {alias}", revision) for alias, revision in (revisions or {}).items()),
     ]
     lines = table(("", ""), pairs).splitlines()[1:]
@@ -61,7 +63,9 @@ def show(found: Mapping[str, Any]) -> str:
 def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items() if item is not None)
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(_words(item) for item in value if item is not None)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def diff(found: Mapping[str, Any]) -> str:

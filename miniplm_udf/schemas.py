@@ -207,7 +207,7 @@ CORPORA = Table(
         Column("n_instances", "int64", "rows kept"),
         Column("n_tokens", "int64", "their tokens"),
         Column("fingerprint", "string", "hash of the kept ids and scores, independent of order"),
-        Column("code_revision", "string", "version of this package that refined"),
+        Column("code_revision", "string", "version of this package that refined, and of a checkout the commit"),
         Column("created_at", "timestamp", "when"),
     ),
 )

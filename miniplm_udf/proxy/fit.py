@@ -13,13 +13,14 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, proxy_records, tables
+from miniplm_udf import proxy_records, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, fingerprint
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.proxy import features, quality
 from miniplm_udf.proxy_records import ProxyRecord
 from miniplm_udf.refinement import candidates, expressions, refine
 from miniplm_udf.refinement.selection import is_finite
+from miniplm_udf.revision import code_revision
 from miniplm_udf.rules import plain_score, uniform
 from miniplm_udf.streams.lease import Lease, lease_uri
 
@@ -158,7 +159,7 @@ def _fit(
         quality=judged,
         solver={**solver, "seconds": round(time.monotonic() - start, 3)},
         warnings=quality.warnings(judged),
-        code_revision=__version__,
+        code_revision=code_revision(),
     )
 
 

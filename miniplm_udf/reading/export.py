@@ -14,7 +14,7 @@ import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, corpora, pins, schemas, storage, tables
+from miniplm_udf import corpora, pins, schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig
 from miniplm_udf.config_sections import check
 from miniplm_udf.errors import CorpusError
@@ -22,6 +22,7 @@ from miniplm_udf.progress import watched_tasks
 from miniplm_udf.reading import folders
 from miniplm_udf.reading.file_writers import COUNTED, FORMATS, WRITTEN_DDL, write_function
 from miniplm_udf.refinement.refine import fingerprint_of, row_hash
+from miniplm_udf.revision import code_revision
 from miniplm_udf.streams.lease import Lease, lease_uri
 from miniplm_udf.texts import MOST_ROWS_PER_PART, texts_of
 from miniplm_udf.upkeep import versions
@@ -191,7 +192,7 @@ def _manifest(version: _Version, request: ExportRequest, files: list[dict[str, A
         "version": version.number,
         "to": request.to,
         "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "code_revision": __version__,
+        "code_revision": code_revision(),
         "n_instances": n_rows,
         "n_candidates": known.n_candidates,
         "n_tokens": _sum(files, "n_tokens"),

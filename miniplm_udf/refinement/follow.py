@@ -16,12 +16,13 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, corpora, storage, tables
+from miniplm_udf import corpora, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, SelectConfig, fingerprint, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.refinement import cuts, refine
 from miniplm_udf.refinement.cuts import BucketCut, Counted, Counts
 from miniplm_udf.refinement.selection import UNUSABLE, is_finite
+from miniplm_udf.revision import code_revision
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.query import Query
 
@@ -209,7 +210,7 @@ def grown(
         n_instances=n_instances,
         n_tokens=known.n_tokens + sum(row["n_tokens"] for row in kept),
         fingerprint=refine.fingerprint_of(parts, n_instances),
-        code_revision=__version__,
+        code_revision=code_revision(),
         kept_share_by_source={},
         cuts={},
         diagnostics={},

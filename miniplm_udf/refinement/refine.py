@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import __version__, corpora, rules, schemas, tables
+from miniplm_udf import corpora, rules, schemas, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.model_records import read_record
@@ -27,6 +27,7 @@ from miniplm_udf.refinement import candidates, diagnostics, expressions
 from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION, INSTANCES_VERSION, with_instances
 from miniplm_udf.refinement.keep import Kept, choose
 from miniplm_udf.refinement.selection import is_finite
+from miniplm_udf.revision import code_revision
 from miniplm_udf.streams.lease import Lease, lease_uri
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def _provenance(spark: "SparkSession", made: Made, rows: "DataFrame", kept: Kept
         n_instances=n_kept,
         n_tokens=sum(row["n_tokens"] or 0 for row in found),
         fingerprint=fingerprint_of([(row["xor"] or 0, row["sum"] or 0) for row in found], n_kept),
-        code_revision=__version__,
+        code_revision=code_revision(),
         kept_share_by_source=_kept_share_by_source(found),
         cuts=kept.plain(),
         diagnostics=diagnostics.diagnose(spark, made.config, made.corpus, rows, found),
