@@ -14,13 +14,10 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-import fsspec
-
 from miniplm_udf import nearby, schemas, storage, tables
 from miniplm_udf.config import ScoreConfig, fingerprint
-from miniplm_udf.errors import MiniplmError
 from miniplm_udf.streams.backlog import rows_behind
-from miniplm_udf.streams.query import Query, checkpoint_query_id
+from miniplm_udf.streams.query import Query
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -60,9 +57,10 @@ def matrix_query(
 
     def source() -> "DataFrame":
         # Here, once the query is ours: another driver's would be in use.
-        if not _is_own_work(spark, revisions, tables_uri, checkpoint_uri):
+        table = schemas.score_matrix(list(revisions))
+        if not tables.is_work_of(spark, storage.join(tables_uri, "score_matrix"), table, checkpoint_uri):
             LOGGER.info("score_matrix: built anew for %s", ", ".join(revisions))
-            _remove(checkpoint_uri)
+            storage.remove_folder(checkpoint_uri)
         return (
             spark.readStream.format("delta")
             .option("maxBytesPerTrigger", config.max_bytes_per_trigger)
@@ -83,27 +81,6 @@ def matrix_query(
         micro_batch=micro_batch,
         backlog=lambda offset: rows_behind(spark, scores_uri, offset),
     )
-
-
-def _is_own_work(spark: "SparkSession", revisions: dict[str, str], tables_uri: str, checkpoint_uri: str) -> bool:
-    """Whether the table's rows are this checkpoint's. All rows of the table are of one query."""
-    try:
-        query_id = checkpoint_query_id(spark, checkpoint_uri)
-    except MiniplmError:
-        return False
-    uri = storage.join(tables_uri, "score_matrix")
-    if not tables.exists(spark, uri):
-        return False
-    found = spark.read.format("delta").load(uri)
-    if found.columns != schemas.score_matrix(list(revisions)).column_names:
-        return False
-    return [row[0] for row in found.select("query_id").limit(1).collect()] == [query_id]
-
-
-def _remove(uri: str) -> None:
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    if filesystem.exists(path):
-        filesystem.rm(path, recursive=True)
 
 
 def write_batch(batch: "DataFrame", revisions: dict[str, str], tables_uri: str, query_id: str, batch_id: int) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from miniplm_udf import schemas, storage
-from miniplm_udf.errors import CorpusError, SchemaMismatchError
+from miniplm_udf.errors import CorpusError, MiniplmError, SchemaMismatchError
+from miniplm_udf.streams.query import checkpoint_query_id
 
 if TYPE_CHECKING:
     from delta.tables import DeltaTableBuilder
@@ -106,6 +107,20 @@ def long_scans(spark: "SparkSession") -> Iterator[None]:
         yield
     finally:
         spark.conf.set(key, before)
+
+
+def is_work_of(spark: "SparkSession", uri: str, table: schemas.Table, checkpoint_uri: str) -> bool:
+    """Whether the table has the declared columns and its rows, which are all of one query, are this checkpoint's."""
+    try:
+        query_id = checkpoint_query_id(spark, checkpoint_uri)
+    except MiniplmError:
+        return False
+    if not exists(spark, uri):
+        return False
+    found = spark.read.format("delta").load(uri)
+    if found.columns != table.column_names:
+        return False
+    return [row[0] for row in found.select("query_id").limit(1).collect()] == [query_id]
 
 
 def version(spark: "SparkSession", uri: str) -> int | None:

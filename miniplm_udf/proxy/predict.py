@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from miniplm_udf import proxy_records, schemas, storage, tables
 from miniplm_udf.config import ExperimentConfig
-from miniplm_udf.errors import MiniplmError
 from miniplm_udf.proxy import features
 from miniplm_udf.proxy_records import ProxyRecord
 from miniplm_udf.streams.backlog import rows_behind
-from miniplm_udf.streams.query import Query, checkpoint_query_id
+from miniplm_udf.streams.query import Query
 
 if TYPE_CHECKING:
     from pyspark.ml.regression import LinearRegressionModel
@@ -49,7 +48,7 @@ def prediction_query(spark: "SparkSession", config: ExperimentConfig, record: Pr
 
     def source() -> "DataFrame":
         # Here, once the query is ours: another driver's would be in use.
-        if not _is_own_work(spark, uri, checkpoint_uri):
+        if not tables.is_work_of(spark, uri, schemas.PROXY_SCORES, checkpoint_uri):
             LOGGER.info("proxy_scores: made anew by the proxy %s", record.revision[:8])
             storage.remove_folder(checkpoint_uri)
         reader = spark.readStream.format("delta").option("maxBytesPerTrigger", config.score.max_bytes_per_trigger)
@@ -93,14 +92,3 @@ def predicted(
         F.lit(query_id).alias("query_id"),
         F.lit(batch_id).cast("bigint").alias("batch_id"),
     )  # fmt: skip
-
-
-def _is_own_work(spark: "SparkSession", uri: str, checkpoint_uri: str) -> bool:
-    """Whether the table's rows are this checkpoint's. All rows of the table are of one query."""
-    try:
-        query_id = checkpoint_query_id(spark, checkpoint_uri)
-    except MiniplmError:
-        return False
-    if not tables.exists(spark, uri):
-        return False
-    return [row[0] for row in tables.read(spark, uri).select("query_id").limit(1).collect()] == [query_id]
