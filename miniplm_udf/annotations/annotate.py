@@ -13,7 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import corpora, schemas, tables
-from miniplm_udf.annotations import contamination, duplicates, language, quality
+from miniplm_udf.annotations import contamination, duplicates, language, packages, quality
 from miniplm_udf.annotations.contamination import Evaluation
 from miniplm_udf.annotations.words import n_ngrams, words
 from miniplm_udf.config import AnnotateConfig, ExperimentConfig, to_dict
@@ -65,10 +65,10 @@ class _Annotation:
         self._pool = tables.read(spark, instances_uri, self._instances_version).where("split = 'pool'")
 
     def run(self) -> dict[str, Any]:
-        identifier = language.identifier_of(self._spark) if self._settings.language else None
+        versions = packages.on_executors(self._spark, self._settings.groups)
         evaluation = self._evaluation()
         try:
-            n_new = self._write(evaluation, self._mark(evaluation, identifier))
+            n_new = self._write(evaluation, self._mark(evaluation, versions))
         finally:
             if evaluation is not None:
                 evaluation.ngrams.unpersist()
@@ -109,14 +109,12 @@ class _Annotation:
             raise CorpusError("instances: expected some of the split `pool` to annotate, found none")
         return n_new
 
-    def _mark(self, evaluation: Evaluation | None, identifier: str | None) -> str:
+    def _mark(self, evaluation: Evaluation | None, versions: dict[str, str]) -> str:
         """What the columns of a text depend on, beside the text: not what the evaluation files are called."""
         plain = {group: value for group, value in to_dict(self._settings).items() if value}
-        if identifier is not None:
-            plain["language"] = identifier
         if evaluation is not None:
             plain["contamination"] = {**plain["contamination"], "files": evaluation.fingerprint}
-        return json.dumps({**plain, "rules_version": _RULES_VERSION}, sort_keys=True)
+        return json.dumps({**plain, "packages": versions, "rules_version": _RULES_VERSION}, sort_keys=True)
 
     def _known(self, newest: corpora.Newest | None, mark: str) -> "DataFrame | None":
         """The rows that stay; None where the table is to be made anew."""

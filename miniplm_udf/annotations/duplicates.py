@@ -69,16 +69,14 @@ def with_buckets(rows: "DataFrame", config: NearDuplicatesConfig) -> "DataFrame"
 def _buckets_arrow(found: "pa.Array", threshold: float) -> "pa.Array":
     import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     from miniplm_udf.annotations import minhash
 
-    lengths = pc.list_value_length(found).to_numpy(zero_copy_only=False).astype(np.int64)
     values = found.flatten().to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64)
-    of_sets = minhash.buckets(values, lengths[lengths > 0], threshold)
-    ends = np.cumsum(np.where(lengths > 0, of_sets.shape[1], 0))
-    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.array(of_sets.ravel(), pa.int64()))
+    lengths = found.value_lengths().to_numpy(zero_copy_only=False)
+    places = zip(np.cumsum(lengths) - lengths, lengths, strict=True)
+    of_sets = [minhash.buckets(values[start : start + n], threshold) if n else [] for start, n in places]
+    return pa.array(of_sets, pa.list_(pa.int64()))
 
 
 def pairs(new: "DataFrame", old: "DataFrame | None") -> "DataFrame":

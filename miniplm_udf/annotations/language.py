@@ -1,50 +1,16 @@
 """The language of a text, by py3langid (its model comes in the package), on executors.
 
 Input: a frame with `text`; output: `language` (an ISO 639 code) and `language_confidence` (of 0 to 1, the package's
-own) beside. A Python worker loads the model once. Whether executors have the package is looked at before any work.
+own) beside. A Python worker loads the model once.
 Source: Lui and Baldwin, langid.py, ACL 2012.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-from miniplm_udf.errors import ConfigError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pyspark.sql import DataFrame, SparkSession
-
-
-def identifier_of(spark: "SparkSession") -> str:
-    """Name and version of the package, as an executor has it.
-
-    Raises:
-        ConfigError: it has none.
-    """
-
-    def probe(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
-        import importlib.metadata
-
-        import pyarrow as pa
-
-        for _ in batches:
-            found, problem = None, None
-            try:
-                _identifier()
-                found = importlib.metadata.version("py3langid")
-            except ImportError as error:
-                problem = str(error)
-            columns = {"found": pa.array([found], pa.string()), "problem": pa.array([problem], pa.string())}
-            yield pa.RecordBatch.from_pydict(columns)
-
-    (row,) = spark.range(0, 1, 1, 1).mapInArrow(probe, "found string, problem string").collect()
-    if row.problem is not None:
-        raise ConfigError(
-            "annotate.language: expected the package py3langid on every executor, found that it cannot be imported "
-            f"({row.problem}); pip install 'miniplm[annotate]' there, or leave the key out"
-        )
-    return f"py3langid {row.found}"
+    from pyspark.sql import DataFrame
 
 
 def with_language(rows: "DataFrame") -> "DataFrame":

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import gzip
+import importlib.metadata
 import json
 import random
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from jobs import annotate as job
 from jobs import records, refine
 from miniplm_udf import corpora, schemas, storage, tables
-from miniplm_udf.annotations import language
+from miniplm_udf.annotations import packages
 from miniplm_udf.config import (
     AnnotateConfig,
     ContaminationConfig,
@@ -286,7 +287,8 @@ def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
     assert newest is not None
     inputs = {name: corpora.show_corpus(spark, config.root, name)["inputs"] for name in ("clean", "long")}
     assert [inputs[name]["annotations_version"] for name in ("clean", "long")] == [newest.version] * 2
-    assert inputs["clean"]["annotated_by"]["language"].startswith("py3langid 0")
+    versions = {name: importlib.metadata.version(name) for name in ("datasketch", "py3langid")}
+    assert inputs["clean"]["annotated_by"]["packages"] == versions
     assert inputs["clean"]["annotated_by"]["near_duplicates"] == {"threshold": THRESHOLD, "shingle_words": 5}
     assert "instances_version" in inputs["long"]
     assert "instances_version" not in inputs["clean"]
@@ -371,11 +373,8 @@ def test_what_is_refused(spark: Any, copy: ExperimentConfig, tmp_path: Path, mon
     ):
         with pytest.raises((ConfigError, CorpusError), match=message):
             job.run(spark, config)
-    monkeypatch.setattr(language, "_identifier", _without_the_package)
-    with pytest.raises(ConfigError, match=r"py3langid on every executor.*'miniplm\[annotate\]'"):
+    monkeypatch.setitem(packages.NEEDED, "language", "py3langid_of_no_one")
+    missing = r"annotate.language: expected the package py3langid_of_no_one on every executor.*'miniplm\[annotate\]'"
+    with pytest.raises(ConfigError, match=missing):
         job.run(spark, copy)
     assert rows_of(spark, copy).keys() == TEXTS.keys()
-
-
-def _without_the_package() -> None:
-    raise ImportError("No module named 'py3langid'")
