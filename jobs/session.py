@@ -83,8 +83,9 @@ def _defaults(cores: int) -> dict[str, str]:
         # Small parts, so that scorers get even shares of a micro-batch's files without a shuffle of the text.
         "spark.hadoop.parquet.block.size": str(16 * 1024 * 1024),
         "spark.sql.files.maxPartitionBytes": "16m",
-        # Ids differ from row to row.
+        # Ids and scores differ from row to row.
         "spark.hadoop.parquet.enable.dictionary#instance_id": "false",
+        "spark.hadoop.parquet.enable.dictionary#score": "false",
         "spark.sql.streaming.stateStore.providerClass": (
             "org.apache.spark.sql.execution.streaming.state.RocksDBStateStoreProvider"
         ),

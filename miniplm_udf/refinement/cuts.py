@@ -9,16 +9,20 @@ at most the rows of the one bucket that holds the exact cut. A replay finds its 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import corpora, schemas, storage, tables
 from miniplm_udf.config import SelectConfig
-from miniplm_udf.refinement.selection import UNUSABLE, bucket_number, budget_of, lower_edge, n_fitting
+from miniplm_udf.refinement.selection import UNUSABLE, budget_of, n_fitting
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
+# A bucket is a thousandth of its scores wide, and a millionth near 0.
+BUCKETS_PER_E = 1024
+_UNITS, _LARGEST = 1000.0, 1e300
 # Rows and tokens by bucket.
 Counts = Mapping[int, tuple[int, int]]
 
@@ -62,6 +66,23 @@ class Counted:
 
     def plus(self, counts: Counts, through: int) -> "Counted":
         return dataclasses.replace(self, counts=merged(self.counts, counts), through=through)
+
+
+def bucket_number(score: "Column") -> "Column":
+    """A bigint that never falls as the (finite) score rises, and that is negative where the score is.
+
+    `lower_edge` is its inverse.
+    """
+    from pyspark.sql import functions as F
+
+    # Java's log1p never falls, nor do a product with a constant and floor.
+    size = F.log1p(F.least(F.abs(score), F.lit(_LARGEST)) * F.lit(_UNITS)) * F.lit(float(BUCKETS_PER_E))
+    return F.floor(F.when(score < 0, -size).otherwise(size))
+
+
+def lower_edge(bucket: int) -> float:
+    """The score at which a bucket begins."""
+    return math.copysign(math.expm1(abs(bucket) / BUCKETS_PER_E) / _UNITS, bucket)
 
 
 def bucket_column(select: SelectConfig, usable: "Column") -> "Column":

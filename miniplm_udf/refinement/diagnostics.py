@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Above this, the score says little that the reference's loss alone does not.
 _TOO_NEAR = 0.9
-_SCORE_BUCKETS, _LOSS_BUCKETS = 64, 32
+_SCORE_BUCKETS, _LOSS_BUCKETS = 128, 32
 # Of a rule of sums: as soon as this share of the candidates is of another length than the most.
 _OF_OTHER_LENGTH = 0.1
 

@@ -90,7 +90,9 @@ class Sized:
         return self.folder / part
 
     def _write(self, frame: "DataFrame", part: str) -> None:
-        frame.select("instance_id", "score").write.mode("overwrite").parquet(str(self.written(part)))
+        # Of random ids and scores nothing is to be compressed.
+        written = frame.select("instance_id", "score").write.mode("overwrite").option("compression", "none")
+        written.parquet(str(self.written(part)))
 
     def scan(self) -> None:
         self.matrix.select(*COLUMNS).write.format("noop").mode("overwrite").save()

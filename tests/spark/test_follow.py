@@ -19,7 +19,7 @@ from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, Sele
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.refinement import cuts, refine
 from miniplm_udf.refinement.follow import Follower, follow_query
-from miniplm_udf.refinement.selection import UNUSABLE, budget_of, lower_edge
+from miniplm_udf.refinement.selection import UNUSABLE, budget_of
 from miniplm_udf.streams import status as statuses
 from tests.spark.score_tables import experiment
 from tests.spark.test_refine import ALIASES, DIFFERENCE, ids, with_corpora, write_record
@@ -311,7 +311,7 @@ def test_buckets_never_fall_as_scores_rise(spark: Any) -> None:
 
     rng = random.Random(0)
     scores = [sign * rng.random() * 10.0**power for sign in (1, -1) for power in range(-12, 308, 3) for _ in range(9)]
-    edges = [lower_edge(bucket) for bucket in range(-12_000, 12_000, 11)]
+    edges = [cuts.lower_edge(bucket) for bucket in range(-12_000, 12_000, 11)]
     scores = sorted([*scores, *edges, *(math.nextafter(edge, -1e9) for edge in edges), 0.0, 1.7e308, -1.7e308])
     frame = spark.createDataFrame([(score,) for score in scores], "score double")
     column = cuts.bucket_column(SelectConfig(ratio=0.5), F.lit(True))
@@ -320,7 +320,7 @@ def test_buckets_never_fall_as_scores_rise(spark: Any) -> None:
     # The edge of a bucket is at its edge, to the last digits.
     of = dict(zip(scores, found, strict=True))
     assert all(of[edge * (1 + 1e-12)] == of[edge] for edge in edges if edge * (1 + 1e-12) in of)
-    assert all(abs(lower_edge(of[edge]) - edge) <= 1.1 * abs(edge) / 1000 + 1e-6 for edge in edges)
+    assert all(abs(cuts.lower_edge(of[edge]) - edge) <= 1.1 * abs(edge) / 1000 + 1e-6 for edge in edges)
 
 
 def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from jobs import cli
 from miniplm_udf.config import SelectConfig
-from miniplm_udf.refinement.cuts import BucketCut, Counted, cut_of, merged, totals
-from miniplm_udf.refinement.selection import UNUSABLE, lower_edge
+from miniplm_udf.refinement.cuts import BucketCut, Counted, cut_of, lower_edge, merged, totals
+from miniplm_udf.refinement.selection import UNUSABLE
 
 COUNTS = {5: (3, 30), 4: (4, 10), -2: (2, 20), UNUSABLE: (1, 7)}
 CONF = Path(__file__).resolve().parents[2] / "conf"
