@@ -167,6 +167,11 @@ def is_unchanged(spark: "SparkSession", config: ExperimentConfig, stage: str) ->
     return bool(record["fingerprint"] == _input_fingerprint(spark, config, stage))
 
 
+def _register(spark: "SparkSession", config: ExperimentConfig) -> None:
+    if config.spark.schema is not None:
+        register_tables(spark, config.root, config.spark.schema)
+
+
 def execute(
     stage: str, run: Callable[["SparkSession", ExperimentConfig], dict[str, Any]], spark: "SparkSession",
     config: ExperimentConfig,
@@ -176,11 +181,12 @@ def execute(
     The inputs are read before the stage runs: a file that arrives meanwhile makes the next run work again.
     """
     inputs = _input_fingerprint(spark, config, stage)
+    # A schema that has another root's tables is refused before any work.
+    _register(spark, config)
     start = time.monotonic()
     summary = run(spark, config)
-    if config.spark.schema is not None:
-        register_tables(spark, config.root, config.spark.schema)
     seconds = time.monotonic() - start
+    _register(spark, config)
     earlier = (read_record(config, stage) or {}).get("summary", {})
     if "tokens_per_second" in summary:
         # Of its last scoring: a run that found nothing to score has no rate.

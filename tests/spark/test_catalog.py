@@ -9,7 +9,7 @@ from pyspark.errors import AnalysisException
 
 from jobs import records, refine
 from miniplm_udf import catalog
-from miniplm_udf.config import CorpusConfig, ModelConfig, SparkConfig
+from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SparkConfig
 from miniplm_udf.errors import ConfigError
 from tests.spark.score_tables import experiment, texts, write_instances
 from tests.spark.test_refine import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record
@@ -50,8 +50,15 @@ def test_a_root_has_names(spark: Any, tmp_path: Path) -> None:
         write_matrix(spark, elsewhere, matrix_rows(3))
         with pytest.raises(ConfigError, match=r"a_schema\.score_matrix, found .*a root"):
             catalog.register_tables(spark, elsewhere.root, "a_schema")
+        # A stage does no work then.
+        with pytest.raises(ConfigError, match=r"a_schema\.score_matrix"):
+            records.execute("refine", never, spark, dataclasses.replace(elsewhere, spark=config.spark))
     finally:
         spark.sql("DROP SCHEMA a_schema CASCADE")
+
+
+def never(spark: Any, config: ExperimentConfig) -> dict[str, Any]:
+    raise AssertionError("no work was expected")
 
 
 def test_a_schema_is_a_name() -> None:
