@@ -9,15 +9,19 @@ of instances. The same rows come out however often tasks are run; their order wi
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 # The narrow rows of a part are a hash table, some 300 bytes a row: 75 MB for each task that runs at once.
 MOST_ROWS_PER_PART = 250_000
-# What an id takes in the hash table that a broadcast sends to every executor.
-_BYTES_PER_ID = 100
+# Of an id in the filter: with so many, 6 % of the texts that no row wants pass.
+_BITS_PER_ID = 16
+# Of the filter, at most: 32 MiB in each executor. With more than 10^8 ids it lets most texts pass.
+_MOST_BITS = 1 << 28
+_BITS_PER_WORD, _WORDS_PER_BLOCK = 64, 1024
+_PLACE = "text_filter_place"
 
 
 def texts_of(
@@ -28,8 +32,7 @@ def texts_of(
     Spark would choose a sort-merge join, which sorts the texts: it writes them to disk and reads them once more. Here
     both sides are sent to parts by a hash of the id; in each, the narrow rows become a hash table that the texts
     stream past. The number of parts follows the number of rows, so that a table always fits (Spark does not spill
-    one). Where the ids are few enough for Spark's broadcasts (`spark.sql.autoBroadcastJoinThreshold`), each task that
-    reads texts has them all first, and texts that no row wants are not sent anywhere.
+    one). Most texts that no row wants are not sent anywhere: each task that reads texts has a Bloom filter of the ids.
 
     Args:
         rows: with `instance_id`, each once; none of `columns`.
@@ -37,14 +40,41 @@ def texts_of(
         n_rows: number of `rows`; it need not be exact.
         n_parts: partitions of the result; by default as many as shuffles have, or more where a part would be too large.
     """
-    from pyspark.sql import functions as F
 
-    spark = rows.sparkSession
     if n_parts is None:
-        n_parts = max(int(str(spark.conf.get("spark.sql.shuffle.partitions"))), math.ceil(n_rows / MOST_ROWS_PER_PART))
-    texts = instances.select("instance_id", *columns)
-    java: Any = spark
-    if n_rows * _BYTES_PER_ID <= java._jsparkSession.sessionState().conf().autoBroadcastJoinThreshold():
-        texts = texts.join(F.broadcast(rows.select("instance_id")), "instance_id", "left_semi")
+        of_shuffles = int(str(rows.sparkSession.conf.get("spark.sql.shuffle.partitions")))
+        n_parts = max(of_shuffles, math.ceil(n_rows / MOST_ROWS_PER_PART))
+    texts = maybe_wanted(instances.select("instance_id", *columns), rows, n_rows)
     parted = rows.repartition(n_parts, "instance_id").hint("shuffle_hash")
     return texts.repartition(n_parts, "instance_id").join(parted, "instance_id")
+
+
+def maybe_wanted(texts: "DataFrame", rows: "DataFrame", n_rows: int) -> "DataFrame":
+    """The texts without most of those whose id no row has: by a Bloom filter of one hash, made and sent by Spark.
+
+    The filter is a table of blocks of words of bits. (Spark makes one by itself only where the rows come of a scan with
+    a filter, and the texts are more than 10 GB.)
+    """
+    from pyspark.sql import functions as F
+
+    block_bits = _BITS_PER_WORD * _WORDS_PER_BLOCK
+    n_bits = min(_MOST_BITS, block_bits * max(1, math.ceil(n_rows * _BITS_PER_ID / block_bits)))
+    # Not the hash that parts are chosen by, nor one that a user may have chosen rows by.
+    place = F.pmod(F.xxhash64("instance_id", F.lit("text filter")), F.lit(n_bits)).alias(_PLACE)
+    of_rows = rows.select(place).selectExpr(f"{_PLACE} div {_BITS_PER_WORD} AS word", f"{_bit()} AS bits")
+    of_none = rows.sparkSession.range(n_bits // _BITS_PER_WORD).selectExpr("id AS word", "0L AS bits")
+    words = of_rows.union(of_none).groupBy("word").agg(F.bit_or("bits").alias("bits"))
+    blocks = (
+        words.groupBy(F.expr(f"word div {_WORDS_PER_BLOCK}").alias("block"))
+        .agg(F.array_sort(F.collect_list(F.struct("word", "bits"))).alias("words"))
+        .select("block", F.col("words.bits").alias("words"))
+    )
+    number = f"cast({_PLACE} div {_BITS_PER_WORD} % {_WORDS_PER_BLOCK} AS int)"
+    is_set = F.expr(f"element_at(words, {number} + 1) & {_bit()} != 0")
+    at = F.expr(f"{_PLACE} div {block_bits}") == F.col("block")
+    return texts.withColumn(_PLACE, place).join(F.broadcast(blocks), at & is_set, "left_semi").drop(_PLACE)
+
+
+def _bit() -> str:
+    """The bit of a place in its word."""
+    return f"shiftleft(1L, cast({_PLACE} % {_BITS_PER_WORD} AS int))"
