@@ -108,8 +108,12 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         name: application name.
     """
     from pyspark import SparkConf
+    from pyspark.logger import PySparkLogger
     from pyspark.sql import SparkSession
 
+    # They log, with Java's stack, what is raised, also where it is caught: an expression is tried over several tables.
+    for logger in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):
+        PySparkLogger.getLogger(logger).setLevel(logging.CRITICAL)
     # pyspark itself looks at this variable alone; spark-submit sets it from the property.
     os.environ.setdefault("PYSPARK_PYTHON", config.spark.conf.get("spark.pyspark.python", sys.executable))
     cores = _cores()

@@ -1,6 +1,7 @@
 """Rules, selections and expressions on Spark: against plain sorts, repartitioned, refused before anything is made."""
 
 import dataclasses
+import logging.handlers
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,7 @@ from jobs import refine as job
 from miniplm_udf import corpora, storage, tables
 from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.refinement import columns, diagnostics, refine
+from miniplm_udf.refinement import columns, diagnostics, expressions, refine
 from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import budget_of
 from miniplm_udf.upkeep import verify
@@ -235,6 +236,17 @@ def test_more_than_a_column_is_refused_with_its_place(
         job.run(spark, with_corpora(config, wrong=CorpusConfig(score=text)))
     assert str(raised.value).startswith("refine.corpora.wrong.score: ")
     assert not tables.exists(spark, config.table_uri("refined/wrong"))
+
+
+def test_what_is_only_tried_is_not_logged(spark: Any, config: ExperimentConfig) -> None:
+    heard = logging.handlers.BufferingHandler(100)
+    logger = logging.getLogger("SQLQueryContextLogger")
+    logger.addHandler(heard)
+    try:
+        assert not expressions.resolves(tables.read(spark, config.table_uri("score_matrix")), "of_another_table > 1")
+    finally:
+        logger.removeHandler(heard)
+    assert heard.buffer == []
 
 
 def test_diagnostics_are_those_of_the_rows(spark: Any, config: ExperimentConfig, tmp_path: Path) -> None:
