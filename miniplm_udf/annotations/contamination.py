@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import storage
-from miniplm_udf.annotations.words import ngram_hashes, words
+from miniplm_udf.annotations.words import WORDS, ngram_hashes, with_words, words
 from miniplm_udf.config_annotate import ContaminationConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.ingestion.inputs import InputFile, list_files, plain_path
@@ -76,8 +76,8 @@ def load(spark: "SparkSession", config: ContaminationConfig) -> Evaluation:
 
     files_of(spark, config)
     records = _records(spark, [storage.to_uri(path) for path in config.paths])
-    texts = F.transform("texts", lambda text: ngram_hashes(words(text), config.ngram_words))
-    hashed = records.select("file", "problem", F.flatten(texts).alias("ngrams")).persist()
+    of_texts = F.transform(F.transform("texts", words), lambda found: ngram_hashes(found, config.ngram_words))
+    hashed = records.select("file", "problem", F.flatten(of_texts).alias("ngrams")).persist()
     ngrams = hashed.select(F.explode("ngrams").alias("ngram")).distinct().persist()
     try:
         _refuse_problems(hashed)
@@ -170,7 +170,7 @@ def shared_ngrams(rows: "DataFrame", evaluation: Evaluation, n: int) -> "DataFra
     """
     from pyspark.sql import functions as F
 
-    grams = rows.select("instance_id", F.explode(ngram_hashes(words("text"), n)).alias("ngram"))
+    grams = with_words(rows).select("instance_id", F.explode(ngram_hashes(F.col(WORDS), n)).alias("ngram"))
     known = F.broadcast(evaluation.ngrams) if evaluation.n_ngrams <= _BROADCAST_NGRAMS else evaluation.ngrams
     found = grams.join(known, "ngram", "left_semi").groupBy("instance_id")
     return found.agg(F.count("*").alias("contaminated_ngrams"))

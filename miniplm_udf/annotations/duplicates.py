@@ -13,7 +13,7 @@ pairs in one.)
 
 from typing import TYPE_CHECKING
 
-from miniplm_udf.annotations.words import ngram_hashes, words
+from miniplm_udf.annotations.words import WORDS, ngram_hashes, with_words
 from miniplm_udf.config_annotate import NearDuplicatesConfig
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ def with_duplicates(rows: "DataFrame", pool: "DataFrame") -> "DataFrame":
 
 
 def shingles(size: int) -> "Column":
-    """Hashes of `size` words in a row of the column `text`; one of all words where there are fewer."""
+    """Hashes of `size` words in a row of the column `WORDS`; one of all words where there are fewer."""
     from pyspark.sql import functions as F
 
-    found = words("text")
+    found = F.col(WORDS)
     short = (F.size(found) > 0) & (F.size(found) < size)
     return F.when(short, F.array(F.xxhash64(found))).otherwise(ngram_hashes(found, size))
 
@@ -63,7 +63,7 @@ def with_buckets(rows: "DataFrame", config: NearDuplicatesConfig) -> "DataFrame"
         return _buckets_arrow(found, threshold)
 
     buckets = arrow_udf(run, ArrayType(LongType(), False), ArrowUDFType.SCALAR)
-    return rows.withColumn(BUCKETS, buckets(shingles(config.shingle_words)))
+    return with_words(rows).withColumn(BUCKETS, buckets(shingles(config.shingle_words))).drop(WORDS)
 
 
 def _buckets_arrow(found: "pa.Array", threshold: float) -> "pa.Array":
@@ -114,7 +114,7 @@ def shingled(pairs: "DataFrame", pool: "DataFrame", config: NearDuplicatesConfig
 
     wanted = pairs.select(F.explode(F.array("instance_id", "other")).alias("instance_id")).distinct()
     found = F.array_distinct(shingles(config.shingle_words)).alias("shingles")
-    return pool.join(wanted, "instance_id", "left_semi").select(*_ORDER, found)
+    return with_words(pool.join(wanted, "instance_id", "left_semi")).select(*_ORDER, found)
 
 
 def nearest(pairs: "DataFrame", shingled: "DataFrame", threshold: float) -> "DataFrame":

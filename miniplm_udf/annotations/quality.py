@@ -10,7 +10,7 @@ arXiv 2411.12372.
 
 from typing import TYPE_CHECKING
 
-from miniplm_udf.annotations.words import ngram_hashes, words
+from miniplm_udf.annotations.words import WORDS, ngram_hashes, with_words
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -27,15 +27,15 @@ def with_quality(rows: "DataFrame") -> "DataFrame":
     from pyspark.sql import functions as F
 
     # Columns of their own: each is used by many expressions, and is to be made once.
-    seen = rows.withColumns({"_words": words("text"), "_lines": _lines(), "n_words": _count(rf"{_NO_SPACE}+")})
-    seen = seen.withColumn("_5grams", ngram_hashes(F.col("_words"), 5))
-    return seen.withColumns({**_of_words(), **_of_lines()}).drop("_words", "_lines", "_5grams")
+    seen = with_words(rows).withColumns({"_lines": _lines(), "n_words": _count(rf"{_NO_SPACE}+")})
+    seen = seen.withColumn("_5grams", ngram_hashes(F.col(WORDS), 5))
+    return seen.withColumns({**_of_words(), **_of_lines()}).drop(WORDS, "_lines", "_5grams")
 
 
 def _of_words() -> "dict[str, Column]":
     from pyspark.sql import functions as F
 
-    n_words, found, grams = F.col("n_words"), F.col("_words"), F.col("_5grams")
+    n_words, found, grams = F.col("n_words"), F.col(WORDS), F.col("_5grams")
     characters = F.length(F.regexp_replace("text", rf"{_SPACE}+", ""))
     stop_words = F.array_intersect(found, F.array(*map(F.lit, _STOP_WORDS)))
     # From a word's beginning on, and without going back: a long run of signs is looked at once.

@@ -9,10 +9,13 @@ character is a word. Pure expressions: nothing runs here, and the same text give
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column
+    from pyspark.sql import Column, DataFrame
 
 _UNSPACED = r"\p{IsHan}\p{IsHiragana}\p{IsKatakana}\p{IsThai}\p{IsLao}\p{IsKhmer}\p{IsMyanmar}"
-_WORD = rf"[{_UNSPACED}]|[\p{{L}}\p{{M}}\p{{N}}&&[^{_UNSPACED}]]+"
+# Plain letters first: Java looks a sign's script up in a table.
+_WORD = rf"[a-z0-9[\p{{L}}\p{{M}}\p{{N}}&&[^{_UNSPACED}]]]+|[{_UNSPACED}]"
+# The column that n-grams are made of.
+WORDS = "_words"
 
 
 def words(text: "Column | str") -> "Column":
@@ -22,8 +25,17 @@ def words(text: "Column | str") -> "Column":
     return F.regexp_extract_all(F.lower(text), F.lit(_WORD), F.lit(0))
 
 
+def with_words(rows: "DataFrame") -> "DataFrame":
+    """The rows with the words of their texts as a column of its own, `WORDS`."""
+    return rows.withColumn(WORDS, words("text"))
+
+
 def ngram_hashes(words: "Column", n: int) -> "Column":
-    """A hash of each n words in a row, in order: array<bigint>; empty for fewer than n words."""
+    """A hash of each n words in a row, in order: array<bigint>; empty for fewer than n words.
+
+    Args:
+        words: a column of the frame, or a lambda's variable. Spark computes an expression anew for every n-gram.
+    """
     from pyspark.sql import functions as F
 
     starts = F.sequence(F.lit(1), F.size(words) - (n - 1))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # Raised with every change of what `with_features` makes: a proxy that was fitted before is then fitted anew.
 VERSION = 1
 _WITHOUT_SPACES = "".join(rf"\p{{Is{script}}}" for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer"))
-_WORD = rf"[\p{{L}}\p{{M}}\p{{N}}_&&[^{_WITHOUT_SPACES}]]+|\S"
+# Plain letters first: Java looks a sign's script up in a table.
+_WORD = rf"[a-z0-9_[\p{{L}}\p{{M}}\p{{N}}&&[^{_WITHOUT_SPACES}]]]+|\S"
 _NUMBERS = ("ln_bytes", "words_per_byte", "different_words")
 
 

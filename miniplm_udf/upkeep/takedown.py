@@ -199,8 +199,8 @@ class _TakeDown:
         if version is None:
             return True
         try:
+            rows = corpora.read_corpus(self._spark, self._root, name, version)
             with corpora.readable(name, version):
-                rows = tables.read(self._spark, corpora.corpus_uri(self._root, name), version)
                 return not self._rows_of_gone(rows).isEmpty()
         except CorpusError:
             return True

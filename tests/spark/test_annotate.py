@@ -17,7 +17,9 @@ import pytest
 from jobs import annotate as job
 from jobs import records, refine
 from miniplm_udf import corpora, schemas, storage, tables
-from miniplm_udf.annotations import packages
+from miniplm_udf.annotations import contamination, duplicates, packages
+from miniplm_udf.annotations import quality as quality_columns
+from miniplm_udf.annotations.contamination import Evaluation
 from miniplm_udf.config import (
     AnnotateConfig,
     ContaminationConfig,
@@ -354,6 +356,21 @@ def test_a_take_down_leaves_no_copy_of_nothing(spark: Any, copy: ExperimentConfi
     tended = {one.table: one for one in maintain.maintain(spark, copy).tables}
     assert tended["annotations"].is_merged
     assert rows_of(spark, copy) == rows
+
+
+def test_the_words_of_a_text_are_looked_for_once(spark: Any) -> None:
+    # In a lambda Spark would look for them at every n-gram: hours for a book.
+    rows = spark.range(1).selectExpr("'a' AS instance_id", "id AS ingested_at", "concat(id, ' text') AS text")
+    pairs = rows.selectExpr("instance_id", "instance_id AS other")
+    near = NearDuplicatesConfig()
+    for made in (
+        duplicates.with_buckets(rows, near),
+        duplicates.shingled(pairs, rows, near),
+        quality_columns.with_quality(rows),
+        contamination.shared_ngrams(rows, Evaluation(spark.range(1).withColumnRenamed("id", "ngram"), 1, 1, 0, ""), 13),
+    ):
+        plan = made._jdf.queryExecution().optimizedPlan().toString()
+        assert plan.count("regexp_extract_all(lower(") == 1, plan
 
 
 def test_what_is_refused(spark: Any, copy: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
