@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST_ROWS_PER_PART = 250_000
 # Of an id in the filter: with so many, 6 % of the texts that no row wants pass.
 _BITS_PER_ID = 16
-# Of the filter, at most: 32 MiB in each executor. With more than 10^8 ids it lets most texts pass.
+# Of the filter: 32 MiB in each executor. Of more ids, 16 million, none is made: all texts go through the shuffle.
 _MOST_BITS = 1 << 28
 _BITS_PER_WORD, _WORDS_PER_BLOCK = 64, 1024
 _PLACE = "text_filter_place"
@@ -33,6 +33,7 @@ def texts_of(
     both sides are sent to parts by a hash of the id; in each, the narrow rows become a hash table that the texts
     stream past. The number of parts follows the number of rows, so that a table always fits (Spark does not spill
     one). Most texts that no row wants are not sent anywhere: each task that reads texts has a Bloom filter of the ids.
+    The rows are computed twice for it.
 
     Args:
         rows: with `instance_id`, each once; none of `columns`.
@@ -40,7 +41,6 @@ def texts_of(
         n_rows: number of `rows`; it need not be exact.
         n_parts: partitions of the result; by default as many as shuffles have, or more where a part would be too large.
     """
-
     if n_parts is None:
         of_shuffles = int(str(rows.sparkSession.conf.get("spark.sql.shuffle.partitions")))
         n_parts = max(of_shuffles, math.ceil(n_rows / MOST_ROWS_PER_PART))
@@ -58,7 +58,9 @@ def maybe_wanted(texts: "DataFrame", rows: "DataFrame", n_rows: int) -> "DataFra
     from pyspark.sql import functions as F
 
     block_bits = _BITS_PER_WORD * _WORDS_PER_BLOCK
-    n_bits = min(_MOST_BITS, block_bits * max(1, math.ceil(n_rows * _BITS_PER_ID / block_bits)))
+    n_bits = block_bits * max(1, math.ceil(n_rows * _BITS_PER_ID / block_bits))
+    if n_bits > _MOST_BITS:
+        return texts
     # Not the hash that parts are chosen by, nor one that a user may have chosen rows by.
     place = F.pmod(F.xxhash64("instance_id", F.lit("text filter")), F.lit(n_bits)).alias(_PLACE)
     of_rows = rows.select(place).selectExpr(f"{_PLACE} div {_BITS_PER_WORD} AS word", f"{_bit()} AS bits")

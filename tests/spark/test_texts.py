@@ -48,6 +48,7 @@ def test_texts_that_no_row_wants_stay_where_they_are(spark: Any, n_rows: int) ->
     # Of the bits, one in fifteen and fewer is set; with one row expected, one in seven.
     assert len(set(found) - wanted) < 20_000 * (0.16 if n_rows == 1 else 0.07)
     assert maybe_wanted(texts, rows.limit(0), n_rows).count() == 0
+    assert maybe_wanted(texts, rows, 10**9) is texts
 
 
 def test_parts_are_as_many_as_their_tables_need(spark: Any, config: ExperimentConfig, monkeypatch: Any) -> None:
