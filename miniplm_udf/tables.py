@@ -112,15 +112,11 @@ def long_scans(spark: "SparkSession") -> Iterator[None]:
 def is_work_of(spark: "SparkSession", uri: str, table: schemas.Table, checkpoint_uri: str) -> bool:
     """Whether the table has the declared columns and its rows, which are all of one query, are this checkpoint's."""
     try:
-        query_id = checkpoint_query_id(spark, checkpoint_uri)
+        query_id, found = checkpoint_query_id(spark, checkpoint_uri), read(spark, uri)
     except MiniplmError:
         return False
-    if not exists(spark, uri):
-        return False
-    found = spark.read.format("delta").load(uri)
-    if found.columns != table.column_names:
-        return False
-    return [row[0] for row in found.select("query_id").limit(1).collect()] == [query_id]
+    has_columns = found.columns == table.column_names
+    return has_columns and [row[0] for row in found.select("query_id").limit(1).collect()] == [query_id]
 
 
 def version(spark: "SparkSession", uri: str) -> int | None:
