@@ -111,7 +111,11 @@ def test_conditions_are_over_what_is_shown_and_the_instances(spark: Any, config:
         assert set(names(found)) == ids & ending
         assert found["n_matching"] == len(names(found)) > 3
     for sql, message in (
-        ("scoer > 1", r"--sql: 'scoer > 1' is no SQL over the columns shown.*columns are .*text.*cut_distance"),
+        (
+            "scoer > 1",
+            r"--sql: 'scoer > 1' is no SQL over the columns shown, the annotations and the instances' own .*"
+            r"columns are .*text.*cut_distance",
+        ),
         ("score +", "--sql: 'score \\+' is no SQL"),
         ("score", "expected a condition"),
         ("score > (select 1)", "a subquery"),

@@ -257,7 +257,7 @@ def test_the_cut_on_a_frame_equals_a_sort(spark: Any, by_tokens: bool) -> None:
 
 
 def test_a_bucket_never_falls_as_the_score_rises(spark: Any) -> None:
-    edges = [64.0, 1.0, 1e-3, 63.9990234375, 1e300, 1.7e308]
+    edges = [0.125, 64.0, 1.0, 1e-3, 63.9990234375, 1e300, 1.7e308]
     scores = {math.nextafter(edge, to) for edge in edges for to in (0, edge, math.inf)} | {0.0, 5e-324}
     rng = random.Random(5)
     scores |= {rng.choice((1e-6, 0.2, 2, 100, 1e9)) * rng.random() for _ in range(500)}

@@ -29,6 +29,7 @@ def test_the_texts_of_rows_come_without_a_sort(spark: Any, config: ExperimentCon
     parts = found.select(*wanted).rdd.glom().collect()
     assert "ShuffledHashJoin" in plan
     assert "Sort " not in plan
+    assert "BroadcastHashJoin" in plan
     assert found.columns == ["instance_id", "text", "doubled"]
     assert {row[0]: row for part in parts for row in part} == expected
     assert sum(map(len, parts)) == len(expected)
