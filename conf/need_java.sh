@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sees to a Java 17 or newer for Spark: installs Debian's where this is root and apt is there, else says the one command.
+# Makes sure that Spark has Java 17 or newer: installs Debian's package if run by root with apt, else prints the command.
 set -euo pipefail
 
 version() { { java -version 2>&1 || true; } | sed -nE 's/.*version "([0-9]+).*/\1/p' | head -n 1; }

@@ -1,1 +1,1 @@
-"""Spark entry points, one file a stage, and the `miniplm` command. Thin: read -> transform -> write."""
+"""Entry points: one file for each command of `miniplm`, which spark-submit runs too. The work is in `miniplm_udf`."""

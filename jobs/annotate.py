@@ -1,8 +1,8 @@
 """`miniplm annotate`: instances -> annotations, columns of the texts for refinement to use.
 
-Reads `instances` (split = pool) and the evaluation files of `annotate.contamination`; writes `annotations`. Run again,
-it annotates what is new; what is annotated already, by the same section and files, is left as it is. Driver only; the
-work is in `miniplm_udf.annotations`.
+Reads `instances` (split = pool) and the evaluation files of `annotate.contamination`; writes `annotations`. A rerun
+annotates only new instances, unless the section or the files have changed. Driver only; the work is in
+`miniplm_udf.annotations`.
 
     miniplm annotate -c conf/demo.yaml 'annotate={duplicates: true, near_duplicates: {}, language: true, quality: true}'
     spark-submit --properties-file conf/spark/local.conf jobs/annotate.py -c conf/demo.yaml
@@ -12,22 +12,31 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.session import stage_main
-from miniplm_udf.config import ExperimentConfig
+from jobs.stage_runner import stage_main
+from miniplm_udf.config.experiment import ExperimentConfig
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
 def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-    """Annotates all that is new; returns the summary of `miniplm_udf.annotations.annotate.annotate`."""
+    """Annotates all new instances.
+
+    Args:
+        spark: the command's session.
+        config: the experiment.
+
+    Returns:
+        The summary of `annotations.annotate.annotate`, as plain data.
+    """
     from miniplm_udf.annotations.annotate import annotate
 
-    return annotate(spark, config)
+    return annotate(spark, config).to_dict()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return stage_main("annotate", run, __doc__, argv)
+    """Runs `miniplm annotate` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return stage_main("annotate", argv)
 
 
 if __name__ == "__main__":

@@ -1,66 +1,66 @@
-"""What `miniplm corpus` prints: plain data of `versions` and `takedown` as text for a terminal. Driver only.
+"""The results of `miniplm corpus` as text for a terminal. Driver only.
 
-Owns widths and words; reads and writes nothing. `table` serves other commands too. The text of an instance is shown on
-one line.
+Input: plain data of `corpora.listing`, `corpora.versions` and `corpora.takedown`; output: lines. The text of an
+instance is shown on one line. Reads and writes nothing.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Rows under a head, in columns; numbers with their thousands apart."""
-    cells = [tuple(head), *(tuple(_cell(value) for value in row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+from jobs.text import plain, table
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+def listing(versions: Sequence[Mapping[str, Any]]) -> str:
+    """Formats a table with one row per version.
 
-
-def listing(found: Sequence[Mapping[str, Any]]) -> str:
+    Args:
+        versions: as `miniplm_udf.corpora.listing.listing` returns them.
+    """
     head = ("version", "made (UTC)", "by", "instances", "tokens", "threshold", "pinned", "fingerprint")
     rows = [
         (
-            f"{one['name']}@{one['version']}", one["created_at"].isoformat(" ", "seconds"), one["made_by"],
-            one["n_instances"], one["n_tokens"], one["threshold"], one["pinned"], one["fingerprint"],
+            f"{row['name']}@{row['version']}", row["created_at"].isoformat(" ", "seconds"), row["made_by"],
+            row["n_instances"], row["n_tokens"], row["threshold"], row["pinned"], row["fingerprint"],
         )
-        for one in found
+        for row in versions
     ]  # fmt: skip
     return table(head, rows)
 
 
-def show(found: Mapping[str, Any]) -> str:
-    inputs = dict(found["inputs"])
-    apart = ("model_revisions", "followed", "derived", "diagnostics")
-    revisions, followed, derived, diagnostics = (inputs.pop(key, None) for key in apart)
+def show(version: Mapping[str, Any]) -> str:
+    """Formats the provenance of a version, one line per fact, and its counts by source.
+
+    Args:
+        version: as `miniplm_udf.corpora.listing.show` returns it.
+    """
+    inputs = dict(version["inputs"])
+    names = ("model_revisions", "followed", "derived", "diagnostics")
+    revisions, followed, derived, diagnostics = (inputs.pop(key, None) for key in names)
     pairs = [
-        ("corpus", f"{found['name']}@{found['version']}"),
-        ("made (UTC)", found["created_at"].isoformat(" ", "seconds")),
-        ("pinned", (found["tag"] or "yes") if found["pinned"] else "no"),
-        *(("made of", _words(one)) for one in (derived, followed) if one),
-        ("instances", f"{found['n_instances']:,} of {found['n_candidates']:,} candidates"),
-        ("tokens", f"{found['n_tokens']:,} of {found['candidate_tokens']:,}"),
-        ("threshold", found["threshold"]),
-        ("fingerprint", found["fingerprint"]),
-        ("code", found["code_revision"]),
-        *((f"config {key}", _words(value)) for key, value in found["config"].items()),
+        ("corpus", f"{version['name']}@{version['version']}"),
+        ("made (UTC)", version["created_at"].isoformat(" ", "seconds")),
+        ("pinned", (version["tag"] or "yes") if version["pinned"] else "no"),
+        *(("made of", _words(origin)) for origin in (derived, followed) if origin),
+        ("instances", f"{version['n_instances']:,} of {version['n_candidates']:,} candidates"),
+        ("tokens", f"{version['n_tokens']:,} of {version['candidate_tokens']:,}"),
+        ("threshold", version["threshold"]),
+        ("fingerprint", version["fingerprint"]),
+        ("code", version["code_revision"]),
+        *((f"config {key}", _words(value)) for key, value in version["config"].items()),
         *((f"input {key}", _words(value)) for key, value in inputs.items()),
         *((key.replace("_", " "), _words(value)) for key, value in (diagnostics or {}).items() if value),
         *((f"model {alias}", revision) for alias, revision in (revisions or {}).items()),
     ]
-    lines = table(("", ""), pairs).splitlines()[1:]
-    by_source = found["by_source"]
+    lines = table(None, pairs).splitlines()
+    by_source = version["by_source"]
     if by_source is None:
         return "\n".join([*lines, "", "its rows are gone; `miniplm corpus rebuild` makes them again"])
-    rows = [(source, of["n_instances"], of["n_tokens"]) for source, of in by_source.items()]
+    rows = [(source, counts["n_instances"], counts["n_tokens"]) for source, counts in by_source.items()]
     return "\n".join([*lines, "", table(("source", "instances", "tokens"), rows)])
 
 
 def _words(value: Any) -> str:
+    """Nested plain data on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list):
@@ -68,54 +68,82 @@ def _words(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def diff(found: Mapping[str, Any]) -> str:
+def diff(difference: Mapping[str, Any]) -> str:
+    """Formats the counts by source of added, removed and common rows, and examples with their texts.
+
+    Args:
+        difference: as `miniplm_udf.corpora.listing.diff` returns it.
+    """
     kinds = ("added", "removed", "both")
-    nothing = {"n_instances": 0, "n_tokens": 0}
-    sources = sorted({source for kind in kinds for source in found[kind]})
+    none = {"n_instances": 0, "n_tokens": 0}
+    sources = sorted({source for kind in kinds for source in difference[kind]})
     rows = [
-        (source, *(found[kind].get(source, nothing)[unit] for kind in kinds for unit in ("n_instances", "n_tokens")))
+        (source, *(difference[kind].get(source, none)[unit] for kind in kinds for unit in ("n_instances", "n_tokens")))
         for source in sources
     ]
     totals = ("all", *(sum(row[i] for row in rows) for i in range(1, 7)))
     head = ("source", "added", "tokens", "removed", "tokens", "in both", "tokens")
-    parts = [f"{found['from']} -> {found['to']}", table(head, [*rows, totals])]
+    parts = [f"{difference['from']} -> {difference['to']}", table(head, [*rows, totals])]
     for kind in ("added", "removed"):
-        for one in found[f"{kind}_examples"]:
-            text = " ".join((one["text"] or "(no such instance)").split())
-            parts.append(f"{kind} {one['instance_id']} {one['source']} {one['score']:.6g}\n  {text}")
+        for row in difference[f"{kind}_examples"]:
+            text = " ".join((row["text"] or "(no such instance)").split())
+            parts.append(f"{kind} {row['instance_id']} {row['source']} {row['score']:.6g}\n  {text}")
     return "\n\n".join(parts)
 
 
-def pinned(found: Mapping[str, Any]) -> str:
-    tag = f" as {found['name']}@{found['tag']}" if found["tag"] else ""
-    return f"{found['name']}@{found['version']} is pinned{tag}: {found['n_instances']:,} rows, {found['fingerprint']}"
+def pinned(pin: Any) -> str:
+    """Formats a pin on one line.
+
+    Args:
+        pin: the pin, a dataclass or plain data.
+    """
+    row = plain(pin)
+    tag = f" as {row['name']}@{row['tag']}" if row["tag"] else ""
+    return f"{row['name']}@{row['version']} is pinned{tag}: {row['n_instances']:,} rows, {row['fingerprint']}"
 
 
-def unpinned(found: Mapping[str, Any]) -> str:
-    return f"{found['name']}@{found['version']} is not pinned any more"
+def unpinned(version: Mapping[str, Any]) -> str:
+    """Says that a version is not pinned any more.
+
+    Args:
+        version: its `name` and `version`.
+    """
+    return f"{version['name']}@{version['version']} is not pinned any more"
 
 
-def made(found: Mapping[str, Any]) -> str:
-    rows = f"{found['n_instances']:,} rows, {found['fingerprint']}"
-    if found["skipped"]:
-        return f"{found['name']}@{found['version']} has these rows already: {rows}; nothing was written"
-    return f"{found['name']}@{found['version']} has the rows of version {found['from_version']}: {rows}"
+def made(result: Any) -> str:
+    """Names the version that `restore` or `rebuild` made, or the existing one that has the same rows.
+
+    Args:
+        result: what `restore` or `rebuild` returned, a dataclass or plain data.
+    """
+    version = plain(result)
+    rows = f"{version['n_instances']:,} rows, {version['fingerprint']}"
+    if version["skipped"]:
+        return f"{version['name']}@{version['version']} has these rows already: {rows}; nothing was written"
+    return f"{version['name']}@{version['version']} has the rows of version {version['from_version']}: {rows}"
 
 
-def taken_down(found: Mapping[str, Any]) -> str:
+def taken_down(result: Any) -> str:
+    """Lists the rows that a take-down removed, or would remove, by table.
+
+    Args:
+        result: what the take-down returned, a dataclass or plain data.
+    """
+    counts = plain(result)
     lines = [
-        f"{found['instances']:,} instances hold the documents; {found['other_documents']:,} other documents are cut"
+        f"{counts['instances']:,} instances hold the documents; {counts['other_documents']:,} other documents are cut"
     ]
-    if found["not_found"]:
-        lines.append(f"in no instance: {', '.join(found['not_found'])}")
-    if "takedown_id" not in found:
+    if counts["not_found"]:
+        lines.append(f"in no instance: {', '.join(counts['not_found'])}")
+    if counts.get("takedown_id") is None:
         return "\n".join([*lines, "nothing was removed: a dry run"])
-    lines.append(f"take-down {found['takedown_id']}; the record is the table `takedowns`")
-    lines += [f"{name}: {n_rows:,} rows removed" for name, n_rows in found["removed"].items()]
-    if found["begun_anew"]:
-        lines.append(f"queries that begin anew: {', '.join(found['begun_anew'])}")
-    if found["students"]:
-        lines.append(f"trained on such text, and not changed: {', '.join(found['students'])}")
-    if found["exports"]:
-        lines.append(f"exports that may hold such text, and are not changed: {', '.join(found['exports'])}")
+    lines.append(f"take-down {counts['takedown_id']}; the record is the table `takedowns`")
+    lines += [f"{name}: {n_rows:,} rows removed" for name, n_rows in counts["removed"].items()]
+    if counts["begun_anew"]:
+        lines.append(f"queries that start again from the beginning: {', '.join(counts['begun_anew'])}")
+    if counts["students"]:
+        lines.append(f"trained on such text, and not changed: {', '.join(counts['students'])}")
+    if counts["exports"]:
+        lines.append(f"exports that may hold such text, and are not changed: {', '.join(counts['exports'])}")
     return "\n".join(lines)

@@ -3,41 +3,45 @@
     miniplm demo-text --to build/demo-text --scale 1.0
 
 Reads the standard library and the installed packages; writes `<to>/demo-text-NNNN.jsonl.gz` (fields id, source, text).
-What is taken, and why a second run changes nothing: miniplm_udf/demo_text.py.
+miniplm_udf/ingestion/demo_text.py says which text is taken, and why a second run changes nothing.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.session import guarded
-from miniplm_udf.demo_text import write_demo_text
+from jobs.command import guarded, make_parser
+from jobs.text import as_json
 from miniplm_udf.errors import EXIT_DONE
+from miniplm_udf.ingestion.demo_text import write_demo_text
 
 
 def run(to: Path, scale: float = 1.0) -> dict[str, Any]:
-    """Writes the text and returns how much of each source there is."""
+    """Writes the text.
+
+    Args:
+        to: the folder; it is made.
+        scale: size of the corpus; 1 is about 500 KB of text.
+
+    Returns:
+        `folder`, `scale`, `shards` (their number) and `sources` (counts by source).
+    """
     manifest = write_demo_text(to, scale)
-    return {"folder": str(to), "scale": scale, "shards": len(manifest["shards"]), "sources": manifest["sources"]}
+    return {"folder": str(to), "scale": scale, "shards": len(manifest.shards), "sources": manifest.sources}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="miniplm demo-text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Runs `miniplm demo-text` and returns its exit code; `argv` defaults to the arguments of the process."""
+    parser = make_parser("demo-text", __doc__)
     parser.add_argument("--to", type=Path, default=Path("build/demo-text"), help="folder of the shards")
     parser.add_argument("--scale", type=float, default=1.0, help="1 is about 500 KB of text")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written; do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the folder and the scale; do nothing")
     arguments = parser.parse_args(argv)
 
     def body() -> int:
-        if arguments.dry_run:
-            print(json.dumps({"demo-text": {"folder": str(arguments.to), "scale": arguments.scale}}, indent=2))
-            return EXIT_DONE
-        print(json.dumps({"demo-text": run(arguments.to, arguments.scale)}, indent=2))
+        planned = {"folder": str(arguments.to), "scale": arguments.scale}
+        print(as_json({"demo-text": planned if arguments.dry_run else run(arguments.to, arguments.scale)}))
         return EXIT_DONE
 
     return guarded(body)

@@ -8,66 +8,64 @@ Reads `refined/<name>` (or its pinned copy), `corpora` and `instances`; writes o
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jobs.session import guarded, make_session
-from miniplm_udf.config import load_config
-from miniplm_udf.errors import EXIT_DONE
-from miniplm_udf.reading.export import ExportRequest, export
-from miniplm_udf.reading.file_writers import FORMATS
+from jobs.command import Command
+from jobs.session import command_session
+from jobs.text import plain
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.corpora.export import ExportRequest, export
+from miniplm_udf.corpora.file_writers import FORMATS
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """What was written, on one line."""
+def text(manifest: Any) -> str:
+    """Formats the version, counts and place of an export on one line.
+
+    Args:
+        manifest: the manifest of the export, a dataclass or plain data.
+    """
+    row = plain(manifest)
     return (
-        f"{found['corpus']}@{found['version']}: {found['n_instances']:,} instances, {found['n_tokens']:,} tokens, "
-        f"{found['text_bytes']:,} bytes of text, as {len(found['files']):,} files of {found['n_bytes']:,} bytes "
-        f"({found['to']}) in {found['path']}"
+        f"{row['corpus']}@{row['version']}: {row['n_instances']:,} instances, {row['n_tokens']:,} tokens, "
+        f"{row['text_bytes']:,} bytes of text, as {len(row['files']):,} files of {row['n_bytes']:,} bytes "
+        f"({row['to']}) in {row['path']}"
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="miniplm export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "version", metavar="CORPUS", help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin"
     )
-    made.add_argument("version", metavar="CORPUS", help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin")
-    made.add_argument("-c", "--config", required=True, help="experiment file, e.g. conf/demo.yaml")
-    made.add_argument("--to", choices=FORMATS, required=True, help="the format")
-    made.add_argument(
-        "--out", metavar="FOLDER", help="path or URI of the folder to make (default: ROOT/exports/NAME-VERSION.FORMAT)"
+    parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="path or URI of the new folder (default: ROOT/exports/NAME-VERSION.FORMAT)"
     )
-    made.add_argument(
+    parser.add_argument(
         "--rows-per-file",
         type=int,
         default=ExportRequest.rows_per_file,
         metavar="N",
-        help="about (default: %(default)s)",
+        help="rows of a file, about (default: %(default)s)",
     )
-    made.add_argument("--overwrite", action="store_true", help="replace an earlier export in that place")
-    made.add_argument("--json", action="store_true", help="print the manifest")
-    made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the config")
-    return made
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
+
+
+def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
+    request = ExportRequest(
+        to=arguments.to, out=arguments.out, rows_per_file=arguments.rows_per_file, overwrite=arguments.overwrite
+    )
+    with command_session(config, "export") as spark:
+        return export(spark, config, arguments.version, request)
+
+
+COMMAND = Command(name="export", description=__doc__, run=_run, text=text, add_arguments=_add_arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def body() -> int:
-        given = parser().parse_intermixed_args(argv)
-        request = ExportRequest(
-            to=given.to, out=given.out, rows_per_file=given.rows_per_file, overwrite=given.overwrite
-        )
-        config = load_config(given.config, given.overrides)
-        session = make_session(config, "miniplm export")
-        try:
-            found = export(session, config, given.version, request)
-        finally:
-            session.stop()
-        print(json.dumps(found, indent=2, ensure_ascii=False) if given.json else text(found))
-        return EXIT_DONE
-
-    return guarded(body)
+    """Runs `miniplm export` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return COMMAND.main(argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""ingest: files or a Delta table to `instances` and `rejects`, as a stream that runs to the end of what is there.
+"""Ingests files or a Delta table into `instances` and `rejects`, as a stream that ends with the input.
 
 Reads `ingest.input`: JSONL (plain, .gz, .zst), Parquet or a Delta table. Writes `<root>/tables/instances` and
-`rejects`. Run again, it takes up what is new: a file delivered twice changes nothing. Driver only; the
-work is in `miniplm_udf.ingestion.ingest` (executors) and `miniplm_udf.ingestion.ingest_query` (driver).
+`rejects`. A rerun ingests only new files and rows; a file that is delivered twice changes nothing. Driver only; the
+work is in `miniplm_udf.ingestion.splits` (executors) and `miniplm_udf.ingestion.query` (driver).
 
     miniplm ingest -c conf/demo.yaml root=/data/run1 ingest.input='/texts/*.jsonl.gz'
     spark-submit --properties-file conf/spark/local.conf jobs/ingest.py -c conf/demo.yaml
@@ -12,22 +12,33 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.session import stage_main
-from miniplm_udf.config import ExperimentConfig
+from jobs.stage_runner import stage_main
+from jobs.text import plain
+from miniplm_udf.config.experiment import ExperimentConfig
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
 def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-    """Ingests all that is new; returns the summary of `miniplm_udf.ingestion.ingest_query.ingest`."""
-    from miniplm_udf.ingestion.ingest_query import ingest
+    """Ingests all new input.
 
-    return ingest(spark, config)
+    Args:
+        spark: the command's session.
+        config: the experiment.
+
+    Returns:
+        The summary of `miniplm_udf.ingestion.query.ingest`, as plain data.
+    """
+    from miniplm_udf.ingestion.query import ingest
+
+    summary: dict[str, Any] = plain(ingest(spark, config))
+    return summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return stage_main("ingest", run, __doc__, argv)
+    """Runs `miniplm ingest` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return stage_main("ingest", argv)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,42 @@
 """`miniplm inspect`: texts that a version of a corpus kept, or dropped, with their scores. Plain text, or JSON.
 
-Reads `refined/<name>` (or its pinned copy), `corpora`, `instances`, and for what was dropped `score_matrix`; writes
-nothing. (Its file has another name than the word: a folder with an `inspect.py` hides Python's own from spark-submit.)
+Reads `refined/<name>` (or its pinned copy), `corpora`, `instances`, and for dropped rows `score_matrix`; writes
+nothing. (The file is not called inspect.py, because that name would hide Python's module from spark-submit.)
 
     miniplm inspect CORPUS -c conf/demo.yaml [--side dropped] [--near-cut] [--source S] [--sql CONDITION] [-n ROWS]
     spark-submit --properties-file conf/spark/local.conf jobs/inspect_corpus.py CORPUS -c conf/demo.yaml
 """
 
 import argparse
-import json
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.session import guarded, make_session
-from miniplm_udf.config import load_config
-from miniplm_udf.errors import EXIT_DONE
-from miniplm_udf.reading.inspection import SIDES, Question, inspect
+from jobs.command import Command
+from jobs.session import command_session
+from jobs.text import plain
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.corpora.inspection import SIDES, Question, inspect
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """What was found, for a terminal: a head, and of each row two lines and its text, set in."""
-    n_shown, n_matching = len(found["rows"]), found["n_matching"]
-    threshold = "" if found["threshold"] is None else f"; threshold {found['threshold']:.6g}"
-    head = f"{found['version']}, {found['side']}: {n_shown:,} of {n_matching:,} rows, {found['order']}{threshold}"
-    return "\n\n".join([head, *(_row(number, row) for number, row in enumerate(found["rows"], 1))])
+def text(answer: Any) -> str:
+    """Formats the answer for a terminal: a head, and for each row two lines and its text, indented.
+
+    Args:
+        answer: the answer of the inspection, a dataclass or plain data.
+    """
+    shown = plain(answer)
+    threshold = "" if shown["threshold"] is None else f"; threshold {shown['threshold']:.6g}"
+    head = (
+        f"{shown['version']}, {shown['side']}: {len(shown['rows']):,} of {shown['n_matching']:,} rows, "
+        f"{shown['order']}{threshold}"
+    )
+    return "\n\n".join([head, *(_row(number, row) for number, row in enumerate(shown["rows"], 1))])
 
 
 def _row(number: int, row: Mapping[str, Any]) -> str:
+    """Two lines about a row, and its text indented."""
     distance = "" if row["cut_distance"] is None else f" (cut {row['cut_distance']:+.6g})"
     score = "none" if row["score"] is None else f"{row['score']:.6g}{distance}"
     sizes = f"{row['n_tokens']:,} tokens, {row['n_bytes']:,} bytes"
@@ -44,55 +52,54 @@ def _row(number: int, row: Mapping[str, Any]) -> str:
 
 
 def visible(shown: str) -> str:
-    """The text with what a terminal would obey instead of show (escapes, directions) spelled out, breaks apart."""
+    """The text with control characters written as escapes, which a terminal would obey instead of showing.
 
-    def is_shown(one: str) -> bool:
-        return one in "\n\t" or unicodedata.category(one) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    Line breaks and tabs stay as they are.
+    """
 
-    return "".join(one if is_shown(one) else one.encode("unicode_escape").decode("ascii") for one in shown)
+    def is_shown(character: str) -> bool:
+        return character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="miniplm inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return "".join(
+        character if is_shown(character) else character.encode("unicode_escape").decode("ascii") for character in shown
     )
-    made.add_argument("version", metavar="CORPUS", help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin")
-    made.add_argument("-c", "--config", required=True, help="experiment file, e.g. conf/demo.yaml")
-    made.add_argument(
-        "--side", choices=SIDES, default="kept", help="what was kept, or candidates that were not (default: kept)"
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "version", metavar="CORPUS", help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin"
     )
-    made.add_argument("--near-cut", action="store_true", help="those nearest to the cut first; else a random sample")
-    made.add_argument("--source", metavar="S", help="of this source alone")
-    made.add_argument(
-        "--sql", metavar="CONDITION", help="where this holds, e.g. \"cut_distance < 0.1 and text like '%%http%%'\""
+    parser.add_argument(
+        "--side", choices=SIDES, default="kept", help="rows that were kept, or candidates that were not (default: kept)"
     )
-    made.add_argument("-n", "--rows", type=int, default=Question.n_rows, help="rows to show (default: %(default)s)")
-    made.add_argument(
+    parser.add_argument("--near-cut", action="store_true", help="rows nearest to the cut; without it, a random sample")
+    parser.add_argument("--source", metavar="S", help="only rows of this source")
+    parser.add_argument(
+        "--sql", metavar="CONDITION", help="only rows for which this holds, e.g. \"cut_distance < 0.1 and text like "
+        "'%%http%%'\"",
+    )  # fmt: skip
+    parser.add_argument("-n", "--rows", type=int, default=Question.n_rows, help="rows to show (default: %(default)s)")
+    parser.add_argument(
         "--chars", type=int, default=Question.n_characters, help="characters of a text (default: %(default)s)"
     )
-    made.add_argument("--seed", type=int, default=Question.seed, help="of the sample (default: %(default)s)")
-    made.add_argument("--json", action="store_true", help="print JSON")
-    made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the config")
-    return made
+    parser.add_argument("--seed", type=int, default=Question.seed, help="seed of the sample (default: %(default)s)")
+
+
+def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
+    question = Question(
+        side=arguments.side, source=arguments.source, sql=arguments.sql, near_cut=arguments.near_cut,
+        n_rows=arguments.rows, n_characters=arguments.chars, seed=arguments.seed,
+    )  # fmt: skip
+    with command_session(config, "inspect") as spark:
+        return inspect(spark, config.root, arguments.version, question)
+
+
+COMMAND = Command(name="inspect", description=__doc__, run=_run, text=text, add_arguments=_add_arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def body() -> int:
-        given = parser().parse_intermixed_args(argv)
-        asked = Question(
-            side=given.side, source=given.source, sql=given.sql, near_cut=given.near_cut, n_rows=given.rows,
-            n_characters=given.chars, seed=given.seed,
-        )  # fmt: skip
-        config = load_config(given.config, given.overrides)
-        session = make_session(config, "miniplm inspect")
-        try:
-            found = inspect(session, config.root, given.version, asked)
-        finally:
-            session.stop()
-        print(json.dumps(found, indent=2, default=str, ensure_ascii=False) if given.json else text(found))
-        return EXIT_DONE
-
-    return guarded(body)
+    """Runs `miniplm inspect` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return COMMAND.main(argv)
 
 
 if __name__ == "__main__":

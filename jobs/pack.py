@@ -3,44 +3,77 @@
     miniplm pack -c conf/demo.yaml [key=value ...]
     spark-submit --properties-file conf/spark/local.conf jobs/pack.py -c conf/demo.yaml
 
-Reads `refined/<corpus>` and `instances`; writes `packed/<corpus>/<tokenizer>` and `models/tokenizer_<name>`. What is
-packed already from the same version with the same tokenizer is left alone: a rerun goes on where a kill stopped it.
+Reads `refined/<corpus>` and `instances`; writes `packed/<corpus>/<tokenizer>` and `models/tokenizer_<name>`. A corpus
+that is packed already, from the same version with the same tokenizer, is left as it is: a rerun continues after a kill.
+Driver only.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.session import stage_main
-from miniplm_udf.config import ExperimentConfig
+from jobs.stage_runner import stage_main
+from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.pack import pack_corpus, pack_reference
+from miniplm_udf.lease import Lease
+from miniplm_udf.packing.corpus import pack_corpus, pack_reference
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
 def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-    """Packs each (corpus, tokenizer) that a student trains on, once."""
+    """Packs each (corpus, tokenizer) that a student trains on, once.
+
+    Args:
+        spark: the command's session.
+        config: the experiment.
+
+    Returns:
+        `packed`: the summary of `pack_corpus` by "corpus/tokenizer"; `seconds`.
+
+    Raises:
+        ConfigError: the config has no students.
+    """
     pairs = sorted({(student.corpus, student.tokenizer) for student in config.students.values()})
     if not pairs:
         raise ConfigError("students: expected at least one to pack for, found none")
     started = time.monotonic()
-    packed = {f"{corpus}/{tokenizer}": pack_corpus(spark, config, corpus, tokenizer) for corpus, tokenizer in pairs}
-    return {"packed": packed, "seconds": time.monotonic() - started}
+    with _lease(config):
+        packed = {f"{corpus}/{tokenizer}": pack_corpus(spark, config, corpus, tokenizer) for corpus, tokenizer in pairs}
+    return {
+        "packed": {name: dataclasses.asdict(summary) for name, summary in packed.items()},
+        "seconds": time.monotonic() - started,
+    }
 
 
 def run_reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-    """Packs what the reference is trained on. Only wanted while there is no reference: it is frozen once trained."""
+    """Packs the reference split for the training of the reference.
+
+    Args:
+        spark: the command's session.
+        config: the experiment.
+
+    Returns:
+        `packed`: the summary of `pack_reference` by "reference/tokenizer"; `seconds`.
+    """
     started = time.monotonic()
-    summary = pack_reference(spark, config)
+    with _lease(config):
+        summary = pack_reference(spark, config)
     name = config.reference.tokenizer if config.reference else ""
-    return {"packed": {f"reference/{name}": summary}, "seconds": time.monotonic() - started}
+    return {"packed": {f"reference/{name}": dataclasses.asdict(summary)}, "seconds": time.monotonic() - started}
+
+
+def _lease(config: ExperimentConfig) -> Lease:
+    """The lease of packing. A second process waits, then finds the finished tokenizers and tables and keeps them."""
+    return Lease(config.layout.lease("pack"), "pack", waits=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return stage_main("pack", run, __doc__, argv)
+    """Runs `miniplm pack` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return stage_main("pack", argv)
 
 
 if __name__ == "__main__":

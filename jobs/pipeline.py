@@ -2,101 +2,61 @@
 
     ingest -> annotate -> reference -> score -> proxy -> refine -> pack -> train -> evaluate -> report
 
-Reads and writes every table of DESIGN's drawing, through the stages. Spark stages share one session; the trainer's
-stages are processes of their own. A kill loses at most what the running stage was doing: each stage can be rerun.
+Reads and writes every table, through the stages (`stages.py`). Spark stages share one session; the trainer's stages are
+processes of their own. A kill loses at most the work of the running stage: each stage can be run again. A second run on
+the same root is refused while the first one works; a single stage next to a run has its own lease.
 Submit: `miniplm run -c conf/demo.yaml [--dry-run] [--retrain-reference] [key=value ...]`.
 """
 
-import argparse
-import json
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Sequence
+from typing import Any
 
-from jobs import records
-from jobs.session import add_config_arguments, exit_code, guarded, make_session
+from jobs import plan, records
+from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
+from jobs.session import spark_session
+from jobs.stage_runner import execute, must_run
+from jobs.stages import STAGES, Options, add_retrain_argument
 from jobs.summary import build_summary, summary_text, write_summary
-from jobs.trainer_process import run_trainer
-from miniplm_udf import storage
-from miniplm_udf.config import ExperimentConfig, load_config, printable, to_dict
+from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError, CorpusError
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+from miniplm_udf.lease import Lease
+from miniplm_udf.upkeep import preflight
 
 LOGGER = logging.getLogger("miniplm.jobs")
 
-Run = Callable[["SparkSession", ExperimentConfig], dict[str, Any]]
 
+def run_stages(config: ExperimentConfig, options: Options) -> int:
+    """Runs the stages that apply and are not up to date.
 
-def reference_exists(config: ExperimentConfig) -> bool:
-    assert config.reference is not None
-    return storage.exists(storage.join(config.model_uri(config.reference.alias), "config.json"))
+    Args:
+        config: the experiment.
+        options: of the command line.
 
+    Returns:
+        The highest exit code of the stages; a skipped stage has the exit code of its last run.
 
-def stage_runs(config_path: str, overrides: Sequence[str], retrain_reference: bool = False) -> dict[str, Run]:
-    """The function of each stage; the trainer's take the config file and overrides along to their process."""
-
-    def reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-        from jobs.pack import run_reference
-
-        assert config.reference is not None
-        summary = run_reference(spark, config)
-        options = ["--reference", *(["--retrain"] if retrain_reference else [])]
-        run_trainer("train", config_path, overrides, *options)
-        return {**summary, "model": config.model_uri(config.reference.alias)}
-
-    def train(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-        run_trainer("train", config_path, overrides)
-        return {"students": {name: config.model_uri(name) for name in config.students}}
-
-    def evaluate(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-        run_trainer("evaluate", config_path, overrides)
-        return {"students": list(config.students)}
-
-    def spark_stage(stage: str) -> Run:
-        def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-            import importlib
-
-            found: dict[str, Any] = importlib.import_module(f"jobs.{stage}").run(spark, config)
-            return found
-
-        return run
-
-    return {
-        **{stage: spark_stage(stage) for stage in ("ingest", "annotate", "score", "proxy", "refine", "pack", "report")},
-        "reference": reference,
-        "train": train,
-        "evaluate": evaluate,
-    }
-
-
-def applies(config: ExperimentConfig, stage: str) -> bool:
-    """Whether the experiment has this stage at all."""
-    if stage == "annotate":
-        return config.annotate is not None
-    if stage == "reference":
-        return config.reference is not None
-    if stage == "proxy":
-        return config.proxy is not None
-    if stage == "refine":
-        return bool(config.refine.corpora)
-    if stage == "evaluate":
-        return bool(config.students) and config.ingest.split.heldout > 0
-    return bool(config.students) if stage in ("pack", "train") else True
-
-
-def must_run(spark: "SparkSession", config: ExperimentConfig, stage: str, retrain_reference: bool) -> bool:
-    if stage != "reference":
-        return not records.is_unchanged(spark, config, stage)
-    if retrain_reference or not reference_exists(config):
-        return True
-    if records.read_record(config, stage) and not records.is_unchanged(spark, config, stage):
-        LOGGER.warning(
-            "reference: its config has changed since it was trained; it stays as it is, so that scores made with it "
-            "stay comparable; --retrain-reference trains it anew, and the corpus is then scored anew"
-        )
-    return False
+    Raises:
+        CorpusError: a table of the root is gone, or ingest has left no held-out documents to evaluate on.
+    """
+    highest = EXIT_DONE
+    applicable = [stage for stage in STAGES if stage.applies(config)]
+    with spark_session(config, "miniplm") as spark:
+        preflight.check(spark, config, "run")
+        for stage in applicable:
+            if not must_run(stage, spark, config, options, is_named=False):
+                LOGGER.info("%s: unchanged, skipped", stage.name)
+                highest = max(highest, exit_code(records.summary_of(config, stage.name)))
+                continue
+            LOGGER.info("%s: starting", stage.name)
+            summary = execute(stage, spark, config, options)
+            if last_line := stage.last_line(summary):
+                LOGGER.info("%s", last_line)
+            highest = max(highest, exit_code(summary))
+            if stage.name == "ingest" and any(later.name == "evaluate" for later in applicable):
+                _check_heldout(config, summary)
+    return highest
 
 
 def _check_heldout(config: ExperimentConfig, ingested: dict[str, Any]) -> None:
@@ -109,79 +69,34 @@ def _check_heldout(config: ExperimentConfig, ingested: dict[str, Any]) -> None:
         )
 
 
-def run_stages(
-    config: ExperimentConfig, runs: dict[str, Run], stages: Sequence[str], retrain_reference: bool, force: bool
-) -> int:
-    """Runs the stages that apply and are not up to date; returns the highest exit code of them."""
-    session = make_session(config, "miniplm")
-    worst = EXIT_DONE
-    try:
-        for stage in stages:
-            if not applies(config, stage):
-                if force:
-                    raise ConfigError(f"{stage}: the config has nothing for this stage")
-                continue
-            # A stage that was asked for by name runs, but for a frozen reference.
-            if not (force and stage != "reference") and not must_run(session, config, stage, retrain_reference):
-                LOGGER.info("%s: unchanged, skipped", stage)
-                worst = max(worst, exit_code((records.read_record(config, stage) or {}).get("summary", {})))
-                continue
-            LOGGER.info("%s: starting", stage)
-            summary = records.execute(stage, runs[stage], session, config)
-            worst = max(worst, exit_code(summary))
-            if stage == "ingest" and "evaluate" in stages and applies(config, "evaluate"):
-                _check_heldout(config, summary)
-    finally:
-        session.stop()
-    return worst
-
-
-def dry_run(config: ExperimentConfig, stages: Sequence[str]) -> None:
-    """Prints the resolved config and what each stage has done so far. Starts nothing."""
-    print(json.dumps(printable(to_dict(config)), indent=2))
-    print("\nplan:")
-    for stage in stages:
-        if not applies(config, stage):
-            print(f"  {stage:<10} not part of this experiment")
-            continue
-        record = records.read_record(config, stage)
-        done = f"ran before ({record['seconds']:.0f} s); again only if its inputs changed" if record else "would run"
-        print(f"  {stage:<10} {done}")
-
-
-def main(argv: Sequence[str] | None = None, stage: str | None = None) -> int:
-    """`miniplm run`, or, with `stage`, that one stage, whether or not it is up to date."""
-    parser = argparse.ArgumentParser(
-        prog=f"miniplm {stage or 'run'}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the pipeline and prints its summary."""
+    parser = make_parser("run", __doc__)
     add_config_arguments(parser)
-    if stage in (None, "reference"):
-        parser.add_argument(
-            "--retrain-reference", action="store_true", help="train the reference anew (its scores are then made anew)"
-        )
+    add_retrain_argument(parser)
+    arguments = parser.parse_intermixed_args(argv)
 
     def body() -> int:
-        arguments = parser.parse_intermixed_args(argv)
-        config = load_config(arguments.config, arguments.overrides)
-        stages = records.STAGES if stage is None else (stage,)
-        retrain = bool(getattr(arguments, "retrain_reference", False))
+        config = read_config("run", arguments)
+        options = Options.of(arguments)
         if arguments.dry_run:
-            dry_run(config, stages)
+            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))
             return EXIT_DONE
-        if stage is None and config.stream.trigger != "available_now":
+        if config.stream.trigger != "available_now":
             raise ConfigError(
                 "stream.trigger: `miniplm run` goes through all stages once, so it expects available_now, found "
                 f"{config.stream.trigger}; `miniplm stream` keeps ingesting and scoring"
             )
-        config.report_folder()
-        runs = stage_runs(arguments.config, arguments.overrides, retrain)
-        code = run_stages(config, runs, stages, retrain, force=stage is not None)
-        if stage is None:
-            summary = build_summary(config)
-            write_summary(config, summary)
-            print(summary_text(config, summary))
-        else:
-            print(json.dumps((records.read_record(config, stage) or {}).get("summary"), indent=2))
+        config.report_folder()  # refuses a config that names no local folder for the summary
+        with Lease(config.layout.lease("run"), "miniplm run", what="pipeline"):
+            code = run_stages(config, options)
+        summary = build_summary(config)
+        write_summary(config, summary)
+        print(summary_text(config, summary))
         return code
 
     return guarded(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

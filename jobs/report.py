@@ -7,36 +7,44 @@ Reads:  instances, rejects, scores, score_matrix, corpora, refined/*; <root>/mod
 Writes: report.html in the report folder, and the artifacts of the MLflow run "comparison". A rerun replaces both.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.session import stage_main
+from jobs.stage_runner import stage_main
 from jobs.summary import build_summary, write_summary
-from miniplm_udf.config import ExperimentConfig
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.lease import Lease
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
 def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-    """Writes summary.json over the stages that have run so far, and the report.
+    """Writes summary.json of the stages that have run so far, and the report.
+
+    Args:
+        spark: the command's session.
+        config: the experiment.
 
     Returns:
-        {"report": path, "seconds"}.
+        `report` (path of the HTML file) and `seconds`.
     """
-    from miniplm_udf.report.render import build_report  # matplotlib and jinja2: not for `--help`
+    from miniplm_udf.report.render import build_report  # imports matplotlib and jinja2, which `--help` does not need
 
     started = time.monotonic()
     summary = build_summary(config)
     write_summary(config, summary)
-    path = build_report(spark, config, summary)
+    with Lease(config.layout.lease("report"), "report", waits=True):
+        path = build_report(spark, config, summary)
     return {"report": str(path), "seconds": time.monotonic() - started}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return stage_main("report", run, __doc__, argv)
+    """Runs `miniplm report` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return stage_main("report", argv)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

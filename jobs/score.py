@@ -1,8 +1,9 @@
 """`miniplm score`: instances -> scores -> score_matrix, with every configured model.
 
 Reads `instances` (split = pool), appends to `scores` and `rejects`, keeps `score_matrix` up to date; writes the models'
-records `<root>/models/<alias>.json`. Two Structured Streaming queries with checkpoints under `<root>/_checkpoints/`;
-what is scored already, with the same weights and settings, is never scored again. A rerun goes on after a kill.
+records `<root>/models/<alias>.json`. Two Structured Streaming queries with checkpoints under `<root>/_checkpoints/`; an
+instance that has a score with the same weights and settings is never scored again. A rerun continues after a kill.
+Driver only; the work is in `miniplm_udf.scores`.
 
     miniplm score -c conf/demo.yaml [key=value ...]
     spark-submit --properties-file conf/spark/local.conf jobs/score.py -c conf/demo.yaml
@@ -14,128 +15,51 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.session import new_run_id, stage_main
-from miniplm_udf import matrix, scores, tables
-from miniplm_udf.config import ExperimentConfig
-from miniplm_udf.errors import CorpusError
-from miniplm_udf.model_records import describe_models, model_configs
-from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.streams.query import Query
+from jobs.session import new_run_id
+from jobs.stage_runner import stage_main
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.scores.plan import ScorerFactory
+from miniplm_udf.scores.run import prepare
+from miniplm_udf.scores.summary import summarize
 from miniplm_udf.streams.runner import QueryRunner
-from miniplm_udf.workers.model_scorers import ModelScorerFactory
-from miniplm_udf.workers.tally import ModelCounts, Tally
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-@dataclasses.dataclass(frozen=True)
-class Scoring:
-    """The two queries, and what they score with. `total` grows as they run."""
-
-    plan: scores.ScoringPlan
-    descriptions: dict[str, ModelDescription]
-    total: Tally
-    scoring: Query
-    keeping: Query
-
-
-def prepare(
-    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, scores.Factory] | None = None
-) -> Scoring:
-    """Describes the models and makes the queries; starts none.
-
-    Args:
-        factories: makers of scorers by alias, instead of the models' own.
-
-    Raises:
-        CorpusError: there is no table of instances.
-        ModelLoadError: a model that is not there, or cannot be scored with.
-    """
-    models = model_configs(config)
-    descriptions = describe_models(spark, config, models)
-    if factories is None:
-        factories = {alias: ModelScorerFactory(models[alias], descriptions[alias], config.score) for alias in models}
-    plan = scores.ScoringPlan(
-        models=scores.distinct_revisions(descriptions),
-        factories=factories,
-        instances_uri=config.table_uri("instances"),
-        scores_uri=config.table_uri("scores"),
-        rejects_uri=config.table_uri("rejects"),
-        workers=config.score.workers,
-        workers_per_gpu=config.score.workers_per_gpu,
-        run_id=new_run_id(),
-    )
-    revisions = {alias: description.model_revision for alias, description in descriptions.items()}
-    total = Tally()
-    checkpoint = config.checkpoint_uri(scores.checkpoint_name(plan.models, config.score.sample))
-    matrix_checkpoint = config.checkpoint_uri(matrix.checkpoint_name(revisions))
-    return Scoring(
-        plan,
-        descriptions,
-        total,
-        scores.scoring_query(spark, plan, checkpoint, config.score, total),
-        matrix.matrix_query(spark, revisions, config.table_uri(""), matrix_checkpoint, config.score),
-    )
-
-
 def run(
-    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, scores.Factory] | None = None
+    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None
 ) -> dict[str, Any]:
     """Scores the pool and brings the matrix up to date; with processing_time, until it is asked to stop.
 
     Args:
-        factories: makers of scorers by alias, instead of the models' own.
+        spark: the session.
+        config: the experiment.
+        factories: makers of scorers by alias, used instead of the models'.
 
     Returns:
-        Counts by alias (rows in all, new rows and tokens, tokens per second), `wait_share`, rejects, matrix rows.
+        The `scores.summary.ScoreSummary` as plain data.
 
     Raises:
         CorpusError: there is nothing to score, or a model scored nothing at all.
+        ModelLoadError: a model is missing, or cannot be scored with.
     """
     start = time.monotonic()
-    prepared = prepare(spark, config, factories)
+    prepared = prepare(spark, config, new_run_id(), factories)
     runner = QueryRunner(spark, config.root, config.stream)
     if config.stream.trigger == "available_now":
-        # One after the other: the end of what is there is the end of what was scored.
+        # The matrix ends where the scores end when it starts, so it starts after them.
         runner.run([prepared.scoring])
         runner.run([prepared.keeping])
     else:
         runner.run([prepared.scoring, prepared.keeping])
-    return summary(spark, config, prepared, time.monotonic() - start)
-
-
-def summary(spark: "SparkSession", config: ExperimentConfig, prepared: Scoring, seconds: float) -> dict[str, Any]:
-    """What `run` returns.
-
-    Raises:
-        CorpusError: a model scored nothing at all, and no more is to come.
-    """
-    by_revision = scores.totals(spark, prepared.plan)
-    scored = {alias: by_revision.get(model.model_revision, 0) for alias, model in prepared.descriptions.items()}
-    rejected = scores.n_rejected(spark, prepared.plan)
-    if not all(scored.values()) and config.stream.trigger == "available_now":
-        raise CorpusError(
-            f"scores: expected scored instances of the split `pool` for every model, found {scored} and {rejected} "
-            "rejects; see the table rejects, and whether ingest.split leaves a pool, and score.sample some of it"
-        )
-    counts = {alias: prepared.total.models.get(alias, ModelCounts()) for alias in scored}
-    matrix_uri = config.table_uri("score_matrix")
-    return {
-        "scored": scored,
-        "new_scored": {alias: counts[alias].n_scored for alias in scored},
-        "rejected": rejected,
-        "tokens": {alias: counts[alias].n_tokens for alias in scored},
-        "tokens_per_second": {alias: counts[alias].tokens_per_second for alias in scored},
-        "wait_share": prepared.total.wait_share,
-        "seconds": round(seconds, 3),
-        "matrix_rows": tables.read(spark, matrix_uri).count() if tables.exists(spark, matrix_uri) else 0,
-        "too_many_rejects": rejected > config.score.max_reject_share * (rejected + sum(by_revision.values())),
-    }
+    seconds = time.monotonic() - start
+    return dataclasses.asdict(summarize(spark, config, prepared.plan, prepared.descriptions, prepared.total, seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return stage_main("score", run, __doc__, argv)
+    """Runs `miniplm score` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return stage_main("score", argv)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,29 @@
-"""The Spark session of a command, and the frame around every stage's `main`: config, session, exit code.
+"""The Spark session of a command: Delta's jars and the settings that every job needs. Driver only.
 
-Owns Delta's jars (by Maven coordinates, only those that pyspark does not hold itself), the settings every job needs,
-and the turning of an error into one line and an exit code. Owns no table. Driver only. Under spark-submit the master
-and every property given there win over what is set here.
+Input: the section `spark` of the config; output: a session. Delta's jars are named by Maven coordinates, only those
+that pyspark does not contain. Under spark-submit, the master and every property given there win over the ones set here.
+Reads and writes no table.
 """
 
-import argparse
-import json
+import contextlib
 import logging
 import os
+import signal
 import sys
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from jobs import records
-from miniplm_udf import progress, storage
-from miniplm_udf.config import ExperimentConfig, load_config, printable, to_dict
-from miniplm_udf.errors import EXIT_DONE, EXIT_TOO_MANY_REJECTS, MiniplmError
+from jobs import java
+from miniplm_udf import stopping, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.upkeep import preflight
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-LOGGER = logging.getLogger("miniplm.jobs")
-
 DELTA_PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
-# What Delta's coordinates would drag in although pyspark has it already, or although only other storages need it.
+# Dependencies of Delta's coordinates that pyspark contains already, or that only other storages need.
 DELTA_EXCLUDES = (
     "org.apache.hadoop:hadoop-client-api",
     "org.apache.hadoop:hadoop-client-runtime",
@@ -55,7 +53,7 @@ DELTA_JARS = (
 
 
 def _delta_jars() -> dict[str, str]:
-    """Delta's jars: from this node's cache where they are there (no network, no resolving), else by coordinates."""
+    """Delta's jars: from this node's cache if all are there (no network, no resolving), else by coordinates."""
     ivy = storage.cache_folder() / "ivy"
     cached = [ivy / "jars" / name for name in DELTA_JARS]
     if all(path.exists() for path in cached):
@@ -72,7 +70,7 @@ def _cores() -> int:
 
 
 def _defaults(cores: int) -> dict[str, str]:
-    """Settings for a session of this project; a property file or `spark.conf` in the config may change each."""
+    """Settings of a session of this project; a property file or `spark.conf` in the config may change each."""
     return {
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -104,89 +102,74 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     """Starts (or joins) the Spark session of a command.
 
     Args:
-        config: its `spark.master` and `spark.conf` win over the defaults; what spark-submit was given wins over both.
+        config: its `spark.master` and `spark.conf` win over the defaults; properties of spark-submit win over both.
         name: application name.
+
+    Returns:
+        The session.
     """
     from pyspark import SparkConf
     from pyspark.logger import PySparkLogger
     from pyspark.sql import SparkSession
 
-    # They log, with Java's stack, what is raised, also where it is caught: an expression is tried over several tables.
+    # These loggers print every error with Java's stack, even one that is caught: an expression is tried over several
+    # tables.
     for logger in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):
         PySparkLogger.getLogger(logger).setLevel(logging.CRITICAL)
-    # pyspark itself looks at this variable alone; spark-submit sets it from the property.
+    # pyspark itself reads only this variable; spark-submit sets it from the property.
     os.environ.setdefault("PYSPARK_PYTHON", config.spark.conf.get("spark.pyspark.python", sys.executable))
     cores = _cores()
-    given = SparkConf()
+    submitted = SparkConf()
     builder = SparkSession.builder.appName(name)
-    jars = {} if given.contains("spark.jars.packages") or given.contains("spark.jars") else _delta_jars()
+    jars = {} if submitted.contains("spark.jars.packages") or submitted.contains("spark.jars") else _delta_jars()
     for key, value in {**jars, **_defaults(cores), **config.spark.conf}.items():
-        if not given.contains(key):
+        if not submitted.contains(key):
             builder = builder.config(key, value)
-    if not given.contains("spark.master"):
+    if not submitted.contains("spark.master"):
         master = config.spark.master or f"local[{cores},4]"
         if master.startswith("local"):
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         builder = builder.master(master)
+    before = signal.getsignal(signal.SIGINT)
     session = builder.getOrCreate()
+    java.leave_signals_to_python(session)
+    if stopping.is_taken(before):
+        signal.signal(signal.SIGINT, before)  # a new context replaces the handler of SIGINT
     session.sparkContext.setLogLevel(os.environ.get("MINIPLM_SPARK_LOG_LEVEL", "ERROR"))
     return session
 
 
-def stage_parser(stage: str, description: str | None) -> argparse.ArgumentParser:
-    """The command line that all stages share."""
-    parser = argparse.ArgumentParser(
-        prog=f"miniplm {stage}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_config_arguments(parser)
-    return parser
+@contextlib.contextmanager
+def spark_session(config: ExperimentConfig, name: str) -> "Iterator[SparkSession]":
+    """Starts the Spark session of a command (`make_session`), and stops it after the block.
+
+    Args:
+        config: the experiment.
+        name: name of the Spark application.
+    """
+    session = make_session(config, name)
+    try:
+        yield session
+    finally:
+        session.stop()
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", required=True, help="experiment file, e.g. conf/demo.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; do nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. root=/data/run1")
+@contextlib.contextmanager
+def command_session(config: ExperimentConfig, command: str) -> "Iterator[SparkSession]":
+    """Starts the session of a command that is not a stage, and checks that its tables are there (`preflight.check`).
+
+    Args:
+        config: the experiment.
+        command: name of the command, for the checks and the name of the Spark application.
+
+    Raises:
+        CorpusError: a table that the command needs is gone.
+    """
+    with spark_session(config, f"miniplm {command}") as session:
+        preflight.check(session, config, command)
+        yield session
 
 
 def new_run_id() -> str:
+    """A new id of a run of a command: 32 hexadecimal digits."""
     return uuid.uuid4().hex
-
-
-def exit_code(summary: dict[str, Any]) -> int:
-    """3 where a stage says that its rejects passed the configured share, else 0."""
-    return EXIT_TOO_MANY_REJECTS if summary.get("too_many_rejects") else EXIT_DONE
-
-
-def guarded(body: Callable[[], int]) -> int:
-    """Runs `body`; a MiniplmError becomes one line on stderr and its exit code, everything else keeps its traceback."""
-    progress.configure_logging()
-    try:
-        return body()
-    except MiniplmError as error:
-        if os.environ.get("MINIPLM_LOG_LEVEL") == "DEBUG":
-            LOGGER.exception("failed")
-        print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def stage_main(
-    stage: str, run: Callable[["SparkSession", ExperimentConfig], dict[str, Any]], description: str | None,
-    argv: Sequence[str] | None = None,
-) -> int:  # fmt: skip
-    """`main` of one Spark stage: resolve the config, make the session, run, print the summary, return the exit code."""
-
-    def body() -> int:
-        arguments = stage_parser(stage, description).parse_intermixed_args(argv)
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            print(json.dumps(printable(to_dict(config)), indent=2))
-            return EXIT_DONE
-        session = make_session(config, f"miniplm {stage}")
-        try:
-            summary = records.execute(stage, run, session, config)
-        finally:
-            session.stop()
-        print(json.dumps({stage: summary}, indent=2, default=str))
-        return exit_code(summary)
-
-    return guarded(body)

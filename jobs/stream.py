@@ -1,9 +1,9 @@
-"""`miniplm stream`: a scoring service. Files appear; instances, scores and matrix rows follow, until told to stop.
+"""`miniplm stream`: a scoring service. Files appear; instances, scores and matrix rows follow, until it is stopped.
 
 Runs the queries of `ingest`, `score` and the matrix at once in one session, every `stream.interval_seconds`. SIGTERM
-lets the running micro-batches finish. Killed at any moment, the next start goes on from there. `miniplm status` tells
-where it stands, from any machine that reaches the root; `stream.metrics_port` serves the same to Prometheus. The models
-must be there: train the reference first (`miniplm ingest`, `miniplm reference`).
+lets the running micro-batches finish. After a kill, the next start continues from the checkpoints. `miniplm status`
+shows its progress from any machine that can read the root; `stream.metrics_port` serves the same to Prometheus. The
+models must exist: train the reference first (`miniplm ingest`, `miniplm reference`). Driver only.
 
     miniplm stream -c conf/demo.yaml [key=value ...]
     spark-submit --properties-file conf/spark/standalone.conf jobs/stream.py -c conf/demo.yaml
@@ -16,12 +16,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs import score
-from jobs.session import stage_main
-from miniplm_udf import scores
-from miniplm_udf.config import ExperimentConfig
-from miniplm_udf.ingestion.ingest_query import ingest_query
-from miniplm_udf.ingestion.inputs import find_inputs, input_state
+from jobs.session import new_run_id
+from jobs.stage_runner import stage_main
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.ingestion.inputs import input_state
+from miniplm_udf.ingestion.query import IngestQuery, find_new_inputs
+from miniplm_udf.scores.plan import ScorerFactory
+from miniplm_udf.scores.run import prepare
+from miniplm_udf.scores.summary import summarize
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
@@ -31,40 +33,42 @@ LOGGER = logging.getLogger("miniplm.jobs")
 
 
 def run(
-    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, scores.Factory] | None = None
+    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None
 ) -> dict[str, Any]:
     """Runs until it is asked to stop.
 
     Args:
-        factories: makers of scorers by alias, instead of the models' own.
+        factories: makers of scorers by alias, used instead of the models'.
 
     Returns:
         The summary of `jobs.score.run`.
 
     Raises:
-        ConfigError, ModelLoadError, CorpusError: before anything starts, as the stages' own.
+        ConfigError, ModelLoadError, CorpusError: as `ingest` and `score` raise them, before any query starts.
     """
     start = time.monotonic()
     config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, trigger="processing_time"))
     _wait_for_input(spark, config)
-    ingesting = ingest_query(spark, config, find_inputs(spark, config.ingest))
-    prepared = score.prepare(spark, config, factories)
+    ingesting = IngestQuery(spark, config, *find_new_inputs(spark, config))
+    prepared = prepare(spark, config, new_run_id(), factories)
     QueryRunner(spark, config.root, config.stream).run([ingesting, prepared.scoring, prepared.keeping])
-    return score.summary(spark, config, prepared, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    return dataclasses.asdict(summarize(spark, config, prepared.plan, prepared.descriptions, prepared.total, seconds))
 
 
 def _wait_for_input(spark: "SparkSession", config: ExperimentConfig) -> None:
-    """Returns when there is a file to tell the format from."""
-    told = False
+    """Waits until the input has a file, whose name shows the format."""
+    is_logged = False
     while config.ingest.inputs and not input_state(spark, config.ingest):
-        if not told:
+        if not is_logged:
             LOGGER.info("ingest: waiting for the first file of %s", config.ingest.inputs)
-            told = True
+            is_logged = True
         time.sleep(config.stream.interval_seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return stage_main("stream", run, __doc__, argv)
+    """Runs `miniplm stream` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return stage_main("stream", argv)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """The summary over all stages: `summary.json`, and the table that ends `miniplm run`. Driver only; reads no table.
 
-Inputs: the stages' records (records.py), the models' `training.json` and `evaluation.json`. Outputs: a dict with the
-keys that others rely on, and lines of text. A rerun that skipped everything gives the same summary.
+Inputs: the stages' records (records.py), the models' `training.json` and `evaluation.json`. Outputs: a dict whose keys
+are public, and lines of text. A rerun that skipped everything gives the same summary.
 """
 
-from collections.abc import Sequence
+import shlex
 from typing import Any
 
-from jobs.records import STAGES, read_record
+from jobs.records import read_record
+from jobs.stages import STAGES
+from jobs.text import table
 from miniplm_udf import storage
-from miniplm_udf.config import ExperimentConfig
+from miniplm_udf.config.experiment import ExperimentConfig
 
 _HELDOUT = ("heldout_nats_per_token", "heldout_bits_per_byte")
 
@@ -17,14 +19,17 @@ _HELDOUT = ("heldout_nats_per_token", "heldout_bits_per_byte")
 def build_summary(config: ExperimentConfig) -> dict[str, Any]:
     """Counts, rates and seconds of all stages that have run, and the students' held-out numbers.
 
+    Args:
+        config: the experiment.
+
     Returns:
         `instances`, `rejected` (all stages), `scored` (per model alias), `proxy` (`predicted`, held-out `spearman`;
-        null where there is none), `kept` (per corpus), `tokens_per_second` (per model alias, of its last scoring),
-        `refined` (per corpus: `path`, `version`), `students` (per name), `seconds` (per stage, of its last run).
+        null without a proxy), `kept` (per corpus), `tokens_per_second` (per model alias, at its last scoring),
+        `refined` (per corpus: `path`, `version`), `students` (per name), `seconds` (per stage, its last run).
     """
-    records = {stage: record for stage in STAGES if (record := read_record(config, stage))}
-    stages = ("ingest", "score", "proxy", "refine")
-    ingest, score, proxy, refine = (records.get(stage, {}).get("summary", {}) for stage in stages)
+    records = {stage.name: record for stage in STAGES if (record := read_record(config, stage.name))}
+    names = ("ingest", "score", "proxy", "refine")
+    ingest, score, proxy, refine = (records.get(name, {}).get("summary", {}) for name in names)
     evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
     return {
         "instances": ingest.get("instances", 0),
@@ -34,20 +39,32 @@ def build_summary(config: ExperimentConfig) -> dict[str, Any]:
         "kept": refine.get("kept", {}),
         "tokens_per_second": score.get("tokens_per_second", {}),
         "refined": {
-            name: {"path": corpus["path"], "version": corpus["version"]}
+            # Under the present root: it may have been moved since the record was written.
+            name: {"path": storage.redact(config.layout.table(f"refined/{name}")), "version": corpus["version"]}
             for name, corpus in refine.get("refined", {}).items()
         },
-        "students": {name: {key: found[key] for key in _HELDOUT} for name, found in evaluations.items() if found},
+        "students": {name: {key: losses[key] for key in _HELDOUT} for name, losses in evaluations.items() if losses},
         "seconds": {stage: record["seconds"] for stage, record in records.items()},
     }
 
 
 def write_summary(config: ExperimentConfig, summary: dict[str, Any]) -> None:
+    """Writes the summary as `summary.json` in the report folder.
+
+    Args:
+        config: the experiment, whose report folder is local.
+        summary: as `build_summary` returns it.
+    """
     storage.write_json(str(config.report_folder() / "summary.json"), summary)
 
 
 def summary_text(config: ExperimentConfig, summary: dict[str, Any]) -> str:
-    """The summary for a terminal."""
+    """Formats the summary for a terminal.
+
+    Args:
+        config: the experiment.
+        summary: as `build_summary` returns it.
+    """
     counts = [
         ("instances in", f"{summary['instances']:,}"),
         ("rejected", f"{summary['rejected']:,}"),
@@ -56,30 +73,35 @@ def summary_text(config: ExperimentConfig, summary: dict[str, Any]) -> str:
         *((f"kept in {name}", f"{n:,}") for name, n in summary["kept"].items()),
     ]
     speeds = [
-        (stage, f"{summary['seconds'][stage]:,.1f} s", _speeds(config, summary, stage))
+        (stage.name, f"{summary['seconds'][stage.name]:,.1f} s", _speeds(config, summary, stage.name))
         for stage in STAGES
-        if stage in summary["seconds"]
+        if stage.name in summary["seconds"]
     ]
     students = [
-        (name, config.students[name].corpus, *(f"{found[key]:.4f}" for key in _HELDOUT))
-        for name, found in summary["students"].items()
+        (name, config.students[name].corpus, *(f"{losses[key]:.4f}" for key in _HELDOUT))
+        for name, losses in summary["students"].items()
     ]
     root = storage.redact(config.root)
     folder = config.report_folder()
     places = [
         ("tables", f"{root}/tables/{{instances,scores,score_matrix,rejects,corpora}}"),
         *(
-            (f"corpus {name}", f"{found['path']} (version {found['version']})")
-            for name, found in summary["refined"].items()
+            (f"corpus {name}", f"{corpus['path']} (version {corpus['version']})")
+            for name, corpus in summary["refined"].items()
         ),
         ("summary", str(folder / "summary.json")),
         ("report", str(folder / "report.html")),
-        ("MLflow", f"mlflow ui --backend-store-uri {storage.redact(config.mlflow_uri())}"),
+        ("MLflow", mlflow_command(config)),
     ]
-    parts = [_table(counts), _table([("stage", "took", "tokens per second"), *speeds])]
+    parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
     if students:
-        parts.append(_table([("student", "corpus", "held-out nats/token", "bits/byte"), *students]))
-    return "\n\n".join([*parts, _table(places)])
+        parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
+    return "\n\n".join([*parts, table(None, places, "  ")])
+
+
+def mlflow_command(config: ExperimentConfig) -> str:
+    """The shell command that shows the experiment's runs, quoted so that it can be pasted into a terminal."""
+    return shlex.join(["mlflow", "ui", "--backend-store-uri", storage.redact(config.mlflow_uri())])
 
 
 def _predicted(proxy: dict[str, Any]) -> str:
@@ -88,25 +110,18 @@ def _predicted(proxy: dict[str, Any]) -> str:
 
 
 def _speeds(config: ExperimentConfig, summary: dict[str, Any], stage: str) -> str:
-    """`name rate` of each model that the stage ran."""
+    """`NAME RATE` for each model that the stage ran, in tokens per second."""
     if stage == "score":
         rates = {alias: rate for alias, rate in summary["tokens_per_second"].items() if rate}
     elif stage in ("reference", "train"):
         names = [config.reference.alias] if stage == "reference" and config.reference else list(config.students)
-        found = {name: _model_file(config, name, "training.json") for name in names}
-        rates = {name: t["tokens"] / t["seconds"] for name, t in found.items() if t and t.get("seconds")}
+        trainings = {name: _model_file(config, name, "training.json") for name in names}
+        rates = {name: t["tokens"] / t["seconds"] for name, t in trainings.items() if t and t.get("seconds")}
     else:
         rates = {}
     return ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
 
 
 def _model_file(config: ExperimentConfig, name: str, file: str) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = storage.read_json(storage.join(config.model_uri(name), file))
-    return found
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    return "\n".join(
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
-    )
+    record: dict[str, Any] | None = storage.read_json(config.layout.model(name, file))
+    return record

@@ -1,7 +1,8 @@
 """Starts the torch trainer as a process of its own: no torch on the Spark driver, no JVM in the trainer.
 
-The child's log goes to this process's stderr, its exit code is passed on; what it prints is in its model's JSON files
-anyway. A killed child leaves its checkpoints, and the same command resumes from them. Driver only.
+Input: a trainer command and its options; output: the model folders that the trainer writes. The trainer's log goes to
+the stderr of this process; its stdout is dropped, because the model's JSON files hold the same. A killed trainer leaves
+its checkpoints, and the same command continues from them. Driver only.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from miniplm_udf import stopping
 from miniplm_udf.errors import EXIT_BAD_CONFIG, ConfigError, MiniplmError
 
 LOGGER = logging.getLogger("miniplm.jobs")
@@ -24,8 +26,24 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ends the trainer. A signal to the process group has reached it already; a second one would interrupt its end."""
+    for seconds, end in ((1.0, process.terminate), (10.0, process.kill)):
+        try:
+            process.wait(seconds)
+            return
+        except subprocess.TimeoutExpired:
+            end()
+
+
 def run_trainer(command: str, config_path: str, overrides: Sequence[str], *options: str) -> None:
     """Runs `python -m trainer COMMAND` to its end.
+
+    Args:
+        command: train or evaluate.
+        config_path: the experiment file.
+        overrides: dotted overrides of the config.
+        options: further options of the command.
 
     Raises:
         ConfigError: the trainer refused the config (it has said why on stderr).
@@ -34,7 +52,14 @@ def run_trainer(command: str, config_path: str, overrides: Sequence[str], *optio
     line = [sys.executable, "-m", "trainer", command, "-c", config_path, *options, *overrides]
     LOGGER.info("starting the trainer: %s", " ".join([command, *options]))
     # An orphan would write the checkpoints that the next run's trainer writes.
-    code = subprocess.run(line, stdout=subprocess.DEVNULL, check=False, preexec_fn=_end_with_parent).returncode
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, preexec_fn=_end_with_parent) as process:
+        try:
+            code = process.wait()
+        except BaseException:
+            _end(process)
+            raise
+    if stopped := stopping.received():
+        raise stopped
     if code == EXIT_BAD_CONFIG:
         raise ConfigError(f"the trainer refused `{command} {' '.join(options)}`: see its message above")
     if code != 0:

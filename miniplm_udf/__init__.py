@@ -1,20 +1,24 @@
 """MiniPLM on Spark: the library behind the jobs and the trainer.
 
-Owns the tables' schemas, chunking, scoring, the Arrow UDF, refinement and corpus versions. Imports run one way:
-errors, schemas, progress, storage -> config -> chunking, scoring -> udf -> tables, refine, corpora -> jobs.
-Importing this package loads nothing heavy: no pyspark, no torch, and no pyarrow until `miniplm_udf.nll_udf` is asked
-for.
+The public names are listed in `__all__`; each is imported when it is first used, so that importing this package loads
+no pyspark, no torch and no pyarrow. CONTRIBUTING.md describes the rooms; setup.cfg has the contracts between them.
 """
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["nll_udf"]
+__all__ = ["load_config", "nll_udf", "read_corpus", "register_tables"]
+
+_MODULES = {
+    "load_config": "miniplm_udf.config.experiment",
+    "nll_udf": "miniplm_udf.scores.nll",
+    "read_corpus": "miniplm_udf.store.corpus_records",
+    "register_tables": "miniplm_udf.store.catalog",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nll_udf":
-        from miniplm_udf.nll import nll_udf
-
-        return nll_udf
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

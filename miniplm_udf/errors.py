@@ -1,6 +1,7 @@
-"""Errors, classed by what the reader does next, and the exit code that each ends a command with.
+"""Errors, classed by what the reader does next, and the exit code of a command that each of them ends.
 
 A message says what was expected, what was found, where, and what to do. Bad rows are not errors: they are rejects.
+An executor raises the same classes; `workers.remote` brings them back to the driver.
 """
 
 EXIT_DONE = 0
@@ -16,13 +17,13 @@ class MiniplmError(Exception):
 
 
 class ConfigError(MiniplmError, ValueError):
-    """The config or the command line is wrong: mend it and run again."""
+    """The config or the command line is wrong: fix it and run again."""
 
     exit_code = EXIT_BAD_CONFIG
 
 
 class SchemaMismatchError(MiniplmError):
-    """A table or a frame does not have the declared columns: look at who wrote it."""
+    """A table or a frame does not have the declared columns: check which program wrote it."""
 
 
 class ModelLoadError(MiniplmError):
@@ -30,8 +31,21 @@ class ModelLoadError(MiniplmError):
 
 
 class ScoringError(MiniplmError):
-    """Scoring as a whole cannot go on. One instance that fails is a reject, not this."""
+    """Scoring as a whole cannot continue. A single instance that fails is a reject, not an error."""
 
 
 class CorpusError(MiniplmError):
-    """A corpus, or a version of one, is missing, empty or inconsistent."""
+    """A corpus, a version of a corpus, or a table is missing, empty or inconsistent."""
+
+
+class DamagedRecordError(CorpusError, ValueError):
+    """A small file of a root cannot be parsed: restore it from a copy, or remove it."""
+
+
+def mlflow_errors() -> tuple[type[Exception], ...]:
+    """The errors that MLflow raises: its own, and those of its HTTP client, its database and its artifact folder."""
+    import requests
+    import sqlalchemy.exc
+    from mlflow.exceptions import MlflowException
+
+    return (MlflowException, requests.exceptions.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError)

@@ -1,6 +1,7 @@
 """Progress for people: bars on a terminal, plain lines elsewhere. Everything that shows progress goes through here.
 
-Owns no computation. Lines go through `logging` to stderr, so that stdout stays for results.
+Input: counts from the code that works. Output: lines on stderr through `logging`, so that stdout holds only results.
+Owns no computation. On the driver, on executors and in the trainer.
 """
 
 import logging
@@ -17,12 +18,16 @@ LOGGER = logging.getLogger("miniplm")
 
 
 def configure_logging(level: str | None = None) -> None:
-    """Sends the project's log to stderr, one line a record; `MINIPLM_LOG_LEVEL` or `level` sets how much."""
+    """Sends the project's log to stderr, one line per record.
+
+    Args:
+        level: name of the lowest level that is shown; None takes `MINIPLM_LOG_LEVEL`, and without it INFO.
+    """
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     LOGGER.setLevel(level or os.environ.get("MINIPLM_LOG_LEVEL", "INFO"))
-    # Types in place of hints, which would import pyarrow where it is not needed.
+    # Our Arrow UDFs have no type hints, because these would import pyarrow on the driver; Spark warns about that.
     warnings.filterwarnings("ignore", message="It is preferred to specify type hints for arrow UDF")
 
 
@@ -40,7 +45,12 @@ class Progress:
             self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False)
 
     def update(self, n: float = 1, **facts: object) -> None:
-        """Adds `n` units; `facts` (a loss, a rate) stand behind the count."""
+        """Adds finished units, and shows the progress.
+
+        Args:
+            n: finished units since the last call.
+            facts: values to show after the count, by name: a loss, a rate.
+        """
         self.done += n
         if self._bar is not None:
             self._bar.set_postfix(facts, refresh=False)
@@ -50,12 +60,13 @@ class Progress:
             LOGGER.info("%s", self._line(facts))
 
     def _line(self, facts: dict[str, object]) -> str:
-        of = f" of {self.total:,.0f}" if self.total else ""
+        total = f" of {self.total:,.0f}" if self.total else ""
         rate = self.done / max(time.monotonic() - self._start, 1e-9)
         tail = "".join(f", {key} {value}" for key, value in facts.items())
-        return f"{self.label}: {self.done:,.0f}{of} {self.unit}, {rate:,.1f} {self.unit}/s{tail}"
+        return f"{self.label}: {self.done:,.0f}{total} {self.unit}, {rate:,.1f} {self.unit}/s{tail}"
 
     def close(self, **facts: object) -> None:
+        """Removes the bar and logs the final count."""
         if self._bar is not None:
             self._bar.close()
         LOGGER.info("%s", self._line(facts))
@@ -63,20 +74,27 @@ class Progress:
 
 @contextmanager
 def progress(label: str, total: float | None = None, unit: str = "it") -> Iterator[Progress]:
-    """A `Progress` that closes itself, also when the work raises."""
-    shown = Progress(label, total, unit)
+    """Makes a `Progress` that closes itself, also when the work raises.
+
+    Args:
+        label: what is counted, for the line.
+        total: units of the whole work; None if it is not known.
+        unit: name of the unit.
+    """
+    bar = Progress(label, total, unit)
     try:
-        yield shown
+        yield bar
     finally:
-        shown.close()
+        bar.close()
 
 
 @contextmanager
 def watched_tasks(spark: Any, label: str, every_seconds: float = 10.0) -> Iterator[None]:
-    """Tells now and then how far the tasks of Spark's stages at work are, while the block runs.
+    """Logs the finished tasks of Spark's active stages every `every_seconds`, while the block runs.
 
     Args:
-        spark: a `SparkSession`; its type is not named, for the trainer shows progress too and has no Spark.
+        spark: a `SparkSession`. The annotation does not name it, because the trainer imports this module without Spark.
+        label: start of each line.
     """
     tracker = spark.sparkContext.statusTracker()
     has_ended = threading.Event()

@@ -1,4 +1,7 @@
-"""Which code is at work, for provenance: the package's version, and of a git checkout the commit."""
+"""Which code runs, for provenance: the package's version, and the commit where the code is a git checkout.
+
+Output: one string. Runs `git describe` once in a process. On the driver and in the trainer.
+"""
 
 import functools
 import subprocess
@@ -11,13 +14,17 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def code_revision() -> str:
-    """`0.1.0`; of a checkout `0.1.0+g` and the commit, with `.dirty` behind it where tracked files were changed."""
+    """The revision of the running code.
+
+    Returns:
+        `0.1.0`; in a git checkout `0.1.0+g<commit>`, followed by `.dirty` if tracked files have changes.
+    """
     if not (_CHECKOUT / ".git").exists():
         return __version__
     describe = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=.dirty"]
     try:
-        found = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=60)
+        result = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        # No git here, or a folder of another user's.
+        # git is not installed, or refuses a folder that belongs to another user.
         return __version__
-    return f"{__version__}+g{found.stdout.strip()}"
+    return f"{__version__}+g{result.stdout.strip()}"

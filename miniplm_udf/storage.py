@@ -1,8 +1,8 @@
-"""URIs and the small files beside the tables: JSON records, tokenizers, model folders. On the driver and on executors.
+"""URIs, and the small files that are not tables: JSON records, tokenizers, model folders.
 
-Owns the normal form of `root` and reading and writing of whole small files at any URI, through fsspec. Owns no table:
-tables are read and written by Spark and delta-rs alone, which take the URIs made here. A retry overwrites: a small file
-is replaced whole or not at all on a local disk, and by one put on an object store.
+Owns the normal form of `root`, and reads and writes whole small files at any URI, through fsspec. Owns no table: Spark
+and delta-rs alone read and write tables, at the URIs made here. A retry overwrites: on a local disk a small file is
+replaced whole or not at all, on an object store by a single put. On the driver, on executors and in the trainer.
 """
 
 import hashlib
@@ -16,30 +16,93 @@ from typing import Any
 
 import fsspec
 
-_URI = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+:")
+from miniplm_udf.errors import ConfigError, DamagedRecordError
+
+# A file name may contain a colon (2024-01-01T10:00), so a scheme must be followed by a slash.
+_URI = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+:/|file:|package:)")
+# Characters that an engine reads as something else than a name: globs, backticks and ${variables} (Spark and Delta),
+# % | ^ and control characters (delta-rs), :: (fsspec), ? (SQLAlchemy).
+_UNSAFE = re.compile(r"::|[%`$*?\[\]{}\\|^\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def to_uri(path: str) -> str:
-    """Makes a bare path an absolute `file:` URI; leaves a URI as it is, less a trailing slash."""
-    if _URI.match(path):
-        return path.rstrip("/") if not path.startswith("file:") else "file://" + local_path(path).rstrip("/")
-    # Hadoop's paths are not percent-encoded, so neither is this.
-    return f"file://{Path(path).expanduser().absolute()}".rstrip("/")
+    """Makes a bare path an absolute `file:` URI; removes the trailing slash of any other URI.
+
+    Args:
+        path: a bare path (which may begin with `~`), a `file:` URI or any other URI.
+
+    Raises:
+        ConfigError: the path begins with `~` and a name that no user has.
+    """
+    if not is_local(path):
+        return path.rstrip("/")
+    # Hadoop does not percent-encode paths, so neither does this.
+    bare = local_path(path) if path.startswith("file:") else os.path.abspath(_without_dots(_with_home(path)))
+    return "file://" + bare.rstrip("/")
+
+
+def _with_home(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{path}: expected the name of a user after ~, found no such user; if it is a folder, write ./{path}"
+        )
+    return expanded
+
+
+def _without_dots(path: str) -> str:
+    """The path without `..`. Delta would drop `..` together with the name before it, even if that name is a link."""
+    return os.path.realpath(path) if ".." in path.split("/") else path
+
+
+def check_location(key: str, uri: str) -> None:
+    """Refuses a location with characters that Spark, Delta or fsspec would read as something else than a name.
+
+    Args:
+        key: the config key or option that gives the location, for the message.
+        uri: as `to_uri` returns it.
+
+    Raises:
+        ConfigError: the location has one of these characters; the message has its position.
+    """
+    if is_local(uri) and not uri.startswith("file:///"):
+        raise ConfigError(f"{key}: expected file: and an absolute path, such as file:///data/run1, found {redact(uri)}")
+    path = local_path(uri) if is_local(uri) else re.sub(r"^[^/]+://[^/]*", "", uri)
+    if match := _UNSAFE.search(path):
+        raise ConfigError(
+            f"{key}: expected a place without % ` $ * ? [ ] {{ }} \\ | ^ :: and control characters, which Spark, "
+            f"Delta or fsspec read as something else; found {match[0]!r} at position {match.start() + 1} of {path!r}; "
+            "choose another name (environment variables are not replaced)"
+        )
 
 
 def join(base: str, *parts: str) -> str:
+    """Returns the URI of a name below `base`.
+
+    Args:
+        base: a path or URI, with or without a trailing slash.
+        parts: names of folders and a file; used as they are, not percent-encoded.
+    """
     return "/".join([base.rstrip("/"), *parts])
 
 
 def is_local(uri: str) -> bool:
+    """Whether a URI is a bare path or begins with `file:`.
+
+    Args:
+        uri: a path or URI.
+    """
     return uri.startswith("file:") or not _URI.match(uri)
 
 
 def local_path(uri: str) -> str:
-    """The path of a `file:` URI or a bare path.
+    """Returns the absolute path of a `file:` URI or a bare path.
+
+    Args:
+        uri: a `file:` URI, not percent-encoded, or a bare path.
 
     Raises:
-        ValueError: if the URI is not local.
+        ValueError: the URI is not local.
     """
     if not is_local(uri):
         raise ValueError(f"{redact(uri)} is not a local path")
@@ -47,22 +110,44 @@ def local_path(uri: str) -> str:
 
 
 def redact(uri: str) -> str:
-    """The URI without user, password or query, fit for logs and metadata."""
+    """Returns the URI without user, password and query, so that logs and metadata hold no secret.
+
+    Args:
+        uri: a path or URI.
+    """
     return re.sub(r"\?.*$", "", re.sub(r"(//)[^/@]+@", r"\1", uri))
 
 
 def exists(uri: str) -> bool:
+    """Whether there is a file or folder at `uri`.
+
+    Args:
+        uri: a path or URI.
+    """
     filesystem, path = fsspec.core.url_to_fs(uri)
     return bool(filesystem.exists(path))
 
 
 def read_text(uri: str) -> str:
+    """Reads a UTF-8 file.
+
+    Args:
+        uri: a path or URI.
+
+    Raises:
+        FileNotFoundError: there is no file.
+    """
     with fsspec.open(uri, "r", encoding="utf-8") as handle:
         return str(handle.read())
 
 
 def write_text(uri: str, text: str) -> None:
-    """Replaces the file whole; on a local disk by rename, so that a reader sees the old or the new one."""
+    """Replaces the whole file; on a local disk by rename, so that a reader sees either the old file or the new one.
+
+    Args:
+        uri: a path or URI; on a local disk, missing folders are made.
+        text: the content, written as UTF-8.
+    """
     if not is_local(uri):
         with fsspec.open(uri, "w", encoding="utf-8") as handle:
             handle.write(text)
@@ -77,16 +162,48 @@ def write_text(uri: str, text: str) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """The parsed file, or None where there is none."""
-    return json.loads(read_text(uri)) if exists(uri) else None
+    """Reads a JSON file.
+
+    Args:
+        uri: a path or URI.
+
+    Returns:
+        The parsed value; None if there is no file.
+
+    Raises:
+        DamagedRecordError: the file is not JSON.
+    """
+    if not exists(uri):
+        return None
+    try:
+        return json.loads(read_text(uri))
+    except ValueError as error:
+        raise DamagedRecordError(
+            f"record {redact(uri)}: expected JSON, found a file that is empty, cut off or not JSON ({error}); restore "
+            "it from a copy, or remove it: the step that it records is then done again"
+        ) from error
 
 
 def write_json(uri: str, value: Any) -> None:
-    write_text(uri, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Replaces the whole file by a value as JSON, with sorted keys.
+
+    Args:
+        uri: a path or URI.
+        value: plain data; keys of dictionaries are strings.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    write_text(uri, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def upload_folder(folder: Path, uri: str) -> None:
-    """Replaces the folder at `uri` by a local one; on a local disk by rename."""
+    """Replaces the folder at `uri` by a local one, by rename; a remote folder keeps files that the local one lacks.
+
+    Args:
+        folder: the local folder.
+        uri: a path or URI of the folder that is replaced.
+    """
     if is_local(uri):
         target = Path(local_path(uri))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +218,11 @@ def upload_folder(folder: Path, uri: str) -> None:
 
 
 def list_folder(uri: str) -> list[str]:
-    """Names of what lies in the folder at `uri`, sorted, hidden files apart; none where there is no folder."""
+    """Sorted names of the files and folders in the folder at `uri`, without hidden ones; empty if there is none.
+
+    Args:
+        uri: a path or URI.
+    """
     filesystem, path = fsspec.core.url_to_fs(uri)
     if not filesystem.exists(path):
         return []
@@ -111,34 +232,48 @@ def list_folder(uri: str) -> list[str]:
 
 
 def remove_folder(uri: str) -> None:
-    """Removes the folder at `uri` and all in it, or the file, where there is one."""
+    """Removes the file, or the folder with everything in it, at `uri`; does nothing if there is none.
+
+    Args:
+        uri: a path or URI.
+    """
     filesystem, path = fsspec.core.url_to_fs(uri)
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
 
 
 def folder_state(uri: str) -> list[list[Any]]:
-    """Name, size and time (or tag) of each file at `uri`, a folder or a file; empty where there is none."""
+    """Describes the files at `uri`, a folder or a file: equal states mean unchanged files.
+
+    Args:
+        uri: a path or URI.
+
+    Returns:
+        [name, size in bytes, modification time or tag] of each file, sorted by name; empty if there is no file.
+    """
     filesystem, path = fsspec.core.url_to_fs(uri)
     if not filesystem.exists(path):
         return []
-    found = filesystem.find(path, detail=True)
+    files = filesystem.find(path, detail=True)
     times = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
     return [
         [name, info.get("size"), str(next((info[key] for key in times if info.get(key) is not None), None))]
-        for name, info in sorted(found.items())
+        for name, info in sorted(files.items())
     ]
 
 
 def cache_folder() -> Path:
-    """This node's cache of models: `MINIPLM_CACHE`, else `~/.cache/miniplm`."""
+    """This node's folder of cached models: `MINIPLM_CACHE` if set, else `~/.cache/miniplm`."""
     return Path(os.environ.get("MINIPLM_CACHE", "~/.cache/miniplm")).expanduser()
 
 
 def local_folder(uri: str) -> Path:
-    """A local copy of the folder at `uri`: itself where it is local, else fetched into this node's cache.
+    """Returns the local path of the folder at `uri`; a remote folder is copied into this node's cache.
 
-    It is fetched once for each state of the folder: a model that was trained anew is another one.
+    It is copied once for each state of the folder, so a model that was trained again is copied again.
+
+    Args:
+        uri: a path or URI.
     """
     if is_local(uri):
         return Path(local_path(uri))

@@ -2,6 +2,6 @@
 
 import os
 
-from tests.short_lived import JAVA_OPTIONS
+from tests.support.short_lived import JAVA_OPTIONS
 
 os.environ.setdefault("SPARK_SUBMIT_OPTS", JAVA_OPTIONS)

@@ -1,6 +1,7 @@
-"""The pre-trainer: packed Delta tables in, model folders and MLflow runs out. Torch, no JVM, no Spark.
+"""The trainer: reads packed Delta tables, writes model folders and MLflow runs. Uses torch; no JVM, no Spark.
 
-Reading goes downwards: `__main__` (command) -> `train`, `evaluate` -> `loop` -> `loss`, `schedule`, `order`; at the
-edges `data` (Delta, Arrow), `checkpoint` (local disk) and `tracking` (MLflow). The maths (`loop`, `loss`, `schedule`,
-`order`, `model`) imports torch, transformers, numpy and the standard library alone.
+`__main__` (the command) calls `train` and `evaluate`; these call `loop`, which calls `loss`, `schedule` and `order`.
+Input and output are in `data` (Delta, Arrow), `checkpoint` (local disk), `records` (JSON files of a model folder) and
+`tracking` (MLflow). The numeric modules (`loop`, `loss`, `schedule`, `order`, `model`) import only torch,
+transformers, numpy and the standard library.
 """

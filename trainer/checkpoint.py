@@ -1,12 +1,14 @@
-"""Checkpoints of a training run: what a killed run needs to end with the weights it would have had.
+"""Checkpoints of a training: everything that a killed run needs to reach the same weights.
 
-Owns the folder `<root>/_checkpoints/train/<name>/` (under this node's model cache where `root` is not local), with
-`run.json` (fingerprint, MLflow run id) and `step-<N>/` = `state.pt` (weights, optimiser) and `state.json` (steps
-done, seconds, last loss, fingerprint). The data order needs no state: it is a function of the step. A `step-<N>`
-appears by one rename, so a kill leaves the one before. Written by rank 0 alone, read by all: ranks on several nodes
-must share the folder.
+Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
+`run.json` (fingerprint, MLflow run id) and one `step-<N>/` per checkpoint, with `state.pt` (weights, optimiser) and
+`state.json` (steps done, seconds, last loss, fingerprint, SHA-256 of `state.pt`). The data order is a function of the
+step and needs no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill leaves the
+previous checkpoint. A checksum finds a damaged checkpoint, which is skipped with a warning. Rank 0 writes, all ranks
+read: ranks on several nodes must share the folder.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -18,84 +20,139 @@ from typing import Any
 import torch
 
 from miniplm_udf import storage
+from miniplm_udf.errors import CorpusError
 
 LOGGER = logging.getLogger("miniplm.trainer.checkpoint")
 
 
 def checkpoint_folder(checkpoints_uri: str) -> Path:
-    """The local folder of a run's checkpoints, from the URI that the config gives it."""
+    """Returns the local folder of a training's checkpoints.
+
+    Args:
+        checkpoints_uri: URI of the checkpoint under the root.
+
+    Returns:
+        The same folder if the URI is local; otherwise a folder in this node's model cache, named by the URI's hash.
+    """
     if storage.is_local(checkpoints_uri):
         return Path(storage.local_path(checkpoints_uri))
     return storage.cache_folder() / "train" / hashlib.sha256(checkpoints_uri.encode()).hexdigest()[:32]
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedState:
+    """The numbers in a checkpoint.
+
+    Attributes:
+        steps_done: optimiser steps that the weights have had.
+        seconds: training time so far.
+        loss: loss of the last step, in nats per token; None before the first step.
+    """
+
+    steps_done: int
+    seconds: float = 0.0
+    loss: float | None = None
+
+
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one training.
 
     Args:
         folder: see `checkpoint_folder`.
-        fingerprint: of config, data and tokenizer; checkpoints of another one are not used, and go at the first save.
-        keep: newest ones to keep, at least 1.
+        fingerprint: hash of config, data and tokenizer. Checkpoints with another fingerprint are not used, and are
+            removed at the first save.
+        keep: number of newest checkpoints to keep, at least 1.
     """
 
     def __init__(self, folder: Path, fingerprint: str, keep: int):
         self.folder, self.fingerprint, self.keep = folder, fingerprint, max(1, keep)
 
     def _steps(self) -> list[tuple[int, Path]]:
-        """Whole checkpoints, the newest first."""
-        found = [(path.name.removeprefix("step-"), path) for path in self.folder.glob("step-*")]
-        return sorted(((int(step), path) for step, path in found if step.isdigit()), reverse=True)
+        """(step, folder) of each checkpoint, the newest first."""
+        folders = [(path.name.removeprefix("step-"), path) for path in self.folder.glob("step-*")]
+        return sorted(((int(step), path) for step, path in folders if step.isdigit()), reverse=True)
 
     def run_id(self) -> str | None:
-        """The MLflow run that this fingerprint was started under, if it was."""
-        raw = self._read(self.folder / "run.json")
-        return str(raw["run_id"]) if raw and raw["fingerprint"] == self.fingerprint else None
+        """The MLflow run in which a training with this fingerprint was started, or None."""
+        raw = _read(self.folder / "run.json")
+        return raw.get("run_id") if raw and raw.get("fingerprint") == self.fingerprint else None
 
     def set_run_id(self, run_id: str) -> None:
+        """Records the MLflow run of this training.
+
+        Args:
+            run_id: the run's id in MLflow.
+        """
         storage.write_json(
             str(self.folder / "run.json"),
             {"fingerprint": self.fingerprint, "run_id": run_id},
         )
 
-    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Puts the newest checkpoint of this fingerprint into model and optimiser.
+    def newest_whole(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
+        """Finds the newest usable checkpoint: same fingerprint, undamaged, same shapes. Warns about each skipped one.
+
+        Args:
+            model, optimizer: only the names and shapes of their weights are read.
 
         Returns:
-            Its `state.json`, or None where there is none.
+            The step, or None if there is no checkpoint with this fingerprint.
+
+        Raises:
+            CorpusError: all checkpoints with this fingerprint are damaged.
         """
+        damaged: list[str] = []
         for step, path in self._steps():
-            state = self._read(path / "state.json")
-            if state is None or state["fingerprint"] != self.fingerprint:
+            state = _read(path / "state.json")
+            if state is not None and state.get("fingerprint") != self.fingerprint:
                 LOGGER.warning(
-                    "%s is of another config, data or tokenizer: not resumed, gone at the next save",
+                    "%s was made with another config, data or tokenizer: not used, removed at the next save",
                     path,
                 )
                 continue
-            tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            model.load_state_dict(tensors["model"])
-            optimizer.load_state_dict(tensors["optimizer"])
-            LOGGER.info("resuming after step %d from %s", step, path)
-            return state
+            problem = _damage(path, state) or _misfit(path / "state.pt", model, optimizer)
+            if problem is None:
+                return step
+            damaged.append(f"{path.name}: {problem}")
+            LOGGER.warning("%s is damaged (%s): resuming from an older checkpoint", path, problem)
+        if damaged:
+            raise CorpusError(
+                f"{self.folder}: expected an undamaged checkpoint to resume from, found none ({'; '.join(damaged)}); "
+                "restore the folder, or delete it to train from the first step"
+            )
         return None
 
-    def save(
-        self,
-        steps_done: int,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        facts: dict[str, Any],
-    ) -> Path:
-        """Writes `step-<steps_done>`, then removes what is not to be kept.
+    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> SavedState:
+        """Loads a checkpoint into the model and the optimiser.
 
         Args:
-            steps_done: optimiser steps that the weights have had.
-            model: without its DDP wrapper.
-            optimizer: of it.
-            facts: plain data to find again (seconds, last loss).
+            step: a step that `newest_whole` returned.
+            model, optimizer: changed in place.
+
+        Returns:
+            The checkpoint's numbers.
         """
-        target = self.folder / f"step-{steps_done}"
-        staging = self.folder / f".step-{steps_done}.tmp"
-        shutil.rmtree(staging, ignore_errors=True)
+        path = self.folder / f"step-{step}"
+        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(tensors["model"])
+        optimizer.load_state_dict(tensors["optimizer"])
+        LOGGER.info("resuming after step %d from %s", step, path)
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return SavedState(state["steps_done"], seconds=state["seconds"], loss=state["loss"])
+
+    def save(self, state: SavedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+        """Writes `step-<steps_done>`, then removes older and unusable checkpoints.
+
+        Args:
+            state: the numbers of the checkpoint.
+            model: the model without its DDP wrapper.
+            optimizer: the model's optimiser.
+
+        Returns:
+            The folder of the checkpoint.
+        """
+        target = self.folder / f"step-{state.steps_done}"
+        staging = self.folder / f".step-{state.steps_done}.tmp"
+        self._remove_leftovers()
         staging.mkdir(parents=True)
         with open(staging / "state.pt", "wb") as handle:
             torch.save(
@@ -103,31 +160,99 @@ class Checkpoints:
                 handle,
             )
             handle.flush()
-            os.fsync(handle.fileno())  # or the rename could reach the disk before the data
-        state = {**facts, "steps_done": steps_done, "fingerprint": self.fingerprint}
-        storage.write_json(str(staging / "state.json"), state)
-        shutil.rmtree(target, ignore_errors=True)  # only one of another fingerprint can stand there
+            os.fsync(handle.fileno())  # without it, the rename could reach the disk before the data
+        sums = {"fingerprint": self.fingerprint, "sha256": _sha256(staging / "state.pt")}
+        with open(staging / "state.json", "w", encoding="utf-8") as text:
+            json.dump({**dataclasses.asdict(state), **sums}, text)
+            text.flush()
+            os.fsync(text.fileno())
+        _sync_folder(staging)
+        if target.exists():  # it has another fingerprint, or is damaged
+            os.replace(target, self.folder / f".step-{state.steps_done}.old")
         os.replace(staging, target)
-        self._remove_old()
+        _sync_folder(self.folder)
+        self._remove_old(state.steps_done)
         return target
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, newest: int) -> None:
+        """Keeps the newest checkpoints up to the saved step. A later step is damaged: this run started before it."""
         kept = 0
-        for _, path in self._steps():
-            state = self._read(path / "state.json")
-            if state is not None and state["fingerprint"] == self.fingerprint and kept < self.keep:
+        for step, path in self._steps():
+            state = _read(path / "state.json")
+            is_mine = state is not None and state.get("fingerprint") == self.fingerprint
+            if is_mine and step <= newest and kept < self.keep:
                 kept += 1
             else:
                 shutil.rmtree(path, ignore_errors=True)
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Removes the temporary folders of saves that were killed."""
+        for path in [*self.folder.glob(".step-*.tmp"), *self.folder.glob(".step-*.old")]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Removes all, for a model that is to be trained anew."""
+        """Removes all checkpoints, so that the training starts from the first step."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any] | None:
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        return raw if isinstance(raw, dict) else None
+
+def _damage(path: Path, state: dict[str, Any] | None) -> str | None:
+    """Returns the problem with a checkpoint's files, or None if they are unchanged since the save."""
+    if state is None:
+        return "state.json is missing or cannot be read"
+    file = path / "state.pt"
+    if not file.is_file():
+        return "state.pt is missing"
+    if missing := {"sha256", "steps_done", "seconds", "loss"} - state.keys():
+        return f"state.json has no {', '.join(sorted(missing))}"
+    if _sha256(file) != state["sha256"]:
+        return (
+            f"state.pt is cut or overwritten: {file.stat().st_size} bytes with another checksum than when it was saved"
+        )
+    return None
+
+
+def _misfit(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """Returns how the shapes in `state.pt` differ from those of model and optimiser, or None if they are equal."""
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if set(tensors) != {"model", "optimizer"}:
+        return f"state.pt holds {sorted(tensors)} instead of model and optimizer"
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in tensors["model"].items()}
+    names = [name for name in {**expected, **saved} if expected.get(name) != saved.get(name)]
+    if names:
+        name = names[0]
+        return (
+            f"{len(names)} weights differ from the model's, first {name}: "
+            f"expected shape {expected.get(name)}, found {saved.get(name)}"
+        )
+    expected_sizes, saved_sizes = (
+        [len(group["params"]) for group in state["param_groups"]]
+        for state in (optimizer.state_dict(), tensors["optimizer"])
+    )
+    if expected_sizes == saved_sizes:
+        return None
+    return f"the optimiser's groups have {expected_sizes} weights, those in state.pt {saved_sizes}"
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Writes the names in a folder to the disk (fsync)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None if the file is missing or damaged."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not JSON, or not UTF-8
+        return None
+    return raw if isinstance(raw, dict) else None

@@ -1,11 +1,12 @@
-"""Packed token sequences of one version of a Delta table, by row number; read with delta-rs and Arrow, without a JVM.
+"""Reads packed token sequences from one version of a Delta table, by row number.
 
 Inputs: the URI of a `packed/<corpus>/<tokenizer>` table (schemas.packed) and a version. Outputs: numpy blocks of
-token_ids (n, L + 1) int32 and target_mask (n, L) uint8. Row numbers are positions in the stored order: files by path,
-row groups in a file, rows in a row group; the manifest's hash names that order. Nothing is written; a retry reads the
-same rows, since a version's files never change. Row groups are decoded when first needed and kept up to a budget.
+token_ids (n, L + 1) int32 and target_mask (n, L) uint8. Row numbers count in the stored order: files sorted by path,
+row groups in a file, rows in a row group; the manifest hash identifies that order. Row groups are decoded when they
+are first needed and cached up to a limit of bytes.
 
-Delta-rs gives the file list alone: its own Arrow readers abort the interpreter at exit (ENGINE.md).
+Uses delta-rs for the file list (miniplm_udf/store/delta_files.py) and pyarrow for the files; needs no JVM. Writes
+nothing. A retry reads the same rows, because the files of a version never change.
 """
 
 import dataclasses
@@ -13,9 +14,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import fsspec
 import numpy as np
@@ -26,6 +25,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.store import delta_files
 
 LOGGER = logging.getLogger("miniplm.trainer.data")
 _CACHE_BYTES = 1 << 30
@@ -33,7 +33,13 @@ _CACHE_BYTES = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:
-    """`miniplm.json` of a tokenizer folder: what the trainer knows of a tokenizer."""
+    """The content of `miniplm.json` in a tokenizer folder.
+
+    Attributes:
+        document_separator, document_separator_id: the token that ends a document, and its id.
+        tokenizer_hash: hash of the tokenizer's files.
+        vocab_size: number of token ids.
+    """
 
     document_separator: str
     document_separator_id: int
@@ -42,10 +48,13 @@ class TokenizerInfo:
 
 
 def read_tokenizer_info(folder_uri: str) -> TokenizerInfo:
-    """Reads `miniplm.json`.
+    """Reads `miniplm.json` of a tokenizer folder.
+
+    Args:
+        folder_uri: URI of the folder.
 
     Raises:
-        CorpusError: the folder was not made yet.
+        CorpusError: the file does not exist: the pack stage has not run.
     """
     raw = storage.read_json(storage.join(folder_uri, "miniplm.json"))
     if raw is None:
@@ -56,42 +65,47 @@ def read_tokenizer_info(folder_uri: str) -> TokenizerInfo:
 
 
 def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
-    """The Delta table at a version (None: the newest).
+    """Opens a Delta table with delta-rs.
+
+    Args:
+        uri: URI of the table.
+        version: Delta version; None opens the newest.
+        made_by: the stage that writes the table, for the error message.
 
     Raises:
-        CorpusError: there is no such table or version; says that the stage `made_by` makes it.
+        CorpusError: the table or version does not exist, or the table has features (deletion vectors, column mapping)
+            that make its files alone unreadable.
     """
     shown = storage.redact(uri)
-    # Our file: URIs are not percent-encoded (as Hadoop's); delta-rs wants them so.
-    location = Path(storage.local_path(uri)).as_uri() if storage.is_local(uri) else uri
     try:
-        return DeltaTable(location, version=version)
+        return delta_files.open_table(uri, version)
     except TableNotFoundError as error:
-        raise CorpusError(f"no Delta table at {shown}: run the {made_by} stage, which makes it") from error
+        raise CorpusError(f"no Delta table at {shown}: run the {made_by} stage, which writes it") from error
     except DeltaError as error:
         at = "" if version is None else f" at version {version}"
         raise CorpusError(f"the Delta table {shown} cannot be read{at}: {error}") from error
 
 
-def file_uris(table: DeltaTable) -> list[str]:
-    """The files of a table, sorted by path; local ones as plain paths (delta-rs gives them percent-encoded)."""
-    return sorted(unquote(uri) if storage.is_local(uri) else uri for uri in table.file_uris())
-
-
 def user_metadata(table: DeltaTable) -> dict[str, Any] | None:
-    """The parsed `userMetadata` of the newest commit that has one, up to the table's version."""
-    # delta-rs lists all commits, and numbers them downwards from the version that is loaded: only right at the newest.
+    """Returns the parsed `userMetadata` of the newest commit that has it, up to the table's version; else None.
+
+    Args:
+        table: the table, loaded at any version.
+    """
+    # delta-rs lists all commits, and numbers them downwards from the loaded version: only right at the newest version.
     newest = DeltaTable(table.table_uri)
     behind = newest.version() - table.version()
     for commit in newest.history()[behind:]:
         if commit.get("userMetadata"):
-            found = json.loads(commit["userMetadata"])
-            return found if isinstance(found, dict) else None
+            metadata = json.loads(commit["userMetadata"])
+            return metadata if isinstance(metadata, dict) else None
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class _RowGroup:
+    """One row group of a Parquet file, by its index in the file."""
+
     path: str
     index: int
     n_rows: int
@@ -101,16 +115,19 @@ class PackedSequences:
     """One version of a packed table.
 
     Args:
-        uri: of the table.
-        version: Delta version; None takes the newest there is now.
-        sequence_length: L, tokens of one input, as the config states it.
-        tokenizer: of the folder that the table must have been packed with.
+        uri: URI of the table.
+        version: Delta version; None takes the newest.
+        sequence_length: L, tokens of one input (`pack.sequence_length`).
+        tokenizer: the tokenizer that the table must have been packed with.
 
     Attributes:
-        uri, version, metadata, n_sequences, manifest_hash.
+        uri, version, sequence_length: as above; `version` is never None.
+        metadata: `userMetadata` of the table, or None.
+        n_sequences: number of rows.
+        manifest_hash: hash of the files, row groups and row counts, 32 hexadecimal digits.
 
     Raises:
-        CorpusError: no table, no rows, or packed with another length or tokenizer.
+        CorpusError: the table is missing or empty, or was packed with another length or tokenizer.
     """
 
     def __init__(
@@ -130,18 +147,21 @@ class PackedSequences:
         self.metadata = user_metadata(table)
         self._vocab_size = tokenizer.vocab_size
         self._check_metadata(tokenizer)
-        self._groups = _row_groups(file_uris(table))
+        self._groups = _row_groups(delta_files.files_of(table, uri))
         self._ends = np.cumsum([group.n_rows for group in self._groups], dtype=np.int64)
         self.n_sequences = int(self._ends[-1]) if self._groups else 0
         if self.n_sequences == 0:
-            raise CorpusError(f"{self.shown} holds no sequences: look at what refine kept, then run the pack stage")
+            raise CorpusError(
+                f"{self.shown} holds no sequences: check what refine kept (`miniplm corpus list`), then run the "
+                "pack stage"
+            )
         self.manifest_hash = _manifest_hash(self._groups)
         self._cache: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def _check_metadata(self, tokenizer: TokenizerInfo) -> None:
         if self.metadata is None:
             LOGGER.warning(
-                "%s has no userMetadata: its lineage is unknown and its tokenizer unchecked",
+                "%s has no userMetadata: its lineage is unknown, and its tokenizer cannot be checked",
                 self.shown,
             )
             return
@@ -150,42 +170,43 @@ class PackedSequences:
             "sequence_length": self.sequence_length,
         }
         for key, value in expected.items():
-            found = self.metadata.get(key)
-            if found is not None and found != value:
+            packed_with = self.metadata.get(key)
+            if packed_with is not None and packed_with != value:
                 raise CorpusError(
-                    f"{self.shown}: expected {key} {value}, found {found} in its metadata: "
-                    "it was packed with another one; run the pack stage again"
+                    f"{self.shown}: expected {key} {value}, found {packed_with} in its metadata: "
+                    "run the pack stage again"
                 )
 
     def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The sequences of these row numbers, in their order.
+        """Reads sequences by row number.
 
         Args:
             rows: int64 of shape (n,), each in 0 .. n_sequences - 1.
 
         Returns:
-            (token_ids (n, L + 1) int32, target_mask (n, L) uint8).
+            (token_ids (n, L + 1) int32, target_mask (n, L) uint8), in the order of `rows`.
 
         Raises:
-            CorpusError: a row is not L + 1 ids long, or an id is outside the vocabulary.
+            CorpusError: a row does not have L + 1 ids, or an id is outside the vocabulary.
         """
         tokens = np.empty((len(rows), self.sequence_length + 1), dtype=np.int32)
         mask = np.empty((len(rows), self.sequence_length), dtype=np.uint8)
         groups = np.searchsorted(self._ends, rows, side="right")
         for group in np.unique(groups):  # each row group is decoded at most once a call
-            chosen = groups == group
-            places = rows[chosen] - (self._ends[group] - self._groups[group].n_rows)
+            in_group = groups == group
+            positions = rows[in_group] - (self._ends[group] - self._groups[group].n_rows)
             group_tokens, group_mask = self._read(int(group))
-            tokens[chosen], mask[chosen] = group_tokens[places], group_mask[places]
+            tokens[in_group], mask[in_group] = group_tokens[positions], group_mask[positions]
         return tokens, mask
 
     def _read(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and masks of a row group, from the cache or the file."""
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        found = self._groups[group]
-        with _open(found.path) as handle:
-            table = pq.ParquetFile(handle).read_row_group(found.index, columns=["token_ids", "target_mask"])
+        row_group = self._groups[group]
+        with _open(row_group.path) as handle:
+            table = pq.ParquetFile(handle).read_row_group(row_group.index, columns=["token_ids", "target_mask"])
         tokens = self._matrix(table["token_ids"], np.dtype("<i4"), self.sequence_length + 1)
         mask = self._matrix(table["target_mask"], np.dtype("u1"), self.sequence_length)
         self._check_ids(tokens)
@@ -195,14 +216,19 @@ class PackedSequences:
         return tokens, mask
 
     def _matrix(self, column: pa.ChunkedArray, dtype: np.dtype, width: int) -> np.ndarray:
+        """A binary column as an array (rows, width).
+
+        Raises:
+            CorpusError: a row has another length.
+        """
         values = column.to_pylist()
         size = width * dtype.itemsize
         wrong = next((value for value in values if value is None or len(value) != size), b"")
         if wrong != b"" or (values and size == 0):
-            found = "null" if wrong is None else f"{len(wrong) // dtype.itemsize}"
+            length = "null" if wrong is None else f"{len(wrong) // dtype.itemsize}"
             raise CorpusError(
                 f"{self.shown}: expected {width} entries a row (pack.sequence_length {self.sequence_length}), "
-                f"found {found}: run the pack stage again"
+                f"found {length}: run the pack stage again"
             )
         return np.frombuffer(b"".join(values), dtype=dtype).reshape(len(values), width)
 
@@ -231,6 +257,6 @@ def _row_groups(paths: list[str]) -> list[_RowGroup]:
 
 
 def _manifest_hash(groups: list[_RowGroup]) -> str:
-    """32 hexadecimal digits of the file names, row groups and row counts, in stored order."""
+    """Hash of the file names, row groups and row counts in stored order, 32 hexadecimal digits."""
     names = [[group.path.rsplit("/", 1)[-1], group.index, group.n_rows] for group in groups]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:32]

@@ -1,8 +1,8 @@
 """Ranks: one process, or several under `torchrun` (gloo on CPUs, nccl on GPUs).
 
-Owns the process group and the choice of device. Reads what torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE): these are the launcher's interface, no configuration of ours. Without torchrun all is rank 0 of 1
-and every collective is the identity.
+Owns the process group and the choice of device. Reads the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
+LOCAL_WORLD_SIZE); they are the launcher's interface and not configuration. Without torchrun the process is rank 0 of 1,
+and every collective returns its argument.
 """
 
 import dataclasses
@@ -18,7 +18,15 @@ import torch.distributed as dist
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process's place. `nodes` is the number of machines."""
+    """The place of this process among all ranks.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        local_rank: number of this process on its machine, from 0.
+        nodes: number of machines.
+        device: where this process computes.
+    """
 
     rank: int = 0
     size: int = 1
@@ -28,17 +36,29 @@ class World:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0, which writes."""
         return self.rank == 0
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks; the same on every rank."""
+        """Adds up a tensor over all ranks.
+
+        Args:
+            value: this rank's tensor, on this rank's device; the same shape on every rank. It stays as it is.
+
+        Returns:
+            The sum, of the same shape, equal on every rank.
+        """
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; a barrier, too."""
+        """Returns rank 0's value on every rank. Every rank waits here for rank 0.
+
+        Args:
+            value: any value that can be pickled; ignored on other ranks than 0.
+        """
         if self.size == 1:
             return value
         box = [value]
@@ -55,10 +75,10 @@ def _device(local_rank: int) -> torch.device:
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """The `World` of this process; joins the group of torchrun, where there is one, and leaves it at the end.
+    """Yields the `World` of this process; under torchrun, joins the process group and leaves it at the end.
 
-    What is built on the group (DistributedDataParallel) has to be let go inside: make it in a function that this block
-    calls. One that outlives the group ends gloo's threads while it holds the GIL that they may wait for, for ever.
+    Create a DistributedDataParallel model in a function that this block calls, so that it is freed before the group
+    ends. If it is freed later, it stops gloo's threads while it holds the GIL that they may wait for: a deadlock.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -77,7 +97,7 @@ def process_group() -> Iterator[World]:
             device=device,
         )
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they would keep it
+        traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
         raise
     finally:
         dist.destroy_process_group()

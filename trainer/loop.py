@@ -1,11 +1,13 @@
-"""The training loop: batches to weights. Torch and numpy alone; knows no table, no disk and no MLflow.
+"""The training loop. Uses only torch and numpy; reads no table, writes no file, does not call MLflow.
 
-Inputs: a model, rows of tokens by number (`Sequences`), a `TrainConfig`. Output: the trained model, in place;
-measures go to two callbacks. One step = one batch of `batch_sequences` over all ranks, in micro-batches whose
-weighted sums add up to the loss of the whole batch, then clip, AdamW, schedule. Weight decay is on all weights, as in
-the official code. Random numbers (dropout) are seeded by (seed, step, rank), the order of rows by (seed, step): the
-state of a run is the weights, the optimiser and the number of steps done, and nothing else. fp32 weights; bf16
-autocast on a GPU with dtype auto.
+Inputs: a model, token sequences by row number (`Sequences`), a `TrainConfig`. Output: the model's weights, changed in
+place; measures go to two callbacks. One step trains on one batch of `batch_sequences` over all ranks, in micro-batches
+whose weighted sums add up to the loss of the whole batch; then it clips the gradient and applies AdamW with the
+schedule's learning rate. Weight decay applies to all weights, as in the official code. Weights are fp32; the forward
+pass is bf16 on a GPU with dtype auto.
+
+Dropout is seeded by (seed, step, rank), and the order of rows by (seed, step). So the state of a run is the weights,
+the optimiser and the number of steps done.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from miniplm_udf.config import TrainConfig
+from miniplm_udf.config.sections import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from trainer.distributed import World
 from trainer.loss import target_nll, target_weights
@@ -28,18 +30,34 @@ from trainer.schedule import learning_rate
 
 
 class Sequences(Protocol):
-    """Token sequences by row number."""
+    """Token sequences of length `sequence_length` (L inputs and as many targets), by row number."""
 
     n_sequences: int
     sequence_length: int
 
     def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(token_ids (n, L + 1) int32, target_mask (n, L) uint8) of these rows."""
+        """Reads sequences.
+
+        Args:
+            rows: numbers of the rows, shape (n,).
+
+        Returns:
+            token_ids (n, L + 1) int32, and target_mask (n, L) uint8.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class StepMeasures:
-    """What one step measured. `loss` in nats; `tokens` are inputs of the whole run so far, resumed steps included."""
+    """The measures of one step.
+
+    Attributes:
+        steps_done: optimiser steps of the whole run so far, including those before a resume.
+        loss: loss of the batch, in nats per token.
+        learning_rate: rate of this step.
+        gradient_norm: norm of the whole gradient before clipping.
+        tokens: input tokens of the whole run so far, including those before a resume.
+        tokens_per_second: mean speed since the run was started or resumed.
+    """
 
     steps_done: int
     loss: float
@@ -50,7 +68,12 @@ class StepMeasures:
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all weights, with decay on all of them."""
+    """Returns AdamW over all weights of the model, with weight decay on all of them.
+
+    Args:
+        model: the model.
+        config: learning rate, betas, epsilon and weight decay.
+    """
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -61,23 +84,23 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    use = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16) if use else contextlib.nullcontext()
+    is_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16) if is_bfloat16 else contextlib.nullcontext()
 
 
 class Loop:
     """Trains one model.
 
     Args:
-        model: on `world.device`; forward takes `input_ids` and gives `.logits`.
-        optimizer: of its weights.
-        sequences: the data.
-        config: optimiser and schedule.
-        separator_id: the document separator, for the official loss.
-        world: this process's place among the ranks.
+        model: a model on `world.device` whose forward pass takes `input_ids` and returns `.logits`.
+        optimizer: the optimiser of the model's weights.
+        sequences: the training data.
+        config: settings of the optimiser and the schedule.
+        separator_id: id of the document separator, for the official loss.
+        world: the place of this process among the ranks.
 
     Raises:
-        ConfigError: fewer sequences in a batch than ranks.
+        ConfigError: a batch has fewer sequences than there are ranks.
     """
 
     def __init__(
@@ -91,7 +114,7 @@ class Loop:
     ):
         if config.batch_sequences < world.size:
             raise ConfigError(
-                f"train.batch_sequences: expected at least one a rank ({world.size}), found {config.batch_sequences}"
+                f"train.batch_sequences: expected at least one per rank ({world.size}), found {config.batch_sequences}"
             )
         self.optimizer, self.sequences, self.config = optimizer, sequences, config
         self.separator_id, self.world = separator_id, world
@@ -103,15 +126,16 @@ class Loop:
         on_step: Callable[[StepMeasures], None],
         on_save: Callable[[StepMeasures], None],
     ) -> None:
-        """Trains from `steps_done` to the end.
+        """Trains from step `steps_done` to the last step of the config.
 
         Args:
-            steps_done: steps that the weights have had already.
-            on_step: called every `log_every_steps` and at the end.
-            on_save: called every `save_every_steps` and at the end.
+            steps_done: optimiser steps that the weights have had.
+            on_step: called every `log_every_steps` steps and after the last step.
+            on_save: called every `save_every_steps` steps and after the last step.
 
         Raises:
             MiniplmError: the loss or the gradient is not finite.
+            CorpusError: a batch has no target.
         """
         self.model.train()
         started, first = time.perf_counter(), steps_done
@@ -121,7 +145,7 @@ class Loop:
             logs = done % self.config.log_every_steps == 0 or done == self.config.steps
             saves = done % self.config.save_every_steps == 0 or done == self.config.steps
             if not (logs or saves):
-                continue  # reading the loss would make the GPU wait
+                continue  # reading the loss makes the CPU wait for the GPU
             loss_value, norm_value = float(self.world.sum(loss)), float(norm)
             self._check_finite(done, loss_value, norm_value)
             tokens_a_step = self.config.batch_sequences * self.sequences.sequence_length
@@ -133,13 +157,16 @@ class Loop:
                 on_save(measures)
 
     def step(self, step: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """One optimiser step.
+        """Does one optimiser step.
 
         Args:
-            step: 0-based.
+            step: number of the step, from 0.
 
         Returns:
-            (learning rate, this rank's part of the loss, norm of the whole gradient before clipping).
+            (learning rate, this rank's part of the loss in nats, norm of the whole gradient before clipping).
+
+        Raises:
+            CorpusError: the batch has no target.
         """
         config, world = self.config, self.world
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)
@@ -165,12 +192,17 @@ class Loop:
         return rate, loss, norm
 
     def _backward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Gradients of the whole batch's loss, of which this rank has `tokens` (B, L + 1); its part of the loss."""
+        """Computes this rank's gradients of the batch's loss; returns this rank's part of the loss.
+
+        Args:
+            tokens: int64 ids of this rank's sequences, (B, L + 1).
+            mask: 1 where a position has a target, (B, L).
+        """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         weights, count = target_weights(inputs, mask, self.separator_id, self.config.loss)
         count = self.world.sum(count)
         if not count > 0:
-            raise CorpusError("a batch holds no target at all: look at target_mask of the packed table")
+            raise CorpusError("a batch has no target: check the column target_mask of the packed table")
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
         starts = range(0, len(tokens), self.config.micro_batch_sequences)
         for start in starts:
@@ -179,12 +211,12 @@ class Loop:
                 with _autocast(self.config, self.world.device):
                     logits = self.model(input_ids=inputs[part]).logits
                 loss = (target_nll(logits, targets[part]) * weights[part]).sum() / count.float()
-                (loss * self.world.size).backward()  # DDP takes the mean over ranks; we want the sum
+                (loss * self.world.size).backward()  # DDP takes the mean over ranks; the batch needs the sum
             total += loss.detach()
         return total
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[object]:
-        """Ranks add up their gradients once a step, in the last micro-batch."""
+        """A context in which ranks add up their gradients only in the last micro-batch of a step."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return typing.cast(contextlib.AbstractContextManager[object], self.model.no_sync())
         return contextlib.nullcontext()
@@ -193,5 +225,5 @@ class Loop:
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise MiniplmError(
                 f"training diverged: at step {steps_done} the loss is {loss} and the gradient norm {norm}: lower "
-                "train.learning_rate or lengthen train.warmup_steps; the last checkpoint is from before"
+                "train.learning_rate or raise train.warmup_steps; the last checkpoint was saved before this step"
             )

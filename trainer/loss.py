@@ -1,22 +1,22 @@
-"""The training loss: per-token negative log-likelihood, and the weights that make a batch's loss out of it.
+"""The training loss: negative log-likelihood per token, and the weights that combine it to the loss of a batch.
 
-Tensor names carry axes: B sequences, T tokens of input, V entries of the vocabulary, N = B * T.
-Inputs: logits_BTV in the forward pass's dtype, targets_BT, mask_BT. Outputs: nats in fp32. Owns no model and no
-reduction over ranks: weights are unnormalised and come with the count that normalises them, so that micro-batches and
-ranks add up to the loss of the whole batch.
+Axes in tensor names: B sequences, T input tokens, V entries of the vocabulary, N = B * T.
+Inputs: logits_BTV in the dtype of the forward pass, targets_BT, mask_BT. Outputs: nats in fp32. The weights are not
+normalised; they come with the count that normalises them. So the sums of micro-batches and ranks add up to the loss of
+the whole batch. Pure functions on the device of their inputs.
 """
 
 from typing import Any, Literal
 
 import torch
 
-_TILE_ENTRIES = 1 << 24  # logits that are in fp32 at one time: 64 MiB
+_TILE_ENTRIES = 1 << 24  # logits that are converted to fp32 at a time: 64 MiB
 
 
 class _TargetNll(torch.autograd.Function):
-    """Cross-entropy that keeps only the logits and a log-sum-exp per token between forward and backward.
+    """Cross-entropy that keeps only the logits and one log-sum-exp per token for the backward pass.
 
-    `F.cross_entropy` keeps a log-softmax as large as the logits, in fp32 even where the logits are bf16.
+    `F.cross_entropy` keeps a log-softmax as large as the logits, in fp32 even if the logits are bf16.
     """
 
     @staticmethod
@@ -41,11 +41,11 @@ class _TargetNll(torch.autograd.Function):
 
 
 def target_nll(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """-log p of each target, in nats.
+    """Computes -log p of each target, in nats.
 
     Args:
         logits_BTV: float32 or bfloat16.
-        targets_BT: int64 ids below V.
+        targets_BT: int64 ids, each below V.
 
     Returns:
         float32 of shape (B, T).
@@ -60,19 +60,20 @@ def target_weights(
     separator_id: int,
     loss: Literal["official", "token_mean"],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights w and a count c such that the loss of a batch is sum(w * nll) / c.
+    """Computes weights w and a count c so that the loss of a batch is sum(w * nll) / c.
 
-    official: the mean per sequence over targets whose input is not the separator, then the mean over sequences; one
-    with no such target (padding only) counts nowhere. token_mean: the mean over all targets.
+    official: the mean over the sequences of each sequence's mean over its targets. Targets whose input is the separator
+    do not count, and a sequence without any other target (only padding) does not count. token_mean: the mean over all
+    targets.
 
     Args:
         inputs_BT: int64 input ids.
-        mask_BT: 1 where the position has a target.
-        separator_id: the document separator.
-        loss: which of the two.
+        mask_BT: 1 where a position has a target.
+        separator_id: id of the document separator.
+        loss: which of the two means.
 
     Returns:
-        (weights_BT float32, count float64 scalar). Counts of parts of a batch add up.
+        (weights_BT float32, count as float64 scalar). The counts of the parts of a batch add up to its count.
 
     Source: the official implementation of arXiv 2410.17215 (mean per instance, separator inputs masked).
     """

@@ -1,7 +1,7 @@
-"""A causal LM with fresh weights from an architecture dict: any `AutoModelForCausalLM` config class.
+"""Builds a causal LM with new weights from an architecture dict, for any config class of `AutoModelForCausalLM`.
 
 Input: `AutoConfig` keywords with `model_type`. Output: a torch module in fp32 on the CPU. Owns the checks (unknown
-model type, unknown key, too small a vocabulary or context) and the defaults that follow from the data: vocabulary and
+model type, unknown key, vocabulary or context too small) and the defaults that come from the data: vocabulary and
 special tokens from the tokenizer, longest input from the packed sequences. Reads and writes no file.
 """
 
@@ -14,20 +14,20 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from miniplm_udf.errors import ConfigError
 
-# Keys that transformers 5 turns into `rope_parameters` of the config.
+# Keys that transformers 5 accepts and moves into `rope_parameters` of the config.
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
 def _config_class(where: str, model_type: Any) -> type[PretrainedConfig]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = list(CONFIG_MAPPING.keys())
-    if model_type not in known:
-        close = difflib.get_close_matches(str(model_type), known, n=1)
+    model_types = list(CONFIG_MAPPING.keys())
+    if model_type not in model_types:
+        close = difflib.get_close_matches(str(model_type), model_types, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else " (llama, qwen2, gpt2, mamba, ...)"
         raise ConfigError(f"{where}.model_type: expected a model type of transformers, found {model_type!r}{hint}")
-    found: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
-    return found
+    config_class: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
+    return config_class
 
 
 def _check_keys(where: str, config_class: type[PretrainedConfig], keys: list[str]) -> None:
@@ -53,17 +53,19 @@ def model_config(
     separator_id: int,
     max_positions: int,
 ) -> PretrainedConfig:
-    """The config of a model to train.
+    """Makes the transformers config of a model to train.
 
     Args:
-        architecture: `AutoConfig` keywords, `model_type` among them.
-        where: the config key of it, for messages.
-        vocab_size: of the tokenizer; a larger `architecture.vocab_size` (a multiple of 64, say) is kept.
-        separator_id: becomes the bos and eos token.
-        max_positions: longest input the model will see, in tokens; the default of `max_position_embeddings`.
+        architecture: `AutoConfig` keywords, with `model_type`.
+        where: config key of the architecture, for messages.
+        vocab_size: number of ids of the tokenizer; a larger `architecture.vocab_size` (a multiple of 64, for example)
+            is kept.
+        separator_id: id of the document separator, which becomes the BOS and EOS token.
+        max_positions: longest input of the model, in tokens; the default of `max_position_embeddings`.
 
     Raises:
-        ConfigError: unknown `model_type` or key, a value of the wrong kind, vocabulary or context too small.
+        ConfigError: `model_type` or a key is unknown, a value has the wrong type, or the vocabulary or context is too
+            small.
     """
     keywords = dict(architecture)
     if "model_type" not in keywords:
@@ -73,7 +75,7 @@ def model_config(
     keywords.setdefault("vocab_size", vocab_size)
     keywords.setdefault("bos_token_id", separator_id)
     keywords.setdefault("eos_token_id", separator_id)
-    # A padding id would freeze that row of the embedding at zero, and we never feed padding that counts.
+    # A padding id would keep its row of the embedding at zero, and padding never counts in the loss.
     keywords.setdefault("pad_token_id", None)
     positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     if hasattr(config_class(), positions) and not {
@@ -83,11 +85,11 @@ def model_config(
         keywords[positions] = max_positions
     try:
         config = config_class(**keywords)
-    except Exception as error:  # strict dataclasses raise huggingface_hub's own errors
-        raise ConfigError(f"{where}: {config_class.__name__} refuses it: {error}") from error
+    except Exception as error:  # config classes raise many error types, also huggingface_hub's own
+        raise ConfigError(f"{where}: {config_class.__name__} refuses these values: {error}") from error
     if config.vocab_size < vocab_size:
         raise ConfigError(
-            f"{where}.vocab_size: expected at least {vocab_size}, the tokenizer's, found {config.vocab_size}"
+            f"{where}.vocab_size: expected at least {vocab_size}, the tokenizer's size, found {config.vocab_size}"
         )
     if getattr(config, "max_position_embeddings", max_positions) < max_positions:
         raise ConfigError(
@@ -98,7 +100,12 @@ def model_config(
 
 
 def build_model(config: PretrainedConfig, *, where: str, seed: int) -> PreTrainedModel:
-    """A model with fresh fp32 weights, a function of `config` and `seed` alone.
+    """Builds a model with new fp32 weights, which depend only on `config` and `seed`.
+
+    Args:
+        config: from `model_config`.
+        where: config key of the architecture, for messages.
+        seed: seed of the weights.
 
     Raises:
         ConfigError: the model type has no causal LM, or its sizes do not fit together.
@@ -108,10 +115,14 @@ def build_model(config: PretrainedConfig, *, where: str, seed: int) -> PreTraine
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
         first_line = str(error).split("\n")[0]
-        raise ConfigError(f"{where}: no causal LM can be built from it: {first_line}") from error
+        raise ConfigError(f"{where}: no causal LM can be built from these values: {first_line}") from error
     return model
 
 
 def n_parameters(model: torch.nn.Module) -> int:
-    """Number of weights; tied ones count once."""
+    """Counts the weights of a model; tied weights count once.
+
+    Args:
+        model: any module.
+    """
     return sum(parameter.numel() for parameter in model.parameters())

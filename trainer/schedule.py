@@ -1,4 +1,4 @@
-"""The learning rate of a step: linear warm-up, then a cosine down to a share of the peak. A pure function.
+"""The learning rate of a step: linear warm-up, then a cosine down to a share of the peak rate. A pure function.
 
 Source: the recipe of arXiv 2410.17215, appendix: 2,000 warm-up steps, cosine to a tenth of the peak rate.
 """
@@ -7,12 +7,12 @@ import math
 
 
 def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, min_ratio: float) -> float:
-    """Rate of the update number `step`.
+    """Returns the learning rate of a step.
 
     Args:
-        step: 0-based; the first update already has a rate above zero, the last warm-up update has the peak.
-        steps: updates in the whole run.
-        warmup_steps: updates of linear warm-up.
+        step: number of the step, from 0. Step 0 already has a rate above zero; the last warm-up step has the peak rate.
+        steps: steps in the whole run.
+        warmup_steps: steps of linear warm-up.
         peak: highest rate.
         min_ratio: rate at the end of the cosine, as a share of `peak`.
     """

@@ -1,17 +1,19 @@
-"""What can be trained: the students of an experiment and its reference, in one shape.
+"""The models that an experiment trains: its students and its reference, both as a `Target`.
 
-Inputs: an `ExperimentConfig` and a name. Output: a `Target` that the trainer needs nothing beside. Reads no file.
+Inputs: an `ExperimentConfig` and a name. Output: a `Target`, which holds everything that the trainer needs from the
+config. Reads no file.
 """
 
 import dataclasses
 import difflib
 from typing import Any
 
-from miniplm_udf.config import ExperimentConfig, TrainConfig, fingerprint
+from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
+from miniplm_udf.config.sections import TrainConfig
 from miniplm_udf.errors import ConfigError
 
-# These change how a run is watched or cut up, not what it computes: a run is resumed, and a finished model kept,
-# when they change. The batch in micro-batches is the same sum (in another order of additions).
+# These keys do not change the result of a training, so a run resumes and a finished model stays when they change.
+# Another micro-batch size adds up the same batch in another order.
 _NOT_IN_FINGERPRINT = (
     "micro_batch_sequences",
     "save_every_steps",
@@ -25,15 +27,15 @@ class Target:
     """One model to train.
 
     Attributes:
-        name: of the model's folder and of its MLflow run.
-        where: the config key that it stands under, for messages.
-        corpus: packed corpus: a refined corpus' name, or `reference`.
-        tokenizer: name behind `models/tokenizer_` and in `packed/<corpus>/`.
+        name: name of the model's folder and of its MLflow run.
+        where: config key of the architecture, for messages.
+        corpus: name of the packed corpus: a refined corpus, or `reference`.
+        tokenizer: name of the tokenizer, as in `models/tokenizer_<tokenizer>` and `packed/<corpus>/<tokenizer>`.
         architecture: `AutoConfig` keywords.
-        train: optimiser and schedule.
+        train: settings of the optimiser and the schedule.
         sequence_length: tokens of one input.
-        max_positions: longest input that the model must take, in training and when it scores.
-        frozen: a finished model stays as it is, whatever the config and the data say.
+        max_positions: longest input of the model in training and scoring, in tokens.
+        frozen: whether a finished model is kept even if the config or the data changes.
     """
 
     name: str
@@ -48,14 +50,16 @@ class Target:
 
     @property
     def packed_table(self) -> str:
+        """Name of the packed table under `tables/`."""
         return f"packed/{self.corpus}/{self.tokenizer}"
 
     @property
     def tokenizer_folder(self) -> str:
+        """Name of the tokenizer's folder under `models/`."""
         return f"tokenizer_{self.tokenizer}"
 
     def config_fingerprint(self) -> str:
-        """Hash of all in the config that the weights depend on."""
+        """Returns a hash of every config value that the weights depend on."""
         train = dataclasses.asdict(self.train)
         for key in _NOT_IN_FINGERPRINT:
             del train[key]
@@ -69,10 +73,14 @@ class Target:
 
 
 def student_target(config: ExperimentConfig, name: str) -> Target:
-    """The student `name`.
+    """Returns the target of the student `name`.
+
+    Args:
+        config: the experiment.
+        name: the student.
 
     Raises:
-        ConfigError: there is no such student.
+        ConfigError: the config has no student of this name.
     """
     if name not in config.students:
         close = difflib.get_close_matches(name, list(config.students), n=1)
@@ -92,10 +100,13 @@ def student_target(config: ExperimentConfig, name: str) -> Target:
 
 
 def reference_target(config: ExperimentConfig) -> Target:
-    """The reference model.
+    """The reference model as a training target: its name, data, tokenizer and training settings.
+
+    Args:
+        config: the experiment.
 
     Raises:
-        ConfigError: the experiment trains none.
+        ConfigError: the config has no section `reference`.
     """
     if config.reference is None:
         raise ConfigError("reference: the config has no such section, so there is no reference to train")
@@ -108,13 +119,17 @@ def reference_target(config: ExperimentConfig) -> Target:
         architecture=reference.architecture,
         train=reference.train,
         sequence_length=config.pack.sequence_length,
-        # It scores with the context that its `models` entry states, which may be longer than what it is trained on.
+        # The reference scores with the `context_tokens` of its `models` entry, which may exceed its training length.
         max_positions=max(config.pack.sequence_length, config.models[reference.alias].context_tokens),
         frozen=True,
     )
 
 
 def all_targets(config: ExperimentConfig) -> list[Target]:
-    """The reference, where there is one, and all students."""
+    """Returns the targets of the reference, if the config trains one, and of all students.
+
+    Args:
+        config: the experiment.
+    """
     first = [reference_target(config)] if config.reference else []
     return first + [student_target(config, name) for name in config.students]

@@ -1,31 +1,47 @@
-"""MLflow: one run a model, with parameters, curves, and the Delta version it was trained on as dataset input.
+"""MLflow tracking: one run per model, with parameters, curves, and the packed table's Delta version as dataset input.
 
-Owns the choice of store (config, else MLFLOW_TRACKING_URI, else SQLite beside the report) and the names of what is
-logged. Runs on rank 0 alone. Needs no JVM: the dataset input is a reference to a table and version, not a read of it.
-A resumed training goes on in its run; a step logged twice has the same value twice. No secret goes in: URIs are
-redacted.
+Owns the connection to the store (from the config, else MLFLOW_TRACKING_URI, else SQLite next to the report) and the
+names of parameters, metrics and tags. Runs on rank 0. Needs no JVM: the dataset input names a table and a version and
+does not read them. A resumed training continues in its run; a step that is logged twice has the same value twice. URIs
+are redacted, so no secret is logged. Tracking never stops the work: a failed call is a warning, and after three
+failures in a row no further call is made. The numbers are in the model folder's JSON files in any case.
 """
 
+import functools
 import json
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from miniplm_udf import storage
-from miniplm_udf.config import ExperimentConfig
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import mlflow_errors
+from trainer.metric_names import safe_names
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
 
+# MLflow's limits: parameters or tags in one call, metrics in one call.
+_PARAMS_A_CALL = 100
+_METRICS_A_CALL = 1000
+# After this many failures in a row no further call is made: each call to an unreachable server waits.
+_FAILURES_IN_A_ROW = 3
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+
 
 def connect(config: ExperimentConfig) -> Any:
-    """Points MLflow at the experiment's store and experiment.
+    """Connects MLflow to the store of the config and selects the experiment; creates the experiment if needed.
+
+    Args:
+        config: the experiment.
 
     Returns:
-        The `mlflow` module, which takes 3 s to import and is therefore imported here.
+        The `mlflow` module. It takes 3 s to import, so it is imported here.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for variable, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_PATIENCE}.items():
+        os.environ.setdefault(variable, value)
     for name in ("alembic", "mlflow", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
@@ -34,7 +50,7 @@ def connect(config: ExperimentConfig) -> Any:
         "alembic",
         "mlflow",
         "mlflow.store.db.utils",
-    ):  # the import sets them anew
+    ):  # the import sets them again
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = config.mlflow_uri()
     if uri.startswith("sqlite:"):
@@ -47,31 +63,107 @@ def connect(config: ExperimentConfig) -> Any:
     return mlflow
 
 
-def _known_run(mlflow: Any, run_id: str | None) -> str | None:
-    """`run_id` where the store has it, undeleted."""
+def _existing_run(mlflow: Any, run_id: str | None) -> str | None:
+    """Returns `run_id` if the store has this run and it is not deleted, else None."""
     if run_id is None:
         return None
     try:
-        found = mlflow.MlflowClient().get_run(run_id)
+        run = mlflow.MlflowClient().get_run(run_id)
     except mlflow.exceptions.MlflowException:
         LOGGER.warning("MLflow run %s is not in this store: a new run is started", run_id)
         return None
-    return run_id if found.info.lifecycle_stage == "active" else None
+    return run_id if run.info.lifecycle_stage == "active" else None
 
 
 class Run:
-    """An open MLflow run."""
+    """An MLflow run. A call that fails logs a warning and raises nothing.
 
-    def __init__(self, mlflow: Any, run_id: str, is_new: bool):
-        self._mlflow, self.run_id, self.is_new = mlflow, run_id, is_new
+    Attributes:
+        name: name of the model.
+        run_id: id of the run, or None if MLflow could not start it.
+        is_new: whether the run was started here; False for a run that continues.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.is_new = name, True
+        self.run_id: str | None = None
+        self._mlflow: Any = None
+        self._failures = 0
+
+    def start(self, config: ExperimentConfig, run_id: str | None) -> None:
+        """Starts a new run, or continues `run_id` if the store has it.
+
+        Args:
+            config: the experiment.
+            run_id: id of the run to continue; None starts a new one.
+        """
+
+        def start() -> None:
+            mlflow = connect(config)
+            existing = _existing_run(mlflow, run_id)
+            active = mlflow.start_run(run_id=existing, run_name=None if existing else self.name)
+            self._mlflow, self.run_id, self.is_new = mlflow, active.info.run_id, existing is None
+
+        self._try("the run cannot be started", start)
+
+    def end(self, status: str) -> None:
+        """Ends the run with an MLflow status: `FINISHED` or `FAILED`.
+
+        Args:
+            status: `FINISHED` or `FAILED`.
+        """
+        if self._mlflow is not None:
+            self._try("the run cannot be ended", lambda: self._mlflow.end_run(status))
+
+    def _try(self, problem: str, call: Callable[[], Any]) -> None:
+        """Calls MLflow and turns a failure into a warning."""
+        if self._failures >= _FAILURES_IN_A_ROW:
+            return
+        try:
+            call()
+        except mlflow_errors() as error:
+            self._failures += 1
+            shown = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
+            LOGGER.warning("%s: MLflow: %s: %s; the work continues", self.name, problem, shown)
+            if self._failures == _FAILURES_IN_A_ROW:
+                LOGGER.warning("%s: MLflow failed %d times in a row: no further calls", self.name, self._failures)
+        else:
+            self._failures = 0
+
+    def _log(self, problem: str, call: Callable[[], Any]) -> None:
+        if self._mlflow is not None:
+            self._try(problem, call)
 
     def log_params(self, params: dict[str, Any]) -> None:
-        """Logs parameters of a new run; those of a run that goes on stay, since MLflow's cannot change."""
+        """Logs the parameters of a new run; nested keys are joined with dots.
+
+        A run that continues keeps its parameters, because MLflow does not let them change.
+
+        Args:
+            params: values by name; a value may be a dictionary of further names.
+        """
+        flat = _flatten(params)
+        names = safe_names(flat)
+        values = {names[key]: value for key, value in flat.items()}
         if self.is_new:
-            self._mlflow.log_params(_flatten(params))
+            for part in _parts(values, _PARAMS_A_CALL):
+                self._log("parameters are not logged", functools.partial(self._params, part))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._mlflow.log_metrics(metrics, step=step)
+        """Logs metric values.
+
+        Args:
+            metrics: value by name.
+            step: optimiser step of the values, for a curve; None for single values.
+        """
+        for part in _parts(metrics, _METRICS_A_CALL):
+            self._log("metrics are not logged", functools.partial(self._metrics, part, step))
+
+    def _params(self, part: dict[str, Any]) -> None:
+        self._mlflow.log_params(part)
+
+    def _metrics(self, part: dict[str, float], step: int | None) -> None:
+        self._mlflow.log_metrics(part, step=step)
 
     def log_table(
         self,
@@ -81,24 +173,28 @@ class Run:
         digest: str,
         metadata: dict[str, Any] | None,
     ) -> None:
-        """The Delta table and version as dataset input, and as tags, with the lineage behind it.
+        """Logs the packed table as dataset input and as tags, and its lineage as the artifact `lineage.json`.
 
         Args:
-            uri: of the table.
-            version: trained on.
-            name: of the dataset: the table's under `tables/`.
-            digest: the manifest's hash.
-            metadata: the table's `userMetadata`.
+            uri: URI of the table.
+            version: Delta version that the model is trained on.
+            name: name of the dataset: the table's name under `tables/`.
+            digest: manifest hash of the version.
+            metadata: `userMetadata` of the table, or None.
         """
-        from mlflow.data.delta_dataset_source import DeltaDatasetSource
-        from mlflow.data.meta_dataset import MetaDataset
-
         shown = storage.redact(uri)
-        source = DeltaDatasetSource(path=shown, delta_table_version=version)
-        dataset = MetaDataset(source=source, name=name, digest=digest)  # type: ignore[abstract,unused-ignore]
-        self._mlflow.log_input(dataset, context="training")
+
+        def log_input() -> None:
+            from mlflow.data.delta_dataset_source import DeltaDatasetSource
+            from mlflow.data.meta_dataset import MetaDataset
+
+            source = DeltaDatasetSource(path=shown, delta_table_version=version)
+            dataset = MetaDataset(source=source, name=name, digest=digest)  # type: ignore[abstract,unused-ignore]
+            self._mlflow.log_input(dataset, context="training")
+
+        self._log("the dataset is not logged", log_input)
         lineage = metadata or {}
-        # DeltaDatasetSource drops version 0 (ENGINE.md), so the version is a tag as well.
+        # DeltaDatasetSource drops version 0, so the version is also a tag.
         tags = {
             "delta_table_uri": shown,
             "delta_table_version": version,
@@ -110,23 +206,43 @@ class Run:
         }
         revisions = _find(lineage.get("refined_metadata"), "model_revisions")
         tags["model_revisions"] = json.dumps(revisions, sort_keys=True) if revisions else None
-        self._mlflow.set_tags({key: str(value) for key, value in tags.items() if value is not None})
-        self._mlflow.log_dict(lineage, "lineage.json")
+        self.set_tags({key: str(value) for key, value in tags.items() if value is not None})
+        self._log("the lineage is not logged", lambda: self._mlflow.log_dict(lineage, "lineage.json"))
 
     def set_tags(self, tags: dict[str, Any]) -> None:
-        self._mlflow.set_tags(tags)
+        """Sets tags of the run.
+
+        Args:
+            tags: values by name.
+        """
+        self._log("tags are not set", lambda: self._mlflow.set_tags(tags))
 
 
 @contextmanager
 def tracked_run(config: ExperimentConfig, name: str, run_id: str | None = None) -> Iterator[Run]:
-    """The run of a model: `run_id` goes on where the store has it, else a new one starts. An error fails it."""
-    mlflow = connect(config)
-    known = _known_run(mlflow, run_id)
-    with mlflow.start_run(run_id=known, run_name=None if known else name) as active:
-        yield Run(mlflow, active.info.run_id, is_new=known is None)
+    """Yields the MLflow run of a model and ends it: as FAILED if the block raises, else as FINISHED.
+
+    Args:
+        config: the experiment, with the store.
+        name: name of the model, which names a new run.
+        run_id: run to continue, if the store has it.
+    """
+    run = Run(name)
+    run.start(config, run_id)
+    try:
+        yield run
+    finally:
+        run.end("FINISHED" if sys.exc_info()[0] is None else "FAILED")
+
+
+def _parts(values: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Splits a dict into dicts of at most `size` entries."""
+    names = list(values)
+    return ({name: values[name] for name in names[i : i + size]} for i in range(0, len(names), size))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict whose keys are joined with dots."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -134,12 +250,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _find(value: Any, key: str) -> Any:
-    """The first value of `key` anywhere inside nested mappings."""
+    """The first value of `key` in nested dicts, searched depth first; None if there is none."""
     if not isinstance(value, dict):
         return None
     if key in value:
         return value[key]
     return next(
-        (found for inner in value.values() if (found := _find(inner, key)) is not None),
+        (match for inner in value.values() if (match := _find(inner, key)) is not None),
         None,
     )

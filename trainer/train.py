@@ -1,17 +1,20 @@
-"""Trains one target: packed table and tokenizer in, a model folder and an MLflow run out.
+"""Trains one model: reads a packed table and a tokenizer, writes a model folder and an MLflow run.
 
-Reads `<root>/tables/packed/<corpus>/<tokenizer>` at its newest version and `<root>/models/tokenizer_<tokenizer>/`;
-writes `<root>/models/<name>/` (config.json, model.safetensors, tokenizer.json, tokenizer_config.json, training.json)
-in one piece at the end, and checkpoints on the way. A finished model of the same config, data and tokenizer is left
-as it is; so is a finished reference, whatever changed. A killed training goes on from its last checkpoint, in the
-same MLflow run; on one process it ends with the same weights, bit for bit, as one that was not killed. Under torchrun
-rank 0 alone writes.
+Reads the newest version of `<root>/tables/packed/<corpus>/<tokenizer>`, and `<root>/models/tokenizer_<tokenizer>/`.
+Writes checkpoints during training, and at the end the whole folder `<root>/models/<name>/` (config.json,
+model.safetensors, tokenizer.json, tokenizer_config.json, training.json). A finished model is skipped while its config,
+data and tokenizer are unchanged; a finished reference is always skipped. A killed training resumes from its last
+checkpoint in the same MLflow run; on one process the weights are then the same, bit for bit, as without the kill.
+Under torchrun only rank 0 writes. A lease makes sure that one process (or one torchrun) trains a model at a time.
 """
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
 import time
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,97 +22,149 @@ import torch
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from miniplm_udf import storage
-from miniplm_udf.config import ExperimentConfig, fingerprint
-from miniplm_udf.errors import ConfigError
+from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
+from miniplm_udf.errors import ConfigError, MiniplmError
+from miniplm_udf.lease import Lease
 from miniplm_udf.progress import progress
-from trainer.checkpoint import Checkpoints, checkpoint_folder
+from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import World, process_group
 from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, model_config, n_parameters
+from trainer.records import TRAINING_FILE, TrainingRecord, TrainResult, read_training
 from trainer.targets import Target
+from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer, read_tokenizer_files
 from trainer.tracking import Run, tracked_run
 
 LOGGER = logging.getLogger("miniplm.trainer.train")
 
+_T = typing.TypeVar("_T")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """What a training starts from."""
+    """The data that a training reads; `fingerprint` is a hash of config, data and tokenizer."""
 
     sequences: PackedSequences
     tokenizer: TokenizerInfo
     fingerprint: str
 
 
-def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) -> dict[str, Any]:
-    """Trains a model, or finds that it is trained.
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """One training and everything that it works on."""
+
+    config: ExperimentConfig
+    target: Target
+    inputs: _Inputs
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints
+
+
+def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) -> TrainResult:
+    """Trains a model, unless it is trained already.
 
     Args:
         config: the experiment.
-        target: from `trainer.targets`.
-        retrain: train even where a finished model stands, from new weights.
+        target: the model, from `trainer.targets`.
+        retrain: train from new weights, even if a finished or frozen model exists.
 
     Returns:
-        The model's `training.json`, with `skipped` telling whether it stood there already.
+        The model's record, and whether the training was skipped.
 
     Raises:
-        ConfigError: the architecture cannot be built.
-        CorpusError: no packed table, an empty one, or one of another tokenizer.
+        ConfigError: the architecture cannot be built, or several nodes train under a root that they do not share.
+        CorpusError: the packed table is missing, empty, or packed with another tokenizer; or another process trains
+            this model; or every checkpoint is damaged.
+        MiniplmError: the loss or the gradient is not finite.
     """
     with process_group() as world:
         if world.nodes > 1 and not storage.is_local(config.root):
             raise ConfigError(
                 "torchrun on several nodes keeps its checkpoints under root, so root must be a path that all mount"
             )
-        # Rank 0 alone looks, lest ranks that look at different moments decide differently.
-        frozen = world.from_first(_frozen(config, target) if world.is_first and not retrain else None)
-        if frozen is not None:
-            return {**frozen, "skipped": True}
-        inputs = _inputs(config, target, world)
-        finished = world.from_first(_finished(config, target, inputs) if world.is_first and not retrain else None)
-        if finished is not None:
-            return {**finished, "skipped": True}
-        return {**_train(config, target, inputs, world, retrain), "skipped": False}
+        with _alone(config, target, world) as lease:
+            # Only rank 0 checks what exists: ranks that check at different moments could decide differently.
+            frozen = world.from_first(_frozen(config, target) if world.is_first and not retrain else None)
+            if frozen is not None:
+                return frozen
+            inputs = _inputs(config, target, world)
+            finished = world.from_first(_finished(config, target, inputs) if world.is_first and not retrain else None)
+            if finished is not None:
+                return finished
+            return TrainResult(target.name, _train(config, target, inputs, world, retrain, lease), skipped=False)
 
 
-def _frozen(config: ExperimentConfig, target: Target) -> dict[str, Any] | None:
-    """`training.json` of a finished model that must not change, or None."""
-    folder = config.model_uri(target.name)
+@contextlib.contextmanager
+def _alone(config: ExperimentConfig, target: Target, world: World) -> Iterator[Lease | None]:
+    """Holds the training's lease on rank 0; yields it there, and None on the other ranks.
+
+    Raises:
+        CorpusError: on every rank, if another process trains this model.
+    """
+    lease = Lease(config.layout.lease(f"train-{target.name}"), target.name, what="training")
+    _first_decides(world, lambda: lease.__enter__() and None)
+    if not world.is_first:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        stack.push(lease)
+        yield lease
+
+
+def _first_decides(world: World, decide: Callable[[], _T]) -> _T:
+    """Calls `decide` on rank 0 only; returns its result, or raises its MiniplmError, on every rank."""
+    result, error = None, None
+    if world.is_first:
+        try:
+            result = decide()
+        except MiniplmError as raised:
+            error = raised
+    result, error = world.from_first((result, error))
+    if error is not None:
+        raise error
+    return typing.cast(_T, result)
+
+
+def _frozen(config: ExperimentConfig, target: Target) -> TrainResult | None:
+    """The result for a finished model that must not change; None if the target is not frozen or not trained."""
+    folder = config.layout.model(target.name)
     if not target.frozen or not storage.exists(storage.join(folder, "config.json")):
         return None
-    training = storage.read_json(storage.join(folder, "training.json")) or {"name": target.name}
-    if training.get("config_fingerprint") != target.config_fingerprint():
+    training = read_training(config, target.name)
+    if training is None or training.config_fingerprint != target.config_fingerprint():
         LOGGER.warning(
-            "%s is frozen at %s although its config has changed since: scores made with it stay comparable; "
-            "--retrain trains it anew, and the corpus is then scored anew",
+            "%s is frozen at %s although its config has changed since: this keeps scores comparable. --retrain trains "
+            "it again; then the corpus has to be scored again",
             target.name,
             storage.redact(folder),
         )
     else:
         LOGGER.info("%s is trained and frozen: %s", target.name, storage.redact(folder))
-    return dict(training)
+    return TrainResult(target.name, training, skipped=True)
 
 
 def _inputs(config: ExperimentConfig, target: Target, world: World) -> _Inputs:
-    """Opens the data; all ranks open the version that rank 0 found newest."""
-    tokenizer = read_tokenizer_info(config.model_uri(target.tokenizer_folder))
-    uri = config.table_uri(target.packed_table)
+    """Opens the tokenizer and the packed table; all ranks open the version that is the newest on rank 0."""
+    tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))
+    uri = config.layout.table(target.packed_table)
     sequences = PackedSequences(uri, None, target.sequence_length, tokenizer)
     version = world.from_first(sequences.version)
     if version != sequences.version:
         sequences = PackedSequences(uri, version, target.sequence_length, tokenizer)
-    # The manifest, not the version: a commit that changes no file (VACUUM's) is no reason to train again.
-    mark = fingerprint(target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash)
-    return _Inputs(sequences, tokenizer, mark)
+    # The manifest instead of the version: a commit that changes no file (by VACUUM) is no reason to train again.
+    inputs_fingerprint = fingerprint(target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash)
+    return _Inputs(sequences, tokenizer, inputs_fingerprint)
 
 
-def _finished(config: ExperimentConfig, target: Target, inputs: _Inputs) -> dict[str, Any] | None:
-    training = storage.read_json(storage.join(config.model_uri(target.name), "training.json"))
-    if training is None or training.get("fingerprint") != inputs.fingerprint:
+def _finished(config: ExperimentConfig, target: Target, inputs: _Inputs) -> TrainResult | None:
+    """The result for a model that is trained with this config on this data, or None."""
+    training = read_training(config, target.name)
+    if training is None or training.fingerprint != inputs.fingerprint:
         return None
-    LOGGER.info("%s is trained on this data with this config: nothing to do", target.name)
-    return dict(training)
+    LOGGER.info("%s is already trained on this data with this config: skipped", target.name)
+    return TrainResult(target.name, training, skipped=True)
 
 
 def _train(
@@ -118,77 +173,74 @@ def _train(
     inputs: _Inputs,
     world: World,
     retrain: bool,
-) -> dict[str, Any]:
-    sequences, separator_id = inputs.sequences, inputs.tokenizer.document_separator_id
+    lease: Lease | None,
+) -> TrainingRecord | None:
+    """Trains the model on this rank. Returns its record on rank 0 (which holds the lease), None on the others."""
+    training = _new_training(config, target, inputs, world)
+    checkpoints, model, optimizer = training.checkpoints, training.model, training.optimizer
+    if retrain and world.is_first:
+        checkpoints.clear()
+    # Only rank 0 chooses the checkpoint: ranks could see a damaged disk differently and start from different steps.
+    step = _first_decides(world, lambda: checkpoints.newest_whole(model, optimizer))
+    state = SavedState(0) if step is None else checkpoints.load(step, model, optimizer)
+    loop = Loop(model, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
+    if lease is None:
+        loop.run(state.steps_done, lambda measures: None, lambda measures: None)
+        return None
+    with tracked_run(config, target.name, checkpoints.run_id()) as run:
+        if run.run_id is not None:
+            checkpoints.set_run_id(run.run_id)
+        _log_start(training, run)
+        state = _run_first(training, loop, state, run, lease)
+        files = read_tokenizer_files(config.layout.model(target.tokenizer_folder))
+        record = _record(training, files, run, state)
+        _save_model(training, files, record)
+        metrics = {"seconds": record.seconds, "final_loss": record.final_loss}
+        run.log_metrics({name: value for name, value in metrics.items() if value is not None})
+    return record
+
+
+def _new_training(config: ExperimentConfig, target: Target, inputs: _Inputs, world: World) -> _Training:
+    """The model with new weights on this rank's device, its optimiser and its checkpoints."""
     architecture = model_config(
         target.architecture,
         where=target.where,
         vocab_size=inputs.tokenizer.vocab_size,
-        separator_id=separator_id,
+        separator_id=inputs.tokenizer.document_separator_id,
         max_positions=target.max_positions,
     )
-    # The cache of keys and values serves generation alone; it is switched on again in what is saved.
+    # The cache of keys and values is for generation only; the saved config switches it on again.
     if hasattr(architecture, "use_cache"):
         architecture.use_cache = False
     model: torch.nn.Module = build_model(architecture, where=target.where, seed=target.train.seed)
     model.to(world.device)
     optimizer = make_optimizer(model, target.train)
-    folder = checkpoint_folder(config.checkpoint_uri(f"train/{target.name}"))
+    folder = checkpoint_folder(config.layout.checkpoint(f"train/{target.name}"))
     checkpoints = Checkpoints(folder, inputs.fingerprint, target.train.keep_checkpoints)
-    if retrain and world.is_first:
-        checkpoints.clear()
-    world.from_first(None)  # no rank looks for checkpoints before they are gone
-    state = checkpoints.load(model, optimizer) or {
-        "steps_done": 0,
-        "seconds": 0.0,
-        "loss": None,
-    }
-    loop = Loop(model, optimizer, sequences, target.train, separator_id, world)
-    if not world.is_first:
-        loop.run(state["steps_done"], lambda measures: None, lambda measures: None)
-        return {}
-    with tracked_run(config, target.name, checkpoints.run_id()) as run:
-        checkpoints.set_run_id(run.run_id)
-        _log_start(run, target, inputs, model)
-        state = _run_first(loop, state, checkpoints, model, optimizer, run, target)
-        training = _training_record(target, inputs, model, run, state)
-        _save_model(config, target, model, training)
-        run.log_metrics({"seconds": training["seconds"], "final_loss": training["final_loss"]})
-    return training
+    return _Training(config, target, inputs, model, optimizer, checkpoints)
 
 
-def _run_first(
-    loop: Loop,
-    state: dict[str, Any],
-    checkpoints: Checkpoints,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: Run,
-    target: Target,
-) -> dict[str, Any]:
-    """The loop on rank 0, with its curve, checkpoints and progress; returns the last state."""
-    started, before = time.perf_counter(), float(state["seconds"])
-    with progress(
-        f"train {target.name}",
-        total=target.train.steps - state["steps_done"],
-        unit="step",
-    ) as shown:
+def _run_first(training: _Training, loop: Loop, state: SavedState, run: Run, lease: Lease) -> SavedState:
+    """Runs the loop on rank 0 with metrics, checkpoints and a progress bar; returns the last saved state."""
+    target, latest, started = training.target, state, time.perf_counter()
+    with progress(f"train {target.name}", total=target.train.steps - state.steps_done, unit="step") as bar:
 
         def on_step(measures: StepMeasures) -> None:
             run.log_metrics(_metrics(measures), step=measures.steps_done)
-            advanced = measures.steps_done - state["steps_done"] - shown.done
-            shown.update(
-                advanced,
+            bar.update(
+                measures.steps_done - state.steps_done - bar.done,
                 loss=f"{measures.loss:.4f}",
                 tokens_per_second=f"{measures.tokens_per_second:,.0f}",
             )
 
         def on_save(measures: StepMeasures) -> None:
-            latest.update(loss=measures.loss, seconds=before + time.perf_counter() - started)
-            checkpoints.save(measures.steps_done, model, optimizer, latest)
+            nonlocal latest
+            lease.check()
+            seconds = state.seconds + time.perf_counter() - started
+            latest = SavedState(measures.steps_done, seconds=seconds, loss=measures.loss)
+            training.checkpoints.save(latest, training.model, training.optimizer)
 
-        latest = {"loss": state["loss"], "seconds": before}
-        loop.run(state["steps_done"], on_step, on_save)
+        loop.run(state.steps_done, on_step, on_save)
     return latest
 
 
@@ -202,7 +254,9 @@ def _metrics(measures: StepMeasures) -> dict[str, float]:
     }
 
 
-def _log_start(run: Run, target: Target, inputs: _Inputs, model: torch.nn.Module) -> None:
+def _log_start(training: _Training, run: Run) -> None:
+    """Logs parameters, tags and, for a new run, the packed table as dataset input."""
+    target, inputs, sequences = training.target, training.inputs, training.inputs.sequences
     run.log_params(
         {
             "train": dataclasses.asdict(target.train),
@@ -211,95 +265,92 @@ def _log_start(run: Run, target: Target, inputs: _Inputs, model: torch.nn.Module
             "tokenizer": target.tokenizer,
             "vocab_size": inputs.tokenizer.vocab_size,
             "sequence_length": target.sequence_length,
-            "n_parameters": n_parameters(model),
-            "packed_sequences": inputs.sequences.n_sequences,
+            "n_parameters": n_parameters(training.model),
+            "packed_sequences": sequences.n_sequences,
         }
     )
-    sequences = inputs.sequences
     if run.is_new:
         table, digest = target.packed_table, sequences.manifest_hash
         run.log_table(sequences.uri, sequences.version, table, digest, sequences.metadata)
-    run.set_tags(
-        {
-            "fingerprint": inputs.fingerprint,
-            "tokenizer": target.tokenizer,
-            "stage": "train",
-        }
+    run.set_tags({"fingerprint": inputs.fingerprint, "tokenizer": target.tokenizer, "stage": "train"})
+
+
+def _record(training: _Training, files: TokenizerFiles, run: Run, state: SavedState) -> TrainingRecord:
+    """The content of `training.json` at the end of a training."""
+    target, inputs, sequences = training.target, training.inputs, training.inputs.sequences
+    n_sequences = target.train.steps * target.train.batch_sequences
+    return TrainingRecord(
+        name=target.name,
+        run_id=run.run_id,
+        steps=target.train.steps,
+        sequences=n_sequences,
+        tokens=n_sequences * target.sequence_length,
+        epochs=n_sequences / sequences.n_sequences,
+        sequence_length=target.sequence_length,
+        seconds=round(state.seconds, 3),
+        final_loss=state.loss,
+        n_parameters=n_parameters(training.model),
+        tokenizer=target.tokenizer,
+        packed_uri=storage.redact(sequences.uri),
+        packed_version=sequences.version,
+        manifest_hash=sequences.manifest_hash,
+        fingerprint=inputs.fingerprint,
+        config_fingerprint=target.config_fingerprint(),
+        lineage=sequences.metadata,
+        tokenizer_hash=files.packed_hash,
+        tokenizer_file_hash=files.saved_hash,
     )
 
 
-def _training_record(
-    target: Target,
-    inputs: _Inputs,
-    model: torch.nn.Module,
-    run: Run,
-    state: dict[str, Any],
-) -> dict[str, Any]:
-    n_sequences = target.train.steps * target.train.batch_sequences
-    return {
-        "name": target.name,
-        "run_id": run.run_id,
-        "steps": target.train.steps,
-        "sequences": n_sequences,
-        "tokens": n_sequences * target.sequence_length,
-        "epochs": n_sequences / inputs.sequences.n_sequences,
-        "sequence_length": target.sequence_length,
-        "seconds": round(state["seconds"], 3),
-        "final_loss": state["loss"],
-        "n_parameters": n_parameters(model),
-        "tokenizer": target.tokenizer,
-        "packed_uri": storage.redact(inputs.sequences.uri),
-        "packed_version": inputs.sequences.version,
-        "manifest_hash": inputs.sequences.manifest_hash,
-        "fingerprint": inputs.fingerprint,
-        "config_fingerprint": target.config_fingerprint(),
-        "lineage": inputs.sequences.metadata,
-    }
-
-
-def _save_model(config: ExperimentConfig, target: Target, model: Any, training: dict[str, Any]) -> None:
-    """Puts the model's folder in place, whole."""
-    tokenizer_uri = config.model_uri(target.tokenizer_folder)
+def _save_model(training: _Training, files: TokenizerFiles, record: TrainingRecord) -> None:
+    """Writes the model folder in a temporary place, then uploads it to its own place."""
+    layout, target, model = training.config.layout, training.target, typing.cast(Any, training.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = True
-        disable_progress_bar()  # of transformers, which knows nothing of terminals
-        model.save_pretrained(folder, max_shard_size="1TB")  # one file, as the readers of the folder expect
+        disable_progress_bar()  # transformers draws its bar even if stderr is not a terminal
+        model.save_pretrained(folder, max_shard_size="1TB")  # one file: readers of the folder expect one
         enable_progress_bar()
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            text = storage.read_text(storage.join(tokenizer_uri, file))
-            (folder / file).write_text(text, encoding="utf-8", newline="")
-        storage.write_json(str(folder / "training.json"), training)
-        storage.upload_folder(folder, config.model_uri(target.name))
-    LOGGER.info("%s: %s", target.name, storage.redact(config.model_uri(target.name)))
+        files.write(folder)
+        storage.write_json(str(folder / TRAINING_FILE), dataclasses.asdict(record))
+        storage.upload_folder(folder, layout.model(target.name))
+        LOGGER.info("%s: %s", target.name, storage.redact(layout.model(target.name)))
+        # This check comes last, so that the model is in its place even if transformers raises.
+        check_auto_tokenizer(folder, target.name)
 
 
 def plan(config: ExperimentConfig, target: Target) -> dict[str, Any]:
-    """What `train` would do, from the config and what already exists; trains and writes nothing.
+    """Returns the plan of `train` for a dry run. Trains and writes nothing.
+
+    Args:
+        config: the experiment.
+        target: the model, from `trainer.targets`.
+
+    Returns:
+        What is read and written, the sizes (sequences, tokens, number of weights) and a `status`.
 
     Raises:
         ConfigError: the architecture cannot be built.
-        CorpusError: the packed table is there, and does not fit.
+        CorpusError: the packed table exists, but cannot be trained on.
     """
     sequences = target.train.steps * target.train.batch_sequences
     facts: dict[str, Any] = {
         "name": target.name,
         "reads": [
-            storage.redact(config.table_uri(target.packed_table)),
-            storage.redact(config.model_uri(target.tokenizer_folder)),
+            storage.redact(config.layout.table(target.packed_table)),
+            storage.redact(config.layout.model(target.tokenizer_folder)),
         ],
-        "writes": storage.redact(config.model_uri(target.name)),
+        "writes": storage.redact(config.layout.model(target.name)),
         "architecture": target.architecture,
         "train": dataclasses.asdict(target.train),
         "sequence_length": target.sequence_length,
         "sequences": sequences,
         "tokens": sequences * target.sequence_length,
     }
-    info = storage.exists(storage.join(config.model_uri(target.tokenizer_folder), "miniplm.json"))
-    if not info:
+    if not storage.exists(config.layout.model(target.tokenizer_folder, "miniplm.json")):
         return {**facts, "status": "waits for the pack stage"}
-    tokenizer = read_tokenizer_info(config.model_uri(target.tokenizer_folder))
+    tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))
     architecture = model_config(
         target.architecture,
         where=target.where,
@@ -309,13 +360,14 @@ def plan(config: ExperimentConfig, target: Target) -> dict[str, Any]:
     )
     with torch.device("meta"):
         facts["n_parameters"] = n_parameters(build_model(architecture, where=target.where, seed=0))
-    done = storage.read_json(storage.join(config.model_uri(target.name), "training.json"))
-    if done is None:
-        return {**facts, "status": "to train"}
+    return {**facts, "status": _status(config, target)}
+
+
+def _status(config: ExperimentConfig, target: Target) -> str:
+    """Whether `train` would train the model."""
+    training = read_training(config, target.name)
+    if training is None:
+        return "to train"
     if target.frozen:
-        return {**facts, "status": "trained and frozen"}
-    inputs = _inputs(config, target, World())
-    return {
-        **facts,
-        "status": "trained" if done.get("fingerprint") == inputs.fingerprint else "to train anew",
-    }
+        return "trained and frozen"
+    return "trained" if training.fingerprint == _inputs(config, target, World()).fingerprint else "to train again"

@@ -1,1 +1,1 @@
-"""What a text says of itself beside its scores: copies, benchmark text, language, quality; columns, no judgement."""
+"""Columns about a text besides its scores: duplicates, contamination, language, quality. They decide nothing."""

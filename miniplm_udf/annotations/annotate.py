@@ -1,32 +1,35 @@
-"""Annotation: columns of the pool's texts for refinement to use, in the table `annotations`. Driver only, no torch.
+"""Annotation: columns about the pool's texts, for refinement, in the table `annotations`. Driver only, no torch.
 
     instances (split = pool) not annotated yet -> columns of the groups in `annotate` -> annotations, in one commit
 
-Owns which rows are new, and the commit; each group of columns is its module's. Where the section `annotate` or the
-evaluation files have changed, the table is made anew: its rows say what they were made by. Otherwise rows that are
-there stay as they are and new ones are added; where none is new, nothing is written. A kill before the
-commit loses the run's work and no row, and the next run does it again. One driver annotates at a time (its lease).
+Owns which rows are new, and the commit; each group of columns has its own module. If the section `annotate` or the
+evaluation files have changed, all rows are made again: each row records its settings (`annotated_by`). Otherwise
+existing rows stay and new ones are added; if none is new, nothing is written. A kill before the commit loses the work
+of the run and no row, and the next run does it again. One driver annotates at a time (its lease).
 """
 
+import dataclasses
 import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import corpora, schemas, tables
+from miniplm_udf import schemas
 from miniplm_udf.annotations import contamination, duplicates, language, packages, quality
-from miniplm_udf.annotations.contamination import Evaluation
+from miniplm_udf.annotations.contamination import EvaluationCounts, EvaluationNgrams
 from miniplm_udf.annotations.words import n_ngrams, words
-from miniplm_udf.config import AnnotateConfig, ExperimentConfig, to_dict
+from miniplm_udf.config.annotate import AnnotateConfig
+from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.streams.lease import Lease, lease_uri
+from miniplm_udf.lease import Lease
+from miniplm_udf.store import corpus_records, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 LOGGER = logging.getLogger("miniplm.annotate")
 
-# Raise it where a text would get other columns than before.
-_RULES_VERSION = 1
+# Raise it when a change of the code gives a text other values than before.
+_RULES_VERSION = 2
 _N_LANGUAGES = 10
 _COUNTED = {
     "duplicates": "duplicate_of is not null",
@@ -35,118 +38,160 @@ _COUNTED = {
 }
 
 
-def annotate(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
-    """Annotates the pool's instances that are not annotated yet.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnnotationSummary:
+    """The state of `annotations` after a run.
+
+    Attributes:
+        path: URI of the table.
+        version: its newest version that changed rows.
+        new_annotated: rows that this run added.
+        annotated: rows in all.
+        duplicates, near_duplicates, contamination: rows with a finding; None if the config has no such group.
+        languages: rows of the most frequent languages, by code; None if the config has no such group.
+        evaluation: the evaluation files; None without the group contamination.
+    """
+
+    path: str
+    version: int
+    new_annotated: int
+    annotated: int
+    duplicates: int | None = None
+    near_duplicates: int | None = None
+    contamination: int | None = None
+    languages: dict[str, int] | None = None
+    evaluation: EvaluationCounts | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the groups that the config does not have."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def annotate(spark: "SparkSession", config: ExperimentConfig) -> AnnotationSummary:
+    """Annotates the instances of the pool that are not annotated yet.
+
+    Args:
+        spark: any session.
+        config: the experiment, with a section `annotate`.
 
     Returns:
-        path, version, `annotated` (rows in all), `new_annotated`, and of the groups that there are: rows with a finding
-        (`duplicates`, `near_duplicates`, `contamination`), `languages` (rows of the commonest), `evaluation` (n-grams,
-        records, and those too short for one).
+        Counts of the table.
 
     Raises:
-        ConfigError: the config has no section `annotate`; executors lack a package; evaluation files are not there.
+        ConfigError: the config has no section `annotate`; executors lack a package; evaluation files do not exist.
         CorpusError: there are no instances to annotate.
     """
     if config.annotate is None:
-        raise ConfigError("annotate: expected a section of that name in the config, found none; docs/annotations.md")
-    with Lease(lease_uri(config.root, schemas.ANNOTATIONS), "annotate", waits=True):
+        raise ConfigError(
+            "annotate: expected a section with this name in the config, found none; docs/annotations.md explains it"
+        )
+    with Lease(config.layout.lease(schemas.ANNOTATIONS), "annotate", waits=True):
         return _Annotation(spark, config, config.annotate).run()
 
 
 class _Annotation:
-    """One run, with the lease held."""
+    """One run. The caller holds the lease."""
 
     def __init__(self, spark: "SparkSession", config: ExperimentConfig, settings: AnnotateConfig) -> None:
         self._spark, self._settings = spark, settings
-        self._uri = config.table_uri(schemas.ANNOTATIONS)
+        self._uri = config.layout.table(schemas.ANNOTATIONS)
         self._table = schemas.annotations(settings.groups)
-        instances_uri = config.table_uri("instances")
+        instances_uri = config.layout.table("instances")
         self._instances_version = tables.version(spark, instances_uri)
         self._pool = tables.read(spark, instances_uri, self._instances_version).where("split = 'pool'")
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> AnnotationSummary:
         versions = packages.on_executors(self._spark, self._settings.groups)
         evaluation = self._evaluation()
         try:
-            n_new = self._write(evaluation, self._mark(evaluation, versions))
+            n_new = self._write(evaluation, self._settings_json(evaluation, versions))
         finally:
             if evaluation is not None:
                 evaluation.ngrams.unpersist()
-        found = self._summary(evaluation, n_new)
-        LOGGER.info("annotate: %d of %d instances were new", n_new, found["annotated"])
-        return found
+        summary = self._summary(evaluation, n_new)
+        LOGGER.info("annotate: %d of %d instances were new", n_new, summary.annotated)
+        return summary
 
-    def _evaluation(self) -> Evaluation | None:
-        given = self._settings.contamination
-        if given is None:
+    def _evaluation(self) -> EvaluationNgrams | None:
+        settings = self._settings.contamination
+        if settings is None:
             return None
-        found = contamination.load(self._spark, given)
-        if found.n_short:
+        evaluation = contamination.load(self._spark, settings)
+        if evaluation.n_short:
             LOGGER.warning(
-                "annotate: %d of %d evaluation records have no text of %d words, and cannot be found",
-                found.n_short, found.n_records, given.ngram_words,
+                "annotate: %d of %d evaluation records have no text of %d words, so they cannot be found in instances",
+                evaluation.n_short, evaluation.n_records, settings.ngram_words,
             )  # fmt: skip
-        return found
+        return evaluation
 
-    def _write(self, evaluation: Evaluation | None, mark: str) -> int:
+    def _write(self, evaluation: EvaluationNgrams | None, settings_json: str) -> int:
         """Commits the rows that are new; returns their number."""
-        newest = corpora.newest(self._spark, self._uri)
-        known = self._known(newest, mark)
-        new, kept = self._pool, []
+        newest = corpus_records.newest(self._spark, self._uri)
+        existing = self._existing_rows(newest, settings_json)
+        new, persisted = self._pool, []
         try:
-            if known is not None:
-                kept.append(tables.missing_from(self._pool.select("instance_id"), known).persist())
-                new = self._pool.join(kept[0], "instance_id", "left_semi")
-            n_new = (kept[0] if kept else new).count()
+            if existing is not None:
+                persisted.append(tables.missing_from(self._pool.select("instance_id"), existing).persist())
+                new = self._pool.join(persisted[0], "instance_id", "left_semi")
+            n_new = (persisted[0] if persisted else new).count()
             if n_new:
-                rows = self._annotated(new, known, evaluation, mark, kept)
+                rows = self._annotated(new, existing, evaluation, settings_json, persisted)
                 metadata = {"annotate": to_dict(self._settings), "instances_version": self._instances_version}
-                corpora.commit(rows, self._uri, self._table, metadata, newest, replaces=known is None)
+                corpus_records.commit(rows, self._uri, self._table, metadata, newest, replaces=existing is None)
         finally:
-            for frame in kept:
+            for frame in persisted:
                 frame.unpersist()
-        if not n_new and known is None:
-            raise CorpusError("instances: expected some of the split `pool` to annotate, found none")
+        if not n_new and existing is None:
+            raise CorpusError(
+                "instances: expected instances of the split `pool` to annotate, found none; check ingest.split, and "
+                "run `miniplm ingest`"
+            )
         return n_new
 
-    def _mark(self, evaluation: Evaluation | None, versions: dict[str, str]) -> str:
-        """What the columns of a text depend on, beside the text: not what the evaluation files are called."""
+    def _settings_json(self, evaluation: EvaluationNgrams | None, versions: dict[str, str]) -> str:
+        """Everything but the text that its columns depend on; the names of evaluation files do not count."""
         plain = {group: value for group, value in to_dict(self._settings).items() if value}
         if evaluation is not None:
             plain["contamination"] = {**plain["contamination"], "files": evaluation.fingerprint}
         return json.dumps({**plain, "packages": versions, "rules_version": _RULES_VERSION}, sort_keys=True)
 
-    def _known(self, newest: corpora.Newest | None, mark: str) -> "DataFrame | None":
-        """The rows that stay; None where the table is to be made anew."""
+    def _existing_rows(self, newest: corpus_records.Newest | None, settings_json: str) -> "DataFrame | None":
+        """The rows that stay; None if all rows have to be made."""
         if newest is None:
             return None
-        found = tables.read(self._spark, self._uri, newest.base)
-        has_columns = found.columns == self._table.column_names
-        marks = [row[0] for row in found.select("annotated_by").limit(1).collect()] if has_columns else []
-        if marks == [mark]:
-            return found
-        LOGGER.info("annotate: the section or an evaluation file has changed, or no row is left: all are made anew")
+        rows = tables.read(self._spark, self._uri, newest.base)
+        has_columns = rows.columns == self._table.column_names
+        recorded = [row[0] for row in rows.select("annotated_by").limit(1).collect()] if has_columns else []
+        if recorded == [settings_json]:
+            return rows
+        LOGGER.info(
+            "annotate: the section, an evaluation file or a rule has changed, or the table is empty: all rows are made "
+            "again"
+        )
         return None
 
     def _annotated(
-        self, new: "DataFrame", known: "DataFrame | None", evaluation: Evaluation | None, mark: str,
-        kept: "list[DataFrame]",
+        self, new: "DataFrame", existing: "DataFrame | None", evaluation: EvaluationNgrams | None, settings_json: str,
+        persisted: "list[DataFrame]",
     ) -> "DataFrame":  # fmt: skip
-        """The new rows with all columns. What takes a pass over the texts is kept: it is read more than once."""
+        """The new rows with all columns.
+
+        Results of a pass over the texts are read more than once, so they are stored and added to `persisted`.
+        """
         from pyspark import StorageLevel
         from pyspark.sql import functions as F
 
         settings = self._settings
         by_text = self._by_text(new).persist(StorageLevel.DISK_ONLY)
-        kept.append(by_text)
+        persisted.append(by_text)
         rows = duplicates.with_duplicates(by_text, self._pool) if settings.duplicates else by_text
         if settings.near_duplicates is not None:
             columns = ["instance_id", "ingested_at", duplicates.BUCKETS]
-            old = None if known is None else known.select(*columns)
+            old = None if existing is None else existing.select(*columns)
             pairs = duplicates.pairs(by_text.select(*columns), old).persist(StorageLevel.DISK_ONLY)
-            kept.append(pairs)
-            sets = duplicates.shingled(pairs, self._pool, settings.near_duplicates).persist(StorageLevel.DISK_ONLY)
-            kept.append(sets)
+            persisted.append(pairs)
+            sets = duplicates.shingle_sets(pairs, self._pool, settings.near_duplicates).persist(StorageLevel.DISK_ONLY)
+            persisted.append(sets)
             near = duplicates.nearest(pairs, sets, settings.near_duplicates.threshold)
             rows = rows.join(near, "instance_id", "left")
         if settings.contamination is not None and evaluation is not None:
@@ -154,10 +199,10 @@ class _Annotation:
             n_shared = F.coalesce("contaminated_ngrams", F.lit(0).cast("bigint"))
             rows = rows.join(shared, "instance_id", "left").withColumn("contaminated_ngrams", n_shared)
             rows = rows.withColumn("contaminated_share", F.try_divide("contaminated_ngrams", "_n_ngrams"))
-        return rows.withColumn("annotated_by", F.lit(mark)).select(*self._table.column_names)
+        return rows.withColumn("annotated_by", F.lit(settings_json)).select(*self._table.column_names)
 
     def _by_text(self, new: "DataFrame") -> "DataFrame":
-        """What a text alone says."""
+        """The columns that depend on nothing but the text."""
         settings = self._settings
         rows = new.select("instance_id", "ingested_at", "content_hash", "text")
         if settings.quality:
@@ -170,20 +215,24 @@ class _Annotation:
             rows = rows.withColumn("_n_ngrams", n_ngrams(words("text"), settings.contamination.ngram_words))
         return rows.drop("text")
 
-    def _summary(self, evaluation: Evaluation | None, n_new: int) -> dict[str, Any]:
+    def _summary(self, evaluation: EvaluationNgrams | None, n_new: int) -> AnnotationSummary:
         from pyspark.sql import functions as F
 
-        newest = corpora.newest(self._spark, self._uri)
+        newest = corpus_records.newest(self._spark, self._uri)
         assert newest is not None
         rows = tables.read(self._spark, self._uri)
-        counted = {group: text for group, text in _COUNTED.items() if group in self._settings.groups}
-        counts = [F.count_if(F.expr(text)).alias(group) for group, text in counted.items()]
-        found = rows.agg(F.count("*").alias("annotated"), *counts).collect()[0].asDict()
+        conditions = {group: text for group, text in _COUNTED.items() if group in self._settings.groups}
+        sums = [F.count_if(F.expr(text)).alias(group) for group, text in conditions.items()]
+        counts = rows.agg(F.count("*").alias("annotated"), *sums).collect()[0].asDict()
+        languages = None
         if self._settings.language:
             by_language = rows.groupBy("language").count().orderBy(F.desc("count"), "language")
-            found["languages"] = {row[0]: row[1] for row in by_language.limit(_N_LANGUAGES).collect()}
-        if evaluation is not None:
-            found["evaluation"] = {
-                "ngrams": evaluation.n_ngrams, "records": evaluation.n_records, "short_records": evaluation.n_short,
-            }  # fmt: skip
-        return {"path": self._uri, "version": newest.version, "new_annotated": n_new, **found}
+            languages = {row[0]: row[1] for row in by_language.limit(_N_LANGUAGES).collect()}
+        return AnnotationSummary(
+            path=self._uri,
+            version=newest.version,
+            new_annotated=n_new,
+            **counts,
+            languages=languages,
+            evaluation=None if evaluation is None else evaluation.counts(),
+        )

@@ -1,7 +1,7 @@
-"""The language of a text, by py3langid (its model comes in the package), on executors.
+"""The language of a text, by py3langid, whose package contains its model. Runs on executors.
 
-Input: a frame with `text`; output: `language` (an ISO 639 code) and `language_confidence` (of 0 to 1, the package's
-own) beside. A Python worker loads the model once.
+Input: a frame with `text`; output: the frame with `language` (ISO 639 code) and `language_confidence` (0 to 1, from
+py3langid). A Python worker loads the model once.
 Source: Lui and Baldwin, langid.py, ACL 2012.
 """
 
@@ -14,27 +14,38 @@ if TYPE_CHECKING:
 
 
 def with_language(rows: "DataFrame") -> "DataFrame":
-    """The rows with the languages of their texts."""
+    """Adds `language` and `language_confidence` of the column `text`.
+
+    Args:
+        rows: a frame with `text`.
+    """
     from pyspark.sql import functions as F
     from pyspark.sql.functions import ArrowUDFType, arrow_udf
 
     ddl = "struct<language: string, language_confidence: double>"
-    found = arrow_udf(languages, ddl, ArrowUDFType.SCALAR)(F.col("text"))
-    named = rows.withColumn("_found", found)
-    return named.withColumns({name: F.col(f"_found.{name}") for name in ("language", "language_confidence")}).drop(
-        "_found"
+    identified = arrow_udf(languages, ddl, ArrowUDFType.SCALAR)(F.col("text"))
+    named = rows.withColumn("_identified", identified)
+    return named.withColumns({name: F.col(f"_identified.{name}") for name in ("language", "language_confidence")}).drop(
+        "_identified"
     )
 
 
 def languages(texts: "pa.Array") -> "pa.Array":
-    """Language and confidence of each text."""
+    """Identifies the language of each text.
+
+    Args:
+        texts: string array.
+
+    Returns:
+        struct<language: string, language_confidence: double>, one per text.
+    """
     import pyarrow as pa
 
     identifier = _identifier()
-    found = [identifier.classify(text) for text in texts.to_pylist()]
+    results = [identifier.classify(text) for text in texts.to_pylist()]
     columns = [
-        pa.array([language for language, _ in found], pa.string()),
-        pa.array([float(confidence) for _, confidence in found], pa.float64()),
+        pa.array([language for language, _ in results], pa.string()),
+        pa.array([float(confidence) for _, confidence in results], pa.float64()),
     ]
     return pa.StructArray.from_arrays(columns, names=["language", "language_confidence"])
 

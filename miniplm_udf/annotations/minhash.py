@@ -1,12 +1,12 @@
-"""Buckets that similar sets share: datasketch's MinHash, cut into bands. On executors; no Spark.
+"""Buckets that similar sets share: datasketch's MinHash, cut into bands. Runs on executors; no Spark.
 
     a set S, hash functions h_1..h_K -> signature m_i = min over x in S of h_i(x);  P(m_i(A) = m_i(B)) = J(A, B)
-    b bands of r minima -> b buckets; two sets share one with the probability 1 - (1 - J^r)^b
+    b bands of r minima -> b buckets; two sets share a bucket with probability 1 - (1 - J^r)^b
 
-The bands are as long as they may be with `RECALL_AT_THRESHOLD` of the pairs found whose similarity is just the
-threshold; more similar ones are found oftener. (datasketch's own LSH index is a dictionary of one process, and weighs
-recall against precision; here pairs come of a join, and chance pairs are told by the caller.) The seed and the scheme
-are fixed, so buckets are the same in any process.
+The bands are as long as possible while `RECALL_AT_THRESHOLD` of the pairs with exactly the threshold's similarity are
+found; more similar pairs are found more often. (datasketch's own LSH index is a dictionary in one process, and weighs
+recall against precision; here a join finds the pairs, and the caller rejects pairs by chance.) The seed and the scheme
+are fixed, so the buckets are the same in any process.
 Sources: Broder 1997, "On the resemblance and containment of documents"; Leskovec, Rajaraman, Ullman, "Mining of Massive
 Datasets", chapter 3.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 N_HASHES = 128
 RECALL_AT_THRESHOLD = 0.98
-# So many values at once: each takes 1 KiB of memory.
+# Values hashed at once; each takes 1 KiB of memory.
 _SLICE = 16_384
 
 UInt64s = np.ndarray[Any, np.dtype[np.uint64]]
@@ -30,7 +30,7 @@ UInt64s = np.ndarray[Any, np.dtype[np.uint64]]
 
 @functools.cache
 def bands_of(threshold: float) -> tuple[int, int]:
-    """Number of bands and of minima in each."""
+    """The number of bands, and of minima in each, for a threshold of Jaccard similarity."""
     for rows in range(N_HASHES, 1, -1):
         bands = N_HASHES // rows
         if p_shared(threshold, bands, rows) >= RECALL_AT_THRESHOLD:
@@ -39,16 +39,23 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def p_shared(jaccard: float, bands: int, rows: int) -> float:
-    """How probable it is that two sets of this similarity share a bucket."""
+    """Probability that two sets with this Jaccard similarity share a bucket."""
     return float(1 - (1 - jaccard**rows) ** bands)
 
 
 def signature(values: UInt64s) -> UInt64s:
-    """Minima of a set's hashes by hash function, 128."""
-    found = _empty().copy()
+    """Computes the signature of a set of hashes.
+
+    Args:
+        values: the hashes, shape (n,) uint64.
+
+    Returns:
+        128 minima, one for each hash function, shape (128,) uint64.
+    """
+    minhash = _empty().copy()
     for start in range(0, len(values), _SLICE):
-        found.update_batch(values[start : start + _SLICE].tolist())
-    minima: UInt64s = found.hashvalues
+        minhash.update_batch(values[start : start + _SLICE].tolist())
+    minima: UInt64s = minhash.hashvalues
     return minima
 
 
@@ -56,15 +63,16 @@ def signature(values: UInt64s) -> UInt64s:
 def _empty() -> "MinHash":
     from datasketch import MinHash
 
-    # Values are hashes already.
+    # The identity: values are hashes already.
     return MinHash(N_HASHES, seed=1, scheme="affine64", hashfunc=int)
 
 
 def buckets(values: UInt64s, threshold: float) -> list[int]:
-    """Buckets of a set by band, as signed 64-bit integers; those of different bands differ.
+    """The buckets of a set, one for each band, as signed 64-bit integers; the band is part of the bucket.
 
     Args:
-        values: the set's hashes, some; repetitions do not count.
+        values: hashes of the set, at least one; repetitions do not count.
+        threshold: Jaccard similarity.
     """
     bands, rows = bands_of(threshold)
     minima = signature(values).astype("<u8")

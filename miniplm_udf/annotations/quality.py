@@ -1,8 +1,8 @@
-"""Heuristic signals of quality as Spark columns, those of Gopher, C4, FineWeb and RedPajama; no row is judged by them.
+"""Heuristic quality signals of Gopher, C4, FineWeb and RedPajama, as Spark columns. They decide nothing by themselves.
 
-Input: a frame with `text`; output: the columns of the group `quality` in schemas.py beside. A word is what stands
-between spaces, but for repetition, where it is that of words.py. A line is one that is not blank, without the space at
-its ends. A ratio over nothing is null. Pure expressions of Spark: nothing runs here.
+Input: a frame with `text`; output: the frame with the columns of the group `quality` (schemas/). A word is a run of
+characters without spaces; for repetition, it is a word of words.py. A line is a line that is not blank, stripped of
+spaces. A ratio with denominator 0 is null. Only Spark expressions: nothing runs here.
 
 Sources: Gopher, arXiv 2112.11446, A.1.1; C4, arXiv 1910.10683, 2.2; FineWeb, arXiv 2406.17557; RedPajama-V2,
 arXiv 2411.12372.
@@ -23,22 +23,26 @@ _SHORT_LINE_CHARACTERS = 30
 
 
 def with_quality(rows: "DataFrame") -> "DataFrame":
-    """The rows with the signals of their texts."""
+    """Adds the signals of the column `text`.
+
+    Args:
+        rows: a frame with `text`.
+    """
     from pyspark.sql import functions as F
 
-    # Columns of their own: each is used by many expressions, and is to be made once.
-    seen = with_words(rows).withColumns({"_lines": _lines(), "n_words": _count(rf"{_NO_SPACE}+")})
-    seen = seen.withColumn("_5grams", ngram_hashes(F.col(WORDS), 5))
-    return seen.withColumns({**_of_words(), **_of_lines()}).drop(WORDS, "_lines", "_5grams")
+    # As columns, because many expressions use each of them, and they are computed only once.
+    prepared = with_words(rows).withColumns({"_lines": _lines(), "n_words": _count(rf"{_NO_SPACE}+")})
+    prepared = prepared.withColumn("_5grams", ngram_hashes(F.col(WORDS), 5))
+    return prepared.withColumns({**_word_signals(), **_line_signals()}).drop(WORDS, "_lines", "_5grams")
 
 
-def _of_words() -> "dict[str, Column]":
+def _word_signals() -> "dict[str, Column]":
     from pyspark.sql import functions as F
 
-    n_words, found, grams = F.col("n_words"), F.col(WORDS), F.col("_5grams")
+    n_words, words, grams = F.col("n_words"), F.col(WORDS), F.col("_5grams")
     characters = F.length(F.regexp_replace("text", rf"{_SPACE}+", ""))
-    stop_words = F.array_intersect(found, F.array(*map(F.lit, _STOP_WORDS)))
-    # From a word's beginning on, and without going back: a long run of signs is looked at once.
+    stop_words = F.array_intersect(words, F.array(*map(F.lit, _STOP_WORDS)))
+    # From the beginning of a word and without backtracking, so that a long run of signs is read only once.
     alphabetic = _count(rf"(?<!{_NO_SPACE})[^\s\p{{Z}}\p{{L}}]*+\p{{L}}")
     return {
         "mean_word_characters": F.try_divide(characters, n_words),
@@ -46,14 +50,14 @@ def _of_words() -> "dict[str, Column]":
         "hash_word_ratio": F.try_divide(_count("#"), n_words),
         "ellipsis_word_ratio": F.try_divide(_count(r"\.\.\.|…"), n_words),
         "n_stop_words": F.size(stop_words).cast("bigint"),
-        "unique_word_share": F.try_divide(F.size(F.array_distinct(found)), F.size(found)),
+        "unique_word_share": F.try_divide(F.size(F.array_distinct(words)), F.size(words)),
         "duplicate_5gram_share": F.try_divide(F.size(grams) - F.size(F.array_distinct(grams)), F.size(grams)),
         "has_curly_bracket": F.contains(F.col("text"), F.lit("{")),
         "has_lorem_ipsum": F.contains(F.lower("text"), F.lit("lorem ipsum")),
     }
 
 
-def _of_lines() -> "dict[str, Column]":
+def _line_signals() -> "dict[str, Column]":
     from pyspark.sql import functions as F
 
     lines = F.col("_lines")

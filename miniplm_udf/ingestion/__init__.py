@@ -1,1 +1,1 @@
-"""From input files to instances: readers, documents, chunking, and the deduplicating stream."""
+"""The ingest stage: turns input files or a Delta table into the tables `instances` and `rejects`, as a stream."""

@@ -1,23 +1,29 @@
-"""Documents: what one input row says, or why it is refused; the split of a text; the ids of all that is made of it.
+"""Turns one input row into a document or a reject; owns the split of a text, and the ids of documents and instances.
 
-Pure Python, on executors; refuses Spark and tokenizers. Inputs: the bytes of a JSON line, or the columns of a table
-row. Outputs: a `Document` or a `Reject`. Ids are 128-bit hashes (32 hexadecimal digits) of content alone, never of file
-names or times, so a retry, and the same file under another name, make the same ids. The id of a reject alone tells the
-row's place too, so that bad rows are counted one by one.
+Pure Python, on executors; no Spark, no tokenizer. Inputs: the bytes of a JSON line, or the columns of a table row.
+Output: a `Document` or a `Reject`. Ids are 128-bit hashes (32 hexadecimal digits) of content alone, never of file names
+or times: a retry, and the same file under another name, make the same ids. Only the id of a reject includes the place
+of its row, so that each bad row is counted.
+
+A number that is not JSON (NaN, Infinity) or too large for a double (1e999) is kept as a string of its characters, as
+Spark writes such doubles of a table, so that metadata is valid JSON and loses nothing. A line with an object that has a
+key twice is `invalid_json`, because JSON readers disagree about the value.
 
 Reasons to refuse a row: `invalid_utf8` (lone surrogates too), `nul_byte` (also as an escape), `invalid_json`,
 `not_an_object`, `missing_text` (absent or null), `text_not_string`, `empty_text`; a whole file: `unreadable_file`; an
-instance that holds a document of the record of take-downs (removals.py): `taken_down`.
+instance that holds a document that was taken down (store/takedowns.py): `taken_down`.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from miniplm_udf.config import FieldsConfig, SplitConfig
+from miniplm_udf.config.sections import FieldsConfig, SplitConfig
 
 REJECT_REASONS = (
     "invalid_utf8",
@@ -32,13 +38,41 @@ REJECT_REASONS = (
 )
 STAGE = "ingest"
 RAW_BYTES = 4096
-ABSENT: Any = object()  # of a field that an object does not have: null is a value
+ABSENT: Any = object()  # the value of a field that an object does not have; null is a value
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Unrepresentable(str):
+    """The characters of a number that is not JSON (NaN, Infinity, -Infinity) or too large for a double."""
+
+
+def _number(literal: str) -> float | Unrepresentable:
+    value = float(literal)
+    return value if math.isfinite(value) else Unrepresentable(literal)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        key = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"duplicate key {key!r}: expected each key of an object once")
+    return values
+
+
+_PARSER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=Unrepresentable, parse_float=_number)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """One document. `metadata` is a JSON object, or None where the config carries no fields."""
+    """One document.
+
+    Attributes:
+        document_id: the id in the input, or a hash of the text.
+        source: the source in the input, or the default source.
+        text: the text, never empty.
+        split: `heldout`, `reference` or `pool`.
+        metadata: a JSON object; None if the config names no metadata fields.
+    """
 
     document_id: str
     source: str
@@ -49,7 +83,13 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A row that cannot be a document: the reason's fixed word, what was found, the row's bytes in full."""
+    """A row that is not a document.
+
+    Attributes:
+        reason: one of REJECT_REASONS.
+        detail: what was expected and found.
+        raw: all bytes of the row; None if it has none.
+    """
 
     reason: str
     detail: str
@@ -57,7 +97,7 @@ class Reject:
 
 
 def hash_parts(*parts: str | bytes | int) -> str:
-    """128-bit hash of a sequence; each part stands behind its length, so ("ab", "c") and ("a", "bc") differ."""
+    """128-bit hash of a sequence. The length of each part is hashed too, so ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode("utf-8")
@@ -67,29 +107,70 @@ def hash_parts(*parts: str | bytes | int) -> str:
 
 
 def content_hash(text: str) -> str:
-    """Hash of a text alone."""
+    """Hashes a text.
+
+    Args:
+        text: the text.
+
+    Returns:
+        32 hex digits.
+    """
     return hash_parts("content", text)
 
 
+def document_key(document_id: str, text: str) -> str:
+    """Hashes an id and a text. Two rows with the same key are the same document.
+
+    Args:
+        document_id: the document's id.
+        text: its text.
+
+    Returns:
+        32 hex digits.
+    """
+    return hash_parts("document", document_id, text)
+
+
 def instance_id(document_ids: list[str], ordinal: int, text: str, spec_hash: str) -> str:
-    """Id of an instance: documents, position, text and chunking spec."""
+    """Makes the id of an instance from what the instance holds, so that a retry makes the same id.
+
+    Args:
+        document_ids: ids of its documents, in order.
+        ordinal: its number in its stream, from 0.
+        text: its text.
+        spec_hash: fingerprint of the chunking spec.
+
+    Returns:
+        32 hex digits.
+    """
     return hash_parts("instance", len(document_ids), *document_ids, ordinal, text, spec_hash)
 
 
 def reject_id(reason: str, source_file: str, raw: bytes | str | None, block_start: int = 0, row: int = 0) -> str:
-    """Id of a reject: stage, reason, place and bytes.
+    """Makes the id of a reject from the stage, the reason, the place and the bytes.
 
-    The place is the file, the start of the input split in it, and the row's number in that split (0 and 0 for a whole
-    file). Input splits are of fixed size, so a retry finds the same place, and each of many equal bad rows is a reject.
+    The place is the file, the start of the input split in it, and the number of the row in that split (0 and 0 for a
+    whole file). Input splits have a fixed size, so a retry finds the same place. Each of many equal bad rows is a
+    reject.
+
+    Args:
+        reason: one of REJECT_REASONS.
+        source_file: URI of the file.
+        raw: all bytes of the row, or a text that stands for them; None if it has none.
+        block_start: byte of the file at which the input split starts.
+        row: number of the row in the input split, from 0.
+
+    Returns:
+        32 hex digits.
     """
     return hash_parts("reject", STAGE, reason, source_file, b"" if raw is None else raw, block_start, row)
 
 
 def split_of(text: str, shares: SplitConfig) -> str:
-    """`heldout`, `reference` or `pool`, by a hash of the whitespace-normalised text.
+    """The split of a text (`heldout`, `reference` or `pool`), by a hash of the text with normalised whitespace.
 
-    Held-out texts are taken from the bottom of [0, 1), the reference's from its top: a share that grows takes from
-    `pool` alone, and no text ever moves between the other two.
+    Held-out texts come from the bottom of [0, 1), the reference's from the top: a share that grows takes texts from
+    `pool` only, and no text moves between the other two splits.
     """
     normalised = " ".join(text.split()).encode("utf-8")
     position = int.from_bytes(hashlib.blake2b(normalised, digest_size=8).digest(), "big") / 2**64
@@ -99,20 +180,30 @@ def split_of(text: str, shares: SplitConfig) -> str:
 
 
 def find_field(row: dict[str, Any], name: str) -> Any:
-    """The value of a JSON object's field, or `ABSENT`: of the key that is spelled so, else, where the name has dots, of
-    nested objects: `meta.set` is the `set` of `meta`."""
+    """The value of a field of a JSON object, or ABSENT.
+
+    A key that is spelled like the name comes first. Otherwise dots in the name go into nested objects: `meta.set` is
+    the field `set` of `meta`.
+    """
     if name in row:
         return row[name]
     for dot in (match.start() for match in re.finditer(r"\.", name)):
         inner = row.get(name[:dot])
-        found = find_field(inner, name[dot + 1 :]) if isinstance(inner, dict) else ABSENT
-        if found is not ABSENT:
-            return found
+        value = find_field(inner, name[dot + 1 :]) if isinstance(inner, dict) else ABSENT
+        if value is not ABSENT:
+            return value
     return ABSENT
 
 
 def field_names(row: dict[str, Any]) -> Iterator[str]:
-    """All names that `find_field` takes for a JSON object; those of nested objects with dots."""
+    """Lists all names that `find_field` finds in a JSON object.
+
+    Args:
+        row: the object, parsed.
+
+    Yields:
+        Names in no fixed order; names in nested objects have dots.
+    """
     waiting = [("", row)]
     while waiting:
         prefix, values = waiting.pop()
@@ -127,9 +218,9 @@ class DocumentReader:
     """Turns input rows into documents.
 
     Attributes:
-        fields: names of the input's fields; for JSON lines, as `find_field` takes them.
-        default_source: the source of rows that name none.
-        shares: of the splits.
+        fields: names of the input's fields; in JSON lines, `find_field` looks them up.
+        default_source: the source of rows without a source.
+        shares: shares of the splits.
     """
 
     fields: FieldsConfig
@@ -137,26 +228,46 @@ class DocumentReader:
     shares: SplitConfig
 
     def read_line(self, line: bytes) -> Document | Reject | None:
-        """One line of a JSONL file, without its line break; None for a blank one."""
+        """Reads one line of a JSONL file.
+
+        Args:
+            line: the bytes of the line, without its line break.
+
+        Returns:
+            The document, or a reject with its reason; None for a blank line.
+        """
         line = line.removeprefix(_BYTE_ORDER_MARK)
         if not line.strip():
             return None
         if b"\0" in line:
             return Reject("nul_byte", f"expected JSON, found a NUL at byte {line.index(0)} of the line", line)
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = _PARSER.decode(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             return Reject("invalid_utf8", f"byte {error.start} of the line: {error.reason}", line)
         except (ValueError, RecursionError) as error:
             return Reject("invalid_json", f"{type(error).__name__}: {error}", line)
         if not isinstance(row, dict):
             return Reject("not_an_object", f"expected a JSON object, found {type(row).__name__}", line)
-        return self._from_row(row, line)
+        try:
+            return self._from_row(row, line)
+        except RecursionError as error:  # writing the metadata nests a little deeper than reading the line
+            return Reject("invalid_json", f"{type(error).__name__}: {error}", line)
 
     def read_columns(
         self, text: bytes | None, id: bytes | None, source: bytes | None, metadata: str | None
     ) -> Document | Reject:
-        """One row of a table: its columns as bytes, which need not be UTF-8; `metadata` is a JSON object."""
+        """Reads one row of a table.
+
+        Args:
+            text: the text in bytes, which may not be UTF-8; None for null.
+            id: the id, in the same form.
+            source: the source, in the same form.
+            metadata: a JSON object with the metadata columns.
+
+        Returns:
+            The document, or a reject with its reason.
+        """
         if text is None:
             return Reject("missing_text", f"expected a text in column {self.fields.text!r}, found null", None)
         try:
@@ -171,11 +282,12 @@ class DocumentReader:
         if text is None or text is ABSENT:
             found = f"found {sorted(row)[:20]}" if text is ABSENT else "found null"
             return Reject("missing_text", f"expected a string in field {self.fields.text!r}, {found}", line)
-        if not isinstance(text, str):
-            return Reject("text_not_string", f"expected a string, found {type(text).__name__}", line)
+        if not isinstance(text, str) or isinstance(text, Unrepresentable):
+            found = f"the number {text}" if isinstance(text, Unrepresentable) else type(text).__name__
+            return Reject("text_not_string", f"expected a string, found {found}", line)
         named = {name: find_field(row, name) for name in self.fields.metadata}
         carried = {name: value for name, value in named.items() if value is not ABSENT}
-        metadata = json.dumps(carried, ensure_ascii=False, sort_keys=True) if self.fields.metadata else None
+        metadata = _json(carried) if self.fields.metadata else None
         id, source = (_name(find_field(row, name)) for name in (self.fields.id, self.fields.source))
         return self._document(text, id, source, metadata, line)
 
@@ -198,7 +310,11 @@ class DocumentReader:
 
 
 def _name(value: Any) -> str | None:
-    """An id or a source as a string: numbers and the like as JSON writes them."""
+    """An id or a source as a string; other types than strings are written as JSON."""
     if value is None or value is ABSENT:
         return None
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return str(value) if isinstance(value, str) else _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)

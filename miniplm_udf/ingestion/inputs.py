@@ -1,54 +1,66 @@
-"""The input of ingest: which files or which table, in which format, with which columns; and the stream over it. Driver.
+"""Finds the input of ingest (files or a Delta table, format, columns) and makes the stream over it. Driver only.
 
-Input: `IngestConfig`; output: an `Inputs`, and a streaming frame with `source_file`, `block_start` and either `line`
-(the bytes of a JSONL line) or `text`, `id`, `source` (bytes) and `metadata` (a JSON object). Owns no row: what is wrong
-with a row is found on executors. Refuses a config that fits nothing, before the stream starts. Writes nothing.
+Input: `IngestConfig`. Output: an `Inputs`, and a streaming frame with `source_file`, `block_start`, `modified_micros`
+and either `line` (the bytes of a JSONL line) or `text`, `id`, `source` (bytes) and `metadata` (a JSON object). A config
+that does not fit the input is refused before the stream starts; bad rows are found on executors. Writes nothing; a
+retry lists again.
 
-Spark itself lists and reads, so every storage it knows works. A Delta table is taken as append-only: commits that
-change rows are passed over.
+Spark itself lists and reads the files, so every storage that Spark supports works. A Delta table is read as
+append-only: commits that change rows are skipped.
 """
 
 import dataclasses
-import difflib
 import logging
-import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from miniplm_udf import storage
-from miniplm_udf.config import FieldsConfig, IngestConfig
+from miniplm_udf.config.sections import FieldsConfig, IngestConfig
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.ingestion.documents import field_names
+from miniplm_udf.ingestion.field_checks import check_columns, check_lines
+from miniplm_udf.ingestion.footers import Damage
+from miniplm_udf.ingestion.listing import (
+    GLOB_FILTERS,
+    INPUT,
+    SUFFIXES,
+    InputFile,
+    all_files,
+    check_names,
+    check_tables,
+    existing_or_glob,
+    format_of,
+    left_out,
+    one_path,
+    plain_path,
+)
+from miniplm_udf.ingestion.parquet_columns import make_reader
+from miniplm_udf.ingestion.survey import Survey, survey_parquet
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql.types import StructType
 
 LOGGER = logging.getLogger("miniplm.ingest")
 
-_SUFFIXES = {
-    "jsonl": tuple(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")),
-    "parquet": (".parquet",),
-}
-_GLOB_FILTERS = {"jsonl": "*.{jsonl,ndjson,json}{,.gz,.zst}", "parquet": "*.parquet"}
-_PEEK_FILES, _PEEK_LINES = 5, 100
-
-
-@dataclasses.dataclass(frozen=True)
-class InputFile:
-    """A file as Spark's `_metadata` names it: the path is percent-encoded."""
-
-    path: str
-    modified_micros: int
-    n_bytes: int
+_NAMES_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What is ingested. `path` is one path, glob or table; `files` are those seen now (none for a table).
+    """The input of ingest.
 
-    `by_name`: only files whose names say the format are taken. `schema`: of a Parquet file or table.
+    Attributes:
+        format: jsonl, parquet or delta.
+        path: one path, glob or table.
+        by_name: whether only files are read whose names end in a suffix of the format.
+        files: the files that exist now; empty for a table.
+        schema: schema of the table, or of the Parquet files' wanted columns.
+        left_out: names of files that lie in the input's folders and are not read (`listing.left_out`).
+        odd: Parquet files whose column types Spark cannot read under `schema`.
+        damaged: Parquet files that cannot be read.
+        rows_per_byte: mean of the readable Parquet files; 0 if there is none.
     """
 
     format: str
@@ -56,54 +68,102 @@ class Inputs:
     by_name: bool = False
     files: tuple[InputFile, ...] = ()
     schema: "StructType | None" = None
+    left_out: tuple[str, ...] = ()
+    odd: tuple[InputFile, ...] = ()
+    damaged: tuple[Damage, ...] = ()
+    rows_per_byte: float = 0.0
+
+    def surveyed(self, survey: Survey) -> "Inputs":
+        """Returns the same input with the results of a newer survey of its Parquet files.
+
+        Args:
+            survey: the newer survey; a schema or rate that it does not have stays as it is.
+        """
+        return dataclasses.replace(
+            self, schema=survey.schema or self.schema, odd=survey.odd, damaged=survey.damaged,
+            rows_per_byte=survey.rows_per_byte or self.rows_per_byte,
+        )  # fmt: skip
 
 
-def find_inputs(spark: "SparkSession", ingest: IngestConfig) -> Inputs:
-    """Finds the input and checks that it can be what the config says.
+def find_inputs(
+    spark: "SparkSession", ingest: IngestConfig, taken: Callable[[str], Collection[str]] = lambda kind: ()
+) -> Inputs:
+    """Finds the input and checks that it fits the config.
+
+    Args:
+        spark: a session.
+        ingest: paths, format and fields.
+        taken: returns, for a format, the plain paths of files that are ingested already; their footers are not read.
 
     Raises:
-        ConfigError: no input is set, a path matches nothing, formats are mixed or unknown, a column is not there.
+        ConfigError: no input is set, a path matches no file, formats are mixed or unknown, a column is missing, or
+            Spark cannot read a file's name.
     """
     if not ingest.inputs:
         raise ConfigError("ingest.input: expected paths, globs or a Delta table, found nothing; set ingest.input=PATH")
     paths = [_spark_path(path) for path in ingest.inputs]
     if ingest.format in ("auto", "delta") and (inputs := _find_table(spark, paths, ingest)):
         return inputs
-    files = tuple(
-        file for given, path in zip(ingest.inputs, paths, strict=True) for file in _matching(spark, given, path)
-    )
-    found = _format(ingest, files)
-    kept = tuple(file for file in files if ingest.format != "auto" or _format_of(file.path) == found)
+    paths = [existing_or_glob(spark, path) for path in paths]
+    every = [file for path in paths for file in all_files(spark, path)]
+    check_tables(spark, every)
+    check_names(one_path(paths), every)
+    files = tuple(file for name, path in zip(ingest.inputs, paths, strict=True) for file in matching(spark, name, path))
+    _check_together(spark, paths, files)
+    kind = _format(ingest, files)
+    kept = tuple(file for file in files if ingest.format != "auto" or format_of(file.path) == kind)
     kept = tuple(sorted(dict.fromkeys(kept), key=lambda file: file.path))
-    if len(kept) < len(set(files)):
-        LOGGER.warning(
-            "ingest: %d files whose names are not of format %s are left out", len(set(files)) - len(kept), found
-        )
-    inputs = Inputs(found, _one_path(paths), ingest.format == "auto", kept)
-    if found == "parquet":
-        inputs = dataclasses.replace(inputs, schema=_parquet_schema(spark, kept))
-        _check_columns(inputs, ingest.fields)
+    skipped = left_out(every, (file.path for file in kept))
+    warn_of_left_out(skipped, INPUT)
+    inputs = Inputs(kind, one_path(paths), ingest.format == "auto", kept, left_out=skipped)
+    if kind == "parquet":
+        ingested = taken(kind)
+        new = [file for file in kept if not ingested or plain_path(file.path) not in ingested]
+        survey = survey_parquet(spark, new or kept[-1:], ingest.fields)
+        inputs = inputs.surveyed(survey)
+        check_columns(inputs.path, survey.types, ingest.fields)
     else:
-        _check_lines(spark, kept, ingest.fields)
+        check_lines(spark, kept, ingest.fields)
     return inputs
 
 
 def input_state(spark: "SparkSession", ingest: IngestConfig) -> list[Any]:
-    """What is there to be ingested, by names, times and sizes: the same twice means that nothing came or changed."""
+    """The state of the input: names, times and sizes. Equal states mean that nothing was added or changed.
+
+    Args:
+        spark: a session.
+        ingest: the paths.
+
+    Returns:
+        [path, time, size] for each file; [path, table id, version] for a Delta table.
+    """
     from delta.tables import DeltaTable
 
     state: list[Any] = []
     for path in map(_spark_path, ingest.inputs):
         if DeltaTable.isDeltaTable(spark, path):
-            latest = DeltaTable.forPath(spark, path).history(1).select("version").collect()[0][0]
-            state.append([path, int(latest)])
+            table = DeltaTable.forPath(spark, path)
+            latest = table.history(1).select("version").collect()[0][0]
+            # With the id, because a table that was made again may have the same number of versions.
+            state.append([path, table.detail().select("id").collect()[0][0], int(latest)])
         else:
-            state += sorted(dataclasses.astuple(file) for file in list_files(spark, path))
+            files = list_files(spark, existing_or_glob(spark, path))
+            state += sorted(map(dataclasses.astuple, files))
     return state
 
 
 def stream(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, excluded: list[InputFile]) -> "DataFrame":
-    """The streaming frame over the input, without the excluded files, which are not opened."""
+    """Makes the streaming frame over the input.
+
+    Args:
+        spark: the session of the query.
+        inputs: the input.
+        ingest: fields and files of a micro-batch.
+        excluded: files to leave out; Spark does not open them.
+
+    Returns:
+        A frame with the columns that the module header names.
+    """
     reader = spark.readStream.format({"jsonl": "text"}.get(inputs.format, inputs.format))
     reader = reader.option("maxFilesPerTrigger", ingest.max_files_per_trigger)
     if inputs.format == "delta":
@@ -112,25 +172,50 @@ def stream(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, excluded
             *batch_columns(inputs, ingest.fields),
             "input_file_name() AS source_file",
             "input_file_block_start() AS block_start",
+            "CAST(0 AS BIGINT) AS modified_micros",
         )
-    # Without it, files that are a week older than the newest one are passed over in silence.
+    # By default, Spark skips files that are a week older than the newest one, without a message.
     reader = reader.option("maxFileAge", "36500d").option("recursiveFileLookup", "true")
     if inputs.by_name:
-        reader = reader.option("pathGlobFilter", _GLOB_FILTERS[inputs.format])
+        reader = reader.option("pathGlobFilter", GLOB_FILTERS[inputs.format])
     if inputs.format == "parquet":
         reader = reader.schema(_schema(inputs, ingest.fields))
     frame = reader.load(inputs.path)
-    for file in excluded:
-        frame = frame.where(
-            f"NOT (_metadata.file_path = {_literal(file.path)} "
-            f"AND unix_micros(_metadata.file_modification_time) = {file.modified_micros})"
-        )
-    columns = ["CAST(value AS BINARY) AS line"] if inputs.format == "jsonl" else batch_columns(inputs, ingest.fields)
-    return frame.selectExpr(*columns, "_metadata.file_path AS source_file", "_metadata.file_block_start AS block_start")
+    if excluded:
+        frame = frame.where(~_is_one_of(excluded))
+    places = ["_metadata.file_path AS source_file", "_metadata.file_block_start AS block_start"]
+    places += ["unix_micros(_metadata.file_modification_time) AS modified_micros"]
+    if inputs.format == "jsonl":
+        return frame.selectExpr("CAST(value AS BINARY) AS line", *places)
+    columns = batch_columns(inputs, ingest.fields)
+    if not inputs.odd:
+        return frame.selectExpr(*columns, *places)
+    is_odd = _is_one_of(inputs.odd)
+    rows = frame.where(~is_odd).selectExpr(*columns, *places)
+    # The same source twice is one source to Spark, so the checkpoint stays valid. Spark reads no column of these files.
+    odd = frame.where(is_odd).selectExpr(*places, "_metadata.file_block_length AS block_length")
+    return rows.unionByName(odd.mapInArrow(make_reader(ingest.fields), rows.schema))
+
+
+def _is_one_of(files: "Collection[InputFile]") -> "Column":
+    """Whether a row is from one of the files, unchanged. Spark does not open files that the condition excludes."""
+    from pyspark.sql import functions as F
+
+    modified = F.expr("unix_micros(_metadata.file_modification_time)")
+    state = F.concat(F.col("_metadata.file_path"), F.lit(" "), modified.cast("string"))
+    return state.isin([f"{file.path} {file.modified_micros}" for file in files])
 
 
 def list_files(spark: "SparkSession", path: str) -> list[InputFile]:
-    """The files of a path, folder (with all below it) or glob; none where nothing matches."""
+    """Lists the files at a path, in a folder and all folders below it, or of a glob.
+
+    Args:
+        spark: any session.
+        path: path, URI or glob.
+
+    Returns:
+        The files with times and sizes; empty if none matches.
+    """
     from pyspark.errors import AnalysisException
 
     try:
@@ -145,52 +230,61 @@ def list_files(spark: "SparkSession", path: str) -> list[InputFile]:
     return [InputFile(*row) for row in rows]
 
 
-def plain_path(uri: str) -> str:
-    """One name for a file, whatever a URI's slashes and percent signs."""
-    return unquote(re.sub(r"^file:/+", "file:/", uri))
+def warn_of_left_out(names: tuple[str, ...], key: str) -> None:
+    """Warns of files that lie under the paths of a key of the config and are not read.
+
+    Args:
+        names: names of the files; no warning if there are none.
+        key: the key of the config, for the message.
+    """
+    if names:
+        LOGGER.warning("%s: %d names are left out: %s", key, len(names), ", ".join(names[:_NAMES_SHOWN]))
 
 
 def same_file(left: str, right: str) -> bool:
-    """Whether two URIs name one file."""
+    """Whether two URIs name the same file, with or without percent-encoding.
+
+    Args:
+        left: a URI as Spark or Hadoop writes it.
+        right: another.
+    """
     return left == right or plain_path(left) == plain_path(right)
 
 
-def escape_glob(path: str) -> str:
-    return re.sub(r"([\[\]{}*?\\])", r"\\\1", path)
-
-
 def _spark_path(path: str) -> str:
-    """The path as Hadoop takes it: a URI whose path is not percent-encoded, for it may be a glob."""
-    if not storage.is_local(path):
-        return path
-    bare = storage.local_path(path) if path.startswith("file:") else str(Path(path).expanduser().absolute())
-    return "file://" + bare
+    """The path as Hadoop expects it: a URI whose path is not percent-encoded, because it may be a glob."""
+    return storage.to_uri(path) if storage.is_local(path) else path
 
 
-def _one_path(paths: list[str]) -> str:
-    """One glob for all: a file stream takes one path."""
-    if len(paths) == 1:
-        return paths[0]
-    parted = [re.match(r"^([^:/]+://[^/]*/)(.*)$", path) for path in paths]
-    heads = {match.group(1) for match in parted if match}
-    if None in parted or len(heads) != 1:
+def _check_together(spark: "SparkSession", paths: list[str], files: tuple[InputFile, ...]) -> None:
+    """Refuses inputs that the stream's single glob does not find, because their rows would be missing."""
+    if len(paths) > 1 and (lost := {f.path for f in files} - {f.path for f in list_files(spark, one_path(paths))}):
         raise ConfigError(
-            f"ingest.input: expected paths on one file system, found {[storage.redact(p) for p in paths]}; "
-            "copy them to one place"
+            f"ingest.input: {len(lost)} files cannot be read together with the other inputs: {sorted(lost)[0]}; ingest "
+            "the folder that holds them all, or one glob"
         )
-    return heads.pop() + "{" + ",".join(match.group(2) for match in parted if match) + "}"
 
 
-def _matching(spark: "SparkSession", given: str, path: str) -> list[InputFile]:
+def matching(spark: "SparkSession", name: str, path: str, key: str = INPUT) -> list[InputFile]:
+    """Lists the files of a path or glob.
+
+    Args:
+        spark: a session.
+        name: the path as it stands in the config.
+        path: the path as Hadoop expects it.
+        key: the key of the config that holds the path.
+
+    Raises:
+        ConfigError: there is no file that Spark reads.
+    """
     files = list_files(spark, path)
     if not files:
-        hint = "" if not storage.is_local(given) else f"; relative paths are taken from {Path.cwd()}"
-        raise ConfigError(f"ingest.input: {storage.redact(given)} matches no file{hint}")
+        hint = "" if not storage.is_local(name) else f"; relative paths are taken from {Path.cwd()}"
+        if hidden := left_out(all_files(spark, path, key), ()):
+            names = ", ".join(hidden[:3])
+            hint = f" that Spark reads; names that begin with _ or . are hidden from it: {names}; rename them"
+        raise ConfigError(f"{key}: {storage.redact(name)} matches no file{hint}")
     return files
-
-
-def _format_of(path: str) -> str | None:
-    return next((name for name, suffixes in _SUFFIXES.items() if path.endswith(suffixes)), None)
 
 
 def _format(ingest: IngestConfig, files: tuple[InputFile, ...]) -> str:
@@ -200,115 +294,53 @@ def _format(ingest: IngestConfig, files: tuple[InputFile, ...]) -> str:
         )
     if ingest.format != "auto":
         return ingest.format
-    found = {kind for file in files if (kind := _format_of(file.path))}
-    if len(found) > 1:
+    kinds = {kind for file in files if (kind := format_of(file.path))}
+    if len(kinds) > 1:
         raise ConfigError(
-            f"ingest.input: expected files of one format, found {sorted(found)} among {ingest.inputs}; "
+            f"ingest.input: expected files of one format, found {sorted(kinds)} among {ingest.inputs}; "
             "ingest one format, for example ingest.input='texts/*.jsonl.gz'"
         )
-    if not found:
+    if not kinds:
         raise ConfigError(
-            f"ingest.input: expected names that end in {' '.join(s for v in _SUFFIXES.values() for s in v)}, found "
+            f"ingest.input: expected names that end in {' '.join(s for v in SUFFIXES.values() for s in v)}, found "
             f"{Path(unquote(files[0].path)).name!r} and the like; set ingest.format=jsonl or ingest.format=parquet"
         )
-    return found.pop()
+    return kinds.pop()
 
 
 def _find_table(spark: "SparkSession", paths: list[str], ingest: IngestConfig) -> Inputs | None:
     from delta.tables import DeltaTable
+    from pyspark.errors import AnalysisException
 
     tables = [path for path in paths if DeltaTable.isDeltaTable(spark, path)]
     if not tables:
         return None
     if len(paths) > 1:
         raise ConfigError(f"ingest.input: expected one Delta table alone, found {ingest.inputs}; ingest it by itself")
-    inputs = Inputs("delta", paths[0], schema=spark.read.format("delta").load(paths[0]).schema)
-    _check_columns(inputs, ingest.fields)
-    return inputs
-
-
-def _parquet_schema(spark: "SparkSession", files: tuple[InputFile, ...]) -> "StructType | None":
-    """The schema of the first file that has one. None: the stream will find every file unreadable."""
-    from py4j.protocol import Py4JJavaError
-    from pyspark.errors import PySparkException
-
-    for file in files:
-        try:
-            return spark.read.parquet(escape_glob(unquote(file.path))).schema
-        except (Py4JJavaError, PySparkException) as error:
-            LOGGER.warning("ingest: the schema of %s cannot be read: %s", file.path, str(error).splitlines()[0])
-    return None
-
-
-def _check_columns(inputs: Inputs, fields: FieldsConfig) -> None:
-    """The text column must be there and hold text; so must the others that the config names itself."""
-    if inputs.schema is None:
-        return
-    types = {field.name: field.dataType.simpleString() for field in inputs.schema.fields}
-    for key, name in _named(fields):
-        if name not in types:
-            raise ConfigError(_no_column(key, name, list(types), storage.redact(inputs.path)))
-    if not types[fields.text].startswith(("string", "varchar", "char", "binary")):
+    try:
+        schema = spark.read.format("delta").load(paths[0]).schema
+    except AnalysisException as error:
+        if error.getCondition() != "DELTA_INVALID_PARTITION_PATH":
+            raise
         raise ConfigError(
-            f"ingest.fields.text: expected a column of text, found {fields.text!r} of {types[fields.text]}"
-        )
-
-
-def _named(fields: FieldsConfig) -> list[tuple[str, str]]:
-    """(key of the config, name in the input) of all that must be there: the text, and what the config names itself."""
-    default = FieldsConfig()
-    named = [("text", fields.text)]
-    named += [(key, getattr(fields, key)) for key in ("id", "source") if getattr(fields, key) != getattr(default, key)]
-    return named + [("metadata", name) for name in fields.metadata]
-
-
-def _no_column(key: str, name: str, known: list[str], place: str) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    hint = f"; did you mean ingest.fields.{key}={nearest[0]}?" if nearest else f"; set ingest.fields.{key}"
-    return f"ingest.fields.{key}: expected a column or field {name!r} in {place}, found {sorted(known)[:30]}{hint}"
-
-
-def _check_lines(spark: "SparkSession", files: tuple[InputFile, ...], fields: FieldsConfig) -> None:
-    """Looks at the first lines: a field that none of the objects there has is one that the config names wrongly."""
-    from py4j.protocol import Py4JJavaError
-    from pyspark.errors import PySparkException
-
-    keys: set[str] = set()
-    # A field that is only carried along may be in few objects.
-    wanted = [(key, name) for key, name in _named(fields) if key != "metadata"]
-    for file in [file for file in files if file.n_bytes][:_PEEK_FILES]:
-        frame = spark.read.text(escape_glob(unquote(file.path))).selectExpr("CAST(value AS BINARY) AS line")
-        try:
-            rows = frame.limit(_PEEK_LINES).mapInArrow(_line_keys, "keys array<string>").collect()
-        except (Py4JJavaError, PySparkException):
-            continue  # an unreadable file: the stream says so
-        keys.update(key for row in rows for key in row[0])
-        if all(name in keys for _, name in wanted):
-            return
-    for key, name in wanted:
-        if keys and name not in keys:
-            raise ConfigError(_no_column(key, name, sorted(keys), "the input's first lines"))
-
-
-def _line_keys(batches: Any) -> Any:
-    """The keys of each line that is a JSON object; those of nested objects with dots."""
-    import json
-
-    import pyarrow as pa
-
-    for batch in batches:
-        found = []
-        for line in batch.column(0).to_pylist():
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                found.append([key for key in field_names(row) if key.isprintable()] if isinstance(row, dict) else [])
-            except (ValueError, RecursionError):
-                found.append([])
-        yield pa.RecordBatch.from_arrays([pa.array(found, pa.list_(pa.string()))], names=["keys"])
+            f"ingest.input: expected a Delta table, found files of one, {ingest.inputs[0]}, which also hold rows that "
+            "the table removed; name the table's folder"
+        ) from error
+    types = {field.name: field.dataType.simpleString() for field in schema.fields}
+    check_columns(paths[0], types, ingest.fields)
+    return Inputs("delta", paths[0], schema=schema)
 
 
 def batch_columns(inputs: Inputs, fields: FieldsConfig) -> list[str]:
-    """Expressions for text, id, source (bytes) and metadata (a JSON object); null for what the input does not have."""
+    """Makes the SQL expressions that read a row of a table or a Parquet file.
+
+    Args:
+        inputs: the input, with its schema.
+        fields: names of the columns.
+
+    Returns:
+        Expressions for `text`, `id`, `source` (bytes) and `metadata` (a JSON object); null for a missing column.
+    """
     schema = _schema(inputs, fields)
 
     def as_bytes(column: str, name: str) -> str:
@@ -330,7 +362,7 @@ def batch_columns(inputs: Inputs, fields: FieldsConfig) -> list[str]:
 
 
 def _schema(inputs: Inputs, fields: FieldsConfig) -> "StructType":
-    """The input's schema; the least that reading needs where no file has one."""
+    """The input's schema; if no file has one, a schema with the text column alone."""
     from pyspark.sql.types import StringType, StructField, StructType
 
     return inputs.schema or StructType([StructField(fields.text, StringType())])
@@ -338,8 +370,3 @@ def _schema(inputs: Inputs, fields: FieldsConfig) -> "StructType":
 
 def _quoted(column: str) -> str:
     return "`" + column.replace("`", "``") + "`"
-
-
-def _literal(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

@@ -1,1 +1,1 @@
-"""The proxy: a small regressor that learns the score from a scored sample, and predicts it for the rest of the pool."""
+"""The proxy: a small regressor that learns the score from a scored sample, and predicts it for the whole pool."""

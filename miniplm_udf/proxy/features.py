@@ -1,11 +1,11 @@
-"""What the proxy sees of a text: hashed words and pairs of words, and three numbers. Driver; it runs in the JVM.
+"""The features that the proxy sees of a text: hashed words and pairs of words, and three numbers. Runs in the JVM.
 
-    text -> words (lower case, marks one by one) -> words and pairs, present or not, hashed -> vector of length 1
-         -> beside it: ln of the bytes, words a byte, share of different words
+    text -> words (lower case, each punctuation mark separate) -> words and pairs, present or not, hashed -> unit vector
+         -> appended: ln of the bytes, words per byte, share of distinct words
 
-All stages are Spark ML's own, and none is fitted: a text has the same vector in any micro-batch, on any machine, ever.
-Presence in place of counts, so that a ridge does not give all its weight to commas and articles. Owns no coefficient.
-Scripts without spaces between words are taken sign by sign.
+All stages are Spark ML's own, and none is fitted, so a text has the same vector in any micro-batch on any machine.
+Presence is used instead of counts, so that a ridge does not give all its weight to commas and articles. In scripts
+without spaces between words, each character is a word. Owns no coefficient. Called on the driver.
 """
 
 from typing import TYPE_CHECKING
@@ -13,20 +13,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-# Raised with every change of what `with_features` makes: a proxy that was fitted before is then fitted anew.
+# Raised with every change of what `with_features` computes: a proxy that was fitted before is then fitted again.
 VERSION = 1
 _WITHOUT_SPACES = "".join(rf"\p{{Is{script}}}" for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer"))
-# Plain letters first: Java looks a sign's script up in a table.
+# ASCII letters come first, because Java looks up the script of any other character in a table.
 _WORD = rf"[a-z0-9_[\p{{L}}\p{{M}}\p{{N}}&&[^{_WITHOUT_SPACES}]]]+|\S"
 _NUMBERS = ("ln_bytes", "words_per_byte", "different_words")
 
 
 def with_features(rows: "DataFrame", n_features: int) -> "DataFrame":
-    """The rows with `features`, a vector, and `n_grams`, how many different words and pairs they are made of.
+    """Computes the features of texts.
 
     Args:
-        rows: with `text` and `n_bytes`, and whatever else; `text` is left out.
-        n_features: words and pairs of words are hashed to so many entries.
+        rows: with `text` and `n_bytes`, and any other columns.
+        n_features: size of the table that words and pairs of words are hashed into.
+
+    Returns:
+        The rows without `text`, with `features`, a vector of n_features + 3 entries, and `n_grams`, the number of
+        distinct words and pairs.
     """
     from pyspark.ml.feature import HashingTF, NGram, Normalizer, RegexTokenizer, VectorAssembler
     from pyspark.sql import functions as F
@@ -45,5 +49,5 @@ def with_features(rows: "DataFrame", n_features: int) -> "DataFrame":
     )
     hashed = HashingTF(inputCol="grams", outputCol="hashed", numFeatures=n_features, binary=True).transform(described)
     unit = Normalizer(inputCol="hashed", outputCol="unit", p=2.0).transform(hashed)
-    made = VectorAssembler(inputCols=["unit", *_NUMBERS], outputCol="features").transform(unit)
-    return made.select(*kept, "features", F.size(F.array_distinct("grams")).alias("n_grams"))
+    assembled = VectorAssembler(inputCols=["unit", *_NUMBERS], outputCol="features").transform(unit)
+    return assembled.select(*kept, "features", F.size(F.array_distinct("grams")).alias("n_grams"))

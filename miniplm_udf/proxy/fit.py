@@ -1,28 +1,31 @@
-"""Fitting the proxy: scored rows of the matrix with their text -> coefficients, tried on rows that were held out.
+"""Fitting the proxy: scored rows of the matrix with their texts -> coefficients, judged on held-out rows.
 
     score_matrix (pool, at least 32 tokens) -> drawn by hash -> features -> ridge regression -> <root>/proxy/<revision>
 
-Owns which rows are drawn and which are held out, the regression (Spark ML's, by L-BFGS, from zero) and what is recorded
-of it. One partition in the order of the ids is summed up in that order, so that the same rows give the same
-coefficients on the same kind of machine. What was fitted stays in use until the config or the models change, or it is
-asked for: a matrix that grows would else move every prediction. A fit is found by its inputs and never made twice; a
-retry after a kill makes it again. Driver only, under the proxy's lease; the work is the JVM's.
+Owns which rows are drawn and which are held out, the regression (Spark ML's L-BFGS, from zero) and its record. The rows
+are in one partition, sorted by id, so their sums have one order, and the same rows give the same coefficients on the
+same kind of machine. A fitted proxy stays in use until the config or the models change, or the user asks for a new one;
+otherwise a growing matrix would change every prediction. A fit is identified by its inputs and is not repeated; a retry
+after a kill fits again. Driver only, under the proxy's lease; the JVM does the work.
 """
 
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import proxy_records, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, fingerprint
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
+from miniplm_udf.config.refine import CorpusConfig
+from miniplm_udf.config.rules import plain_score, uniform
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.lease import Lease
 from miniplm_udf.proxy import features, quality
-from miniplm_udf.proxy_records import ProxyRecord
-from miniplm_udf.refinement import candidates, expressions, refine
+from miniplm_udf.refinement import candidates, expressions, fingerprints, refine
 from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.revision import code_revision
-from miniplm_udf.rules import plain_score, uniform
-from miniplm_udf.streams.lease import Lease, lease_uri
+from miniplm_udf.store import proxy_records, tables
+from miniplm_udf.store.proxy_records import ProxyRecord
 
 if TYPE_CHECKING:
     from pyspark.ml.regression import LinearRegressionModel
@@ -30,37 +33,42 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("miniplm.proxy")
 
-# Weight of the penalty, in rows. Vectors have length 1, so with the score's variance as unit this is the ratio of what
-# the text does not tell of the score to what it tells: right where a quarter is told, and little worse around that.
+# Weight of the penalty, in rows. Vectors have length 1, so this is the ratio of the score's variance that the text does
+# not explain to the variance that it explains: right if it explains a quarter, and little worse around that.
 _RIDGE = 3.0
-_PASSES = 100
-_FEW = 20
+_MAX_ITERATIONS = 100
+_MIN_ROWS = 20
 
 
-def current(spark: "SparkSession", config: ExperimentConfig, refit: bool = False) -> ProxyRecord:
-    """The proxy of this config: the one in use, or one that is fitted now.
+def current_proxy(spark: "SparkSession", config: ExperimentConfig, refit: bool = False) -> ProxyRecord:
+    """Returns the proxy in use, or fits one if it is not of this config and these models.
 
     Args:
-        refit: whether to fit it to what is scored by now.
+        spark: any session.
+        config: the experiment, with a section `proxy`.
+        refit: fit the proxy again, to the rows that are scored by now.
+
+    Returns:
+        The record of the proxy, which is in use now.
 
     Raises:
         ConfigError: `proxy.score` is no SQL over the matrix.
-        CorpusError: there is no matrix, or too little in it.
+        CorpusError: there is no matrix, or it has too few rows.
     """
-    with Lease(lease_uri(config.root, "proxy"), "proxy", waits=True):
-        plain = CorpusConfig()
-        scored = candidates.read(spark, config, plain)
-        identity = _identity(config, candidates.revisions(config, plain, scored.rows))
-        known = proxy_records.read(config.root)
-        if known and known.identity == identity and not refit:
-            return known
+    with Lease(config.layout.lease("proxy"), "proxy", waits=True):
+        corpus = CorpusConfig()
+        scored = candidates.read_candidates(spark, config, corpus)
+        identity = _identity(config, candidates.revisions(config, corpus, scored.rows))
+        in_use = proxy_records.read(config.root)
+        if in_use and in_use.identity == identity and not refit and _has_model(config, in_use):
+            return in_use
         drawn = _drawn(config, scored.rows, identity).persist()
         try:
-            fitted_on = _described(drawn, scored.inputs)
+            fitted_on = _description(drawn, scored.inputs)
             revision = fingerprint(identity, fitted_on["fingerprint"])
-            # Of the same rows, the same proxy: nothing to do, and its predictions stay.
+            # The same rows give the same proxy: it is not fitted again, and its predictions stay.
             record = proxy_records.read(config.root, revision)
-            if record is None:
+            if record is None or not _has_model(config, record):
                 record = _fit(spark, config, drawn, revision, identity, fitted_on)
         finally:
             drawn.unpersist()
@@ -68,7 +76,13 @@ def current(spark: "SparkSession", config: ExperimentConfig, refit: bool = False
         return record
 
 
+def _has_model(config: ExperimentConfig, record: ProxyRecord) -> bool:
+    """Whether the coefficients exist; if they are gone, the proxy is fitted again."""
+    return storage.exists(proxy_records.model_uri(config.root, record.revision))
+
+
 def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> dict[str, Any]:
+    """Everything but the rows that a fit depends on (`ProxyRecord.identity`)."""
     assert config.proxy is not None
     tokens = refine.tokens_column(config, CorpusConfig())
     return {
@@ -85,7 +99,7 @@ def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> dict[str, 
 
 
 def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: dict[str, Any]) -> "DataFrame":
-    """instance_id, source, score, n_tokens, n_bytes, is_heldout of the rows to fit and to try on, and `n_scored`."""
+    """instance_id, source, score, n_tokens, n_bytes, is_heldout of the drawn rows, and `n_scored`, the same in each."""
     from pyspark.sql import functions as F
     from pyspark.sql.types import NumericType
 
@@ -107,30 +121,30 @@ def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: dict[str, An
     )  # fmt: skip
 
 
-def _described(drawn: "DataFrame", inputs: dict[str, Any]) -> dict[str, Any]:
-    """What is recorded of the rows.
+def _description(drawn: "DataFrame", inputs: dict[str, Any]) -> dict[str, Any]:
+    """The record of the drawn rows (`ProxyRecord.fitted_on`).
 
     Raises:
-        CorpusError: they are too few, or all of one score.
+        CorpusError: there are too few rows, or all have the same score.
     """
     from pyspark.sql import functions as F
 
     sums = drawn.agg(
-        *refine.sums_of(F.lit(True)),
+        *fingerprints.sums_of(F.lit(True)),
         F.count_if("is_heldout").alias("n_heldout"),
         F.count_distinct("score").alias("n_scores"),
         F.max("n_scored").alias("n_scored"),
     ).collect()[0]
     n_heldout, n_fitted = int(sums["n_heldout"]), int(sums["n_kept"] - sums["n_heldout"])
-    if min(n_heldout, n_fitted) < _FEW or sums["n_scores"] < 2:
+    if min(n_heldout, n_fitted) < _MIN_ROWS or sums["n_scores"] < 2:
         raise CorpusError(
-            f"proxy: expected at least {_FEW} scored instances to fit on and {_FEW} to try on, of different scores, "
-            f"found {n_fitted} and {n_heldout} with {sums['n_scores']} scores; score more (score.sample), or draw more "
-            "(proxy.rows, proxy.heldout)"
+            f"proxy: expected at least {_MIN_ROWS} scored instances to fit on and {_MIN_ROWS} held-out ones, with "
+            f"different scores, found {n_fitted} and {n_heldout} with {sums['n_scores']} scores; score more "
+            "(score.sample), or draw more (proxy.rows, proxy.heldout)"
         )
-    found = refine.fingerprint_of([(sums["xor"] or 0, sums["sum"] or 0)], int(sums["n_kept"]))
+    digest = fingerprints.fingerprint_of([(sums["xor"] or 0, sums["sum"] or 0)], int(sums["n_kept"]))
     counts = {"n_scored": int(sums["n_scored"]), "n_fitted": n_fitted, "n_heldout": n_heldout}
-    return {**inputs, **counts, "fingerprint": found}
+    return {**inputs, **counts, "fingerprint": digest}
 
 
 def _fit(
@@ -139,16 +153,16 @@ def _fit(
 ) -> ProxyRecord:  # fmt: skip
     from pyspark import StorageLevel
 
-    LOGGER.info("proxy: fitting on %d instances, trying on %d", fitted_on["n_fitted"], fitted_on["n_heldout"])
+    LOGGER.info("proxy: fitting on %d instances, with %d held out", fitted_on["n_fitted"], fitted_on["n_heldout"])
     start = time.monotonic()
     rows = _with_features(spark, config, drawn).persist(StorageLevel.DISK_ONLY)
     try:
         model, solver = _solve(rows.where("not is_heldout"), fitted_on["n_fitted"])
-        tried = model.transform(rows.where("is_heldout")).select("instance_id", "score", "prediction").toArrow()
+        predicted = model.transform(rows.where("is_heldout")).select("instance_id", "score", "prediction").toArrow()
         model.write().overwrite().save(proxy_records.model_uri(config.root, revision))
     finally:
         rows.unpersist()
-    judged = quality.judge(*(tried.column(name).to_pylist() for name in ("instance_id", "score", "prediction")))
+    heldout = quality.judge(*(predicted.column(name).to_pylist() for name in ("instance_id", "score", "prediction")))
     overall, by_source = _tokens_per_byte(drawn)
     return ProxyRecord(
         revision=revision,
@@ -156,23 +170,23 @@ def _fit(
         fitted_on=fitted_on,
         tokens_per_byte=overall,
         tokens_per_byte_of=by_source,
-        quality=judged,
+        quality=dataclasses.asdict(heldout),
         solver={**solver, "seconds": round(time.monotonic() - start, 3)},
-        warnings=quality.warnings(judged),
+        warnings=quality.warnings(heldout),
         code_revision=code_revision(),
     )
 
 
 def _with_features(spark: "SparkSession", config: ExperimentConfig, drawn: "DataFrame") -> "DataFrame":
-    """The rows with their features, in one partition, by id."""
+    """The rows with their features, in one partition, sorted by id."""
     from pyspark.sql import functions as F
 
     assert config.proxy is not None
-    texts = tables.read(spark, config.table_uri("instances")).where("split = 'pool'").select("instance_id", "text")
-    # The narrow side goes to the texts: they do not move.
+    texts = tables.read(spark, config.layout.table("instances")).where("split = 'pool'").select("instance_id", "text")
+    # The drawn rows, which are narrow, are broadcast, so the texts are not shuffled.
     rows = texts.join(F.broadcast(drawn), "instance_id")
-    made = features.with_features(rows, config.proxy.features)
-    return made.repartition(1).sortWithinPartitions("instance_id")
+    described = features.with_features(rows, config.proxy.features)
+    return described.repartition(1).sortWithinPartitions("instance_id")
 
 
 def _solve(rows: "DataFrame", n_rows: int) -> tuple["LinearRegressionModel", dict[str, Any]]:
@@ -184,21 +198,21 @@ def _solve(rows: "DataFrame", n_rows: int) -> tuple["LinearRegressionModel", dic
         featuresCol="features",
         labelCol="score",
         solver="l-bfgs",
-        maxIter=_PASSES,
-        # Spark takes it in the score's unit. Not per standardised feature: a word of one text would weigh as a common
-        # one then.
+        maxIter=_MAX_ITERATIONS,
+        # In the score's unit, as Spark expects. Features are not standardised: a word that occurs in one text would
+        # otherwise weigh as much as a common one.
         regParam=_RIDGE * spread / n_rows,
         standardization=False,
     )
     model = solver.fit(rows)
     iterations = int(model.summary.totalIterations)
-    if iterations >= _PASSES:
-        LOGGER.info("proxy: the fit was ended after %d iterations", iterations)
+    if iterations >= _MAX_ITERATIONS:
+        LOGGER.info("proxy: the fit stopped after %d iterations, which is the limit", iterations)
     return model, {"iterations": iterations, "n_grams": float(n_grams)}
 
 
 def _tokens_per_byte(drawn: "DataFrame") -> tuple[float, dict[str, float]]:
-    """Over all, and by source."""
+    """Tokens per UTF-8 byte over all rows, and by source."""
     from pyspark.sql import functions as F
 
     sums = drawn.groupBy("source").agg(F.sum("n_tokens").alias("tokens"), F.sum("n_bytes").alias("bytes")).collect()

@@ -1,57 +1,88 @@
-"""How good a proxy is: its predictions beside true scores of rows that it was not fitted on. Pure arithmetic, numpy.
+"""The quality of a proxy: its predictions compared with true scores of held-out rows. Pure arithmetic with numpy.
 
-    Spearman's rho of prediction and score; of the true top alpha, the share that the predicted top alpha keeps
+    Spearman's rho of prediction and score; the share of the true top alpha that the predicted top alpha contains
 
-By chance the second is alpha. Rows are told by a hash of their ids, so they are to the fitted rows what the unscored
-instances are: their neighbours and copies may be among them, as theirs may. Scores come to the driver: of the held-out
-rows, some ten thousand pairs of numbers. Judges and warns; refuses nothing.
+By chance, that share is alpha. Rows are held out by a hash of their ids, so they relate to the fitted rows as unscored
+instances do: both may have neighbours and copies among the fitted rows. The scores of the held-out rows come to the
+driver, some ten thousand pairs of numbers. Judges and warns; refuses nothing.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
 
 RATIOS = (0.1, 0.25, 0.5)
-# Below this, half of the pool chosen by the proxy has hardly more of the true half than a random one (0.56 of it).
+# Below this, the half chosen by the proxy has 0.56 of the true half, hardly more than a random half.
 WORTHLESS = 0.2
 
 
-def judge(ids: Sequence[str], scores: Sequence[float], predictions: Sequence[float]) -> dict[str, Any]:
-    """The quality of predictions.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopShare:
+    """`kept`: the share of the true top alpha that is in the predicted top alpha; by chance it is `chance`, alpha."""
+
+    kept: float
+    chance: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The quality of predictions on held-out rows.
+
+    Attributes:
+        n_rows: held-out rows.
+        spearman: rank correlation of prediction and score; None if either is the same for all rows.
+        spearman_error: its standard error if nothing is related.
+        top: by alpha, as text.
+    """
+
+    n_rows: int
+    spearman: float | None
+    spearman_error: float
+    top: dict[str, TopShare]
+
+
+def judge(ids: Sequence[str], scores: Sequence[float], predictions: Sequence[float]) -> Quality:
+    """Computes the quality of predictions.
 
     Args:
-        ids: of the rows, by which ties are broken as in a selection.
-        scores: true ones.
-
-    Returns:
-        `n_rows`; `spearman`, null where either is the same for all rows, and `spearman_error`, its standard error where
-        nothing is related; `top`: by alpha, `kept` of the true top alpha, and `chance`.
+        ids: of the rows; they break ties, as in a selection.
+        scores: true scores, in the order of `ids`.
+        predictions: in the order of `ids`.
     """
     import numpy as np
 
     true, predicted = np.asarray(scores, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
     names = np.asarray(ids)
-    return {
-        "n_rows": len(names),
-        "spearman": spearman(true, predicted),
-        "spearman_error": 1 / math.sqrt(max(1, len(names) - 1)),
-        "top": {
-            str(ratio): {"kept": _kept(names, true, predicted, ratio), "chance": ratio}
+    return Quality(
+        n_rows=len(names),
+        spearman=spearman(true, predicted),
+        spearman_error=1 / math.sqrt(max(1, len(names) - 1)),
+        top={
+            str(ratio): TopShare(kept=_kept(names, true, predicted, ratio), chance=ratio)
             for ratio in RATIOS
             if ratio * len(names) >= 1
         },
-    }
+    )
 
 
 def spearman(first: "np.ndarray", second: "np.ndarray") -> float | None:
-    """The correlation of the ranks, ties at their mean rank; None where either has no order."""
+    """Computes Spearman's correlation of two lists of values; ties get mean ranks.
+
+    Args:
+        first: values, shape (n,).
+        second: values, shape (n,).
+
+    Returns:
+        From -1 to 1; None if all values of either are equal.
+    """
     import numpy as np
 
     ranks = [_ranks(values) for values in (first, second)]
-    if any(np.ptp(of) == 0 for of in ranks):
+    if any(np.ptp(values) == 0 for values in ranks):
         return None
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
@@ -64,7 +95,7 @@ def _ranks(values: "np.ndarray") -> "np.ndarray":
 
 
 def _kept(ids: "np.ndarray", true: "np.ndarray", predicted: "np.ndarray", ratio: float) -> float:
-    """Of the true top, the share that is in the predicted top of as many rows."""
+    """The share of the true top `ratio` that is in the predicted top `ratio`."""
     import numpy as np
 
     n_top = math.floor(ratio * len(ids))
@@ -72,13 +103,20 @@ def _kept(ids: "np.ndarray", true: "np.ndarray", predicted: "np.ndarray", ratio:
     return len(tops[0] & tops[1]) / n_top
 
 
-def warnings(quality: dict[str, Any]) -> list[str]:
-    """What must be read before anything is chosen by these predictions."""
-    rho, error = quality["spearman"], quality["spearman_error"]
+def warnings(quality: Quality) -> list[str]:
+    """Writes sentences to read before a corpus is chosen by these predictions.
+
+    Args:
+        quality: as `judge` returns it.
+
+    Returns:
+        The sentences; none for a useful proxy.
+    """
+    rho, error = quality.spearman, quality.spearman_error
     if rho is not None and rho >= max(WORTHLESS, 2 * error):
         return []
-    found = "no order at all" if rho is None else f"Spearman {rho:.3f} (by chance 0 ± {error:.3f})"
+    order = "no order at all" if rho is None else f"Spearman {rho:.3f} (by chance 0 ± {error:.3f})"
     return [
-        f"the proxy is worthless here: on {quality['n_rows']} held-out instances its predictions have {found} with the "
-        "true score; what it would choose is hardly better than a random part: score the pool with the models"
+        f"the proxy is worthless here: on {quality.n_rows} held-out instances its predictions have {order} with the "
+        "true score, so its choice is hardly better than a random one; score the pool with the models"
     ]

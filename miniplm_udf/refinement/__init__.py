@@ -1,1 +1,1 @@
-"""What to keep: candidates of the matrix, expressions over them, exact cuts, and corpora that grow as scores come."""
+"""Which instances a corpus keeps: candidates, SQL over them, exact cuts, and corpora that grow with the scores."""

@@ -1,19 +1,22 @@
-"""Where a corpus's candidates come from: `score_matrix`, or `proxy_scores`, with the matrix beside. Driver only.
+"""The candidates of a corpus: rows of `score_matrix`, or of `proxy_scores` with columns of the matrix. Driver only.
 
-    root + corpus -> rows of the one table (left join the matrix, only where an expression names a column of it)
+    root + corpus -> rows of the table (left join of the matrix, only if an expression names one of its columns)
 
-Of `proxy_scores` every instance of the pool may be kept, scored by models or not; a column of the matrix is null where
-no model has scored. `as_of` gives the rows that a version was chosen from, by the micro-batches that it recorded: both
-tables only ever gain rows. Which rows are kept is keep.py's; reads logs and a row, and writes nothing.
+If the corpus takes `proxy_scores`, every instance of the pool may be kept, whether models have scored it or not; the
+columns of the matrix are null where no model has. `as_of` gives the rows that a version was chosen from, by the
+micro-batches that the version recorded: both tables only gain rows. keep.py decides which rows are kept. Reads the logs
+and one row; writes nothing.
 """
 
 import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import proxy_records, schemas, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.store import proxy_records, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -27,20 +30,30 @@ class Candidates:
 
     Attributes:
         rows: with `query_id` and `batch_id` of their own table.
-        inputs: for the provenance: the tables' versions, and `last_batches`, the last batch of each of their queries.
+        inputs: for the provenance: `matrix_version` or `proxy_version` or both, and `last_batches`, the newest
+            micro-batch of each query id in the tables.
     """
 
     rows: "DataFrame"
     inputs: dict[str, Any]
 
 
-def read(
+def read_candidates(
     spark: "SparkSession", config: ExperimentConfig, corpus: CorpusConfig, last_batches: dict[str, int] | None = None
 ) -> Candidates:
-    """The rows of a resolved corpus's tables, as they are now or as they were at these micro-batches.
+    """Reads the tables of a corpus, as they are now or as they were.
+
+    Args:
+        spark: any session.
+        config: the experiment.
+        corpus: its resolved config.
+        last_batches: newest micro-batch by query id, of the state to read; None reads the present state.
+
+    Returns:
+        The rows and their versions.
 
     Raises:
-        CorpusError: a table is not there, or (now) lacks columns of the models.
+        CorpusError: a table does not exist, or the present matrix lacks columns of the models.
     """
     matrix, matrix_version = _table(spark, config, MATRIX, last_batches)
     if not corpus.is_of_proxy:
@@ -48,7 +61,7 @@ def read(
             _check_columns(matrix, config)
         return Candidates(matrix, {"matrix_version": matrix_version, "last_batches": _last_batches(matrix)})
     predicted, version = _table(spark, config, PROXY, last_batches)
-    rows = beside(predicted, matrix, str(corpus.where), str(corpus.score))
+    rows = with_matrix(predicted, matrix, str(corpus.where), str(corpus.score))
     inputs: dict[str, Any] = {"proxy_version": version, "last_batches": _last_batches(predicted)}
     if rows is not predicted:
         inputs["matrix_version"] = matrix_version
@@ -57,27 +70,60 @@ def read(
 
 
 def revisions(config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame") -> dict[str, str]:
-    """What made the rows of `read`: model revisions by alias, and `proxy`, that of the proxy that they are of."""
+    """The revisions of the models that made the candidates.
+
+    Args:
+        config: the experiment.
+        corpus: its resolved config.
+        rows: of `read_candidates`.
+
+    Returns:
+        Revisions by alias, and the revision of the proxy under `proxy`; empty if there are no rows.
+
+    Raises:
+        CorpusError: the proxy's record is gone.
+    """
     if not corpus.is_of_proxy:
         # One query with one set of models wrote all rows of the matrix.
-        found = rows.select(*(f"{alias}_revision" for alias in config.scored_aliases)).limit(1).collect()
-        return dict(zip(config.scored_aliases, found[0], strict=True)) if found else {}
-    of_proxy = [row[0] for row in rows.select("proxy_revision").limit(1).collect()]
-    record = proxy_records.read(config.root, of_proxy[0]) if of_proxy else None
-    models: dict[str, str] = record.identity["model_revisions"] if record else {}
-    return {**models, "proxy": of_proxy[0]} if of_proxy else {}
+        first_row = rows.select(*(f"{alias}_revision" for alias in config.scored_aliases)).limit(1).collect()
+        return dict(zip(config.scored_aliases, first_row[0], strict=True)) if first_row else {}
+    first_row = rows.select("proxy_revision").limit(1).collect()
+    if not first_row:
+        return {}
+    proxy_revision = first_row[0][0]
+    record = proxy_records.read(config.root, proxy_revision)
+    if record is None:
+        raise CorpusError(
+            f"proxy_scores: expected the record of the proxy {proxy_revision} in {storage.redact(config.root)}/proxy, "
+            "found none; put it back from a copy, or run `miniplm proxy`, which fits the proxy again"
+        )
+    return {**record.identity["model_revisions"], "proxy": proxy_revision}
 
 
 def as_of(rows: "DataFrame", last_batches: dict[str, int]) -> "DataFrame":
-    """The rows that a table had after the last micro-batch of each of its queries; none of another query."""
-    known = [f"(query_id = '{query}' and batch_id <= {last})" for query, last in last_batches.items()]
-    return rows.where(" or ".join(known) or "false")
+    """Returns the rows that a table had after certain micro-batches of its queries.
+
+    Args:
+        rows: a frame with `query_id` and `batch_id`.
+        last_batches: by query id, the last micro-batch whose rows are returned. Rows of other queries are left out.
+    """
+    conditions = [f"(query_id = '{query}' and batch_id <= {last})" for query, last in last_batches.items()]
+    return rows.where(" or ".join(conditions) or "false")
 
 
-def beside(predicted: "DataFrame", matrix: "DataFrame", *texts: str) -> "DataFrame":
-    """Rows of `proxy_scores`; with the matrix's own columns, null where no model has scored, if a text names one."""
+def with_matrix(predicted: "DataFrame", matrix: "DataFrame", *expressions: str) -> "DataFrame":
+    """Adds the matrix's own columns to rows of `proxy_scores`, if an expression names one of them.
+
+    Args:
+        predicted: rows of `proxy_scores`.
+        matrix: rows of `score_matrix`.
+        expressions: SQL texts.
+
+    Returns:
+        The rows of `predicted`; added columns are null where no model has scored.
+    """
     own = [name for name in matrix.columns if name not in predicted.columns]
-    if not any(re.search(rf"\b{name}\b", text) for name in own for text in texts):
+    if not any(re.search(rf"\b{name}\b", text) for name in own for text in expressions):
         return predicted
     return predicted.join(matrix.select("instance_id", *own), "instance_id", "left")
 
@@ -85,7 +131,7 @@ def beside(predicted: "DataFrame", matrix: "DataFrame", *texts: str) -> "DataFra
 def _table(
     spark: "SparkSession", config: ExperimentConfig, name: str, last_batches: dict[str, int] | None
 ) -> tuple["DataFrame", int | None]:
-    uri = config.table_uri(name)
+    uri = config.layout.table(name)
     version = tables.version(spark, uri)
     if version is None and name == PROXY:
         raise CorpusError("proxy_scores: expected the predictions of a proxy, found no table; run `miniplm proxy`")

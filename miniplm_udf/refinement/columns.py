@@ -1,20 +1,21 @@
-"""The rows that expressions are over: the matrix, and beside it other columns of its instances where one is named.
+"""The rows that expressions are evaluated over: candidates, joined with other tables whose columns they name.
 
     score_matrix (+ instances) (+ annotations) -> pool rows with the columns that `score` and `where` name
 
-A table is joined only where an expression needs a column of it, so a refinement pays for what it names. An instance
-that is not annotated yet would pass or fail for want of a value; so there must be none. Driver only. One look for such
-rows is run; nothing is written.
+A table is joined only if an expression needs its columns, so a refinement pays for what it names. Every instance
+must be annotated before an expression may name an annotation: without a value it would pass or fail by accident. Runs
+one job, which counts instances without annotations. Driver only; writes nothing.
 """
 
 import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import corpora, schemas, tables
-from miniplm_udf.config import ExperimentConfig
+from miniplm_udf import schemas
+from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.refinement import expressions
+from miniplm_udf.store import corpus_records, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -25,49 +26,55 @@ INSTANCES_VERSION, ANNOTATIONS_VERSION = "instances_version", "annotations_versi
 def with_instances(
     spark: "SparkSession", config: ExperimentConfig, matrix: "DataFrame", *texts: str
 ) -> tuple["DataFrame", dict[str, Any]]:
-    """The matrix, with columns of `instances` and of `annotations` beside where the expressions name such.
+    """Joins `instances` and `annotations` to the candidates, as far as the expressions name their columns.
+
+    Args:
+        spark: any session.
+        config: the experiment.
+        matrix: rows of `candidates.read_candidates`.
+        texts: the expressions.
 
     Returns:
-        And the versions that they are of (`instances_version`, `annotations_version`) and, of annotations, what they
-        were made by (`annotated_by`); of what is read alone.
+        The rows; and, for the provenance, the versions of the tables that were joined (`instances_version`,
+        `annotations_version`) and the settings of the annotations (`annotated_by`).
 
     Raises:
-        CorpusError: columns of `annotations` are named that are not there, or that not all rows have.
+        CorpusError: a named column of `annotations` does not exist, or some rows have no annotations.
     """
     if expressions.resolves(matrix, *texts):
         return matrix, {}
-    others = _tables(spark, config)
-    # One table, if that is enough; else all, so that an error tells what there is.
-    for chosen in ([INSTANCES_VERSION], [ANNOTATIONS_VERSION], list(others)):
-        if set(chosen) <= others.keys():
-            rows = expressions.joined(matrix, *(others[name][0] for name in chosen))
+    others = _other_tables(spark, config)
+    # Join one table if that is enough; otherwise both, so that an error lists all columns.
+    for names in ([INSTANCES_VERSION], [ANNOTATIONS_VERSION], list(others)):
+        if set(names) <= others.keys():
+            rows = expressions.joined(matrix, *(others[name][0] for name in names))
             if expressions.resolves(rows, *texts):
-                read: dict[str, Any] = {name: others[name][1] for name in chosen}
-                if ANNOTATIONS_VERSION in chosen:
-                    read["annotated_by"] = _checked(matrix, others[ANNOTATIONS_VERSION][0])
-                return rows, read
+                inputs: dict[str, Any] = {name: others[name][1] for name in names}
+                if ANNOTATIONS_VERSION in names:
+                    inputs["annotated_by"] = _settings_of_annotations(matrix, others[ANNOTATIONS_VERSION][0])
+                return rows, inputs
     _refuse_unannotated(rows, texts)
     return rows, {}
 
 
-def _tables(spark: "SparkSession", config: ExperimentConfig) -> dict[str, tuple["DataFrame", int]]:
-    """What there is beside the matrix, and its version."""
-    found = {}
-    uri = config.table_uri("instances")
+def _other_tables(spark: "SparkSession", config: ExperimentConfig) -> dict[str, tuple["DataFrame", int]]:
+    """The tables that may be joined, with their versions; those that do not exist are left out."""
+    others = {}
+    uri = config.layout.table("instances")
     if (version := tables.version(spark, uri)) is not None:
-        found[INSTANCES_VERSION] = (tables.read(spark, uri, version), version)
-    uri = config.table_uri(schemas.ANNOTATIONS)
-    if (newest := corpora.newest(spark, uri)) is not None:
-        # Maintenance changes no row, and may remove the files of the version before it.
-        found[ANNOTATIONS_VERSION] = (tables.read(spark, uri, newest.base), newest.version)
-    return found
+        others[INSTANCES_VERSION] = (tables.read(spark, uri, version), version)
+    uri = config.layout.table(schemas.ANNOTATIONS)
+    if (newest := corpus_records.newest(spark, uri)) is not None:
+        # Maintenance changes no row, and may have removed the files of the version before it: read its version.
+        others[ANNOTATIONS_VERSION] = (tables.read(spark, uri, newest.base), newest.version)
+    return others
 
 
 def _refuse_unannotated(rows: "DataFrame", texts: tuple[str, ...]) -> None:
-    """Tells of columns that `annotations` could have; what else is wrong is for `expressions.expression` to say.
+    """Refuses expressions that name a column which `annotations` could have; `expressions` reports other errors.
 
     Raises:
-        CorpusError: one is named.
+        CorpusError: an expression names one.
     """
     groups = {column.name: group for group, own in schemas.ANNOTATIONS_BY_GROUP.items() for column in own}
     absent = groups.keys() - set(rows.columns)
@@ -80,11 +87,11 @@ def _refuse_unannotated(rows: "DataFrame", texts: tuple[str, ...]) -> None:
         )
 
 
-def _checked(matrix: "DataFrame", annotations: "DataFrame") -> Any:
-    """What the annotations were made by, if all rows have some.
+def _settings_of_annotations(matrix: "DataFrame", annotations: "DataFrame") -> Any:
+    """The settings that the annotations were made with (`annotated_by`); None if there are no annotations.
 
     Raises:
-        CorpusError: some have none.
+        CorpusError: a pool instance of the matrix has no annotations.
     """
     missing = tables.missing_from(matrix.where("split = 'pool'").select("instance_id"), annotations)
     if n_missing := missing.count():
@@ -92,5 +99,5 @@ def _checked(matrix: "DataFrame", annotations: "DataFrame") -> Any:
             f"annotations: expected all instances of score_matrix, found {n_missing} that are not annotated, for "
             f"example {missing.limit(1).collect()[0][0]}; run `miniplm annotate` first"
         )
-    made_by = annotations.select("annotated_by").limit(1).collect()
-    return json.loads(made_by[0][0]) if made_by else None
+    first_row = annotations.select("annotated_by").limit(1).collect()
+    return json.loads(first_row[0][0]) if first_row else None

@@ -1,11 +1,11 @@
-"""Mergeable counts of a corpus's candidates, in buckets of the score, kept in Delta; and the cut that they give.
+"""Running counts of a followed corpus's candidates, by bucket of the score, in Delta; and the cut that they give.
 
-    score -> bucket, a fixed integer function that never falls -> candidates and tokens by bucket -> bucket of the cut
+    score -> bucket (a fixed, non-decreasing integer function) -> candidates and tokens by bucket -> bucket of the cut
 
-The counts are sums over all of the matrix's micro-batches up to one: a new one is added, none is read again.
-`cuts/<name>` holds the newest counts alone, some ten thousand rows at most; each commit replaces them and has the cut
-that was taken as its `userMetadata`. The counts are exact; the cut falls between two buckets, so its rank is wrong by
-at most the rows of the one bucket that holds the exact cut. A replay finds its micro-batch counted. Driver only.
+The counts are sums over all micro-batches of the matrix up to one; a new micro-batch is added, and none is read again.
+`cuts/<name>` holds only the newest counts, at most some ten thousand rows; each commit replaces them, with the chosen
+cut as `userMetadata`. The counts are exact; the cut falls between two buckets, so its rank is wrong by at most the rows
+of the bucket that holds the exact cut. A replay finds that its micro-batch is counted already. Driver only.
 """
 
 import dataclasses
@@ -13,17 +13,18 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import corpora, schemas, storage, tables
-from miniplm_udf.config import SelectConfig
+from miniplm_udf import schemas
+from miniplm_udf.config.refine import SelectConfig
 from miniplm_udf.refinement.selection import UNUSABLE, budget_of, n_fitting
+from miniplm_udf.store import corpus_records, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
-# A bucket is a thousandth of its scores wide, and a millionth near 0.
+# A bucket is a thousandth of its scores wide, or a millionth near 0.
 BUCKETS_PER_E = 1024
 _UNITS, _LARGEST = 1000.0, 1e300
-# Rows and tokens by bucket.
+# (rows, tokens) by bucket.
 Counts = Mapping[int, tuple[int, int]]
 
 
@@ -32,11 +33,11 @@ class BucketCut:
     """A cut between two buckets.
 
     Attributes:
-        bucket: the lowest one that is kept.
-        score: its lower edge; of a threshold rule, the threshold.
+        bucket: the lowest kept bucket.
+        score: its lower edge; for a threshold rule, the threshold.
         budget: what the rule allows, in instances or tokens; None for a threshold.
         n_within: what the kept buckets hold, in the same unit.
-        boundary_rows: rows of the bucket that holds the exact cut: by so many ranks at most is this one wrong.
+        boundary_rows: rows of the bucket that holds the exact cut: the largest possible error of the rank.
     """
 
     bucket: int
@@ -48,34 +49,41 @@ class BucketCut:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """What is counted.
+    """Counts of the candidates of one corpus config.
 
     Attributes:
-        config: fingerprint of the corpus config that it is counted for.
-        query_id: of the matrix's rows.
-        through: the micro-batch of the matrix up to which rows are counted; -1: none is.
-        counts: by bucket.
-        on: the state of the table that this rests on.
+        config: fingerprint of the corpus config.
+        query_id: query id of the matrix's rows.
+        through: the newest counted micro-batch of the matrix; -1: none is counted.
+        counts: (rows, tokens) by bucket.
+        on: the state of `cuts/<name>` that the counts were read from; None: there is no table.
     """
 
     config: str
     query_id: str
     through: int
     counts: Counts
-    on: corpora.Newest | None = None
+    on: corpus_records.Newest | None = None
 
     def plus(self, counts: Counts, through: int) -> "Counted":
+        """Returns these counts with those of further micro-batches.
+
+        Args:
+            counts: (rows, tokens) by bucket of the further micro-batches.
+            through: the newest of these micro-batches.
+        """
         return dataclasses.replace(self, counts=merged(self.counts, counts), through=through)
 
 
 def bucket_number(score: "Column") -> "Column":
-    """A bigint that never falls as the (finite) score rises, and that is negative where the score is.
+    """The bucket of a finite score: a bigint, non-decreasing in the score, with the sign of the score.
 
-    `lower_edge` is its inverse.
+    `lower_edge` is its inverse. Stored counts depend on this function, so it stays as it is; `selection.score_bucket`
+    is faster, and serves single passes whose counts are not stored.
     """
     from pyspark.sql import functions as F
 
-    # Java's log1p never falls, nor do a product with a constant and floor.
+    # Java's log1p is non-decreasing, and so are a product with a positive constant and floor.
     size = F.log1p(F.least(F.abs(score), F.lit(_LARGEST)) * F.lit(_UNITS)) * F.lit(float(BUCKETS_PER_E))
     return F.floor(F.when(score < 0, -size).otherwise(size))
 
@@ -86,7 +94,12 @@ def lower_edge(bucket: int) -> float:
 
 
 def bucket_column(select: SelectConfig, usable: "Column") -> "Column":
-    """The bucket of a row with the column `score`, a bigint. Every finite score of a threshold rule is on one side."""
+    """The bucket of a row, a bigint, from its column `score`.
+
+    Args:
+        select: the selection; for a threshold rule, bucket 1 holds the scores from the threshold on, and 0 the others.
+        usable: whether the score is finite; rows with another score get the bucket `UNUSABLE`.
+    """
     from pyspark.sql import functions as F
 
     score = F.col("score")
@@ -98,23 +111,46 @@ def bucket_column(select: SelectConfig, usable: "Column") -> "Column":
 
 
 def merged(counts: Counts, more: Counts) -> Counts:
-    """The sums of two counts."""
-    rows = {bucket: counts.get(bucket, (0, 0)) for bucket in counts.keys() | more.keys()}
+    """Adds two counts, bucket by bucket.
+
+    Args:
+        counts: (rows, tokens) by bucket.
+        more: (rows, tokens) by bucket.
+
+    Returns:
+        The sums, for every bucket that either has.
+    """
+    all_buckets = {bucket: counts.get(bucket, (0, 0)) for bucket in counts.keys() | more.keys()}
     return {
         bucket: (n_rows + more.get(bucket, (0, 0))[0], n_tokens + more.get(bucket, (0, 0))[1])
-        for bucket, (n_rows, n_tokens) in rows.items()
+        for bucket, (n_rows, n_tokens) in all_buckets.items()
     }
 
 
 def totals(counts: Counts) -> tuple[int, int]:
-    """Candidates, and their tokens."""
+    """Adds up the counts of all buckets, `UNUSABLE` included.
+
+    Args:
+        counts: (rows, tokens) by bucket.
+
+    Returns:
+        Candidates, and their tokens.
+    """
     return sum(n_rows for n_rows, _ in counts.values()), sum(n_tokens for _, n_tokens in counts.values())
 
 
 def cut_of(counts: Counts, select: SelectConfig) -> BucketCut:
-    """The cut of a rule. The bucket that holds the exact cut is kept where more than half of it fits."""
+    """Finds the cut that a rule gives. The bucket with the exact cut is kept if more than half of it fits the budget.
+
+    Args:
+        counts: (rows, tokens) by bucket, as `bucket_column` numbers the buckets.
+        select: the rule: a threshold, or a ratio of all candidates or of their tokens.
+
+    Returns:
+        The cut. If no bucket fits the budget, it is above the highest bucket, so that nothing is kept.
+    """
     by_tokens = select.rule != "threshold" and select.by == "tokens"
-    ordered = sorted(((bucket, *of) for bucket, of in counts.items() if bucket != UNUSABLE), reverse=True)
+    ordered = sorted(((bucket, *sums) for bucket, sums in counts.items() if bucket != UNUSABLE), reverse=True)
     weights = [n_tokens if by_tokens else n_rows for _, n_rows, n_tokens in ordered]
     if select.rule == "threshold":
         assert select.threshold is not None
@@ -127,35 +163,48 @@ def cut_of(counts: Counts, select: SelectConfig) -> BucketCut:
         boundary_rows = ordered[n_kept][1]
         if 2 * (budget - within) > weights[n_kept]:
             within, n_kept = within + weights[n_kept], n_kept + 1
-    # Nothing fits: above the highest bucket. No candidate yet: any.
+    # If no bucket fits, the cut is above the highest bucket. Without candidates, any cut will do.
     lowest = ordered[n_kept - 1][0] if n_kept else ordered[0][0] + 1 if ordered else 0
     return BucketCut(lowest, lower_edge(lowest), budget, within, boundary_rows)
 
 
-def cuts_uri(root: str, name: str) -> str:
-    return storage.join(storage.to_uri(root), "tables", "cuts", name)
+def read_counts(spark: "SparkSession", uri: str, config: str, query_id: str) -> Counted:
+    """Reads the counts of a followed corpus.
 
+    Args:
+        spark: any session.
+        uri: of `cuts/<name>`.
+        config: fingerprint of the corpus config.
+        query_id: query id of the matrix's rows.
 
-def read(spark: "SparkSession", uri: str, config: str, query_id: str) -> Counted:
-    """What is counted for a corpus config (its fingerprint) of the rows of a query of the matrix."""
-    nothing = Counted(config, query_id, -1, {}, corpora.newest(spark, uri))
-    if nothing.on is None:
-        return nothing
-    rows = tables.read(spark, uri, nothing.on.base).collect()
+    Returns:
+        The counts; empty ones if there is no table, or its counts are for another config or matrix.
+    """
+    empty = Counted(config, query_id, -1, {}, corpus_records.newest(spark, uri))
+    if empty.on is None:
+        return empty
+    rows = tables.read(spark, uri, empty.on.base).collect()
     if not rows or (rows[0]["config"], rows[0]["query_id"]) != (config, query_id):
-        return nothing
-    return nothing.plus({row["bucket"]: (row["n_rows"], row["n_tokens"]) for row in rows}, rows[0]["batch_id"])
+        return empty
+    return empty.plus({row["bucket"]: (row["n_rows"], row["n_tokens"]) for row in rows}, rows[0]["batch_id"])
 
 
-def write(spark: "SparkSession", uri: str, name: str, counted: Counted, cut: BucketCut) -> None:
-    """Replaces what is counted.
+def write_counts(spark: "SparkSession", uri: str, name: str, counted: Counted, cut: BucketCut) -> None:
+    """Replaces the counts of a followed corpus.
+
+    Args:
+        spark: any session.
+        uri: of `cuts/<name>`.
+        name: of the corpus.
+        counted: the new counts, with the state that they were added to.
+        cut: the cut that they give.
 
     Raises:
-        CorpusError: another driver has counted meanwhile.
+        CorpusError: another driver has written counts meanwhile.
     """
     table = schemas.cuts(name)
     metadata = {"query_id": counted.query_id, "batch_id": counted.through, "cut": dataclasses.asdict(cut)}
-    corpora.commit(_frame(spark, table, counted), uri, table, metadata, counted.on, replaces=True)
+    corpus_records.commit(_frame(spark, table, counted), uri, table, metadata, counted.on, replaces=True)
 
 
 def _frame(spark: "SparkSession", table: schemas.Table, counted: Counted) -> "DataFrame":

@@ -1,11 +1,11 @@
-"""What a refinement looks like from outside: signs of a poor pair of models, of a poor rule, of what was lost before.
+"""Diagnostics of a refinement: signs of a poor pair of models, of a poor rule, and of rows that were lost earlier.
 
 Inputs: candidates with `score`, sums over them by source and length, the table `rejects`. Output: a dict of plain
-numbers for the summary, the provenance and the report, with `notes`, sentences to read. Spearman's correlation comes
-from joint counts in buckets of score and loss (one pass, no sort), with a bound of its error. Judges nothing away:
-a diagnostic never changes a selection. Driver only; a retry counts again.
+numbers for the summary, the provenance and the report, with `notes`, sentences for people. Spearman's correlation comes
+from joint counts in buckets of score and loss (one pass, no sort), with a bound on its error. A diagnostic never
+changes a selection. Driver only; a retry counts again.
 
-    rho = cov(R, S) / (sd R * sd S), R and S the ranks; a bucket's rows all have the mean of its ranks
+    rho = cov(R, S) / (sd R * sd S), R and S the ranks; all rows of a bucket have its mean rank
 """
 
 import math
@@ -13,23 +13,24 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import proxy_records, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig
-from miniplm_udf.refinement.selection import is_finite, quick_number
-from miniplm_udf.rules import is_random
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig
+from miniplm_udf.config.rules import is_random
+from miniplm_udf.refinement.selection import is_finite, score_bucket
+from miniplm_udf.store import proxy_records, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, Row, SparkSession
 
-# Above this, the score says little that the reference's loss alone does not.
+# From this correlation on, the score says little more than the reference's loss alone.
 _TOO_NEAR = 0.9
 _SCORE_BUCKETS, _LOSS_BUCKETS = 128, 32
-# Of a rule of sums: as soon as this share of the candidates is of another length than the most.
+# A score that is a sum gets a note if at least this share of the candidates is outside the commonest length bucket.
 _OF_OTHER_LENGTH = 0.1
 
 
 def length_bucket() -> "Column":
-    """k for instances of 2**k up to 2**(k + 1) tokens."""
+    """The length bucket k of an instance, which has from 2**k to 2**(k + 1) - 1 tokens."""
     from pyspark.sql import functions as F
 
     return F.floor(F.log2(F.col("n_tokens") + F.lit(0.5)))
@@ -38,36 +39,39 @@ def length_bucket() -> "Column":
 def diagnose(
     spark: "SparkSession", config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame", sums: "Sequence[Row]"
 ) -> dict[str, Any]:
-    """Everything, after the selection.
+    """Computes all diagnostics, after the selection.
 
     Args:
-        corpus: resolved.
+        spark: any session.
+        config: the experiment.
+        corpus: the resolved config of the corpus.
         rows: the candidates.
-        sums: of them by source and `length`: n_rows, n_unusable, n_negative, n_kept.
+        sums: sums over them by `source` and `length`: n_rows, n_unusable, n_negative, n_kept.
 
     Returns:
-        negative_share: of candidates with a finite score, those below 0. spearman_with_reference_loss and
-        spearman_error: the correlation of the score with the reference's mean loss, and what it is wrong by at most;
-        null where there is no reference, or the order is random. kept_share_by_length: by tokens, "32-63".
-        rejects: rows by reason. notes.
+        `negative_share`: the share, of candidates with a finite score, with a score below 0.
+        `spearman_with_reference_loss` and `spearman_error`: the correlation of the score with the reference's mean
+        loss, and its largest possible error; None if there is no reference, or the order is random.
+        `kept_share_by_length`: by range of tokens, e.g. "32-63". `rejects`: rows by reason. `notes`: sentences.
     """
     usable = sum(row["n_rows"] - row["n_unusable"] for row in sums)
     alias = config.reference.alias if config.reference else corpus.aliases.get("reference", "reference")
     has_loss = f"{alias}_nll_mean" in rows.columns and not is_random(corpus)
-    found = rank_correlation(rows, f"{alias}_nll_mean") if has_loss else None
+    correlation = rank_correlation(rows, f"{alias}_nll_mean") if has_loss else None
     diagnostics = {
         "negative_share": sum(row["n_negative"] for row in sums) / usable if usable else None,
-        "spearman_with_reference_loss": found[0] if found else None,
-        "spearman_error": found[1] if found else None,
+        "spearman_with_reference_loss": correlation[0] if correlation else None,
+        "spearman_error": correlation[1] if correlation else None,
         "kept_share_by_length": kept_share_by_length(sums),
         "rejects": rejects(spark, config),
     }
     proxy = proxy_records.read(config.root) if corpus.is_of_proxy else None
-    of_proxy = proxy.warnings if proxy else []
-    return {**diagnostics, "notes": [*notes(config, corpus, alias, found, sums), *of_proxy]}
+    proxy_warnings = proxy.warnings if proxy else []
+    return {**diagnostics, "notes": [*notes(config, corpus, alias, correlation, sums), *proxy_warnings]}
 
 
 def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:
+    """The share of the candidates that was kept, by range of tokens."""
     by_length: dict[int, tuple[int, int]] = {}
     for row in sums:
         n_kept, n_rows = by_length.get(row["length"], (0, 0))
@@ -76,8 +80,16 @@ def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:
 
 
 def rejects(spark: "SparkSession", config: ExperimentConfig) -> dict[str, int]:
-    """Rejected rows by reason."""
-    uri = config.table_uri("rejects")
+    """Counts the rejected rows of all stages.
+
+    Args:
+        spark: any session.
+        config: the experiment.
+
+    Returns:
+        Rows by reason, sorted by reason; empty if there is no table `rejects`.
+    """
+    uri = config.layout.table("rejects")
     if not tables.exists(spark, uri):
         return {}
     return {row[0]: row[1] for row in tables.read(spark, uri).groupBy("reason").count().orderBy("reason").collect()}
@@ -87,12 +99,20 @@ def notes(
     config: ExperimentConfig, corpus: CorpusConfig, alias: str, spearman: tuple[float, float] | None,
     sums: "Sequence[Row]",
 ) -> list[str]:  # fmt: skip
-    """What someone should look at."""
-    found = []
+    """Sentences about what a user should check.
+
+    Args:
+        config: the experiment.
+        corpus: the resolved config of the corpus.
+        alias: of the reference.
+        spearman: correlation of the score with the reference's loss, and its error; None if there is none.
+        sums: as in `diagnose`.
+    """
+    sentences = []
     score = str(corpus.score)
     used = {name for name in config.scored_aliases if re.search(rf"\b{name}_", score)}
     if spearman and spearman[0] >= _TOO_NEAR and len(used) > 1:
-        found.append(
+        sentences.append(
             f"the score ranks almost as the loss of {alias} alone does (Spearman {spearman[0]:.3f}): the teacher is "
             "too strong for this reference; train a larger reference, or take a smaller teacher"
         )
@@ -101,21 +121,21 @@ def notes(
         by_length[row["length"]] = by_length.get(row["length"], 0) + row["n_rows"]
     n_rows = sum(by_length.values())
     if "_nll_sum_nats" in score and n_rows and max(by_length.values()) < (1 - _OF_OTHER_LENGTH) * n_rows:
-        found.append(
+        sentences.append(
             "the score is a sum over the text and lengths vary: it ranks by length too; take means, or packed chunking"
         )
-    return found
+    return sentences
 
 
 def rank_correlation(rows: "DataFrame", loss: str) -> tuple[float, float] | None:
-    """Spearman's correlation of `score` with a column of losses, and a bound of its error. One pass."""
+    """Spearman's correlation of `score` with a column of losses, and a bound on its error; None as in `spearman`."""
     from pyspark.sql import functions as F
 
     joint = (
         rows.where(is_finite() & F.col(loss).isNotNull())
         .groupBy(
-            quick_number(F.col("score"), _SCORE_BUCKETS).alias("score"),
-            quick_number(F.col(loss), _LOSS_BUCKETS).alias("loss"),
+            score_bucket(F.col("score"), _SCORE_BUCKETS).alias("score"),
+            score_bucket(F.col(loss), _LOSS_BUCKETS).alias("loss"),
         )
         .count()
     )
@@ -123,31 +143,36 @@ def rank_correlation(rows: "DataFrame", loss: str) -> tuple[float, float] | None
 
 
 def spearman(joint: Mapping[tuple[int, int], int]) -> tuple[float, float] | None:
-    """Spearman's correlation of two rankings that are known by bucket, and a bound of what the buckets hide.
+    """Spearman's correlation of two rankings of which only the buckets are known, and a bound on its error.
 
-    With e and f what the ranks differ by from their buckets' means, |cov(R, S) - cov(R', S')| is at most
-    sd R' sd f + sd e sd S' + sd e sd f, and var e at most (n^2 - 1) / 12 in a bucket of n rows.
+    Let e and f be the differences of the ranks from the mean ranks of their buckets. Then |cov(R, S) - cov(R', S')| is
+    at most sd R' sd f + sd e sd S' + sd e sd f, and var e is at most (n^2 - 1) / 12 in a bucket of n rows.
 
     Args:
-        joint: rows by (bucket of the one, bucket of the other); higher is higher.
+        joint: number of rows by (bucket in the first ranking, bucket in the second); higher buckets rank higher.
 
     Returns:
-        None where all rows of either are in one bucket.
+        The correlation and the bound; None if all rows are in one bucket of either ranking.
     """
     (first, first_sd, first_hidden), (second, second_sd, second_hidden) = (_ranks(joint, side) for side in (0, 1))
     if not first_sd or not second_sd:
         return None
     n_rows = sum(joint.values())
     covariance = math.fsum(n * first[a] * second[b] for (a, b), n in joint.items()) / n_rows
-    found = covariance / (first_sd * second_sd)
+    correlation = covariance / (first_sd * second_sd)
     error = first_hidden / first_sd + second_hidden / second_sd
     error += (first_hidden * second_hidden) / (first_sd * second_sd)
     shrink = first_sd * second_sd / (math.hypot(first_sd, first_hidden) * math.hypot(second_sd, second_hidden))
-    return found, min(error + abs(found) * (1 - shrink), 2.0)
+    return correlation, min(error + abs(correlation) * (1 - shrink), 2.0)
 
 
 def _ranks(joint: Mapping[tuple[int, int], int], side: int) -> tuple[dict[int, float], float, float]:
-    """Of each bucket the mean rank less that of all rows; its standard deviation; at most that within the buckets."""
+    """Mean ranks of one ranking's buckets.
+
+    Returns:
+        By bucket, its mean rank minus the mean rank of all rows; the standard deviation of these over all rows; and the
+        largest possible standard deviation of ranks within their buckets.
+    """
     sizes: dict[int, int] = {}
     for key, n in joint.items():
         sizes[key[side]] = sizes.get(key[side], 0) + n

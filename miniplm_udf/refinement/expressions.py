@@ -1,10 +1,10 @@
-"""What a corpus's `score` and `where` may be: Spark SQL that computes one column of the row. Driver only; runs no job.
+"""The SQL of a corpus's `score` and `where`: an expression that computes one column of the row. Driver only; no job.
 
-    text + score_matrix (+ other tables where a column of them is named) -> the analysed expression, or a ConfigError
+    text + score_matrix (+ other tables, if it names their columns) -> the analysed expression, or a ConfigError
 
-Refused, named with the place in the config and the position in the text: what does not parse or resolve, another type,
-subqueries, aggregates and window functions, generators, and what differs from run to run. So an expression reads no
-other table, writes none, and gives the same version again. Nothing is retried: nothing runs.
+Refused, with the key in the config and the position in the text: SQL that does not parse or resolve, a value of another
+type, subqueries, aggregates, window functions, generators, and functions whose value differs between runs. So an
+expression reads no other table, writes none, and gives the same version again.
 """
 
 import re
@@ -15,12 +15,17 @@ from miniplm_udf.errors import ConfigError
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
-# Of any table: they tell how a row came, not what it is, and are not the same where it is ingested or scored anew.
+# Columns about the run that wrote a row: their values would differ if the row were ingested or scored again.
 _OF_THE_RUN = ("query_id", "batch_id", "ingested_at", "instance_batch_id", "annotated_by", "minhash_buckets")
 
 
 def resolves(rows: "DataFrame", *texts: str) -> bool:
-    """Whether the rows have every column that these expressions name."""
+    """Whether the rows have every column that the expressions name; True for an expression that does not parse.
+
+    Args:
+        rows: a frame with the columns.
+        texts: SQL expressions.
+    """
     from pyspark.errors import AnalysisException, ParseException
     from pyspark.sql import functions as F
 
@@ -35,36 +40,51 @@ def resolves(rows: "DataFrame", *texts: str) -> bool:
 
 
 def joined(matrix: "DataFrame", *others: "DataFrame") -> "DataFrame":
-    """Pool rows of the matrix with the other tables' own columns beside: rows of all tables move between tasks.
+    """Joins the other tables' own columns to the pool rows of the matrix; a shuffle of all tables.
 
     Args:
-        others: by instance_id: `instances`, `annotations`.
+        matrix: rows with `instance_id` and `split`.
+        others: tables with one row for each `instance_id`: `instances`, `annotations`.
     """
     rows = matrix.where("split = 'pool'")
     for other in others:
-        of_pool = other.where("split = 'pool'") if "split" in other.columns else other
-        rows = rows.join(of_pool.select("instance_id", *own_columns(other, rows)), "instance_id")
+        pool = other.where("split = 'pool'") if "split" in other.columns else other
+        rows = rows.join(pool.select("instance_id", *own_columns(other, rows)), "instance_id")
     return rows
 
 
 def own_columns(other: "DataFrame", rows: "DataFrame") -> list[str]:
-    """Columns of another table that expressions may name and that the rows do not have."""
+    """Lists the columns of another table that expressions may name and that the rows do not have.
+
+    Args:
+        other: the other table.
+        rows: the rows.
+
+    Returns:
+        Names, in the order of `other`, without columns about the run that wrote a row (`query_id`, ...).
+    """
     return [name for name in other.columns if name not in {*rows.columns, *_OF_THE_RUN}]
 
 
 def expression(
     rows: "DataFrame", text: str, place: str, wanted: type, what: str, over: str = "score_matrix"
 ) -> "Column":
-    """The expression, checked.
+    """Checks an expression.
 
     Args:
-        rows: what it is over; `over` is that in words.
-        place: in the config, or on the command line.
-        wanted: Spark's class of the type it must have; `what` is that in words.
+        rows: the rows that it is evaluated over.
+        text: the SQL.
+        place: the key in the config, or the option on the command line, for messages.
+        wanted: Spark's class of the type that it must have.
+        what: the wanted type in words.
+        over: the rows in words.
+
+    Returns:
+        The expression as a column.
 
     Raises:
-        ConfigError: it is no SQL over the columns, more than a column of the row, of another type, or differs from run
-            to run.
+        ConfigError: it is not SQL over the columns, computes more than a column of the row, has another type, or may
+            differ between runs.
     """
     from pyspark.errors import AnalysisException, ParseException
     from pyspark.sql import functions as F
@@ -72,43 +92,51 @@ def expression(
     columns = f"columns are {', '.join(name for name in rows.columns if name not in _OF_THE_RUN)}"
     try:
         analysed = rows.select("instance_id", F.expr(text).alias("value"))
-        found = analysed.schema["value"].dataType
+        value_type = analysed.schema["value"].dataType
     except (ParseException, AnalysisException) as error:
         raise ConfigError(f"{place}: {text!r} is no SQL over {over}{position(error)}; {columns}") from error
     refused = _more_than_a_column(rows, analysed, text)
     if refused:
         raise ConfigError(f"{place}: expected a value of the row itself, found {text!r}, which has {refused}")
-    if not isinstance(found, wanted):
+    if not isinstance(value_type, wanted):
         raise ConfigError(
-            f"{place}: expected {what}, found {text!r}, which is of type {found.simpleString()}; {columns}"
+            f"{place}: expected {what}, found {text!r}, which is of type {value_type.simpleString()}; {columns}"
         )
     return F.expr(text)
 
 
 def _more_than_a_column(rows: "DataFrame", analysed: "DataFrame", text: str) -> str | None:
-    """What an expression does beyond computing a column from the row's, in words; None where that is all."""
+    """In words, what an expression does besides computing a value from the row's columns; None if nothing."""
     plan, below = (frame._jdf.queryExecution().analyzed() for frame in (analysed, rows))
     patterns: Any = rows.sparkSession._jvm
     patterns = patterns.org.apache.spark.sql.catalyst.trees.TreePattern
-    own = plan.expressions()
-    own = [own.apply(index) for index in range(own.size())]
-    if any(one.containsPattern(patterns.PLAN_EXPRESSION()) for one in own):
+    scala_list = plan.expressions()
+    parts = [scala_list.apply(index) for index in range(scala_list.size())]
+    if any(part.containsPattern(patterns.PLAN_EXPRESSION()) for part in parts):
         spot = re.search(r"\bselect\b|\bexists\b", text, re.IGNORECASE)
         return f"a subquery{f' (at character {spot.start() + 1})' if spot else ''}; other tables cannot be read here"
     if plan.nodeName() != "Project" or not plan.child().equals(below):
         return "an aggregate, a window function or a generator; rows are only counted by select"
-    # The time and the user are constants to Spark, and other ones in the next run.
-    if not plan.deterministic() or any(one.containsPattern(patterns.CURRENT_LIKE()) for one in own):
+    # Spark treats the time and the user as constants, but they differ in the next run.
+    if not plan.deterministic() or any(part.containsPattern(patterns.CURRENT_LIKE()) for part in parts):
         return (
-            "a part that is random or of the moment; expected the same value in every run (select.rule: random, gumbel)"
+            "a random part, or one that depends on the time or the user; expected the same value in every run "
+            "(select.rule: random, gumbel)"
         )
     return None
 
 
 def position(error: Any) -> str:
-    """Where and what, of Spark's long message."""
+    """Describes where an SQL text is wrong, for an error message.
+
+    Args:
+        error: Spark's `ParseException` or `AnalysisException`.
+
+    Returns:
+        The position, if Spark tells it, and the first line of Spark's long message, in parentheses after a space.
+    """
     message = str(error).strip().splitlines()[0]
     contexts = error.getQueryContext() or []
     spot = f"at character {contexts[0].startIndex() + 1}: " if contexts and contexts[0].startIndex() >= 0 else ""
-    found = re.search(r"\(line \d+, pos \d+\)", str(error))
-    return f" ({spot}{message}{' ' + found.group() if found and found.group() not in message else ''})"
+    line = re.search(r"\(line \d+, pos \d+\)", str(error))
+    return f" ({spot}{message}{' ' + line.group() if line and line.group() not in message else ''})"

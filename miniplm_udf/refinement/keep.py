@@ -1,11 +1,11 @@
 """Which rows a corpus keeps: the config's `select` over ranked candidates, exactly. Driver only, no torch.
 
-    candidates (instance_id, source, score, n_tokens) + SelectConfig -> budgets -> cuts (selection.py) -> `Kept`
+    candidates (instance_id, source, score, n_tokens) + SelectConfig -> budgets -> `SelectionCuts` (selection.py)
 
-alpha counts the candidates, pool rows that pass `where`: floor(alpha * N) instances, or instances of at most
-floor(alpha * T) tokens in rank order; with `per_source` those of each source. A band is what one cut keeps and a higher
-one does not. A score that is null, NaN or infinite counts among the candidates and is never kept. The cuts are all that
-is needed to choose the same rows again: they go into the provenance. A retry counts anew and finds the same.
+The ratio alpha is of the candidates, which are the pool rows that pass `where`: floor(alpha * N) instances, or
+instances of at most floor(alpha * T) tokens in rank order; with `per_source`, for each source. A band is what one cut
+keeps and a higher cut does not. A score that is null, NaN or infinite counts among the candidates and is never kept.
+The cuts suffice to choose the same rows again, so they go into the provenance. A retry counts again and finds the same.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf.config_refine import SelectConfig, parse_tokens
+from miniplm_udf.config.refine import SelectConfig, parse_tokens
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.refinement.selection import (
     ALL,
@@ -35,12 +35,13 @@ LOGGER = logging.getLogger("miniplm.refine")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """What is kept, by source, or under `ALL` of all sources together.
+class SelectionCuts:
+    """The cuts of a selection, by source, or under `ALL` for all sources together.
 
     Attributes:
-        down_to: the last row that is kept; a source without one keeps nothing.
-        below: of a band, the last row above it.
+        down_to: the last kept row; a source without an entry keeps nothing.
+        below: for a band, the last row above it.
+        per_source: whether the keys are sources.
     """
 
     down_to: Mapping[str, Cut]
@@ -48,7 +49,14 @@ class Kept:
     per_source: bool = False
 
     def mark(self, rows: "DataFrame") -> "DataFrame":
-        """The rows with the column `is_kept`, true or false."""
+        """Marks the rows that the cuts keep.
+
+        Args:
+            rows: a frame with `score` and `instance_id`, and with `source` if the cuts are per source.
+
+        Returns:
+            The rows with a further column `is_kept`, true or false; false for a score that is null, NaN or infinite.
+        """
         from pyspark.sql import functions as F
 
         if not self.per_source:
@@ -60,7 +68,7 @@ class Kept:
         return marked.withColumn("is_kept", is_finite() & kept).select(*rows.columns, "is_kept")
 
     def _frame(self, rows: "DataFrame") -> "DataFrame":
-        """One row a source that keeps something."""
+        """One row for each source that keeps something."""
         values = [
             (source, cut.score, cut.instance_id, *_values(self.below.get(source)))
             for source, cut in self.down_to.items()
@@ -69,11 +77,15 @@ class Kept:
         return rows.sparkSession.createDataFrame(values, columns)
 
     def plain(self) -> dict[str, Any]:
-        """As it stands in the provenance: by source, `down_to` and, of a band, `below`; each a score and an id."""
+        """The cuts as the provenance holds them.
+
+        Returns:
+            By source (or "all sources"): `down_to` and, for a band, `below`, each [score, instance_id or None].
+        """
         cuts = {"down_to": self.down_to, "below": self.below}
         return {
             source if self.per_source else "all sources": {
-                name: list(_values(of[source])) for name, of in cuts.items() if source in of
+                name: list(_values(by_source[source])) for name, by_source in cuts.items() if source in by_source
             }
             for source in sorted(self.down_to)
         }
@@ -84,27 +96,31 @@ def _values(cut: Cut | None) -> tuple[float | None, str | None]:
 
 
 def _keeps(name: str) -> "Column":
-    """`selection.keep_condition` of a cut that stands in columns; null where there is none."""
+    """`selection.keep_condition` for a cut in the columns `<name>_score` and `<name>_id`; null without a cut."""
     from pyspark.sql import functions as F
 
-    score, last, at = F.col("score"), F.col(f"{name}_id"), F.col(f"{name}_score")
-    return (score > at) | ((score == at) & (last.isNull() | (F.col("instance_id") <= last)))
+    score, last_id, cut_score = F.col("score"), F.col(f"{name}_id"), F.col(f"{name}_score")
+    return (score > cut_score) | ((score == cut_score) & (last_id.isNull() | (F.col("instance_id") <= last_id)))
 
 
-def choose(candidates: "DataFrame", select: SelectConfig, place: str) -> Kept:
-    """What a selection keeps of the candidates. Two or three passes over the columns of the score, mostly.
+def choose(candidates: "DataFrame", select: SelectConfig, place: str) -> SelectionCuts:
+    """Finds the cuts of a selection, mostly in two or three passes over the columns of the score.
 
     Args:
         candidates: instance_id, source, score, n_tokens.
-        place: of the corpus in the config.
+        select: the selection.
+        place: of the corpus in the config, for messages.
+
+    Returns:
+        The cuts.
 
     Raises:
-        CorpusError: shares are given to sources that there are not.
+        CorpusError: the config gives a share to a source that no candidate has.
     """
     from pyspark.sql import functions as F
 
     if select.rule == "threshold":
-        return Kept({ALL: Cut(float(select.threshold or 0.0))})
+        return SelectionCuts({ALL: Cut(float(select.threshold or 0.0))})
     group = F.lit(ALL) if select.per_source is None else F.col("source")
     weight = [F.col("n_tokens").alias("weight")] if select.counts_tokens else []
     ranked = RankedFrame(candidates.select(group.alias("group"), "instance_id", "score", *weight))
@@ -117,17 +133,21 @@ def choose(candidates: "DataFrame", select: SelectConfig, place: str) -> Kept:
     budgets = budgets_of(select, totals)
     down_to = find_cuts(ranked, buckets, budgets)
     if select.rule != "band":
-        return Kept(down_to, per_source=select.per_source is not None)
+        return SelectionCuts(down_to, per_source=select.per_source is not None)
     above = {source: budget_of(1 - Fraction(str(select.high)), total) for source, total in totals.items()}
     below = find_cuts(ranked, buckets, {source: budget for source, budget in above.items() if budget})
-    return Kept(down_to, below, per_source=select.per_source is not None)
+    return SelectionCuts(down_to, below, per_source=select.per_source is not None)
 
 
 def budgets_of(select: SelectConfig, totals: Mapping[str, int]) -> dict[str, int]:
-    """How much each group may keep, in instances or tokens; of a band, how much ends with its lower quantile.
+    """How much each group may keep, in instances or tokens; for a band, how much lies above its lower quantile.
 
     Args:
-        totals: the candidates' instances, or tokens, by group.
+        select: the selection.
+        totals: instances, or tokens, of all candidates by group.
+
+    Returns:
+        Budgets by group.
     """
     whole = sum(totals.values())
     budget = None if select.budget_tokens is None else parse_tokens(select.budget_tokens)

@@ -1,10 +1,10 @@
 """The report: one self-contained HTML page about an experiment: tables, students, MLflow. Driver only.
 
     histogram Spark columns -> bucket counts
-    queries   Spark tables -> counts, bucket counts and a few texts (never a table collected whole)
+    queries   Spark tables -> counts, bucket counts and a few texts (never a whole table)
     students  model folders and MLflow -> losses, curves, differences
     figures   those numbers -> inline SVG
-    render    everything -> report.html, and an artifact of the MLflow run "comparison"
+    render    all of these -> report.html, and an artifact of the MLflow run "comparison"
 
-Reads only; a rerun replaces the page. Nothing is loaded by this package's import but this text.
+Reads only; a rerun replaces the page. Importing this package loads nothing.
 """

@@ -2,8 +2,8 @@
 
 Inputs: the dataclasses of queries.py and students.py. Outputs: `<svg>` elements as markup, deterministic, with text as
 text (the page's fonts), no namespace, no metadata and no link, so that the page stays self-contained. Colours are
-Okabe and Ito's, told apart by colour-blind readers; lines differ by dash, too. Names from the corpus (sources) are
-never read as mathematics.
+Okabe and Ito's, which colour-blind readers can distinguish; lines also differ by their dashes. Names from the corpus
+(sources) are never read as mathematics.
 """
 
 import io
@@ -64,13 +64,13 @@ def _svg(draw: Any, size: tuple[float, float], label: str) -> Markup:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)
-    # matplotlib names DejaVu Sans first; the page's own face reads better and is there.
+    # matplotlib names DejaVu Sans first; the page's own font is easier to read and always available.
     svg = svg.replace("'DejaVu Sans', ", "")
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(label)}"', 1))
 
 
 def _bars(axes: Axes, shown: Histogram) -> int:
-    """Draws kept, and dropped on top of it; returns the highest count."""
+    """Draws the kept rows and stacks the dropped rows on them; returns the highest count."""
     width = (shown.high - shown.low) / len(shown.kept)
     edges = [shown.low + i * width for i in range(len(shown.kept) + 1)]
     both = [kept + dropped for kept, dropped in zip(shown.kept, shown.dropped, strict=True)]
@@ -83,7 +83,7 @@ def _bars(axes: Axes, shown: Histogram) -> int:
 
 
 def _shown(counted: Histogram) -> Histogram:
-    """As many bars as the rows can carry."""
+    """The histogram with 64 bars, or with 32 for few rows."""
     return counted.coarser(64 if sum(counted.kept) + sum(counted.dropped) >= 2000 else 32)
 
 
@@ -94,7 +94,16 @@ def _axis_label(text: str, counted: Histogram) -> str:
 
 
 def score_histogram(counted: Histogram, expression: str, cut: float | None) -> Markup:
-    """Candidates by score, kept on top of nothing, dropped on top of kept, the cut as a line."""
+    """Draws the candidates by score: kept rows, dropped rows stacked on them, and the cut as a line.
+
+    Args:
+        counted: counts by score.
+        expression: the SQL of the score, for the label of the axis.
+        cut: the score of the cut; None, or a score outside the histogram, draws no line.
+
+    Returns:
+        The figure as SVG.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -109,7 +118,14 @@ def score_histogram(counted: Histogram, expression: str, cut: float | None) -> M
 
 
 def nll_histograms(counted: dict[str, Histogram]) -> Markup:
-    """One panel a model: candidates by mean negative log-likelihood, on one common axis so that models compare."""
+    """Draws the candidates by mean negative log-likelihood (nats per token).
+
+    Args:
+        counted: counts by model alias, at least one model.
+
+    Returns:
+        The figure as SVG: one panel per model, with one axis range so that models compare.
+    """
     low, high = min(h.low for h in counted.values()), max(h.high for h in counted.values())
 
     def draw(figure: Figure) -> None:
@@ -128,7 +144,15 @@ def nll_histograms(counted: dict[str, Histogram]) -> Markup:
 
 
 def kept_shares(shares: Sequence[SourceShare], overall: float) -> Markup:
-    """A bar a source: the share of its candidates that was kept, and the overall share as a line."""
+    """Draws one bar per source: the share of its candidates that was kept; and the overall share as a line.
+
+    Args:
+        shares: the sources, the first at the top.
+        overall: the share over all sources, from 0 to 1.
+
+    Returns:
+        The figure as SVG.
+    """
     names = [share.source if len(share.source) <= 40 else share.source[:39] + "…" for share in shares]
 
     def draw(figure: Figure) -> None:
@@ -149,12 +173,19 @@ def kept_shares(shares: Sequence[SourceShare], overall: float) -> Markup:
     return _svg(draw, (9.2, 0.85 + 0.29 * len(shares)), "Share of instances kept per source")
 
 
-def training_curves(found: Sequence[StudentFacts]) -> Markup:
-    """Training loss by step, a line a student."""
+def training_curves(students: Sequence[StudentFacts]) -> Markup:
+    """Draws the training loss (nats per token) by step, one line per student.
+
+    Args:
+        students: students that have a curve.
+
+    Returns:
+        The figure as SVG.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for index, student in enumerate(found):
+        for index, student in enumerate(students):
             steps, losses = zip(*student.curve, strict=True)
             color, dash = LINES[index % len(LINES)], DASHES[index % len(DASHES)]
             axes.plot(steps, losses, color=color, linestyle=dash, linewidth=1.7, label=student.name)
@@ -163,18 +194,26 @@ def training_curves(found: Sequence[StudentFacts]) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.legend(loc="upper right")
 
-    return _svg(draw, (9.2, 3.1), "Training loss of " + ", ".join(student.name for student in found))
+    return _svg(draw, (9.2, 3.1), "Training loss of " + ", ".join(student.name for student in students))
 
 
-def heldout_bars(found: Sequence[StudentFacts], sources: Sequence[str]) -> Markup:
-    """Held-out bits per byte per source, a bar a student in each group."""
+def heldout_bars(students: Sequence[StudentFacts], sources: Sequence[str]) -> Markup:
+    """Draws the held-out bits per byte by source, one bar per student in each group.
+
+    Args:
+        students: at least one; a student has no bar for a source on which it was not evaluated.
+        sources: the sources, the first at the top.
+
+    Returns:
+        The figure as SVG.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        height = 0.8 / len(found)
-        for index, student in enumerate(found):
+        height = 0.8 / len(students)
+        for index, student in enumerate(students):
             values = [student.source_bits_per_byte(source) for source in sources]
-            rows = [row + (index - (len(found) - 1) / 2) * height for row in range(len(sources))]
+            rows = [row + (index - (len(students) - 1) / 2) * height for row in range(len(sources))]
             widths = [math.nan if value is None else value for value in values]
             axes.barh(rows, widths, height * 0.9, color=LINES[index % len(LINES)], label=student.name, linewidth=0)
         axes.set_yticks(range(len(sources)), [source[:40] for source in sources])
@@ -182,6 +221,6 @@ def heldout_bars(found: Sequence[StudentFacts], sources: Sequence[str]) -> Marku
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
         axes.set_xlabel("held-out bits per byte (lower is better)")
-        figure.legend(loc="outside upper left", ncols=min(len(found), 6))
+        figure.legend(loc="outside upper left", ncols=min(len(students), 6))
 
-    return _svg(draw, (9.2, 1.1 + (0.12 + 0.2 * len(found)) * len(sources)), "Held-out bits per byte per source")
+    return _svg(draw, (9.2, 1.1 + (0.12 + 0.2 * len(students)) * len(sources)), "Held-out bits per byte per source")

@@ -1,8 +1,8 @@
-"""Histograms as bucket counts made in Spark. Driver only.
+"""Histograms as bucket counts that Spark computes. Driver only.
 
 Inputs: a frame with a finite numeric column and a boolean `kept`. Outputs: 1,024 exact integer counts of kept and of
-dropped rows over an axis that a few far-out rows cannot stretch; what lies outside is counted too. Two to seven
-aggregations a column, no sort, and the same counts on every run, however the rows are partitioned.
+dropped rows over a range that a few outliers cannot stretch; rows outside the range are counted too. Two to seven
+aggregations per column, no sort, and the same counts on every run, however the rows are partitioned.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
-BUCKETS = 1024  # a figure shows sums of neighbours
+BUCKETS = 1024  # a figure shows sums of neighbouring buckets
 _ZOOMS = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Equal buckets over [low, high]: rows kept and dropped in each; rows outside are counted, not shown."""
+    """Rows kept and dropped in each of equal buckets over [low, high]; rows outside are only counted."""
 
     low: float
     high: float
@@ -37,7 +37,11 @@ class Histogram:
         return self.high
 
     def coarser(self, buckets: int) -> "Histogram":
-        """Sums of neighbours: `buckets` must divide the number of buckets."""
+        """Returns the histogram with fewer, wider buckets over the same range.
+
+        Args:
+            buckets: their number, which must divide the number of buckets.
+        """
         step = len(self.kept) // buckets
         kept = [sum(self.kept[i : i + step]) for i in range(0, len(self.kept), step)]
         dropped = [sum(self.dropped[i : i + step]) for i in range(0, len(self.dropped), step)]
@@ -45,9 +49,13 @@ class Histogram:
 
 
 def histogram(frame: "DataFrame", column: str) -> Histogram:
-    """Exact counts of kept and dropped rows in 1,024 equal buckets.
+    """Counts kept and dropped rows in 1,024 equal buckets, exactly.
 
-    The range is [minimum, maximum], narrowed where a few far-out rows would squeeze the middle 99 % into a corner.
+    The range is [minimum, maximum], narrowed if outliers would squeeze the middle 99 % of the rows into a third.
+
+    Args:
+        frame: with the column and a boolean `kept`.
+        column: a numeric column with finite values.
     """
     from pyspark.sql import functions as F
 

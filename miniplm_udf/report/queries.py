@@ -1,9 +1,9 @@
-"""What the report asks of the tables: counts, histograms as bucket counts, shares per source, a few texts. Driver only.
+"""The report's queries over the tables: counts, histograms, shares per source, a few texts. Driver only.
 
 Inputs: `instances`, `rejects`, `scores`, `score_matrix`, `corpora`, `refined/<name>` under the root. Outputs: small
-frozen dataclasses of plain numbers and strings; 1,026 bucket counts a histogram, one row a source and a few dozen texts
-come to the driver, however large the tables. Scores are nats per token unless a corpus's own expression says otherwise.
-Owns no rule of selection: what was kept is read from the refined version. Reads only, so a retry repeats it.
+frozen dataclasses of plain numbers and strings; 1,026 bucket counts per histogram, one row per source and a few dozen
+texts come to the driver, however large the tables. Scores are nats per token unless a corpus's own expression says
+otherwise. The refined version says which rows were kept. Reads only, so a retry repeats it.
 """
 
 import dataclasses
@@ -12,11 +12,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import rules, storage, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig
+from miniplm_udf import storage
+from miniplm_udf.config import rules
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.refinement import candidates
 from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
+from miniplm_udf.schemas import SCORE_STAGE
+from miniplm_udf.store import tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -29,7 +33,7 @@ SHOWN_SOURCES = 30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableFacts:
-    """One Delta table: where it is, its newest version and its rows."""
+    """One Delta table: its location, its newest version and its number of rows."""
 
     name: str
     uri: str
@@ -48,7 +52,16 @@ class RejectCount:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overview:
-    """Counts over the whole experiment, from the tables themselves."""
+    """Counts over the whole experiment, from the tables.
+
+    Attributes:
+        n_instances: instances of all splits.
+        instances_by_split: by split.
+        rejects: by stage and reason.
+        scored: rows in `scores` by alias, of the present revision.
+        models: the models' records by alias.
+        tables: the tables that exist.
+    """
 
     n_instances: int
     instances_by_split: dict[str, int]
@@ -59,12 +72,13 @@ class Overview:
 
     @property
     def n_rejected(self) -> int:
+        """Rows in `rejects`, over all stages and reasons."""
         return sum(reject.n_rows for reject in self.rejects)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceShare:
-    """One source's candidates of a corpus, and how much of it was kept."""
+    """The candidates of one source, and how many of them were kept."""
 
     source: str
     n_candidates: int
@@ -76,10 +90,12 @@ class SourceShare:
 
     @property
     def kept_share(self) -> float:
+        """Share of the candidates that were kept, from 0 to 1."""
         return self.n_kept / self.n_candidates
 
     @property
     def negative_share(self) -> float:
+        """Share of the candidates with a score below 0, from 0 to 1."""
         return self.n_negative / self.n_candidates
 
 
@@ -97,12 +113,22 @@ class Example:
 
     @property
     def is_cut(self) -> bool:
+        """Whether the instance is longer than the text that is shown."""
         return len(self.text) < self.n_characters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """The newest version of a refined corpus: its row in `corpora`, and what its candidates look like."""
+    """The newest version of a refined corpus.
+
+    Attributes:
+        name: of the corpus; `uri` is its table.
+        record: its row in `corpora`; `config` and `inputs` are the JSON in it.
+        score: candidates by score; `nll_means` by the mean loss of each model.
+        sources: candidates by source, the largest sources only; `total` over all of them.
+        examples: instances by place in the ranking.
+        notes: sentences for the reader of the report.
+    """
 
     name: str
     uri: str
@@ -118,30 +144,35 @@ class CorpusFacts:
 
     @property
     def rule(self) -> str:
+        """Name of the selection rule, for example `top_ratio`."""
         return str(self.config.get("select", {}).get("rule", "top_ratio"))
 
     @property
     def diagnostics(self) -> dict[str, Any]:
-        """Of the refinement; none where the corpus was followed."""
-        found: dict[str, Any] = self.inputs.get("diagnostics", {})
-        return found
+        """Diagnostics of the refinement; empty for a followed corpus."""
+        diagnostics: dict[str, Any] = self.inputs.get("diagnostics", {})
+        return diagnostics
 
     @property
     def cut(self) -> float | None:
-        """The lowest kept score, where the score decides: a random corpus has no cut."""
+        """The lowest kept score; None for a random corpus, whose score does not decide."""
         return None if self.rule == "random" else self.record["threshold"]
 
 
 def overview(spark: "SparkSession", config: ExperimentConfig) -> Overview:
     """Counts instances, rejects and scores from the tables.
 
+    Args:
+        spark: any session.
+        config: the experiment.
+
     Raises:
         CorpusError: there is no `instances` table.
     """
-    instances = tables.read(spark, config.table_uri("instances"))
+    instances = tables.read(spark, config.layout.table("instances"))
     by_split = {row["split"]: row["count"] for row in instances.groupBy("split").count().orderBy("split").collect()}
-    models = {alias: storage.read_json(f"{config.model_uri(alias)}.json") for alias in config.scored_aliases}
-    models = {alias: found for alias, found in models.items() if found}
+    records = {alias: storage.read_json(config.layout.model_record(alias)) for alias in config.scored_aliases}
+    models = {alias: record for alias, record in records.items() if record}
     return Overview(
         n_instances=sum(by_split.values()),
         instances_by_split=by_split,
@@ -153,23 +184,23 @@ def overview(spark: "SparkSession", config: ExperimentConfig) -> Overview:
 
 
 def _rejects(spark: "SparkSession", config: ExperimentConfig, models: dict[str, dict[str, Any]]) -> list[RejectCount]:
-    if not tables.exists(spark, config.table_uri("rejects")):
+    if not tables.exists(spark, config.layout.table("rejects")):
         return []
-    alias_of = {f"score:{found['model_revision']}": f"score, {alias}" for alias, found in models.items()}
-    rows = tables.read(spark, config.table_uri("rejects")).groupBy("stage", "reason").count()
+    labels = {SCORE_STAGE + record["model_revision"]: f"score, {alias}" for alias, record in models.items()}
+    rows = tables.read(spark, config.layout.table("rejects")).groupBy("stage", "reason").count()
     return [
-        RejectCount(stage=alias_of.get(row["stage"], row["stage"]), reason=row["reason"], n_rows=row["count"])
+        RejectCount(stage=labels.get(row["stage"], row["stage"]), reason=row["reason"], n_rows=row["count"])
         for row in rows.orderBy("stage", "reason").collect()
     ]
 
 
 def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Rows in `scores` per alias, of the revision that is current."""
-    if not tables.exists(spark, config.table_uri("scores")):
+    """Rows in `scores` by alias, of the present revision."""
+    if not tables.exists(spark, config.layout.table("scores")):
         return {}
-    rows = tables.read(spark, config.table_uri("scores")).groupBy("model_id", "model_revision").count().collect()
+    rows = tables.read(spark, config.layout.table("scores")).groupBy("model_id", "model_revision").count().collect()
     counts = {(row["model_id"], row["model_revision"]): row["count"] for row in rows}
-    return {alias: counts.get((alias, found["model_revision"]), 0) for alias, found in models.items()}
+    return {alias: counts.get((alias, record["model_revision"]), 0) for alias, record in models.items()}
 
 
 def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[TableFacts]:
@@ -177,7 +208,7 @@ def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[Ta
     names += [f"refined/{corpus}" for corpus in config.refine.corpora]
     packed = {f"packed/{student.corpus}/{student.tokenizer}" for student in config.students.values()}
     for name in names + sorted(packed):
-        uri = config.table_uri(name)
+        uri = config.layout.table(name)
         version = tables.version(spark, uri)
         if version is not None:
             n_rows = tables.read(spark, uri).count()
@@ -185,8 +216,13 @@ def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[Ta
 
 
 def corpora(spark: "SparkSession", config: ExperimentConfig) -> list[CorpusFacts]:
-    """The newest version of each corpus that was refined, in the order of the config; others by name behind them."""
-    uri = config.table_uri("corpora")
+    """Reads the newest version of each refined corpus: those of the config in its order, then the others by name.
+
+    Args:
+        spark: any session.
+        config: the experiment.
+    """
+    uri = config.layout.table("corpora")
     if not tables.exists(spark, uri):
         return []
     newest: dict[str, dict[str, Any]] = {}
@@ -199,7 +235,9 @@ def corpora(spark: "SparkSession", config: ExperimentConfig) -> list[CorpusFacts
 def _corpus(spark: "SparkSession", config: ExperimentConfig, record: dict[str, Any]) -> CorpusFacts:
     name = record["name"]
     resolved, inputs = json.loads(record["config"]), json.loads(record["inputs"])
-    if resolved["select"]["rule"] == "random":  # its resolved score is the random draw: the configured one says more
+    if (
+        resolved["select"]["rule"] == "random"
+    ):  # its resolved score is the random draw, so the configured score is shown
         resolved["score"] = rules.plain_score(config.refine.corpora.get(name, CorpusConfig()))
     notes: list[str] = []
     frame = _candidates(spark, config, record, resolved, inputs, notes).persist()
@@ -213,7 +251,7 @@ def _corpus(spark: "SparkSession", config: ExperimentConfig, record: dict[str, A
             notes.append(f"{missing:,} candidates have no finite score: they are never kept and not shown below.")
         return CorpusFacts(
             name=name,
-            uri=storage.redact(config.table_uri(f"refined/{name}")),
+            uri=storage.redact(config.layout.table(f"refined/{name}")),
             record=record,
             config=resolved,
             inputs=inputs,
@@ -237,15 +275,15 @@ def _candidates(
 
     matrix = _table_at(spark, config, candidates.MATRIX, inputs.get("matrix_version"), notes)
     if not notes and inputs.get("last_batches"):
-        # A corpus that is followed names a version of the matrix that may have a few rows more.
+        # The matrix version that a followed corpus names may have a few rows more.
         matrix = candidates.as_of(matrix, inputs["last_batches"])
     tokens = f"{resolved['tokens_of']}_n_tokens"
     means = [column for column in matrix.columns if column.endswith("_nll_mean")]
     if resolved.get("candidates") == candidates.PROXY:
         predicted = _table_at(spark, config, candidates.PROXY, inputs["proxy_version"], notes)
-        matrix = candidates.beside(predicted, matrix, resolved["where"], resolved["score"])
+        matrix = candidates.with_matrix(predicted, matrix, resolved["where"], resolved["score"])
         tokens, means = "estimated_tokens", []
-    refined = tables.read(spark, config.table_uri(f"refined/{record['name']}"), record["version"])
+    refined = tables.read(spark, config.layout.table(f"refined/{record['name']}"), record["version"])
     kept = refined.select("instance_id", F.lit(True).alias("kept"))
     matrix, _ = with_instances(spark, config, matrix, resolved["where"], resolved["score"])
     scored = (
@@ -261,10 +299,10 @@ def _candidates(
 def _table_at(
     spark: "SparkSession", config: ExperimentConfig, name: str, version: int | None, notes: list[str]
 ) -> "DataFrame":
-    """A table as the refinement saw it; where that version is gone the newest, with a note."""
+    """A table at the version that the refinement read; if that is gone, at the newest version, with a note."""
     from pyspark.errors import PySparkException
 
-    uri = config.table_uri(name)
+    uri = config.layout.table(name)
     if version is not None:
         try:
             return tables.read(spark, uri, version)
@@ -278,7 +316,11 @@ def _table_at(
 
 
 def source_shares(frame: "DataFrame") -> list[SourceShare]:
-    """Kept and dropped per source, the source with the most candidates first."""
+    """Kept and dropped rows by source, the source with the most candidates first.
+
+    Args:
+        frame: source, n_tokens, score, kept.
+    """
     from pyspark.sql import functions as F
 
     kept = F.col("kept").cast("bigint")
@@ -308,7 +350,7 @@ def _sum(label: str, shares: Sequence[SourceShare]) -> SourceShare:
 
 
 def _shown(shares: list[SourceShare]) -> list[SourceShare]:
-    """The largest sources, and one row for all others."""
+    """The largest sources, and one row for all others together."""
     if len(shares) <= SHOWN_SOURCES:
         return shares
     others = shares[SHOWN_SOURCES:]
@@ -319,7 +361,7 @@ def _examples(
     spark: "SparkSession", config: ExperimentConfig, frame: "DataFrame", aliases: Sequence[str], median: float,
     rule: str,
 ) -> dict[str, list[Example]]:  # fmt: skip
-    """Instances at the ends, in the middle and, where the score decides, on both sides of the cut."""
+    """Instances at both ends, in the middle and, unless the corpus is random, on both sides of the cut."""
     from pyspark.sql import functions as F
 
     n = config.report.examples
@@ -349,7 +391,7 @@ def _texts(spark: "SparkSession", config: ExperimentConfig, ids: set[str]) -> di
     """{instance_id: (beginning of its text, length in characters)}."""
     from pyspark.sql import functions as F
 
-    instances = tables.read(spark, config.table_uri("instances")).where(F.col("instance_id").isin(sorted(ids)))
+    instances = tables.read(spark, config.layout.table("instances")).where(F.col("instance_id").isin(sorted(ids)))
     beginning = F.substring("text", 1, TEXT_CHARACTERS)
     rows = instances.select("instance_id", beginning.alias("text"), F.length("text").alias("n")).collect()
     return {row["instance_id"]: (row["text"], row["n"]) for row in rows}

@@ -1,22 +1,23 @@
 """Writes `report.html`: one page, no network, no other file. Driver only.
 
 Inputs: the experiment's tables and model folders (queries.py, students.py) and the pipeline's summary. Outputs:
-`<report folder>/report.html`, replaced whole by rename, and the same page with summary.json in MLflow. Every text of
-the corpus, every name and every number goes through jinja2 with autoescape: corpus text is untrusted. Owns the page's
-words and formats, no numbers. A retry writes the page again and finds its MLflow run.
+`<report folder>/report.html`, replaced by a rename, and the same page with summary.json in MLflow. Every text, name and
+number goes through jinja2 with autoescape, because the corpus's text is not trusted. Owns the words and formats of the
+page; the numbers come from the other modules. A retry writes the page again and uses the same MLflow run.
 """
 
 import datetime
 import importlib.metadata
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from miniplm_udf import storage
-from miniplm_udf.config import ExperimentConfig
+from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.report import figures, queries
 from miniplm_udf.report import students as students_module
 from miniplm_udf.report.queries import CorpusFacts
@@ -59,7 +60,15 @@ def render(
     config: ExperimentConfig, summary: dict[str, Any], overview: queries.Overview, corpora: list[CorpusFacts],
     students: list[StudentFacts],
 ) -> str:  # fmt: skip
-    """The page as HTML."""
+    """Renders the report as one HTML page.
+
+    Args:
+        config: the experiment.
+        summary: as `jobs.summary.build_summary` returns it.
+        overview: counts of the tables.
+        corpora: the newest version of each corpus.
+        students: the trained students.
+    """
     sources = students_module.sources(students)
     curves = [student for student in students if student.curve]
     return (
@@ -85,8 +94,8 @@ def render(
             text_characters=queries.TEXT_CHARACTERS,
             mlflow_uri=storage.redact(config.mlflow_uri()),
             mlflow_experiment=config.mlflow.experiment,
-            instances_uri=storage.redact(config.table_uri("instances")),
-            matrix_uri=storage.redact(config.table_uri("score_matrix")),
+            instances_uri=storage.redact(config.layout.table("instances")),
+            matrix_uri=storage.redact(config.layout.table("score_matrix")),
         )
     )
 
@@ -99,6 +108,11 @@ def _corpus_figures(corpus: CorpusFacts) -> dict[str, str]:
     }
 
 
+def _literal(text: str) -> str:
+    """The text as a Python literal."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("miniplm_udf.report", "."),
@@ -108,11 +122,13 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(n=_count, x=_decimal, pct=_percent, duration=_duration, pretty=_pretty)
+    # Values in lines that a reader copies into Python or a shell.
+    environment.filters.update(literal=_literal, shell=shlex.quote)
     return environment
 
 
 def _count(value: float | None) -> str:
-    """1234567 -> 1,234,567; nothing -> a dash."""
+    """1234567 -> 1,234,567; None -> a dash."""
     return _NONE if value is None else f"{value:,.0f}"
 
 

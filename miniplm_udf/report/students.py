@@ -1,9 +1,9 @@
-"""What the report says of trained students: their records, their curves from MLflow, their differences. Driver.
+"""The report's facts about trained students: records, curves from MLflow, and differences. Driver only.
 
-Inputs: `<root>/models/<student>/training.json` and `evaluation.json` (the trainer's), and the metric history
+Inputs: `<root>/models/<student>/training.json` and `evaluation.json`, which the trainer writes, and the metric history
 `train_loss` of the run that training.json names. Losses are nats per token or bits per byte. Also owns the MLflow run
-"comparison", which holds the report and the summary as artifacts: a rerun finds it and replaces them. Neither torch
-nor the trainer is loaded. Needs no Spark.
+"comparison", which holds the report and the summary as artifacts: a rerun replaces them in the same run. Loads neither
+torch nor the trainer, and needs no Spark.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import storage
-from miniplm_udf.config import ExperimentConfig
-from miniplm_udf.rules import is_random, resolve
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.rules import is_random, resolve
+from miniplm_udf.errors import mlflow_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,7 +32,7 @@ NOISE_HELDOUT_TOKENS = 1_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentFacts:
-    """One trained student. `curve` is [(step, train_loss in nats per token)], empty where MLflow has none."""
+    """One trained student. `curve` is [(step, train_loss in nats per token)], empty if MLflow has none."""
 
     name: str
     corpus: str
@@ -43,13 +44,18 @@ class StudentFacts:
 
     @property
     def bits_per_byte(self) -> float | None:
+        """Held-out bits per byte over all sources; None if the student was not evaluated."""
         return self.evaluation.get("heldout_bits_per_byte")
 
     def source_bits_per_byte(self, source: str) -> float | None:
-        """Held-out bits per byte of one source; None where it has none."""
-        numbers = self.evaluation.get("by_source", {}).get(source, {})
-        found: float | None = numbers.get("heldout_bits_per_byte", numbers.get("bits_per_byte"))
-        return found
+        """Returns the held-out bits per byte of one source; None if the student was not evaluated on it.
+
+        Args:
+            source: name of the source.
+        """
+        losses = self.evaluation.get("by_source", {}).get(source, {})
+        bits: float | None = losses.get("heldout_bits_per_byte", losses.get("bits_per_byte"))
+        return bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,39 +70,55 @@ class Difference:
 
     @property
     def is_win(self) -> bool:
+        """Whether `name` has fewer held-out bits per byte than `baseline`; noise is not considered."""
         return self.bits_per_byte < 0
 
 
 def students(config: ExperimentConfig) -> list[StudentFacts]:
-    """The students of the config that are trained, in its order."""
-    found = []
+    """Reads the records of the trained students of the config, in its order.
+
+    Args:
+        config: the experiment.
+    """
+    facts = []
     for name, student in config.students.items():
-        training = storage.read_json(storage.join(config.model_uri(name), "training.json"))
+        training = storage.read_json(config.layout.model(name, "training.json"))
         if training is None:
             continue
         corpus = resolve(config.refine.corpora[student.corpus])
-        found.append(
+        facts.append(
             StudentFacts(
                 name=name,
                 corpus=student.corpus,
                 tokenizer=student.tokenizer,
                 is_random=is_random(corpus),
                 training=training,
-                evaluation=storage.read_json(storage.join(config.model_uri(name), "evaluation.json")) or {},
+                evaluation=storage.read_json(config.layout.model(name, "evaluation.json")) or {},
                 curve=_curve(config, training.get("run_id")),
             )
         )
-    return found
+    return facts
 
 
-def sources(found: Sequence[StudentFacts]) -> list[str]:
-    """Every source that any student was evaluated on, sorted."""
-    return sorted({source for student in found for source in student.evaluation.get("by_source", {})})
+def sources(students: Sequence[StudentFacts]) -> list[str]:
+    """Lists every source that any student was evaluated on, sorted.
+
+    Args:
+        students: as `students` returns them.
+    """
+    return sorted({source for student in students for source in student.evaluation.get("by_source", {})})
 
 
-def differences(found: Sequence[StudentFacts]) -> list[Difference]:
-    """Every evaluated student against the baseline: the first one on a random corpus, else the first."""
-    evaluated = [student for student in found if student.bits_per_byte]
+def differences(students: Sequence[StudentFacts]) -> list[Difference]:
+    """Compares every evaluated student with the baseline: the first on a random corpus, or else the first of all.
+
+    Args:
+        students: as `students` returns them.
+
+    Returns:
+        One difference per evaluated student except the baseline; empty if fewer than two were evaluated.
+    """
+    evaluated = [student for student in students if student.bits_per_byte]
     if len(evaluated) < 2:
         return []
     baseline = next((student for student in evaluated if student.is_random), evaluated[0])
@@ -120,11 +142,11 @@ def _is_small(student: StudentFacts) -> bool:
 
 
 def _client(config: ExperimentConfig) -> "MlflowClient":
-    """A client of its own: `mlflow.set_tracking_uri` would change the whole process and its environment."""
+    """A separate client, because `mlflow.set_tracking_uri` would change the whole process and its environment."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # the making of a new SQLite file, line by line
+    for name in ("alembic", "mlflow.store.db.utils"):  # they log every step of making a new SQLite file
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = config.mlflow_uri()
     if uri.startswith("sqlite:"):
@@ -133,34 +155,35 @@ def _client(config: ExperimentConfig) -> "MlflowClient":
 
 
 def _curve(config: ExperimentConfig, run_id: str | None) -> list[tuple[int, float]]:
-    from mlflow.exceptions import MlflowException
-
     if not run_id:
         return []
     try:
         history = _client(config).get_metric_history(run_id, "train_loss")
-    except (MlflowException, OSError) as error:
+    except mlflow_errors() as error:
         LOGGER.warning("no training curve: MLflow has no run %s (%s)", run_id, str(error).splitlines()[0])
         return []
-    # A resumed run logs some steps twice; the later value is the one that the final weights saw.
+    # A resumed run logs some steps twice; the later value belongs to the training that led to the final weights.
     return sorted({point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}.items())
 
 
 def log_comparison(config: ExperimentConfig, report: Path, summary: dict[str, Any]) -> str | None:
     """Puts the report and the summary into MLflow, as artifacts of the run "comparison" of this root.
 
-    Returns:
-        The run's id; None (and a warning) where MLflow refuses: the report itself is written all the same.
-    """
-    from mlflow.exceptions import MlflowException
+    Args:
+        config: the experiment.
+        report: path of report.html.
+        summary: of the pipeline.
 
+    Returns:
+        The id of the run; None, with a warning, if MLflow refuses. The report is written anyway.
+    """
     try:
         client = _client(config)
         run_id = _comparison_run(client, config)
         client.log_artifact(run_id, str(report))
         client.log_dict(run_id, summary, "summary.json")
         client.set_terminated(run_id)
-    except (MlflowException, OSError) as error:
+    except mlflow_errors() as error:
         LOGGER.warning("the report is not in MLflow (%s)", storage.redact(str(error).splitlines()[0]))
         return None
     return run_id

@@ -1,9 +1,9 @@
-"""Attention that is quicker for scoring than what transformers chooses, and equal to it.
+"""Attention that is faster for scoring than the one that transformers chooses, and equal to it.
 
-Input: a loaded model whose attention is transformers' `sdpa`. Output: the same model with `blocked_attention` (a CPU,
-float32), or with `sdpa` that needs no mask (`causal_mask`; inside `torch.compile` transformers always makes one, which
-shuts out the flash kernels). Whether it is equal is tried on the model itself; where not, nothing is changed. Executor
-side; pure but for names registered with transformers.
+Input: a loaded model whose attention is transformers' `sdpa`. Output: the same model with `blocked_attention` (on a
+CPU, float32), or with `sdpa` without a mask (`causal_mask`; under `torch.compile` transformers always makes a mask,
+which rules out the flash kernels). The equality is tested on the model itself; if it fails, nothing is changed.
+Executor side; pure, except for names that are registered with transformers.
 """
 
 import logging
@@ -14,17 +14,21 @@ import torch
 LOGGER = logging.getLogger("miniplm.scorer")
 
 _BLOCKED, _MASKLESS = "miniplm_blocked", "miniplm_maskless"
-# Queries of one block; above _LONGEST torch's own kernel is as quick (docs/scoring.md).
+# Queries in one block. For windows longer than _LONGEST torch's own kernel is as fast (docs/scoring.md).
 _BLOCK = 32
 _LONGEST = 1280
-# Keywords of attention functions that change the result, beside mask and scale.
+# Keywords of attention functions that change the result, besides mask and scale.
 _SPECIAL = ("softcap", "s_aux", "sinks", "position_bias", "cache")
-# Of the largest hidden state.
+# Largest difference, relative to the largest hidden state, in float32 and in bfloat16.
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.05
 
 
 def improve_attention(model: Any) -> None:
-    """Switches a model to ours, where its attention is `sdpa` and ours gives the same hidden states."""
+    """Switches a model from `sdpa` to the faster attention, if that gives the same hidden states.
+
+    Args:
+        model: a loaded model of transformers; changed in place.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -34,17 +38,23 @@ def improve_attention(model: Any) -> None:
     name = _BLOCKED if is_blocked else _MASKLESS
     AttentionInterface.register(name, blocked_attention if is_blocked else sdpa_attention_forward)
     AttentionMaskInterface.register(name, causal_mask)
-    # Longer than a block, and no longer than the model takes.
+    # Longer than a block, but no longer than the model's context.
     length = min(_BLOCK + 16, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or _BLOCK))
     vocab_size = model.get_input_embeddings().weight.shape[0]
     input_BT = (torch.arange(2 * length, device=model.device) * 7919 % vocab_size).view(2, length)
     with torch.inference_mode():
         before = model.base_model(input_ids=input_BT, use_cache=False)[0].float()
         model.set_attn_implementation(name)
-        after = model.base_model(input_ids=input_BT, use_cache=False)[0].float()
+        try:
+            after = model.base_model(input_ids=input_BT, use_cache=False)[0].float()
+        except (TypeError, AttributeError) as error:
+            # The model computes with the mask (DeepSeek-V3.2's choice of keys), and `causal_mask` gave it None.
+            LOGGER.info("%s: keeps the attention of transformers (it needs a mask: %s)", type(model).__name__, error)
+            model.set_attn_implementation("sdpa")
+            return
     difference = float((before - after).abs().max() / before.abs().max().clamp(min=1e-6))
     if not difference <= (_TOLERANCE if model.dtype == torch.float32 else _TOLERANCE_HALF):
-        LOGGER.info("%s: attention as transformers has it (ours differs by %.2g)", type(model).__name__, difference)
+        LOGGER.info("%s: keeps the attention of transformers (ours differs by %.2g)", type(model).__name__, difference)
         model.set_attn_implementation("sdpa")
 
 
@@ -52,10 +62,10 @@ def causal_mask(
     batch_size: int, q_length: int, kv_length: int, *arguments: Any, attention_mask: torch.Tensor | None = None,
     local_size: int | None = None, **others: Any,
 ) -> torch.Tensor | None:  # fmt: skip
-    """No mask where the causal one is all there is; else that of transformers' `sdpa`.
+    """Makes the mask of a layer: None for plain causal attention, otherwise the mask of transformers' `sdpa`.
 
-    That none is asked for (`allow_is_causal_skip`) is not looked at: a compiled model always asks for one, for it might
-    be given packed sequences, which ours is not. Other reasons show in `improve_attention`.
+    Ignores `allow_is_causal_skip`: a compiled model never allows it, because its input might be packed sequences, and
+    here it never is. A model that needs the mask for another reason shows in `improve_attention`.
     """
     if attention_mask is None and q_length == kv_length and (local_size is None or kv_length < local_size):
         return None
@@ -71,13 +81,13 @@ def blocked_attention(
     module: torch.nn.Module, query_BHTd: torch.Tensor, key_BKTd: torch.Tensor, value_BKTd: torch.Tensor,
     attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **others: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Causal attention in blocks of queries, each against the keys up to its end.
+    """Computes causal attention in blocks of queries, each against the keys up to the block's end.
 
-    Axes: H query heads in K groups of G, which share a key head; d a head's size. What is not plain causal
-    attention of a short window goes to transformers' `sdpa`.
+    Axes: H query heads in K groups of G, each group with one key head; d the size of a head. Anything but plain causal
+    attention in a short window is left to transformers' `sdpa`.
 
     Returns:
-        Shape (B, T, H, d), as transformers wants it, and no weights.
+        The result, shape (B, T, H, d), as transformers expects it, and None in place of the attention weights.
     """
     n_batch, n_heads, n_tokens, size = query_BHTd.shape
     is_plain = attention_mask is None and key_BKTd.shape[2] == n_tokens <= _LONGEST
@@ -85,10 +95,10 @@ def blocked_attention(
     if not (is_plain and is_causal) or any(others.get(name) is not None for name in _SPECIAL):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        found, _ = sdpa_attention_forward(
+        out_BTHd, _ = sdpa_attention_forward(
             module, query_BHTd, key_BKTd, value_BKTd, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-        return found, None
+        return out_BTHd, None
     n_keys, value_size = key_BKTd.shape[1], value_BKTd.shape[3]
     group = n_heads // n_keys
     query_NGTd = (query_BHTd * (scaling if scaling is not None else size**-0.5)).reshape(-1, group, n_tokens, size)
@@ -102,6 +112,6 @@ def blocked_attention(
         rows = end - start
         weights = torch.bmm(query_NGTd[:, :, start:end].reshape(-1, group * rows, size), key_NdT[:, :, :end])
         weights.view(-1, group, rows, end)[..., start:].add_(future[:rows, :rows])
-        found = torch.bmm(torch.softmax(weights, dim=-1), value_NTd[:, :end])
-        out_BKGTd[:, :, :, start:end] = found.view(n_batch, n_keys, group, rows, value_size)
+        block = torch.bmm(torch.softmax(weights, dim=-1), value_NTd[:, :end])
+        out_BKGTd[:, :, :, start:end] = block.view(n_batch, n_keys, group, rows, value_size)
     return out_BTHd, None

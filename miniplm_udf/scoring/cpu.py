@@ -1,8 +1,8 @@
-"""A model on a CPU, made quicker in two ways that change no score: packed weights and kept memory.
+"""Makes a model on a CPU faster in two ways that change no score: packed weights and kept memory.
 
-Input: a loaded model on the CPU. Output: the same model, its `nn.Linear` layers replaced by `PackedLinear` (weights as
-oneDNN's matrix product wants them), in a process whose allocator keeps what is freed. Where torch has no oneDNN, or the
-C library is another, that part is left out. What each gains: docs/scoring.md. Executor side; pure but for the
+Input: a loaded model on the CPU. Output: the same model, its `nn.Linear` layers replaced by `PackedLinear` (weights in
+the layout of oneDNN's matrix product), in a process whose allocator keeps freed memory. Where torch has no oneDNN, or
+the C library is not glibc, that part is left out. The gains are in docs/scoring.md. Executor side; pure, except for the
 allocator.
 """
 
@@ -12,19 +12,23 @@ from typing import Any
 
 import torch
 
-# mallopt's parameters, malloc.h. The threshold for mmap is the largest that glibc takes.
+# Parameters of mallopt, from malloc.h. The threshold for mmap is the largest that glibc accepts.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _MMAP_BYTES = 1 << 30, 1 << 25
 
 
 def prepare(model: Any) -> None:
-    """Does both to a model in place."""
+    """Makes a model on the CPU faster, in place: keeps freed memory and packs the weights of its linear layers.
+
+    Args:
+        model: a loaded model of transformers.
+    """
     keep_freed_memory()
     pack_linears(model)
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory: giving back the buffers of a layer and faulting them in again costs a tenth."""
+    """Tells glibc to keep freed memory: returning the buffers of each layer to the kernel costs a tenth of the time."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
@@ -32,27 +36,44 @@ def keep_freed_memory() -> None:
 
 
 class PackedLinear(torch.nn.Module):
-    """x W^T + b with W packed once. Inference only."""
+    """A linear layer, x W^T + b, with W packed once. For inference only."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Packs a copy of `weight`, shape (out, in); `can_pack` says of which weights that can be had."""
+        """Packs a copy of the weight.
+
+        Args:
+            weight: shape (out, in); `can_pack` must be true for it.
+            bias: shape (out,), or None.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # A plain attribute: packed tensors are opaque to state_dict() and to().
+        # A plain attribute, because state_dict() and to() cannot handle packed tensors.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
         self.bias = bias
 
     @property
     def weight(self) -> torch.Tensor:
-        """The plain weight, unpacked at each look: for the rare layer that reads another's weight."""
+        """The plain weight, unpacked at each access; a few architectures read the weight of another layer."""
         return self._packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies the layer.
+
+        Args:
+            x: shape (..., in).
+
+        Returns:
+            x @ weight.T + bias, shape (..., out).
+        """
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether a weight can be packed here."""
+    """Whether this machine's oneDNN can pack a weight.
+
+    Args:
+        weight: shape (out, in), float32, or bfloat16 where the CPU computes in it; others cannot be packed.
+    """
     return (
         weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -71,6 +92,6 @@ def pack_linears(model: Any) -> None:
     output = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            # Subclasses do something of their own; the shared output layer stays what the embedding knows.
+            # Subclasses may compute something else; the output layer shares its weight with the embedding.
             if type(layer) is torch.nn.Linear and layer is not output and can_pack(layer.weight):
                 setattr(parent, name, PackedLinear(layer.weight, layer.bias))

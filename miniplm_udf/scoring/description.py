@@ -1,38 +1,41 @@
-"""What a scored model is, as plain data: its identity, its special tokens and its limits. Loads nothing heavy.
+"""The description of a scored model as plain data: its identity, special tokens and limits. Loads nothing heavy.
 
-Owns `ModelDescription`, its JSON form (`<root>/models/<alias>.json`) and `model_revision`, the hash of all that changes
-a score. Refuses to look at model files: `models.describe` does, on an executor; the driver keeps the JSON. Pure.
+Owns `ModelDescription`, its JSON form (`<root>/models/<alias>.json`) and `model_revision`, the hash of everything that
+changes a score. Reads no model files: `models.describe` does, on an executor; the driver keeps the JSON. Pure.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from miniplm_udf import storage
-from miniplm_udf.config import ModelConfig, fingerprint
+from miniplm_udf.config.experiment import fingerprint
+from miniplm_udf.config.sections import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """A model as it scores.
+    """A model and the settings that it scores with.
 
     Attributes:
-        model_id: alias in the config.
-        model_revision: 32 hex digits over all that changes a score.
-        tokenizer_hash: 32 hex digits over tokenizer.json.
-        dtype: of the forward pass.
-        context_tokens: longest input of one forward pass.
+        model_id: the model's alias in the config.
+        model_revision: hash of everything that changes a score, 32 hex digits.
+        tokenizer_hash: hash of tokenizer.json, 32 hex digits.
+        dtype: dtype of the forward pass.
+        context_tokens: longest input of one forward pass, without the BOS.
         window_overlap_tokens: tokens that consecutive windows share.
         context_prefix: none (official arithmetic) or token.
         document_separator: the end-of-document token.
-        document_separator_id: its id.
-        prefix_token_id: id of the token in front; None with `context_prefix: none`.
+        document_separator_id: id of the end-of-document token.
+        prefix_token_id: id of the token in front of a text; None with `context_prefix: none`.
+        bos_token: the token in front of every window, as in the model's pre-training; None for no token.
+        bos_token_id: id of the BOS; None for no token.
+        prefix: the tokens in front of a text and the reason for them, in words.
         vocab_size: rows of the model's embedding.
-        n_parameters: tensors' elements in the weight files.
-        weights_hash: hash of the weight files, config.json and code of its own, or of the .gguf file.
-        path: where it came from, without secrets.
-        warnings: what a reader of the scores should know (chat-tuned, quantised).
+        n_parameters: elements of the tensors in the weight files.
+        weights_hash: hash of the weight files, config.json and the model's own code, or of the .gguf file.
+        path: where the model came from, without secrets.
+        warnings: facts that a reader of the scores should know (chat-tuned, quantised).
     """
 
     model_id: str
@@ -49,6 +52,9 @@ class ModelDescription:
     n_parameters: int
     weights_hash: str
     path: str
+    bos_token: str | None = None
+    bos_token_id: int | None = None
+    prefix: str = ""
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -56,40 +62,46 @@ class ModelDescription:
             object.__setattr__(self, "model_revision", self._revision())
 
     def _revision(self) -> str:
-        return fingerprint(
-            [
-                self.weights_hash,
-                self.tokenizer_hash,
-                self.dtype,
-                self.document_separator_id,
-                self.prefix_token_id,
-                self.context_prefix,
-                self.context_tokens,
-                self.window_overlap_tokens,
-            ]
-        )
+        facts = [
+            self.weights_hash,
+            self.tokenizer_hash,
+            self.dtype,
+            self.document_separator_id,
+            self.prefix_token_id,
+            self.context_prefix,
+            self.context_tokens,
+            self.window_overlap_tokens,
+        ]
+        # Without a BOS the revision equals the one from releases that did not support a BOS, so old scores stay valid.
+        return fingerprint(facts if self.bos_token_id is None else [*facts, f"bos {self.bos_token_id}"])
+
+    @property
+    def longest_input_tokens(self) -> int:
+        """Tokens of the longest forward pass: a window, and the BOS in front."""
+        return self.context_tokens + (0 if self.bos_token_id is None else 1)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain values for a JSON record; `from_dict` reads them back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "ModelDescription":
-        """The description of plain data; keys of a later version are left out."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in plain.items() if key in known})
+        """Makes the description from the JSON of a record; ignores keys of a later version.
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "ModelDescription":
-        return cls.from_dict(json.loads(text))
+        Args:
+            plain: as `to_dict` returns it.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in plain.items() if key in names})
 
 
 def with_absolute_path(config: ModelConfig) -> ModelConfig:
-    """The config with a path that means the same in another working directory: for the driver, before it ships one.
+    """Returns the config with a path that means the same in any working directory, to be sent to executors.
 
-    A bare path that exists becomes an absolute `file:` URI; hub names, URIs and `package:` paths stay.
+    A bare path that exists becomes an absolute `file:` URI; hub names, URIs and `package:` paths stay as they are.
+
+    Args:
+        config: where the model is.
     """
     if config.path is None or config.path.startswith("package:") or not Path(config.path).expanduser().exists():
         return config

@@ -1,11 +1,11 @@
-"""A .gguf file as a model folder: weights dequantised to float32 safetensors, config.json and tokenizer.json.
+"""Converts a .gguf file to a model folder: float32 safetensors, config.json and tokenizer.json.
 
 Owns this node's cache of such folders, `<cache>/gguf/<sha256 of the file>-v<layout>/`: loading a GGUF takes 15 to 20 s,
-loading its folder under one. Input: a local .gguf file. Output: the folder. Executor side. Processes that ask at once
-wait for one of them; the folder is built beside its place and renamed, so that a killed build leaves none.
+loading its folder under one. Input: a local .gguf file. Output: the folder. Executor side. If several processes need
+the folder at once, one builds it and the others wait. It is built in a temporary folder and renamed, so that a killed
+build leaves no folder; a retry builds it again.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,46 +15,32 @@ from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.errors import ModelLoadError
+from miniplm_udf.scoring import gguf_facts, gguf_tokenizers
+from miniplm_udf.scoring.loading import check_report
+from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE, load_tokenizer
+from miniplm_udf.scoring.weights import SOURCE_FILE, sha256_of
 
-SOURCE_FILE = "gguf_source.json"
-# Part of the folder's name: raise it when what is written changes.
-_LAYOUT = 1
-# general.file_type of files whose tensors are not quantised: F32, F16, BF16.
+# Part of the folder's name: increase it when the content of the folder changes.
+_LAYOUT = 3
+# Values of general.file_type for tensors that are not quantised: F32, F16, BF16.
 _UNQUANTISED = (0, 1, 32)
-# tokenizer.ggml.pre of vocabularies that split every digit off before the byte-level split, as llama.cpp does for them;
-# transformers rebuilds these without the digits.
-_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, remembered in the node's cache by (path, size, modification time)."""
-    status = path.stat()
-    record = storage.cache_folder() / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
-    stamp = [status.st_size, status.st_mtime_ns]
-    try:
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["stamp"] == stamp:
-            return str(known["sha256"])
-    except (OSError, ValueError, KeyError):
-        pass
-    with path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    storage.write_json(str(record), {"stamp": stamp, "sha256": digest, "path": str(path)})
-    return digest
 
 
 def gguf_folder(path: Path) -> Path:
-    """The model folder of a .gguf file, built where this node has none yet.
+    """The model folder of a .gguf file, built if this node's cache does not have it.
 
-    A tokenizer.json beside the file is taken as it is; else the tokenizer is rebuilt from the file.
+    A tokenizer.json next to the file is used as it is; without one the tokenizer is rebuilt from the file.
+
+    Args:
+        path: the .gguf file.
 
     Raises:
-        ModelLoadError: if transformers cannot read the file.
+        ModelLoadError: transformers cannot read the file, or the folder would lose a fact that the file states.
     """
     from filelock import FileLock
 
-    beside = path.parent / "tokenizer.json"
-    name = f"{sha256_of(path)}-v{_LAYOUT}" + (f"-{sha256_of(beside)[:16]}" if beside.is_file() else "")
+    tokenizer = path.parent / TOKENIZER_FILE
+    name = f"{sha256_of(path)}-v{_LAYOUT}" + (f"-{sha256_of(tokenizer)[:16]}" if tokenizer.is_file() else "")
     target = storage.cache_folder() / "gguf" / name
     if target.exists():
         return target
@@ -81,46 +67,74 @@ def gguf_folder(path: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Checks the file and writes the folder; raises before the folder can reach the cache."""
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    metadata = _metadata(path)
+    file = gguf_facts.read_file(path)
+    gguf_facts.refuse_what_is_no_model(file)
+    _write_tokenizer(file, folder)
+    config = _write_weights(file, folder)
+    carried = gguf_facts.carried(file, config)
+    config |= carried
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    gguf_facts.check_config(file, AutoConfig.from_pretrained(folder))
+    record = _record(file) | {"carried": carried}
+    (folder / SOURCE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(file: gguf_facts.GgufFile, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path, pre = file.path, file.metadata.get(gguf_tokenizers.PRE_TOKENIZER)
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if metadata["pre_tokenizer"] in _DIGITS_APART:
+    if pre in gguf_tokenizers.DIGITS_APART:
         _split_digits(tokenizer.backend_tokenizer)
+    if pre in gguf_tokenizers.WHOLE_WORDS:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
     tokenizer.save_pretrained(folder)
-    if (path.parent / "tokenizer.json").is_file():
-        shutil.copyfile(path.parent / "tokenizer.json", folder / "tokenizer.json")
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    config |= {"architectures": [type(model).__name__], "dtype": "float32"}
-    # save_pretrained refuses a model that came from a GGUF. named_parameters() gives a tied weight once, as it would.
+    if (path.parent / TOKENIZER_FILE).is_file():
+        shutil.copyfile(path.parent / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+        gguf_tokenizers.check_vocabulary(file, load_tokenizer(folder))
+    else:
+        gguf_tokenizers.check_tokenizer(file, load_tokenizer(folder))
+
+
+def _write_weights(file: gguf_facts.GgufFile, folder: Path) -> dict[str, Any]:
+    """Writes model.safetensors; returns the content of config.json."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model: Any
+    model, report = AutoModelForCausalLM.from_pretrained(
+        file.path.parent,
+        gguf_file=file.path.name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_report(str(file.path), model, report)
+    gguf_facts.check_tensors(file, model)
+    # save_pretrained refuses a model from a GGUF. Like it, named_parameters() gives a tied weight once.
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-    (folder / SOURCE_FILE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    config: dict[str, Any] = model.config.to_dict()
+    config.pop("quantization_config", None)
+    return config | {"architectures": [type(model).__name__], "dtype": "float32"}
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-
-    def value(key: str) -> Any:
-        field = reader.get_field(key)
-        return field.contents() if field is not None else None
-
-    file_type = value("general.file_type")
+def _record(file: gguf_facts.GgufFile) -> dict[str, Any]:
+    file_type = file.metadata.get("general.file_type")
     return {
-        "file": path.name,
-        "sha256": sha256_of(path),
+        "file": file.path.name,
+        "sha256": sha256_of(file.path),
         "file_type": file_type,
         "quantised": file_type not in _UNQUANTISED,
-        "pre_tokenizer": value("tokenizer.ggml.pre"),
+        "pre_tokenizer": file.metadata.get(gguf_tokenizers.PRE_TOKENIZER),
+        "add_bos_token": gguf_tokenizers.adds_bos(file),
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
     }
 
 

@@ -2,11 +2,10 @@
 
     nll_N = logsumexp_v(f(hidden_ND W_DV)) - f(hidden_ND W_DV)[target_N]
 
-with f what the architecture does to its logits: a soft-cap (Gemma-2), a scale (Cohere), a divisor (Granite). Axes: B
-rows, T positions, N scored positions of a batch, D hidden size, V vocabulary; small letters are tiles. Tiles of n x v
-logits, small enough for the cache of a CPU; the logsumexp runs on over the tiles, in float32 whatever the model's
-dtype. An f that it does not know, it cannot see: `models.load_model` probes for that. Executor side (and the trainer's
-evaluation); pure.
+f is what the architecture does to its logits: a soft-cap (Gemma-2), a scale (Cohere) or a divisor (Granite). Axes: B
+rows, T positions, N scored positions of a batch, D hidden size, V vocabulary; small letters are tiles. A tile holds n x
+v logits, few enough for a CPU's cache; a running logsumexp goes over the tiles, in float32 whatever the model's dtype.
+Another f cannot be seen here: `models.load_model` tests for it. Executor side (and the trainer's evaluation); pure.
 """
 
 import functools
@@ -18,7 +17,7 @@ import torch
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.cpu import PackedLinear, can_pack
 
-# On a CPU 4 MiB of float32 logits, which stay in its cache (docs/scoring.md); on a GPU 128 MiB.
+# On a CPU 4 MiB of float32 logits, which stay in the cache (docs/scoring.md); on a GPU 128 MiB.
 _TILE_ROWS = {"cpu": 256, "cuda": 2048}
 _TILE_VOCABULARY = {"cpu": 4096, "cuda": 16384}
 
@@ -27,10 +26,13 @@ class Head:
     """The output layer of a causal LM of transformers, applied in tiles."""
 
     def __init__(self, model: Any) -> None:
-        """Takes the layer and what is done to its logits from the model.
+        """Reads the decoder, the output layer and the settings of its logits from the model.
+
+        Args:
+            model: a loaded causal LM of transformers.
 
         Raises:
-            ModelLoadError: if the model has no output layer, or no decoder beneath it.
+            ModelLoadError: the model has no output layer, or no decoder below it.
         """
         self._project = model.get_output_embeddings()
         self.decoder = getattr(model, "base_model", None)
@@ -49,20 +51,42 @@ class Head:
         self._tile_nll = _tile_nll
 
     def compile(self) -> None:
-        """Fuses what follows the matrix product, and compiles the decoder."""
+        """Compiles the decoder, and fuses the operations after the matrix product."""
         self.decoder = torch.compile(self.decoder, dynamic=True)
         self._tile_nll = torch.compile(_tile_nll, dynamic=True)
 
     def hidden(self, input_BT: torch.Tensor) -> torch.Tensor:
-        """The decoder's last hidden states, shape (B, T, D). Right padding needs no mask: the model is causal."""
+        """Runs the decoder. Right padding needs no mask: the model is causal.
+
+        Args:
+            input_BT: token ids, padded on the right.
+
+        Returns:
+            The last hidden states, shape (B, T, D), in the model's dtype.
+        """
         return self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Float32 logits of some positions, shape (..., V), as the model itself would give them."""
+        """Computes the logits of some positions, as the model itself computes them.
+
+        Args:
+            hidden_ND: hidden states, shape (..., D).
+
+        Returns:
+            Float32 logits, shape (..., V).
+        """
         return _transformed(self._project(hidden_ND), self._scale, self._soft_cap)
 
     def nll(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-        """-log p of the targets in nats, float32, shape (N,)."""
+        """Computes -log p of the targets.
+
+        Args:
+            hidden_ND: hidden states, shape (N, D).
+            target_N: ids of the tokens to predict, shape (N,).
+
+        Returns:
+            Nats, float32, shape (N,).
+        """
         parts = [
             self._rows_nll(hidden_nD, target_n)
             for hidden_nD, target_n in zip(
@@ -81,13 +105,13 @@ class Head:
                 logits_nv, target_n - first, total_n, picked_n, self._scale, self._soft_cap
             )
             first += logits_nv.shape[1]
-            # Else it would still be there while the next is made.
+            # Frees the tile's memory before the next tile is made.
             del logits_nv
         return total_n - picked_n
 
 
 def _tiles(weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """The output layer cut along the vocabulary, packed where that can be."""
+    """The output layer cut along the vocabulary into functions, packed if possible."""
     size = _TILE_VOCABULARY.get(weight_VD.device.type, _TILE_VOCABULARY["cuda"])
     weights = weight_VD.split(size)
     biases = bias_V.split(size) if bias_V is not None else [None] * len(weights)
@@ -112,10 +136,10 @@ def _tile_nll(
     logits_nv: torch.Tensor, target_n: torch.Tensor, total_n: torch.Tensor, picked_n: torch.Tensor,
     scale: float, soft_cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The running logsumexp and the targets' logits, with one more tile. `target_n` counts from the tile's start."""
+    """Adds a tile to the running logsumexp and the targets' logits. `target_n` counts from the tile's start."""
     logits_nv = _transformed(logits_nv, scale, soft_cap)
     width = logits_nv.shape[1]
     inside_n = (target_n >= 0) & (target_n < width)
-    found_n = logits_nv.gather(1, target_n.clamp(0, width - 1)[:, None]).squeeze(1)
+    logit_n = logits_nv.gather(1, target_n.clamp(0, width - 1)[:, None]).squeeze(1)
     total_n = torch.logaddexp(total_n, torch.logsumexp(logits_nv, dim=1))
-    return total_n, torch.where(inside_n, found_n, picked_n)
+    return total_n, torch.where(inside_n, logit_n, picked_n)

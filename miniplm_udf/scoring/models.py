@@ -1,17 +1,14 @@
-"""Model folders: where a model's files are, what it is, and the loaded torch model. Executor side.
+"""Model folders: where a model's files are, its description, and the loaded torch model. Executor side.
 
 Owns the ways to name a model (folder, URI, hub name, .gguf file, `package:NAME/FILE`), the rules for its separator and
-prefix tokens, and the check that its logits are what `head` thinks they are. Input: a `ModelConfig` with a path.
-Output: a local folder, a `ModelDescription`, a torch model. Files are fetched or converted once a node; a retry finds
-them there. torch and transformers are loaded inside the functions that need them.
+prefix tokens, and the check that `head` computes the model's own logits. Input: a `ModelConfig` with a path. Output: a
+local folder, a `ModelDescription`, a torch model. Files are fetched or converted once on each node; a retry finds them
+there. torch and transformers are loaded inside the functions that need them.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
 import re
-import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +16,23 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from miniplm_udf import storage
-from miniplm_udf.config import ModelConfig
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.scoring.gguf_models import SOURCE_FILE, gguf_folder, sha256_of
+from miniplm_udf.scoring.gguf_models import gguf_folder
+from miniplm_udf.scoring.loading import load_causal_lm
+from miniplm_udf.scoring.prefix import find_prefix, in_words
 from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_hash
+from miniplm_udf.scoring.tokenizer_checks import check_every_byte, lost_differences, tokenizer_warnings
+from miniplm_udf.scoring.weights import SOURCE_FILE, n_parameters, weight_files, weights_hash
 
-__all__ = ["ModelDescription", "describe", "load_model", "resolve"]
+__all__ = ["ModelDescription", "describe", "load_model", "model_folder"]
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-# End-of-document tokens of pre-training, the likely ones first.
+# The same weights in the format of another program.
+_NOT_FETCHED = ["consolidated*.safetensors"]
+# End-of-document tokens of pre-training, in the order in which messages suggest them.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|end▁of▁sentence|>", "[EOS]", "<EOS>", "<|eos|>")
 _CHAT_TOKEN = re.compile(
     r"im_end|eot|end_of_turn|turn\|?>|<\|end\|>|assistant|user|<\|eom|message|return|chat", re.IGNORECASE
@@ -40,19 +43,19 @@ _PROBE_TOLERANCE = 1e-3
 # --- where the files are ---
 
 
-def resolve(config: ModelConfig) -> Path:
-    """A local folder with the model's config.json, safetensors and tokenizer.json.
+def model_folder(config: ModelConfig) -> Path:
+    """The local folder of a model, with config.json, safetensors and tokenizer.json; fetched or converted if needed.
 
     Args:
-        config: its `path` is a folder, a `file:` or remote URI of one, a hub name, a `.gguf` file, or
+        config: the model; its `path` is a folder, the `file:` or remote URI of a folder, a hub name, a `.gguf` file, or
             `package:NAME/FILE` for a file or folder inside an installed Python package.
 
     Raises:
-        ModelLoadError: if there is no such model, or its folder lacks what scoring needs.
+        ModelLoadError: there is no such model, or its folder lacks files that scoring needs.
     """
     path = config.path
     if path is None:
-        raise ModelLoadError("path: expected where the model is, found null; null is for a model that this run trains")
+        raise ModelLoadError("path: expected a model's path, found null, which is for a model that this run trains")
     if path.startswith("package:"):
         local = _in_package(path)
     elif path.endswith(".gguf") and not storage.is_local(path):
@@ -102,32 +105,25 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FETCHED))
     except Exception as error:
         raise ModelLoadError(
-            f"{name}: there is no such local folder (looked in {Path.cwd()}), and as a hub name"
+            f"{name}: there is no such local folder (searched in {Path.cwd()}), and as a hub name"
             f"{f' at revision {revision}' if revision else ''} it cannot be fetched "
             f"({type(error).__name__}: {error}); correct the path, or fetch the model where there is a network"
         ) from error
 
 
 def _complete(folder: Path, config: ModelConfig) -> Path:
-    """The folder, checked; or, where only tokenizer.json is missing, one in the cache that has it."""
+    """The folder if it has all files; if only tokenizer.json is missing, a folder in the cache that has it."""
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{folder}: expected a model folder with a config.json, found none")
-    if not _weight_files(folder):
-        raise ModelLoadError(
-            f"{folder}: expected weights as *.safetensors, found none; save the model again with save_pretrained"
-        )
+    weight_files(folder)
     return folder if (folder / TOKENIZER_FILE).is_file() else _with_fast_tokenizer(folder, config.trust_remote_code)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
 def _with_fast_tokenizer(folder: Path, trust_remote_code: bool) -> Path:
-    """A folder of links to the files of `folder` and a tokenizer.json that transformers makes from them."""
+    """A folder in the cache with links to the files of `folder`, and a tokenizer.json made by transformers."""
     import os
     import shutil
     import tempfile
@@ -158,30 +154,36 @@ def _with_fast_tokenizer(folder: Path, trust_remote_code: bool) -> Path:
     return target
 
 
-# --- what the model is ---
+# --- the description of the model ---
 
 
 def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> ModelDescription:
     """Describes a model without loading its weights.
 
     Args:
-        alias: its name in the config.
-        config: where it is and how it scores.
-        dtype: the one that was settled at this model's first scoring; None settles it for this machine.
+        alias: the model's name in the config.
+        config: the model's path and settings.
+        dtype: the dtype that was settled at this model's first scoring; None settles it for this machine.
 
     Raises:
-        ConfigError: if the separator or the prefix has to be named or is no token, or the context is too long.
-        ModelLoadError: if the model cannot be found or read.
+        ConfigError: the separator or the prefix has to be named or is no token, the context is too long, or every byte
+            shall be scored with a tokenizer that loses some.
+        ModelLoadError: the model cannot be found or read.
     """
-    folder = resolve(config)
+    folder = model_folder(config)
     architecture = _architecture(folder, config)
     tokenizer = load_tokenizer(folder)
-    _check_context(alias, config, architecture)
+    prefix = find_prefix(alias, folder, tokenizer, config)
+    bos_id = None if prefix.token is None else _token_id(alias, "bos_token", prefix.token, tokenizer)
+    _check_context(alias, config, architecture, n_prefix=0 if bos_id is None else 1)
+    lost = lost_differences(tokenizer)
     separator = config.document_separator or _default_separator(alias, folder, tokenizer)
     separator_id = _token_id(alias, "document_separator", separator, tokenizer)
-    prefix_id = None
+    prefix_token = prefix_id = None
     if config.context_prefix == "token":
-        prefix_id = _token_id(alias, "prefix_token", config.prefix_token or separator, tokenizer)
+        check_every_byte(alias, lost)
+        prefix_token = config.prefix_token or prefix.token or separator
+        prefix_id = _token_id(alias, "prefix_token", prefix_token, tokenizer)
     vocab_size = int(architecture.get_text_config().vocab_size)
     return ModelDescription(
         model_id=alias,
@@ -193,11 +195,14 @@ def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> Model
         document_separator=separator,
         document_separator_id=separator_id,
         prefix_token_id=prefix_id,
+        bos_token=prefix.token,
+        bos_token_id=bos_id,
+        prefix=in_words(prefix, prefix_token),
         vocab_size=vocab_size,
-        n_parameters=sum(_n_parameters(file) for file in _weight_files(folder)),
-        weights_hash=_weights_hash(folder),
+        n_parameters=n_parameters(folder),
+        weights_hash=weights_hash(folder),
         path=storage.redact(str(config.path)) + (f"@{config.revision}" if config.revision else ""),
-        warnings=_warnings(alias, folder, tokenizer, vocab_size),
+        warnings=[*_warnings(alias, folder, tokenizer, vocab_size), *tokenizer_warnings(alias, tokenizer, lost)],
     )
 
 
@@ -211,12 +216,12 @@ def _architecture(folder: Path, config: ModelConfig) -> Any:
         raise ModelLoadError(f"{folder}: config.json cannot be read: {type(error).__name__}: {error}{hint}") from error
 
 
-def _check_context(alias: str, config: ModelConfig, architecture: Any) -> None:
+def _check_context(alias: str, config: ModelConfig, architecture: Any, n_prefix: int) -> None:
     longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.context_tokens > longest:
+    if longest is not None and config.context_tokens + n_prefix > longest:
         raise ConfigError(
-            f"models.{alias}.context_tokens: expected at most {longest} (the model's max_position_embeddings), "
-            f"found {config.context_tokens}"
+            f"models.{alias}.context_tokens: expected at most {longest - n_prefix} (the model's "
+            f"max_position_embeddings{', less its BOS' if n_prefix else ''}), found {config.context_tokens}"
         )
 
 
@@ -241,15 +246,19 @@ def _eos_token(folder: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def _default_separator(alias: str, folder: Path, tokenizer: Tokenizer) -> str:
-    """The tokenizer's eos_token, where that is the end of a document and not of a chat turn."""
+    """The tokenizer's eos_token, if it ends a document and not a chat turn.
+
+    Raises:
+        ConfigError: it does not, or there is none.
+    """
     eos = _eos_token(folder, tokenizer)
-    # Base models may ship a chat template too: what counts is whether the token itself is one of pre-training.
+    # Base models may have a chat template too, so the token itself decides if it is a known token of pre-training.
     if eos is not None and not _CHAT_TOKEN.search(eos) and (eos in _SEPARATORS or not _has_chat_template(folder)):
         return eos
     candidates = [token for token in _SEPARATORS if tokenizer.token_to_id(token) is not None and token != eos]
-    found = f"eos_token {eos!r}, which ends a chat turn" if eos is not None else "a tokenizer without an eos_token"
+    problem = f"eos_token {eos!r}, which ends a chat turn" if eos is not None else "a tokenizer without an eos_token"
     raise ConfigError(
-        f"models.{alias}.document_separator: expected the token that ended documents in pre-training, found {found}; "
+        f"models.{alias}.document_separator: expected the token that ended documents in pre-training, found {problem}; "
         f"set models.{alias}.document_separator"
         + (f" (this vocabulary has {', '.join(candidates)})" if candidates else "")
     )
@@ -260,7 +269,7 @@ def _token_id(alias: str, key: str, token: str, tokenizer: Tokenizer) -> int:
     if number is None:
         candidates = [name for name in _SEPARATORS if tokenizer.token_to_id(name) is not None]
         raise ConfigError(
-            f"models.{alias}.{key}: expected one token of the vocabulary, found {token!r}, which is none"
+            f"models.{alias}.{key}: expected one token of the vocabulary, found {token!r}, which is not one"
             + (f"; candidates are {', '.join(candidates)}" if candidates else "")
         )
     return int(number)
@@ -278,43 +287,21 @@ def _settled_dtype(config: ModelConfig, settled: str | None) -> Literal["float32
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def _n_parameters(file: Path) -> int:
-    """Elements of all tensors, from the header of a safetensors file."""
-    with file.open("rb") as handle:
-        try:
-            header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
-            raise ModelLoadError(
-                f"{file}: expected a safetensors file, found a header that is none ({error})"
-            ) from error
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def _weights_hash(folder: Path) -> str:
-    source = folder / SOURCE_FILE
-    if source.is_file():
-        return str(json.loads(source.read_text(encoding="utf-8"))["sha256"])[:32]
-    # A model's own code, where trust_remote_code lets it run, is part of what it computes.
-    files = [*_weight_files(folder), *sorted(folder.glob("*.py")), folder / "config.json"]
-    digests = [(file.name, sha256_of(file)) for file in files]
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
-
-
 def _warnings(alias: str, folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    found = []
+    warnings = []
     eos = _eos_token(folder, tokenizer)
-    # A model that the trainer made may carry its teacher's tokenizer, chat template and all.
+    # A model of this project's trainer may have the tokenizer of its teacher, with the chat template.
     if not (folder / "training.json").is_file() and eos is not None and _CHAT_TOKEN.search(eos):
-        found.append(f"{alias} is chat-tuned (its eos_token is {eos}): its likelihoods of raw text are distorted")
+        warnings.append(f"{alias} is chat-tuned (its eos_token is {eos}): its likelihoods of raw text are distorted")
     source = folder / SOURCE_FILE
     if source.is_file() and json.loads(source.read_text(encoding="utf-8"))["quantised"]:
-        found.append(f"{alias} is quantised: its scores differ from those of the full-precision weights")
+        warnings.append(f"{alias} is quantised: its scores differ from those of the full-precision weights")
     n_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
     if n_tokens > vocab_size:
-        found.append(
+        warnings.append(
             f"{alias}: its tokenizer has {n_tokens} ids, the model {vocab_size}; texts with others are rejected"
         )
-    return found
+    return warnings
 
 
 # --- the loaded model ---
@@ -323,35 +310,37 @@ def _warnings(alias: str, folder: Path, tokenizer: Tokenizer, vocab_size: int) -
 def load_model(
     config: ModelConfig, description: ModelDescription, device: str = "cpu", attention: str | None = None
 ) -> Any:
-    """Loads the weights, in eval mode, in the described dtype, onto a device; on a CPU, packed for it.
+    """Loads a model onto a device, in eval mode and in the described dtype; on a CPU with packed weights.
 
     Args:
-        attention: an attention backend of transformers; None takes what transformers finds best for the architecture.
+        config: the model's path.
+        description: the model's description, which settles the dtype.
+        device: a torch device.
+        attention: an attention backend of transformers; None takes the fastest that gives equal results.
+
+    Returns:
+        The model of transformers.
 
     Raises:
-        ModelLoadError: if they cannot be loaded, or the model's own logits are not those of `head.Head`.
+        ModelLoadError: it cannot be loaded whole, or `check_head` or `check_batching` refuses it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     from miniplm_udf.scoring.attention import improve_attention
+    from miniplm_udf.scoring.batching import check_batching
     from miniplm_udf.scoring.cpu import prepare
 
-    folder = resolve(config)
+    folder = model_folder(config)
     transformers_logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, description.dtype),
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            attn_implementation=attention,
-        )
-    except Exception as error:
-        raise ModelLoadError(f"{folder}: cannot be loaded as a causal LM: {type(error).__name__}: {error}") from error
+    model = load_causal_lm(
+        folder,
+        dtype=getattr(torch, description.dtype),
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=attention,
+    )
     if description.dtype == "float32":
-        # On by default for convolutions, which Mamba has; the results would be those of ten bits.
+        # TF32 is on by default for convolutions, which Mamba has, and keeps only ten bits of precision.
         torch.backends.cudnn.allow_tf32 = False
     model = model.to(device).eval().requires_grad_(False)
     if model.device.type == "cpu":
@@ -359,14 +348,20 @@ def load_model(
     if attention is None:
         improve_attention(model)
     check_head(model, description.vocab_size, device)
+    check_batching(model, description)
     return model
 
 
 def check_head(model: Any, vocab_size: int, device: str = "cpu") -> None:
-    """Compares the head's logits with the model's own on a few tokens.
+    """Compares the logits of `Head` with the model's own on a few tokens.
+
+    Args:
+        model: a loaded model of transformers.
+        vocab_size: rows of its embedding.
+        device: the model's device.
 
     Raises:
-        ModelLoadError: if they differ: the architecture does something to its logits that we do not know.
+        ModelLoadError: they differ, so the architecture transforms its logits in an unknown way.
     """
     import torch
 
@@ -377,22 +372,17 @@ def check_head(model: Any, vocab_size: int, device: str = "cpu") -> None:
     input_BT = torch.randint(0, vocab_size, (2, 8), generator=generator).to(device)
     with torch.inference_mode():
         expected_BTV = torch.log_softmax(model(input_ids=input_BT, use_cache=False).logits.float(), dim=-1)
-        found_BTV = torch.log_softmax(head.logits(head.hidden(input_BT)), dim=-1)
-    if expected_BTV.shape != found_BTV.shape:
-        difference = f"shapes {tuple(found_BTV.shape)} and {tuple(expected_BTV.shape)}"
+        head_BTV = torch.log_softmax(head.logits(head.hidden(input_BT)), dim=-1)
+    if expected_BTV.shape != head_BTV.shape:
+        difference = f"shapes {tuple(head_BTV.shape)} and {tuple(expected_BTV.shape)}"
     else:
-        # bfloat16 keeps 8 bits: the same product in another tile shape may differ in the last.
+        # bfloat16 keeps 8 bits, and the same product in tiles of another shape may differ in the last bit.
         tolerance = _PROBE_TOLERANCE if expected_BTV.dtype == model.dtype else 0.05
-        worst = float((expected_BTV - found_BTV).abs().max())
+        worst = float((expected_BTV - head_BTV).abs().max())
         if worst <= tolerance:
             return
         difference = f"log probabilities that differ by up to {worst:.3g}"
     raise ModelLoadError(
-        f"{type(model).__name__}: expected the output layer alone to give the model's own logits, found {difference}; "
+        f"{type(model).__name__}: expected the output layer to give the model's own logits, found {difference}; "
         f"this architecture transforms its logits in a way that cannot be scored exactly here"
     )
-
-
-def with_dtype(description: ModelDescription, dtype: Literal["float32", "bfloat16"]) -> ModelDescription:
-    """The same model in another dtype, under the revision that belongs to it."""
-    return dataclasses.replace(description, dtype=dtype, model_revision="")

@@ -1,9 +1,9 @@
 """Scores texts with a causal language model: sums of -log p in nats, token and byte counts. Pure torch, no Spark.
 
-Owns slices, batches, the forward pass and what becomes of a batch that does not fit. Input: texts with their segment
-ends; output: a `Score` or a `Failure` for each, in input order. Never holds batch x time x vocabulary logits (`head`),
-nor more than one slice of texts as token ids. Executor side (and the trainer's evaluation). Deterministic up to
-floating-point addition: a retry gives the same numbers to about 1e-6.
+Owns slices, batches, the forward pass and the handling of a batch that does not fit in memory. Input: texts with their
+segment ends; output: a `Score` or a `Failure` for each, in input order. Never holds logits of batch x time x vocabulary
+(`head`), nor token ids of more than one slice of texts. Executor side (and the trainer's evaluation). Deterministic up
+to floating-point addition: a retry gives the same numbers to about 1e-6.
 
 Source: MiniPLM, arXiv 2410.17215, section 3; nll_sum_nats = - sum over scored i of log p(ids[i + 1] | ids[: i + 1]).
 """
@@ -19,48 +19,50 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from miniplm_udf.scoring.batching import length_limit
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.head import Head
-from miniplm_udf.scoring.inputs import EncodedText, Failure, TextEncoder, TextTokenizer, Tokenized
+from miniplm_udf.scoring.inputs import EncodedText, TextEncoder, TextTokenizer, Tokenized
+from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.windows import Window, batches, windows
-
-__all__ = ["Failure", "Score", "Scorer"]
 
 LOGGER = logging.getLogger("miniplm.scorer")
 
-# Measured (make bench-score): on a CPU the activations of a batch should fit its cache, a GPU wants many rows at once.
+# Measured (make bench-score): on a CPU the activations of a batch should fit the cache; a GPU needs many rows at once.
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
-# Texts are tokenized and sorted by length this many batches' worth at a time: enough to fill batches with like lengths,
-# little enough that memory does not grow with the corpus and that results flow.
+# A slice of texts, which is tokenized and sorted by length, fills this many batches: enough for batches of similar
+# lengths, few enough that memory does not grow with the corpus and results come steadily.
 _BATCHES_PER_SLICE = 16
 _BYTES_PER_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """Sum of -log p in nats over the scored tokens, their number, and the UTF-8 bytes of text that they cover."""
+class _WindowInput:
+    """One window of one text of a slice.
 
-    nll_sum_nats: float
-    n_tokens: int
-    n_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One window of one text of a slice."""
+    Attributes:
+        text: number of the text in the slice.
+        window: the window.
+        in_front: ids in front of the window's input; context that predicts nothing.
+    """
 
     text: int
     window: Window
+    in_front: list[int]
+
+    def __len__(self) -> int:
+        return len(self.in_front) + len(self.window)
 
 
 class Scorer:
     """A loaded model that scores texts.
 
     Attributes:
-        tokenizer_hash: scorers of equal hashes take each other's `tokenize` results.
+        tokenizer_hash: scorers with equal hashes can use each other's `tokenize` results.
         tokens_per_batch: token budget of one forward pass.
-        slice_bytes: UTF-8 bytes of text that are worth handing over at once.
-        on_progress: called after each forward pass with the tokens that it scored.
+        slice_bytes: UTF-8 bytes of text that make one call of `score` worthwhile.
+        on_progress: called after each forward pass with the number of tokens that it scored.
+        warnings: warnings of the load, for people.
     """
 
     def __init__(
@@ -72,21 +74,30 @@ class Scorer:
         device: str | torch.device = "cpu",
         compiled: bool | None = None,
     ) -> None:
-        """Takes a model that is on `device` already (`models.load_model`).
+        """Prepares a loaded model for scoring.
 
         Args:
-            tokens_per_batch: token budget of one forward pass; None takes what is best on the device.
-            compiled: whether to run it through `torch.compile`; None does on a GPU.
+            model: a model that is on `device` already (`models.load_model`).
+            tokenizer: the model's tokenizer (`load_tokenizer`).
+            description: the model's description.
+            tokens_per_batch: token budget of one forward pass; None takes the best value for the device.
+            device: a torch device.
+            compiled: whether to use `torch.compile`; None uses it on a GPU.
+
+        Raises:
+            ModelLoadError: the model's scores would depend on the batch (`length_limit`), or it has no output layer.
         """
         self._device = torch.device(device)
-        # Heads are dealt to cores: with two windows evenly. Measured, 5 % at 1,024 tokens a window.
+        # Two windows spread the attention heads evenly over the cores: measured, 5 % at 1,024 tokens a window.
         self._at_least = 2 if tokens_per_batch is None and self._device.type == "cpu" else 1
         if tokens_per_batch is None:
             tokens_per_batch = _TOKENS_PER_BATCH.get(self._device.type, _TOKENS_PER_BATCH["cuda"])
         self.description = description
         self.on_progress: Callable[[int], None] | None = None
+        self.warnings: list[str] = []
         self.slice_bytes = _BATCHES_PER_SLICE * _BYTES_PER_TOKEN * tokens_per_batch
         self.tokens_per_batch = self._fitting_tokens = tokens_per_batch
+        self._length_limit = length_limit(model, description.longest_input_tokens)
         self._head = Head(model)
         if compiled if compiled is not None else self._device.type == "cuda":
             self._head.compile()
@@ -104,34 +115,51 @@ class Scorer:
 
         Args:
             texts: the instances' texts.
-            segment_ends: of each, UTF-8 byte offsets where one document ends and the next begins.
-            ends_document: of each, whether it ends at a document's end.
+            segment_ends: for each text, UTF-8 byte offsets where one document ends and the next begins.
+            ends_document: for each text, whether it ends at a document's end.
 
         Returns:
-            One result a text, in order. Failure reasons: no_tokens, nan_score, tokenizer_failed, out_of_memory.
+            One result for each text, in order. Reasons of failures: no_tokens, nan_score, tokenizer_failed,
+            out_of_memory.
         """
         results: list[Score | Failure] = []
-        # A slice at a time, so that the ids of a whole corpus are never there at once.
+        # One slice at a time, so that the ids of a whole corpus are never in memory.
         for start, end in self._slices([len(text or "") for text in texts]):
             tokenized = self.tokenize(texts[start:end], segment_ends[start:end])
             results.extend(self._score_slice(tokenized, ends_document[start:end]))
         return results
 
     def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Tokenized | Failure]:
-        """The part of `score` that scorers of one `tokenizer_hash` share; needs no model, and may run in a thread."""
+        """Tokenizes texts: the part of `score` that needs no model and may run in another thread.
+
+        Args:
+            texts: as for `score`.
+            segment_ends: as for `score`.
+
+        Returns:
+            The argument of `score_tokenized`, of this or any scorer with the same `tokenizer_hash`.
+        """
         return self._tokenizer.tokenize(texts, segment_ends)
 
     def score_tokenized(
         self, tokenized: Sequence[Tokenized | Failure], ends_document: Sequence[bool]
     ) -> list[Score | Failure]:
-        """The part of `score` that needs the model."""
+        """Scores tokenized texts: the part of `score` that needs the model.
+
+        Args:
+            tokenized: the result of `tokenize`.
+            ends_document: as for `score`.
+
+        Returns:
+            As `score`.
+        """
         results: list[Score | Failure] = []
         for start, end in self._slices([item.n_bytes if isinstance(item, Tokenized) else 0 for item in tokenized]):
             results.extend(self._score_slice(tokenized[start:end], ends_document[start:end]))
         return results
 
     def _slices(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Ranges of texts that have about `slice_bytes` together."""
+        """Ranges of consecutive texts with about `slice_bytes` together."""
         start, size = 0, 0
         for end, n_bytes in enumerate(sizes, start=1):
             size += n_bytes
@@ -144,7 +172,7 @@ class Scorer:
     ) -> list[Score | Failure]:
         encoded = [self._encoder.encode(*row) for row in zip(tokenized, ends_document, strict=True)]
         jobs = [
-            _Job(text, window)
+            _WindowInput(text, window, self._encoder.in_front(window))
             for text, item in enumerate(encoded)
             if isinstance(item, EncodedText)
             for window in self._windows(item)
@@ -152,7 +180,7 @@ class Scorer:
         sums = np.zeros(len(encoded), dtype=np.float64)
         results: list[Score | Failure | None] = [item if isinstance(item, Failure) else None for item in encoded]
         budget = min(self.tokens_per_batch, self._fitting_tokens)
-        for indices in batches([len(job.window) for job in jobs], budget, self._at_least):
+        for indices in batches([len(job) for job in jobs], budget, self._at_least, self._length_limit):
             self._score_batch([jobs[index] for index in indices], encoded, sums, results)
         return [
             result if result is not None else _finished(item, float(total))
@@ -160,7 +188,7 @@ class Scorer:
         ]
 
     def _windows(self, item: EncodedText) -> Iterator[Window]:
-        """The windows of a text that hold a scored prediction."""
+        """The windows of a text with a scored prediction."""
         context, overlap = (
             self.description.context_tokens,
             self.description.window_overlap_tokens,
@@ -171,13 +199,13 @@ class Scorer:
 
     def _score_batch(
         self,
-        jobs: list[_Job],
+        jobs: list[_WindowInput],
         encoded: list[EncodedText | Failure],
         sums: np.ndarray,
         results: list[Score | Failure | None],
     ) -> None:
-        """Adds a batch's sums; halves a batch that does not fit; a window that does not fit alone fails its text."""
-        # A text that failed in an earlier batch is not worth its other windows.
+        """Adds the sums of a batch. Halves a batch that does not fit in memory; a single window then fails its text."""
+        # Skips the remaining windows of a text that failed in an earlier batch.
         jobs = [job for job in jobs if results[job.text] is None]
         if not jobs:
             return
@@ -193,15 +221,15 @@ class Scorer:
             if self.on_progress is not None:
                 self.on_progress(n_scored)
             return
-        # Outside the except block: the traceback would keep the failed pass's tensors alive.
+        # Outside the except block: the traceback would keep the tensors of the failed pass.
         self._free_memory()
         if len(jobs) == 1:
-            detail = f"a window of {len(jobs[0].window)} tokens does not fit in memory: {out_of_memory[:500]}"
+            detail = f"a window of {len(jobs[0])} tokens does not fit in memory: {out_of_memory[:500]}"
             results[jobs[0].text] = Failure("out_of_memory", detail)
             return
         half, self._at_least = len(jobs) // 2, 1
-        # Later slices are not to fail and be halved each time again.
-        self._fitting_tokens = min(self._fitting_tokens, (len(jobs) - half) * max(len(job.window) for job in jobs))
+        # Smaller batches from now on, so that later slices do not fail and get halved again.
+        self._fitting_tokens = min(self._fitting_tokens, (len(jobs) - half) * max(len(job) for job in jobs))
         LOGGER.warning(
             "a batch of %d windows does not fit in memory: halved; batches of %d tokens from the next slice on",
             len(jobs), self._fitting_tokens,
@@ -210,19 +238,20 @@ class Scorer:
         self._score_batch(jobs[half:], encoded, sums, results)
 
     @torch.inference_mode()
-    def _forward(self, jobs: list[_Job], encoded: list[EncodedText | Failure]) -> tuple[np.ndarray, int]:
-        """One forward pass: the nats of each window (float64) and the number of predictions that they hold."""
-        n_rows, longest = len(jobs), max(len(job.window) for job in jobs)
+    def _forward(self, jobs: list[_WindowInput], encoded: list[EncodedText | Failure]) -> tuple[np.ndarray, int]:
+        """Runs one forward pass; returns the nats of each window (float64) and the number of scored predictions."""
+        n_rows, longest = len(jobs), max(len(job) for job in jobs)
         input_BT = np.zeros((n_rows, longest), dtype=np.int64)
         target_BT = np.zeros((n_rows, longest), dtype=np.int64)
         scored_BT = np.zeros((n_rows, longest), dtype=bool)
         for row, job in enumerate(jobs):
-            item, window = encoded[job.text], job.window
+            item, window, start, end = encoded[job.text], job.window, len(job.in_front), len(job)
             assert isinstance(item, EncodedText)
-            input_BT[row, : len(window)] = item.ids[window.start : window.end]
-            target_BT[row, : len(window)] = item.ids[window.start + 1 : window.end + 1]
-            first = window.first_scored - window.start
-            scored_BT[row, first : len(window)] = item.scored[window.first_scored : window.end]
+            input_BT[row, :start] = job.in_front
+            input_BT[row, start:end] = item.ids[window.start : window.end]
+            target_BT[row, start:end] = item.ids[window.start + 1 : window.end + 1]
+            first = start + window.first_scored - window.start
+            scored_BT[row, first:end] = item.scored[window.first_scored : window.end]
         row_N = scored_BT.nonzero()[0]
         hidden_BTD = self._head.hidden(torch.from_numpy(input_BT).to(self._device))
         hidden_ND = hidden_BTD[torch.from_numpy(scored_BT).to(self._device)]
@@ -245,7 +274,7 @@ def _finished(item: EncodedText | Failure, total: float) -> Score | Failure:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's error has a class of its own; the CPU allocator's is a RuntimeError with a message."""
+    """Whether an error means that memory is full: CUDA has a class for it, the CPU allocator only a message."""
     message = str(error).lower()
     return (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))

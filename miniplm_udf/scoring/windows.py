@@ -1,8 +1,7 @@
 """Windows over a long input and batches of windows: index arithmetic only, no text and no torch.
 
-Owns the two invariants that a score rests on: every token is predicted exactly once, and every window lands in exactly
-one batch. Inputs are counts of tokens, outputs index ranges. Driver or executor; pure generators, so a retry repeats
-them.
+Owns the two invariants of every score: each token is predicted exactly once, and each window is in exactly one batch.
+Inputs are counts of tokens, outputs are index ranges. Driver or executor; pure generators, so a retry gives the same.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """One forward pass over input tokens `start` to `end - 1`; predictions count from `first_scored` on."""
+    """The input tokens of one forward pass, `start` to `end - 1`; predictions count from `first_scored` on."""
 
     start: int
     first_scored: int
@@ -24,7 +23,7 @@ class Window:
 def windows(n_tokens: int, context: int, overlap: int) -> Iterator[Window]:
     """Cuts an input of `n_tokens` into windows of at most `context`, in which each input token predicts once.
 
-    Consecutive windows share `overlap` tokens: context for the later one, whose predictions were made by the earlier.
+    Consecutive windows share `overlap` tokens. They are only context in the later window; the earlier one scored them.
 
         windows(10, context=4, overlap=1)      input token: 0 1 2 3 4 5 6 7 8 9
           Window(0, 0, 4)                                   P P P P
@@ -32,9 +31,9 @@ def windows(n_tokens: int, context: int, overlap: int) -> Iterator[Window]:
           Window(6, 7, 10)                                              . P P P     . is context only
 
     Args:
-        n_tokens: length of the input (one less than the tokens of the text, as the last predicts nothing).
-        context: longest window, tokens.
-        overlap: shared tokens, 0 to context - 1.
+        n_tokens: length of the input: one less than the tokens of the text, since the last token predicts nothing.
+        context: length of the longest window, in tokens.
+        overlap: tokens that consecutive windows share, 0 to context - 1.
 
     Yields:
         Windows in order; none for an empty input.
@@ -49,15 +48,19 @@ def windows(n_tokens: int, context: int, overlap: int) -> Iterator[Window]:
         yield Window(start, first_scored, end)
 
 
-def batches(lengths: Sequence[int], tokens_per_batch: int, at_least: int = 1) -> Iterator[list[int]]:
-    """Groups indices of windows of like length so that rows times the longest stays within a token budget.
+def batches(
+    lengths: Sequence[int], tokens_per_batch: int, at_least: int = 1, limit: int | None = None
+) -> Iterator[list[int]]:
+    """Groups the indices of windows of similar length, so that rows times the longest stays within a token budget.
 
-    Longest first, so that what does not fit in memory shows at once. Equal lengths keep their order.
+    The longest windows come first, so that a batch that does not fit in memory shows at once. Windows of equal length
+    keep their order.
 
     Args:
         lengths: tokens of each window.
-        tokens_per_batch: budget; a window above it is alone in its batch.
-        at_least: windows of a batch, whatever the budget.
+        tokens_per_batch: the budget; a window above it is alone in its batch.
+        at_least: fewest windows in a batch, whatever the budget.
+        limit: windows of at most this length do not share a batch with longer ones (`batching.length_limit`).
 
     Yields:
         Lists of indices into `lengths`; each index once.
@@ -65,7 +68,9 @@ def batches(lengths: Sequence[int], tokens_per_batch: int, at_least: int = 1) ->
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batch: list[int] = []
     for index in order:
-        if len(batch) >= at_least and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
+        is_full = len(batch) >= at_least and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch
+        crosses_limit = limit is not None and batch and lengths[batch[0]] > limit >= lengths[index]
+        if is_full or crosses_limit:
             yield batch
             batch = []
         batch.append(index)

@@ -1,1 +1,1 @@
-"""How the streaming queries run: one driver at a time, until the end or for ever, seen and stopped cleanly."""
+"""Streaming queries: how they run under leases, report their status, stop cleanly, and what their checkpoints tell."""

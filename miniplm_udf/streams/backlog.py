@@ -1,8 +1,9 @@
-"""How much of a Delta table a stream has still to read, told from the stream's offset and the table's history.
+"""How many rows of a Delta table a stream has still to read, from the stream's offset and the table's history.
 
-Input: the end offset of a Delta source, as Spark reports it. Output: rows. Reads the log, never data. An offset is
-(reservoirVersion v, index i): all of the versions before v are read, and of v the files up to the i-th; with
-isStartingVersion, v stands for the whole table as it was then. Spark reports no backlog of a Delta source itself.
+Input: the end offset of a Delta source, as Spark reports it. Output: a number of rows. An offset is (reservoirVersion
+v, index i): the stream has read all versions before v, and the files of v up to the i-th; with isStartingVersion, v
+means the whole table at that version. Spark itself reports no backlog for a Delta source. Reads the log, never
+data. Driver only.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ if TYPE_CHECKING:
 
 
 def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) -> int:
-    """Rows that were appended and not read yet; those of a version that is half read by the share of its files.
+    """Counts the rows that were appended and not read yet.
 
     Args:
-        uri: of the table that is read.
-        offset: the end offset of the newest finished micro-batch; None: nothing is read yet.
+        uri: the table that the stream reads.
+        offset: end offset of the newest finished micro-batch; None if nothing is read yet.
+
+    Returns:
+        A number of rows; in a version that is partly read, the rows are taken as spread evenly over its files.
     """
     from delta.tables import DeltaTable
 
@@ -24,9 +28,9 @@ def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) 
         return spark.read.format("delta").load(uri).count()
     at, is_start = int(offset["reservoirVersion"]), bool(offset["isStartingVersion"])
     log = DeltaTable.forPath(spark, uri)
-    # As far back as the offset: a whole history is read commit by commit, and grows with every micro-batch.
+    # Only as far back as the offset: Delta reads the history commit by commit, and it grows with every micro-batch.
     newest = int(log.history(1).select("version").collect()[0][0])
-    # A deletion counts the rows that it copies; streams pass over it.
+    # A MERGE or DELETE reports the rows that it copies as output; streams skip these commits.
     history = log.history(max(1, newest - at + 1)).where(f"version >= {at} and operation not in ('MERGE', 'DELETE')")
     appended = {row["version"]: row for row in history.select("version", "operationMetrics").collect()}
     behind = sum(_metric(row, "numOutputRows") for version, row in appended.items() if version > at)
@@ -41,5 +45,5 @@ def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) 
 
 
 def _metric(row: Any, name: str) -> int:
-    # A commit of no rows of its own (table creation, compaction, properties) has no such number.
+    # A commit that adds no rows (table creation, compaction, properties) has no such metric.
     return int((row["operationMetrics"] or {}).get(name, 0))

@@ -1,86 +1,147 @@
-"""How far the streaming queries of a root have come, and what of a table they have still to read. Driver only.
+"""How far the streaming queries of a root have come, and what they have still to read of a table. Driver only.
 
-Input: a root; output: a `Checkpoint` a query, from the files under `<root>/_checkpoints`. A query reads one table by
-its versions (`SOURCES`), so files that a later commit has replaced may still be wanted: whoever removes files asks
-`needed_from` first. Whether a query runs at this moment is told by its lease. A query whose checkpoint is removed
-begins anew, and finds in the tables what it has done already. Reads the log, never data; writes nothing.
+Input: a root; output: a `Checkpoint` for each query, from the files under `<root>/_checkpoints`: Spark's own in the
+checkpoint folder and the query's facts next to it. A query reads one table by its versions, so files that a later
+commit has replaced may still be wanted: whoever removes files asks `needed_from` first. The query's lease tells whether
+it runs now. A query whose checkpoint is removed starts from the beginning, and finds in the tables what is done
+already. Reads the log, never data.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from miniplm_udf import storage
+from miniplm_udf import layout, storage
+from miniplm_udf.errors import CorpusError, DamagedRecordError
+from miniplm_udf.layout import Root
+from miniplm_udf.lease import Lease
+from miniplm_udf.streams import facts
 from miniplm_udf.streams.backlog import rows_behind
-from miniplm_udf.streams.lease import Lease, lease_uri
+from miniplm_udf.streams.facts import QueryFacts
 from miniplm_udf.streams.offsets import end_offset
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-# What the queries read, by the beginning of their checkpoints' names; ingest reads what is not ours.
-SOURCES = {"score-": "instances", "score_matrix-": "scores", "follow-": "score_matrix", "proxy-": "instances"}
-# Of queries that a table is the work of: they hold the lease of that name. Others have one of their own.
-_LEASES = {"ingest-": "ingest", "score_matrix-": "score_matrix", "proxy-": "proxy_scores"}
+# The leases of queries that are a table's only writer; `alone` takes them also where no such query has a checkpoint.
+_TABLE_LEASES = ("ingest", "score_matrix", "proxy_scores")
+
+LOGGER = logging.getLogger("miniplm.streams")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One query. `id` is as in the tables; `batch_id` its newest finished micro-batch, `offset` where that one ends."""
+    """The checkpoint of one query.
+
+    Attributes:
+        uri: the folder; `name` is the last part of its path.
+        id: the query's id as in the tables: 32 hexadecimal digits.
+        batch_id: the newest finished micro-batch; None before the first is finished.
+        offset: where that micro-batch ends in the source.
+        facts: stage, source, sample, lease and revisions of the query.
+    """
 
     uri: str
     name: str
     id: str
     batch_id: int | None
     offset: dict[str, Any] | None
+    facts: QueryFacts
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage that the query belongs to, for example `ingest`."""
+        return self.facts.stage
 
     @property
     def source(self) -> str | None:
-        """The table of the root that it reads."""
-        return next((table for prefix, table in SOURCES.items() if self.name.startswith(prefix)), None)
+        """The table of the root that the query reads; None for ingest."""
+        return self.facts.source
 
     @property
     def sample(self) -> float:
-        """The share of its source's rows that it takes; only `score` takes less than all (`scores.checkpoint_name`)."""
-        parts = self.name.split("-", 2)
-        return float(parts[2]) if parts[0] == "score" and len(parts) == 3 else 1.0
+        """The share of its source's pool that the query takes."""
+        return self.facts.sample
 
     @property
     def lease(self) -> str:
-        """The name of the lease that its driver holds."""
-        return next((lease for prefix, lease in _LEASES.items() if self.name.startswith(prefix)), self.name)
+        """The name of the lease that the query's driver holds."""
+        return self.facts.lease
 
     def moved_at(self) -> datetime.datetime:
-        """When it finished its newest micro-batch, or was begun, by the storage's clock (UTC)."""
+        """When the query finished its newest micro-batch, or was begun, by the storage's clock (UTC)."""
         newest = "metadata" if self.batch_id is None else f"commits/{self.batch_id}"
         filesystem, path = fsspec.core.url_to_fs(storage.join(self.uri, newest))
-        found: datetime.datetime = filesystem.modified(path)
-        return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+        modified: datetime.datetime = filesystem.modified(path)
+        return modified if modified.tzinfo else modified.replace(tzinfo=datetime.UTC)
+
+    def remove(self) -> None:
+        """Removes the checkpoint and the facts next to it. The query's next start begins with a new id."""
+        storage.remove_folder(self.uri)
+        storage.remove_folder(layout.query_facts(self.uri))
 
 
 def find(root: str) -> Iterator[Checkpoint]:
-    """The checkpoints of a root, by name."""
-    for name in storage.list_folder(storage.join(root, "_checkpoints")):
-        uri = storage.join(root, "_checkpoints", name)
-        metadata = storage.read_json(storage.join(uri, "metadata"))
+    """Reads the checkpoints of the queries of a root.
+
+    Args:
+        root: URI of the root.
+
+    Yields:
+        Checkpoints by name. Folders without `metadata` (a training, a query that never started) are left out.
+
+    Raises:
+        CorpusError: a checkpoint's `metadata`, its newest offset or the file of facts is damaged.
+    """
+    for name in storage.list_folder(Root(root).checkpoint()):
+        uri = Root(root).checkpoint(name)
+        try:
+            metadata = storage.read_json(storage.join(uri, "metadata"))
+        except DamagedRecordError as error:
+            raise CorpusError(
+                f"checkpoint {storage.redact(uri)}: expected a file `metadata` with the query's id, found a damaged "
+                "one; remove the whole checkpoint, and the next run continues from the tables"
+            ) from error
         if metadata is None:
-            continue  # the trainer's checkpoints, or a query that was never begun
-        numbers = [int(found) for found in storage.list_folder(storage.join(uri, "commits")) if found.isdigit()]
-        batch_id = max(numbers, default=None)
+            continue  # a file of facts, the trainer's checkpoints, or a query that was never started
+        batch_id = newest_finished(uri)
         offset = None if batch_id is None else end_offset(uri, batch_id)
-        yield Checkpoint(uri, name, metadata["id"].replace("-", ""), batch_id, offset)
+        try:
+            query_facts = facts.read(uri)
+        except CorpusError as error:  # a copy that somebody put there
+            LOGGER.warning("%s", error)
+            continue
+        yield Checkpoint(uri, name, metadata["id"].replace("-", ""), batch_id, offset, query_facts)
+
+
+def newest_finished(checkpoint_uri: str) -> int | None:
+    """Finds the newest finished micro-batch of a checkpoint.
+
+    Args:
+        checkpoint_uri: the checkpoint folder, which need not exist.
+
+    Returns:
+        The number of the micro-batch; None before the first is finished.
+    """
+    names = storage.list_folder(storage.join(checkpoint_uri, "commits"))
+    return max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def needed_from(spark: "SparkSession", table_uri: str, checkpoint: Checkpoint) -> int | None:
-    """The version of its source from which on a query wants files that may be in no later version; None: it wants none.
+    """The first version of its source whose files a query still wants, though later versions may not have them.
 
-    Files that a commit up to this version has replaced are not wanted any more.
+    Args:
+        table_uri: the source of the query.
+
+    Returns:
+        The version; files that commits up to it have replaced are not wanted any more. None: no file is wanted.
     """
-    # A query that has finished no micro-batch, but begun one, is bound to the version that it began with.
+    # A query that has begun its first micro-batch, and not finished it, needs the version that it began with.
     offset = checkpoint.offset or end_offset(checkpoint.uri, 0)
     if offset is None:
         return None
@@ -92,17 +153,20 @@ def needed_from(spark: "SparkSession", table_uri: str, checkpoint: Checkpoint) -
 
 @contextlib.contextmanager
 def alone(root: str) -> Iterator[None]:
-    """Keeps the queries of a root from running, as far as it has any, and waits for what annotates or refines it.
+    """Keeps every query of a root from running while the block runs; waits for a running annotation or refinement.
+
+    Args:
+        root: URI of the root.
 
     Raises:
         CorpusError: on entering, a query runs.
     """
-    corpora = storage.list_folder(storage.join(root, "tables", "refined"))
-    queries = {*_LEASES.values(), *(one.lease for one in find(root)), *(f"follow-{name}" for name in corpora)}
+    corpora = storage.list_folder(Root(root).refined())
+    leases = {*_TABLE_LEASES, *(checkpoint.lease for checkpoint in find(root)), *(f"follow-{name}" for name in corpora)}
     with contextlib.ExitStack() as stack:
-        for query in sorted(queries):
-            stack.enter_context(Lease(lease_uri(root, query), query))
-        stack.enter_context(Lease(lease_uri(root, "annotations"), "annotate", waits=True))
+        for lease in sorted(leases):
+            stack.enter_context(Lease(Root(root).lease(lease), lease))
+        stack.enter_context(Lease(Root(root).lease("annotations"), "annotate", waits=True))
         for name in corpora:
-            stack.enter_context(Lease(lease_uri(root, f"refined-{name}"), f"refined/{name}", waits=True))
+            stack.enter_context(Lease(Root(root).lease(f"refined-{name}"), f"refined/{name}", waits=True))
         yield

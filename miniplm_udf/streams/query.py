@@ -1,91 +1,131 @@
-"""What a streaming query is to this project, and the id of its checkpoint. Driver only.
+"""A streaming query of this project: the base class of the stages' queries, and the id of a checkpoint. Driver only.
 
-A `Query` says where rows come from, what is done with a micro-batch under (query_id, batch_id), and what can be told
-of it; `runner.QueryRunner` starts it, watches it and stops it. Owns no table. A restart on the same checkpoint has the
-same query id and replays the micro-batch that was not finished, under the same batch id; a new checkpoint has a new id,
-and rows of a lost one are told by their `query_id`.
+A `Query` says where rows come from, what is done with a micro-batch under (query_id, batch_id), and what waits behind
+it; `runner.QueryRunner` starts it, watches it and stops it. Owns no table. A restart on the same checkpoint has the
+same query id and replays the micro-batch that was not finished, under the same batch id. A new checkpoint has a new id,
+so the `query_id` of a row tells whether a lost checkpoint's query wrote it.
 """
 
-import dataclasses
+import abc
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import errors, storage
+from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError, MiniplmError
+from miniplm_udf.store import tables
+from miniplm_udf.streams.facts import QueryFacts
 
 if TYPE_CHECKING:
     from pyspark.errors import StreamingQueryException
     from pyspark.sql import DataFrame, SparkSession
 
-MicroBatch = Callable[["DataFrame", str, int], None]
+
+class StartAgain(Exception):
+    """Raised by a micro-batch before it reads or writes anything: the query has to be started again, from `source`."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Query:
-    """A streaming query that writes through `foreachBatch`.
+class Query(abc.ABC):
+    """A streaming query that writes through `foreachBatch`. Each stage that streams has a subclass.
 
     Attributes:
-        name: of the stage, for people: ingest, score, score_matrix.
-        lease: what one driver at a time may do: a table that has one writer, or this one checkpoint.
-        also: further leases that it needs, of what queries with other checkpoints may not do at the same time.
-        waits: a driver that finds the lease taken waits until it is free, where it runs to the end of what is there.
-        source: makes the streaming frame; called at each start, and again after a failure that `recover` mended.
-        micro_batch: called with (micro-batch, query_id, batch_id).
-        recover: called with the failure of the query; whether it is to be started again.
-        tokens: tokens scored since the command began, by model alias.
-        backlog: what waits behind the newest finished micro-batch, in `backlog_unit`, given the end offset of that
-            micro-batch (parsed JSON; None where there is none).
+        name: the query's name in logs, status records and Spark's pages: ingest, score, score_matrix, ...
+        facts: stage, lease, source and more; recorded next to the checkpoint.
+        checkpoint_uri: the checkpoint folder.
+        also: names of further leases, which queries with other checkpoints need too and may not hold at the same time.
+        waits: whether a driver that finds the lease taken waits until it is free (with the trigger available_now).
+        backlog_unit: unit of `backlog`.
     """
 
-    name: str
-    lease: str
     also: tuple[str, ...] = ()
     waits: bool = False
-    checkpoint_uri: str
-    source: Callable[[], "DataFrame"]
-    micro_batch: MicroBatch
-    recover: Callable[["StreamingQueryException"], bool] = lambda error: False
-    tokens: Callable[[], Mapping[str, int]] = dict
-    backlog: Callable[[Any], int]
     backlog_unit: str = "rows"
+
+    def __init__(self, name: str, facts: QueryFacts, checkpoint_uri: str) -> None:
+        self.name, self.facts, self.checkpoint_uri = name, facts, checkpoint_uri
+
+    @abc.abstractmethod
+    def source(self) -> "DataFrame":
+        """Makes the streaming frame. Called at every start, with the leases in hand; a restart calls it again."""
+
+    @abc.abstractmethod
+    def micro_batch(self, batch: "DataFrame", query_id: str, batch_id: int) -> None:
+        """Writes one micro-batch. A replay comes under the same (query_id, batch_id) and must change nothing.
+
+        Args:
+            batch: rows of `source`.
+            query_id: as `checkpoint_query_id` returns it.
+            batch_id: number of the micro-batch, from 0.
+
+        Raises:
+            StartAgain: nothing was read or written, and the query has to be started again.
+        """
+
+    @abc.abstractmethod
+    def backlog(self, offset: Any) -> int:
+        """How much waits behind the newest finished micro-batch, in `backlog_unit`.
+
+        Args:
+            offset: end offset of that micro-batch (parsed JSON); None before the first is finished.
+        """
+
+    def recover(self, error: "StreamingQueryException") -> bool:
+        """Repairs what failed the query, if the stage knows how to.
+
+        Args:
+            error: the error that ended Spark's query.
+
+        Returns:
+            Whether the query is to be started again; False, and nothing repaired, unless a subclass overrides this.
+        """
+        return False
+
+    def tokens(self) -> Mapping[str, int]:
+        """Tokens scored since the command began, by model alias; empty for a query that scores nothing."""
+        return {}
 
 
 def checkpoint_query_id(spark: "SparkSession", checkpoint_uri: str) -> str:
-    """The query id that Spark keeps in `<checkpoint>/metadata`, as 32 hexadecimal digits; stable across restarts.
+    """The query id that Spark keeps in `<checkpoint>/metadata`; stable across restarts.
 
-    Without its dashes, because Delta cuts the strings of its file statistics at 32 characters: of a longer id it cannot
-    tell that a file holds no other, and `query_id != this one` would open every file.
-
-    Call it inside `foreachBatch`: Spark writes the file before the first batch. Spark itself reads it, so that every
-    storage that a checkpoint can be on works.
+    Call it inside `foreachBatch`: Spark writes the file before the first micro-batch. Spark reads it here too, so that
+    it works on every storage that can hold a checkpoint.
 
     Args:
-        spark: any session, also a batch's own.
+        spark: any session, for example `batch.sparkSession`.
         checkpoint_uri: as given to `checkpointLocation`.
 
+    Returns:
+        32 hexadecimal digits, without the dashes: Delta cuts strings in its file statistics at 32 characters, and with
+        a longer id the condition `query_id != ...` would open every file.
+
     Raises:
-        CorpusError: there is no such file, or it names no query.
+        CorpusError: there is no `metadata` file, or it has no query id.
     """
     from pyspark.errors import PySparkException
 
-    place = storage.join(checkpoint_uri, "metadata")
+    uri = storage.join(checkpoint_uri, "metadata")
     try:
-        lines = [row[0] for row in spark.read.text(place).collect()]
+        lines = [row[0] for row in spark.read.text(uri).collect()]
         return str(json.loads("".join(lines))["id"]).replace("-", "")
     except (PySparkException, ValueError, KeyError, TypeError) as error:
         raise CorpusError(
             f"checkpoint {storage.redact(checkpoint_uri)}: expected a file `metadata` with the query's id, found "
-            f"{type(error).__name__}; a checkpoint that was started has one: delete what is left of this one, and the "
-            "next run takes up again from the tables"
+            f"{type(error).__name__}; every started checkpoint has one: delete the rest of this checkpoint, and the "
+            "next run continues from the tables"
         ) from error
 
 
-def executor_error(error: BaseException) -> MiniplmError | None:
-    """The error of ours that an executor raised and that Spark carried to the driver in its own, as text; or None."""
-    for name, message in re.findall(r"miniplm_udf\.errors\.(\w+): (.+)", str(error)):
-        found = getattr(errors, name, None)
-        if isinstance(found, type) and issubclass(found, MiniplmError):
-            return found(message.strip())
-    return None
+def belongs_to_checkpoint(spark: "SparkSession", uri: str, table: schemas.Table, checkpoint_uri: str) -> bool:
+    """Whether a table has the declared columns, and its rows were written by the query of this checkpoint.
+
+    Args:
+        uri: a table that one query at a time writes; an empty table belongs to no checkpoint.
+        table: its declaration.
+    """
+    try:
+        query_id, rows = checkpoint_query_id(spark, checkpoint_uri), tables.read(spark, uri)
+    except MiniplmError:
+        return False
+    has_columns = rows.columns == table.column_names
+    return has_columns and [row[0] for row in rows.select("query_id").limit(1).collect()] == [query_id]

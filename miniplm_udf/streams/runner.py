@@ -1,9 +1,10 @@
 """Runs the streaming queries of a command: leases, start, progress, stalls, recovery, and a clean stop. Driver only.
 
-Input: `Query` objects. They run at once, to the end of what is there or for ever (`stream.trigger`); where one fails,
-the others are stopped and its error is raised, ours as it was. SIGTERM (or SIGINT) lets the running micro-batches
-finish and begins no other; a second one stops at once. A rerun goes on where this one was, however it ended. Owns the
-records under `<root>/_status/` and `<root>/_leases/`, and no table.
+Input: `Query` objects. They run at the same time, until all input is read or until a signal (`stream.trigger`). If one
+fails, the others are stopped and its error is raised, with its own class if it is a `MiniplmError`. After SIGTERM or
+SIGINT the running micro-batches finish and no other begins; a second signal ends the command at once. A rerun continues
+from the last finished micro-batch, however this run ended. Owns the records under `<root>/_status/` and
+`<root>/_leases/`, and the file of facts next to each checkpoint; owns no table.
 """
 
 import contextlib
@@ -18,13 +19,18 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf.config import StreamConfig
-from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
+from miniplm_udf.config.sections import StreamConfig
+from miniplm_udf.errors import ConfigError, MiniplmError
+from miniplm_udf.layout import Root
+from miniplm_udf.lease import Lease
+from miniplm_udf.stopping import Stopped
+from miniplm_udf.streams import facts
 from miniplm_udf.streams import status as statuses
-from miniplm_udf.streams.lease import Lease, lease_uri
-from miniplm_udf.streams.query import Query, checkpoint_query_id, executor_error
+from miniplm_udf.streams.query import Query, StartAgain, checkpoint_query_id
+from miniplm_udf.streams.spark_log import QUERY_LOGGER, silenced
 from miniplm_udf.streams.status import QueryStatus
 from miniplm_udf.streams.watchdog import Watchdog, running_tasks, stage_activity
+from miniplm_udf.workers.remote import error_in_text
 
 if TYPE_CHECKING:
     from pyspark.errors import StreamingQueryException
@@ -34,28 +40,31 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.streams")
 
 _POLL_SECONDS = 0.5
-# Reading a table's history for its backlog takes a moment: not after each of many small micro-batches.
-_TELL_SECONDS = 10.0
-_IDLE_TELL_SECONDS = 60.0
-# The last events of a query come behind its end.
+# Shortest time between two status records: the backlog in them comes from a table's history, which is slow to read.
+_STATUS_SECONDS = 10.0
+_IDLE_STATUS_SECONDS = 60.0
+# Longest wait for the last events of a query, which arrive after its end.
 _EVENTS_SECONDS = 10.0
-# A source that gained a column: the stream has to be made anew, and then goes on.
+# The source gained a column: the stream has to be made again, and then continues.
 _SCHEMA_CHANGED = re.compile(r"\[(DELTA_SCHEMA_CHANGED|DELTA_STREAMING_METADATA|DELTA_STREAMING_SCHEMA)\w*[.\]]")
 
 
 class _Stopping(Exception):
-    """Raised in place of a micro-batch that is not to be begun."""
+    """Raised instead of beginning a micro-batch after a signal."""
 
 
 class _Running:
-    """A query of a run. `handle` is None before its start and after its end.
+    """A query of this run.
 
     Attributes:
-        failures: what its micro-batches raised.
-        busy: a micro-batch of it is at work in Python.
-        events: Spark's progress, and None for the end.
-        offset: where the newest finished micro-batch ended.
-        has_news: something has happened since the status was written.
+        handle: Spark's query; None before its start and after its end.
+        failures: errors that its micro-batches raised.
+        busy: whether Python code of a micro-batch is running.
+        events: Spark's progress events, and None at the query's end.
+        restart: after a micro-batch raised `StartAgain`, keeps Spark's log silent until the restart; else None.
+        offset: where the newest finished micro-batch ended; None before the first is finished.
+        written_at: when the status was last written, by the monotonic clock in seconds.
+        has_news: whether a micro-batch was finished since then.
     """
 
     def __init__(self, query: Query, leases: list[Lease], run_id: str) -> None:
@@ -65,25 +74,27 @@ class _Running:
         self.events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.handle: StreamingQuery | None = None
         self.status = QueryStatus(
-            query=query.name, lease=query.lease, run_id=run_id, backlog_unit=query.backlog_unit,
+            query=query.name, lease=query.facts.lease, run_id=run_id, backlog_unit=query.backlog_unit,
             started_at=statuses.now(),
         )  # fmt: skip
+        self.restart: contextlib.ExitStack | None = None
         self.offset: Any = None
-        self.told_at, self.has_news = 0.0, False
+        self.written_at, self.has_news = 0.0, False
 
 
 class QueryRunner:
-    """Runs queries over one root.
+    """Runs the queries of one command over one root.
 
     Args:
         spark: the command's session.
-        root: where leases and status records are.
-        config: trigger, interval, watchdog, metrics.
+        root: URI under which leases and status records are kept.
+        config: trigger, interval, watchdog and metrics port.
     """
 
     def __init__(self, spark: "SparkSession", root: str, config: StreamConfig) -> None:
         self._spark, self._root, self._config = spark, root, config
         self._stop = threading.Event()
+        self._signal = int(signal.SIGTERM)
         self._quiet_log = False
         self._running: list[_Running] = []
         self._run_id = uuid.uuid4().hex
@@ -91,116 +102,131 @@ class QueryRunner:
     def run(self, queries: Sequence[Query]) -> None:
         """Runs the queries until all have ended; with processing_time, until a signal asks to stop.
 
+        Args:
+            queries: the queries, each with its own checkpoint. All leases are taken before the first query starts.
+
         Raises:
-            CorpusError: another driver runs one of them; asked to stop before the end of what is there.
-            MiniplmError: ours, from a micro-batch or an executor.
+            CorpusError: another driver runs one of the queries.
+            Stopped: a signal came before all input was read.
+            MiniplmError: a micro-batch, or an executor, raised it.
+            StreamingQueryException: a query failed with any other error.
         """
         watchdog = Watchdog(lambda: stage_activity(self._spark))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._signals())
             stack.enter_context(self._metrics())
-            # Before the first start: where one is refused, none has begun.
+            # All leases are taken before the first query starts: if one is refused, no query has begun.
             leases = [[stack.enter_context(lease) for lease in self._leases(query)] for query in queries]
+            stack.enter_context(self._signals())
             self._running = [_Running(q, held, self._run_id) for q, held in zip(queries, leases, strict=True)]
             listen = stack.enter_context(self._listening())
             stack.callback(self._end_all)
-            for one in self._running:
-                self._start(one, listen)
-            while active := [one for one in self._running if one.handle is not None]:
+            for running in self._running:
+                self._start(running, listen)
+            while active := [running for running in self._running if running.handle is not None]:
                 if self._stop.is_set():
-                    self._hush()
-                for one in active:
-                    self._look_after(one, listen)
-                self._watch(watchdog)
+                    self._quiet_logs()
+                for running in active:
+                    self._poll(running, listen)
+                self._check_stall(watchdog)
         if self._stop.is_set() and self._config.trigger == "available_now":
-            raise CorpusError("stopped by a signal before the end of what is there; run again to go on from here")
+            raise Stopped(self._signal, " before all input was read")
 
     def _leases(self, query: Query) -> list[Lease]:
         waits = query.waits and self._config.trigger == "available_now"
-        return [Lease(lease_uri(self._root, name), query.name, waits) for name in (query.lease, *query.also)]
+        return [Lease(Root(self._root).lease(name), query.name, waits) for name in (query.facts.lease, *query.also)]
 
-    def _start(self, one: _Running, listen: Callable[["SparkSession"], None]) -> None:
-        frame = one.query.source()
+    def _start(self, running: _Running, listen: Callable[["SparkSession"], None]) -> None:
+        frame = running.query.source()
+        facts.record(running.query.checkpoint_uri, running.query.facts)
         listen(frame.sparkSession)
 
         def guarded(batch: "DataFrame", batch_id: int) -> None:
             if self._stop.is_set():
                 raise _Stopping
-            one.busy = True
+            running.busy = True
             try:
-                for lease in one.leases:
+                for lease in running.leases:
                     lease.check()
-                query_id = checkpoint_query_id(batch.sparkSession, one.query.checkpoint_uri)
-                one.query.micro_batch(batch, query_id, batch_id)
+                query_id = checkpoint_query_id(batch.sparkSession, running.query.checkpoint_uri)
+                running.query.micro_batch(batch, query_id, batch_id)
             except MiniplmError as error:
-                one.failures.append(error)
+                running.failures.append(error)
+                raise
+            except StartAgain:
+                running.restart = contextlib.ExitStack()
+                running.restart.enter_context(silenced(self._spark, [QUERY_LOGGER]))
                 raise
             finally:
-                one.busy = False
+                running.busy = False
 
-        writer = frame.writeStream.foreachBatch(guarded).queryName(one.query.name)
-        writer = writer.option("checkpointLocation", one.query.checkpoint_uri)
+        writer = frame.writeStream.foreachBatch(guarded).queryName(running.query.name)
+        writer = writer.option("checkpointLocation", running.query.checkpoint_uri)
         if self._config.trigger == "available_now":
             writer = writer.trigger(availableNow=True)
         else:
             writer = writer.trigger(processingTime=f"{self._config.interval_seconds} seconds")
-        one.handle = writer.start()
-        self._tell(one)
+        running.handle = writer.start()
+        self._write_status(running)
 
-    def _look_after(self, one: _Running, listen: Callable[["SparkSession"], None]) -> None:
+    def _poll(self, running: _Running, listen: Callable[["SparkSession"], None]) -> None:
         from pyspark.errors import StreamingQueryException
 
-        assert one.handle is not None
+        assert running.handle is not None
         try:
-            if one.handle.awaitTermination(_POLL_SECONDS):
-                return self._ended(one, "stopped")
+            if running.handle.awaitTermination(_POLL_SECONDS):
+                return self._ended(running, "stopped")
         except StreamingQueryException as error:
-            if self._may_go_on(one, error):
-                return self._start(one, listen)
-            return self._ended(one, "stopped")
-        self._take_events(one)
-        if time.monotonic() - one.told_at >= (_TELL_SECONDS if one.has_news else _IDLE_TELL_SECONDS):
-            self._tell(one)
-        if self._stop.is_set() and not one.busy and not one.handle.status["isTriggerActive"]:
-            # Between two micro-batches; one that begins at this moment is interrupted, and replayed by the next run.
-            one.handle.stop()
-            self._ended(one, "stopped")
+            if self._starts_again(running, error):
+                return self._start(running, listen)
+            return self._ended(running, "stopped")
+        self._take_events(running)
+        if time.monotonic() - running.written_at >= (_STATUS_SECONDS if running.has_news else _IDLE_STATUS_SECONDS):
+            self._write_status(running)
+        if self._stop.is_set() and not running.busy and not running.handle.status["isTriggerActive"]:
+            # No micro-batch runs; one that begins at this moment is interrupted, and the next run replays it.
+            running.handle.stop()
+            self._ended(running, "stopped")
 
-    def _may_go_on(self, one: _Running, error: "StreamingQueryException") -> bool:
-        """Whether a query that failed is to be started again; False where it failed because it was to stop.
+    def _starts_again(self, running: _Running, error: "StreamingQueryException") -> bool:
+        """Whether to start a failed query again; False if it failed only because it was asked to stop.
 
         Raises:
-            MiniplmError, StreamingQueryException: what failed it.
+            MiniplmError, StreamingQueryException: the error that the query failed with.
         """
         if self._stop.is_set() and _Stopping.__name__ in str(error):
             return False
-        ours = one.failures[0] if one.failures else executor_error(error)
-        if ours is None and (_SCHEMA_CHANGED.search(str(error)) or one.query.recover(error)):
-            LOGGER.info("%s: starting again", one.query.name)
+        if running.restart is not None:
+            running.restart.close()
+            running.restart = None
+            LOGGER.info("%s: starting again", running.query.name)
             return True
-        one.status.error = str(ours or error).splitlines()[0]
-        self._ended(one, "failed")
+        ours = running.failures[0] if running.failures else error_in_text(error)
+        if ours is None and (_SCHEMA_CHANGED.search(str(error)) or running.query.recover(error)):
+            LOGGER.info("%s: starting again", running.query.name)
+            return True
+        running.status.error = str(ours or error).splitlines()[0]
+        self._ended(running, "failed")
         if ours is not None:
             raise ours from error
         raise error
 
-    def _ended(self, one: _Running, state: str) -> None:
-        one.handle = None
+    def _ended(self, running: _Running, state: str) -> None:
+        running.handle = None
         deadline = time.monotonic() + _EVENTS_SECONDS
-        while time.monotonic() < deadline and not self._take_events(one, wait_seconds=0.2):
+        while time.monotonic() < deadline and not self._take_events(running, wait_seconds=0.2):
             pass
-        one.status.state = state
-        self._tell(one)
+        running.status.state = state
+        self._write_status(running)
 
     def _end_all(self) -> None:
-        """Stops what still runs, at once: another one failed, or a second signal came."""
-        for one in self._running:
-            if one.handle is not None:
-                one.handle.stop()
-                self._ended(one, "stopped")
+        """Stops all running queries at once, after another one failed or a second signal came."""
+        for running in self._running:
+            if running.handle is not None:
+                running.handle.stop()
+                self._ended(running, "stopped")
 
-    def _hush(self) -> None:
-        """Before a micro-batch is refused: Spark and py4j log that as an error, with its trace."""
+    def _quiet_logs(self) -> None:
+        """Silences Spark and py4j, which would log each refused micro-batch as an error with its trace."""
         if not self._quiet_log:
             self._quiet_log = True
             LOGGER.warning("stopping after the running micro-batches; a second signal stops at once")
@@ -209,79 +235,82 @@ class QueryRunner:
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[Callable[["SparkSession"], None]]:
-        """Hears of the queries' progress. Gives a function that listens to a session too: each has its own queries."""
-        listener = _listener({one.query.name: one.events for one in self._running})
-        heard: list[SparkSession] = []
+        """Receives the queries' progress. Yields a function that adds the listener to a session that runs a query."""
+        listener = _listener({running.query.name: running.events for running in self._running})
+        sessions: list[SparkSession] = []
 
         def listen(session: "SparkSession") -> None:
-            if not any(session is known for known in heard):
+            if not any(session is other for other in sessions):
                 session.streams.addListener(listener)
-                heard.append(session)
+                sessions.append(session)
 
         try:
             yield listen
         finally:
-            for session in heard:
+            for session in sessions:
                 session.streams.removeListener(listener)
 
-    def _take_events(self, one: _Running, wait_seconds: float = 0.0) -> bool:
-        """Brings the status up to what was heard; whether the query's end is among it."""
+    def _take_events(self, running: _Running, wait_seconds: float = 0.0) -> bool:
+        """Updates the status with the events that have arrived; returns whether the query's end is among them."""
         ended = False
         with contextlib.suppress(queue.Empty):
             while not ended:
-                progress = one.events.get(timeout=wait_seconds) if wait_seconds else one.events.get_nowait()
+                progress = running.events.get(timeout=wait_seconds) if wait_seconds else running.events.get_nowait()
                 ended = progress is None
-                # Looks at a source without news are told as progress too.
+                # Spark also sends progress events for triggers that found no new input.
                 if progress is not None and "addBatch" in progress["durationMs"]:
-                    self._add(one, progress)
+                    self._add(running, progress)
         return ended
 
-    def _add(self, one: _Running, progress: dict[str, Any]) -> None:
+    def _add(self, running: _Running, progress: dict[str, Any]) -> None:
         end = progress["sources"][0]["endOffset"]
-        one.offset = json.loads(end) if isinstance(end, str) else end
-        one.status.add_batch(
+        running.offset = json.loads(end) if isinstance(end, str) else end
+        running.status.add_batch(
             int(progress["batchId"]), int(progress["numInputRows"]),
-            progress["durationMs"]["triggerExecution"] / 1000, dict(one.query.tokens()),
+            progress["durationMs"]["triggerExecution"] / 1000, dict(running.query.tokens()),
         )  # fmt: skip
-        one.has_news = True
-        LOGGER.info("%s", one.status.line())
+        running.has_news = True
+        LOGGER.info("%s", running.status.line())
 
-    def _tell(self, one: _Running) -> None:
+    def _write_status(self, running: _Running) -> None:
         try:
-            one.status.backlog = one.query.backlog(one.offset)
+            running.status.backlog = running.query.backlog(running.offset)
         except Exception as error:
-            # A log may be tidied up while it is counted; a number that is not known for a while ends no service.
-            LOGGER.warning("%s: what waits cannot be counted now: %s", one.query.name, str(error).splitlines()[0])
-        statuses.write(self._root, one.status)
-        one.told_at, one.has_news = time.monotonic(), False
+            # Files of the log may be removed while it is read. A missing count is no reason to end a service.
+            LOGGER.warning("%s: the backlog cannot be counted now: %s", running.query.name, str(error).splitlines()[0])
+        statuses.write(self._root, running.status)
+        running.written_at, running.has_news = time.monotonic(), False
 
-    def _watch(self, watchdog: Watchdog) -> None:
+    def _check_stall(self, watchdog: Watchdog) -> None:
         quiet = watchdog.quiet_seconds()
         stalled = quiet if quiet >= self._config.stalled_seconds else 0.0
-        for one in self._running:
-            was, one.status.stalled_seconds = one.status.stalled_seconds, round(stalled if one.busy else 0.0, 1)
-            if one.status.stalled_seconds and not was:
+        for running in self._running:
+            was_stalled = running.status.stalled_seconds > 0
+            running.status.stalled_seconds = round(stalled if running.busy else 0.0, 1)
+            is_stalled = running.status.stalled_seconds > 0
+            if is_stalled and not was_stalled:
                 LOGGER.warning(
-                    "%s: nothing has moved for %.0f s: %s", one.query.name, quiet,
+                    "%s: no progress for %.0f s: %s", running.query.name, quiet,
                     "; ".join(running_tasks(self._spark)) or "no task runs",
                 )  # fmt: skip
-            if bool(one.status.stalled_seconds) != bool(was):
-                statuses.write(self._root, one.status)
+            if is_stalled != was_stalled:
+                statuses.write(self._root, running.status)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Takes SIGTERM and SIGINT while queries run. Only the main thread may."""
+        """Handles SIGTERM and SIGINT while queries run. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def asked(number: int, frame: Any) -> None:
-            # Nothing but this: the main thread may be in the middle of talking to Java.
-            if self._stop.is_set():
-                raise KeyboardInterrupt
+        def handle(number: int, frame: Any) -> None:
+            # Only sets a flag, because the main thread may be in the middle of a call to Java.
+            if self._stop.is_set() and callable(end := before[signal.Signals(number)]):
+                end(number, frame)
+            self._signal = number
             self._stop.set()
 
-        before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
@@ -290,18 +319,19 @@ class QueryRunner:
 
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[None]:
-        """Serves the statuses as Prometheus text, where the config gives a port."""
+        """Serves the statuses as Prometheus text, if the config has `stream.metrics_port`."""
         if self._config.metrics_port is None:
             yield
             return
         from prometheus_client import start_http_server
 
-        registry = statuses.prometheus_registry(lambda: [one.status for one in self._running])
+        registry = statuses.prometheus_registry(lambda: [running.status for running in self._running])
         try:
             server, thread = start_http_server(self._config.metrics_port, registry=registry)
         except OSError as error:
             raise ConfigError(
-                f"stream.metrics_port: {self._config.metrics_port} cannot be listened on ({error}); choose another port"
+                f"stream.metrics_port: expected a free port, found that {self._config.metrics_port} cannot be opened "
+                f"({error}); choose another port"
             ) from error
         try:
             yield
@@ -312,7 +342,7 @@ class QueryRunner:
 
 
 def _listener(events: dict[str, "queue.SimpleQueue[dict[str, Any] | None]"]) -> "StreamingQueryListener":
-    """Puts each query's progress, and None at its end, into its queue."""
+    """A listener that puts each query's progress, and None at its end, into the query's queue (by query name)."""
     from pyspark.sql.streaming import StreamingQueryListener
 
     names: dict[str, str] = {}

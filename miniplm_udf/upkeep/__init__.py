@@ -1,1 +1,1 @@
-"""What is done to a root afterwards: versions compared and restored, files removed, texts taken down, sums checked."""
+"""Upkeep of a root: maintenance of its tables, checks before a command, and verification of what the tables hold."""

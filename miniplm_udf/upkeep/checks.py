@@ -1,14 +1,16 @@
-"""One check of a root, and the root as all checks of it see it. Driver only; what is checked is verify.py's.
+"""The result of one check of a root, and the root as all checks see it. Driver only; verify.py owns the checks.
 
-Input: a Spark session and a root; output: `Root`, its tables at the versions that they had when it was made, and
-`Check`s of rows that stand twice or should not stand at all. How far each query has come is read first, then the tables
-from the last to the first, so a row that stands in a table has its origin in the ones read later. Writes nothing.
+Input: a Spark session and a root. Output: `CheckedRoot`, its tables at the versions that they had when it was made, and
+`Check`s for rows that occur twice or should not exist. The progress of each query is read first, then the tables from
+the last stage to the first, so the origin of a row is in the tables that were read after it. Writes nothing.
 """
 
 import dataclasses
 from typing import TYPE_CHECKING
 
-from miniplm_udf import corpora, storage, tables
+from miniplm_udf import storage
+from miniplm_udf.layout import Root
+from miniplm_udf.store import corpus_records, tables
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams.checkpoints import Checkpoint
 
@@ -16,21 +18,21 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 _N_EXAMPLES = 5
-# From the last to the first: each was written after the ones behind it.
+# In the order of reading: each table is written after those that follow it here.
 TABLES = ("corpora", "proxy_scores", "score_matrix", "scores", "rejects", "annotations", "instances")
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One sum.
+    """The result of one check.
 
     Attributes:
         name: what is checked.
-        expected, found: rows, or what else is compared.
-        ok: whether they agree, rows behind apart.
+        expected, found: numbers of rows, or other values that are compared.
+        ok: whether they agree, apart from rows that are behind.
         behind: rows that no query has reached yet.
-        note: why it could not be checked whole; or what is wrong.
-        examples: ids that are wrong.
+        note: why the check is not complete, or what is wrong.
+        examples: ids of wrong rows.
     """
 
     name: str
@@ -42,8 +44,8 @@ class Check:
     examples: tuple[str, ...] = ()
 
 
-class Root:
-    """The tables of a root as they were when this was made, and before that: how far the queries had come."""
+class CheckedRoot:
+    """The tables of a root as they were when this object was made, and the progress of the queries just before."""
 
     def __init__(self, spark: "SparkSession", root: str) -> None:
         self.spark, self.root = spark, storage.to_uri(root)
@@ -51,22 +53,37 @@ class Root:
         self.versions = {name: tables.version(spark, self.uri(name)) for name in TABLES}
 
     def uri(self, name: str) -> str:
-        return storage.join(self.root, "tables", name)
+        """Returns the URI of the table `name`."""
+        return Root(self.root).table(name)
 
     def has(self, name: str) -> bool:
+        """Whether the table `name` existed when this object was made."""
         return self.versions[name] is not None
 
     def table(self, name: str) -> "DataFrame":
+        """Reads the table `name` at the version that it had when this object was made.
+
+        Args:
+            name: name of a table that exists (`has`).
+        """
         return tables.read(self.spark, self.uri(name), self.versions[name])
 
     def reached(self, query: Checkpoint, name: str) -> "DataFrame | None":
-        """The rows of a table that a query has surely read; None where it has read none, or the version is gone."""
+        """Reads the rows of a table that a query has certainly read.
+
+        Args:
+            query: the checkpoint of a query that reads the table.
+            name: name of the table.
+
+        Returns:
+            The rows; None if the query has read none, or the version is gone.
+        """
         offset = query.offset
         if offset is None or offset["isStartingVersion"]:
             return None
         try:
             frame = tables.read(self.spark, self.uri(name), self._read_through(name, int(offset["reservoirVersion"])))
-            frame.schema  # noqa: B018  (Delta refuses a version that is gone here)
+            frame.schema  # noqa: B018  (here Delta raises the error that a version is gone)
         except Exception as error:
             if "VERSION" in str(error).upper():
                 return None
@@ -74,24 +91,38 @@ class Root:
         return frame
 
     def _read_through(self, name: str, begun: int) -> int:
-        """The last version without rows that a query has not read, which may have read half of version `begun`.
+        """The last version without unread rows, for a query that may have read a part of version `begun`.
 
-        Versions that only merged or removed rows add none; those before them may have lost their files to a vacuum.
+        A version that only merged or removed rows adds no unread row, so the newest such version is taken: the files of
+        earlier ones may have been vacuumed.
         """
         from delta.tables import DeltaTable
 
         history = DeltaTable.forPath(self.spark, self.uri(name)).history().where(f"version >= {begun}")
         for row in history.select("version", "operation").orderBy("version").collect():
-            if row["operation"] not in (*corpora.MAINTENANCE, "MERGE"):
+            if row["operation"] not in (*corpus_records.MAINTENANCE, "MERGE", "DELETE"):
                 return int(row["version"]) - 1
         return int(self.versions[name] or 0)
 
 
 def examples_of(frame: "DataFrame", key: str) -> tuple[str, ...]:
+    """Returns up to 5 values of a column, as text.
+
+    Args:
+        frame: the rows.
+        key: name of the column.
+    """
     return tuple(str(row[0]) for row in frame.select(key).limit(_N_EXAMPLES).collect())
 
 
 def unique(frame: "DataFrame", name: str, key: tuple[str, ...]) -> Check:
+    """Checks that no two rows of a table have the same key.
+
+    Args:
+        frame: all rows of the table.
+        name: name of the table, for the check's name.
+        key: names of the key's columns; the first gives the examples.
+    """
     from pyspark.sql import functions as F
 
     counted = frame.groupBy(*key).agg(F.count("*").alias("n_rows"))
@@ -101,7 +132,13 @@ def unique(frame: "DataFrame", name: str, key: tuple[str, ...]) -> Check:
     return Check(f"{name}: keys are unique", n_rows or 0, n_keys, not wrong, examples=examples)
 
 
-def none(name: str, frame: "DataFrame", key: str, of: int | str = 0, note: str = "") -> Check:
-    """That a frame of offending rows is empty."""
+def none(name: str, frame: "DataFrame", key: str) -> Check:
+    """Checks that a frame of wrong rows is empty.
+
+    Args:
+        name: of the check.
+        frame: the wrong rows.
+        key: column whose values are the examples.
+    """
     n_rows = frame.count()
-    return Check(name, of, n_rows, n_rows == 0, note=note, examples=examples_of(frame, key) if n_rows else ())
+    return Check(name, 0, n_rows, n_rows == 0, examples=examples_of(frame, key) if n_rows else ())

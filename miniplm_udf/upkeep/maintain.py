@@ -1,10 +1,10 @@
-"""Maintenance of a root: small files merged, old files removed, and what nobody needs any more. Driver only.
+"""Maintenance of a root: merges small files, and removes old files and records that nobody needs. Driver only.
 
-Input: a config and how long replaced files are kept; output: what was done, or would be. Never removed: a file of a
-table's newest version; the copies of pinned versions; a file that a query of the root has still to read, for which the
-retention of its table is lengthened (streams/checkpoints.py). Versions of corpora that students were trained on are
-pinned before theirs can go. A table is merged under the leases of the queries that write it, or left to them. Nothing
-rests on an earlier step: a retry goes on.
+Input: a config and how long replaced files are kept. Output: what was done, or would be done. Never removed: a file of
+a table's newest version; the copies of pinned versions; a file that a query of the root still has to read, for which
+the retention of its table is extended (streams/checkpoints.py). Versions of corpora that students were trained on are
+pinned before their files may be removed. A table is merged under the leases of the queries that write it, or is not
+merged. Each step is independent of the steps before it, so a retry does what is left.
 """
 
 import contextlib
@@ -15,14 +15,16 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from miniplm_udf import pins, storage, tables
-from miniplm_udf.config import ExperimentConfig
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.corpora import versions
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.layout import Root
+from miniplm_udf.lease import Lease, is_held
+from miniplm_udf.store import pins, tables
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.checkpoints import Checkpoint
-from miniplm_udf.streams.lease import Lease, is_held, lease_uri
-from miniplm_udf.upkeep import versions
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -31,25 +33,26 @@ LOGGER = logging.getLogger("miniplm.maintain")
 
 RETAIN_HOURS = 168.0
 ABANDONED_DAYS = 30.0
-# A write that is under way has files that no version knows yet.
+# A running write has files that no version lists yet; after this time a file without a version is abandoned.
 _LONGEST_WRITE_HOURS = 24.0
-# Files of the version that a query is at were replaced a moment before or after its commit, by this clock or another.
+# Added to the age of the version that a query reads, because clocks differ and files are replaced around its commit.
 _MARGIN_HOURS = 1.0
-_MERGED = ("instances", "annotations", "scores", "score_matrix", "proxy_scores", "rejects")
+_MERGED = ("instances", "annotations", "scores", "score_matrix", "proxy_scores", "rejects", "document_keys")
 _OTHERS = ("corpora", "pins", "takedowns")
-# Their versions are what users go back to: kept for years unless a retention is given.
+# Users return to versions of these tables, so their files are kept for years unless a retention is given.
 _VERSIONED = ("refined", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Tended:
-    """What was done with one table.
+class MaintainedTable:
+    """The result of the maintenance of one table.
 
     Attributes:
-        retained_hours: files replaced within this time were kept; None: all were.
-        n_removed: files; of a dry run, those that would be.
-        is_merged: whether its small files were looked at.
-        note: why less was done than asked.
+        table: its name.
+        retained_hours: files that were replaced within this time were kept; None: all were kept.
+        n_removed: removed files; in a dry run, files that would be removed.
+        is_merged: whether small files were merged, if there were any.
+        note: why less was done than asked for.
     """
 
     table: str
@@ -61,9 +64,15 @@ class Tended:
 
 @dataclasses.dataclass(frozen=True)
 class Maintained:
-    """What was done. `pinned`: versions, NAME@NUMBER; `forgotten`: checkpoints and status records of no use."""
+    """The result of a maintenance; in a dry run, the result that it would have.
 
-    tables: list[Tended]
+    Attributes:
+        tables: one entry for each table.
+        pinned: versions that were pinned, as NAME@NUMBER.
+        forgotten: checkpoints and status records that were removed because nobody needs them.
+    """
+
+    tables: list[MaintainedTable]
     pinned: list[str]
     forgotten: list[str]
 
@@ -75,15 +84,20 @@ def maintain(
     """Merges and vacuums all tables of a root.
 
     Args:
-        retain_hours: how long replaced files are kept. None: 168, and those of corpora and packed sequences for years,
+        spark: any session.
+        config: the experiment.
+        retain_hours: how long replaced files are kept. None: 168 hours, and all files of corpora and packed sequences,
             so that each of their versions can be read.
-        abandoned_days: a query that is behind, does not run and has not moved for so long keeps no files any more: its
-            checkpoint is removed.
-        dry_run: tells what would be done.
+        abandoned_days: the checkpoint of a query is removed if the query is behind, does not run and has not moved for
+            this time; it keeps no files any more.
+        dry_run: only finds out what would be done.
+
+    Returns:
+        What was done.
 
     Raises:
-        ConfigError: a number below 0.
-        CorpusError: less than 24 hours, and a query runs, which may be writing.
+        ConfigError: a number is below 0.
+        CorpusError: `retain_hours` is below 24 while a query runs, which may be writing.
     """
     if abandoned_days < 0 or (retain_hours is not None and retain_hours < 0):
         raise ConfigError(
@@ -91,35 +105,35 @@ def maintain(
             f"{abandoned_days}"
         )
     forgotten = list(_forget(spark, config, abandoned_days, dry_run))
-    pinned = [] if retain_hours is None else list(_pin_what_was_trained_on(spark, config, dry_run))
-    queries = [one for one in checkpoints.find(config.root) if one.name not in forgotten]
+    pinned = [] if retain_hours is None else list(_pin_training_corpora(spark, config, dry_run))
+    queries = [query for query in checkpoints.find(config.root) if query.name not in forgotten]
     is_alone = not dry_run and retain_hours is not None and retain_hours < _LONGEST_WRITE_HOURS
     with checkpoints.alone(config.root) if is_alone else contextlib.nullcontext():
-        tend = functools.partial(_tend, spark, config, queries, retain_hours, is_alone, dry_run)
-        made = [tend(name) for name in _table_names(spark, config)]
-    return Maintained(made, pinned, forgotten)
+        maintain_table = functools.partial(_maintain_table, spark, config, queries, retain_hours, is_alone, dry_run)
+        maintained = [maintain_table(name) for name in _table_names(spark, config)]
+    return Maintained(maintained, pinned, forgotten)
 
 
 def _table_names(spark: "SparkSession", config: ExperimentConfig) -> Iterator[str]:
-    """The tables of a root, those of pins apart."""
+    """The names of the tables of a root, without the copies of pinned versions."""
     names = [*_MERGED, *_OTHERS]
     for kind in ("refined", "cuts"):
-        names += [f"{kind}/{name}" for name in storage.list_folder(config.table_uri(kind))]
-    for corpus in storage.list_folder(config.table_uri("packed")):
-        names += [f"packed/{corpus}/{name}" for name in storage.list_folder(config.table_uri(f"packed/{corpus}"))]
-    return (name for name in names if tables.exists(spark, config.table_uri(name)))
+        names += [f"{kind}/{name}" for name in storage.list_folder(config.layout.table(kind))]
+    for corpus in storage.list_folder(config.layout.table("packed")):
+        names += [f"packed/{corpus}/{name}" for name in storage.list_folder(config.layout.table(f"packed/{corpus}"))]
+    return (name for name in names if tables.exists(spark, config.layout.table(name)))
 
 
-def _tend(
+def _maintain_table(
     spark: "SparkSession", config: ExperimentConfig, queries: list[Checkpoint], retain_hours: float | None,
     is_alone: bool, dry_run: bool, name: str,
-) -> Tended:  # fmt: skip
-    """Merges and vacuums one table. With `is_alone`, all leases are held."""
-    uri, kind = config.table_uri(name), name.split("/")[0]
+) -> MaintainedTable:  # fmt: skip
+    """Merges and vacuums one table. With `is_alone`, the caller holds all leases."""
+    uri, kind = config.layout.table(name), name.split("/")[0]
     if retain_hours is None and kind in _VERSIONED:
         hours, note = None, "its versions are kept; --retain-hours removes those that are not pinned"
     else:
-        hours, note = _retention(spark, uri, [one for one in queries if one.source == name], retain_hours)
+        hours, note = _retention(spark, uri, [query for query in queries if query.source == name], retain_hours)
     is_merged = not dry_run and (kind == "refined" or name in _MERGED)
     with contextlib.ExitStack() as stack:
         try:
@@ -128,22 +142,25 @@ def _tend(
         except CorpusError as error:
             LOGGER.info("%s: not merged: %s", name, error)
             is_merged, note = False, "; ".join(part for part in (note, "not merged: a query writes it") if part)
+        # A packed table has no lease: its writer replaces all rows, and Delta detects a conflict.
+        if not dry_run and (is_merged or kind == "packed") and tables.make_readable(spark, uri):
+            note = "; ".join(part for part in (note, "rewritten for readers of files") if part)
         if is_merged:
             tables.merge_small_files(spark, uri)
-        # `verify` must know of versions that are gone; where queries write, a commit more could be in their way.
+        # A logged vacuum tells `verify` that versions of a corpus were removed; elsewhere it could disturb the queries.
         n_removed = 0 if hours is None else tables.vacuum(spark, uri, hours, kind == "refined", dry_run)
-    return Tended(name, hours, n_removed, is_merged, note)
+    return MaintainedTable(name, hours, n_removed, is_merged, note)
 
 
 def _retention(
     spark: "SparkSession", uri: str, readers: list[Checkpoint], retain_hours: float | None
 ) -> tuple[float, str]:
-    """For how long replaced files of a table are kept, and for whom longer than asked."""
+    """How long replaced files of a table are kept, in hours; and a note if a query needs them longer than asked."""
     hours, note = RETAIN_HOURS if retain_hours is None else retain_hours, ""
-    for one in readers:
-        version = checkpoints.needed_from(spark, uri, one)
+    for query in readers:
+        version = checkpoints.needed_from(spark, uri, query)
         if version is not None and (needed := _age_hours(spark, uri, version) + _MARGIN_HOURS) > hours:
-            hours, note = needed, f"kept for {one.name}, which has still to read from version {version} on"
+            hours, note = needed, f"kept for {query.name}, which still has to read from version {version} on"
     return hours, note
 
 
@@ -157,40 +174,40 @@ def _age_hours(spark: "SparkSession", uri: str, version: int) -> float:
 
 
 def _writers(root: str, name: str, queries: list[Checkpoint]) -> list[Lease]:
-    """The leases without which a table is not merged."""
+    """The leases that have to be held while a table is merged."""
     if name.startswith("refined/"):
         corpus = name.removeprefix("refined/")
-        return [Lease(lease_uri(root, f"refined-{corpus}"), name, waits=True)]
-    scoring = sorted(one.lease for one in queries if one.name.startswith("score-"))
-    leases = {"instances": ["ingest"], "scores": scoring, "score_matrix": ["score_matrix"]}
+        return [Lease(Root(root).lease(f"refined-{corpus}"), name, waits=True)]
+    scoring = sorted(query.lease for query in queries if query.stage == "score")
+    leases = {"instances": ["ingest"], "document_keys": ["ingest"], "scores": scoring, "score_matrix": ["score_matrix"]}
     leases |= {"rejects": ["ingest", *scoring], "annotations": ["annotations"], "proxy_scores": ["proxy_scores"]}
-    return [Lease(lease_uri(root, lease), lease) for lease in leases[name]]
+    return [Lease(Root(root).lease(lease), lease) for lease in leases[name]]
 
 
 def _forget(spark: "SparkSession", config: ExperimentConfig, abandoned_days: float, dry_run: bool) -> Iterator[str]:
-    """Removes checkpoints of queries that were abandoned behind, and status records of queries without a checkpoint."""
+    """Removes checkpoints of abandoned queries that are behind, and status records of queries without a checkpoint."""
     oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=abandoned_days)
-    known = set()
-    for one in checkpoints.find(config.root):
-        known.add(one.lease)
-        uri = config.table_uri(one.source or "")
-        if one.source is None or one.moved_at() > oldest or is_held(lease_uri(config.root, one.lease)):
+    leases = set()
+    for query in checkpoints.find(config.root):
+        leases.add(query.lease)
+        uri = config.layout.table(query.source or "")
+        if query.source is None or query.moved_at() > oldest or is_held(config.layout.lease(query.lease)):
             continue
-        if tables.exists(spark, uri) and checkpoints.needed_from(spark, uri, one) is not None:
+        if tables.exists(spark, uri) and checkpoints.needed_from(spark, uri, query) is not None:
             if not dry_run:
-                storage.remove_folder(one.uri)
-            yield one.name
+                query.remove()
+            yield query.name
     for status in statuses.read_all(config.root):
-        if status.lease not in known and not is_held(lease_uri(config.root, status.lease)):
+        if status.lease not in leases and not is_held(config.layout.lease(status.lease)):
             if not dry_run:
                 statuses.remove(config.root, status.lease)
             yield f"status of {status.lease}"
 
 
-def _pin_what_was_trained_on(spark: "SparkSession", config: ExperimentConfig, dry_run: bool) -> Iterator[str]:
-    """Pins the versions of corpora that the root's models were trained on, as far as they are there still."""
-    for name in storage.list_folder(storage.join(config.root, "models")):
-        training = storage.read_json(storage.join(config.model_uri(name), "training.json")) or {}
+def _pin_training_corpora(spark: "SparkSession", config: ExperimentConfig, dry_run: bool) -> Iterator[str]:
+    """Pins the versions of corpora that the root's models were trained on, if they still exist."""
+    for name in storage.list_folder(config.layout.model()):
+        training = storage.read_json(config.layout.model(name, "training.json")) or {}
         lineage = training.get("lineage") or {}
         corpus, version = lineage.get("corpus"), lineage.get("refined_version")
         if corpus is None or version is None or pins.of_version(spark, config.root, corpus, version) is not None:

@@ -1,58 +1,73 @@
 """Checks of the versions of refined corpora: as recorded, as pinned, and without what was taken down. Driver only.
 
-Input: a `checks.Root`; output: `Check`s. A version reads to the count and the fingerprint that `corpora` has of it; the
-newest one must, an older one may have been removed on purpose, and a pinned one's copy must at any time. Of what the
-record of take-downs names, nothing is left in any table. Writes nothing.
+Input: a `CheckedRoot`; output: `Check`s. The rows of a version must have the count and the fingerprint that `corpora`
+records. The newest version must exist, an older one may have been removed on purpose, and the copy of a pinned one must
+exist at any time. No table may contain what the record of take-downs names. Writes nothing.
 """
 
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import corpora, pins, removals, tables
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.layout import Root
 from miniplm_udf.refinement import candidates, expressions
 from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION
-from miniplm_udf.refinement.refine import fingerprint_of, sums_of
+from miniplm_udf.refinement.fingerprints import fingerprint_of, sums_of
 from miniplm_udf.schemas import CORPORA, PINS
-from miniplm_udf.upkeep.checks import TABLES, Check, Root, examples_of, none, unique
+from miniplm_udf.store import corpus_records, pins, tables, takedowns
+from miniplm_udf.upkeep.checks import TABLES, Check, CheckedRoot, examples_of, none, unique
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
 
-def corpora_of(at: Root) -> Iterator[Check]:
-    recorded = at.table("corpora")
+def corpora_of(checked: CheckedRoot) -> Iterator[Check]:
+    """Checks every version that `corpora` records.
+
+    Args:
+        checked: a root with the table `corpora`.
+
+    Yields:
+        The check of the table's keys, then the checks of each version.
+    """
+    recorded = checked.table("corpora")
     yield unique(recorded, "corpora", CORPORA.key)
     rows = recorded.orderBy("name", "version").collect()
     newest = {row["name"]: row["version"] for row in rows}
-    kept = {(pin.name, pin.version) for pin in pins.find(at.spark, at.root)}
+    pinned_versions = {(pin.name, pin.version) for pin in pins.find(checked.spark, checked.root)}
     for row in rows:
         is_newest = newest[row["name"]] == row["version"]
-        yield from _version(at, row, is_newest, may_be_gone=not is_newest or (row["name"], row["version"]) in kept)
+        yield from _version(
+            checked, row, is_newest, may_be_gone=not is_newest or (row["name"], row["version"]) in pinned_versions
+        )
 
 
-def _version(at: Root, row: Any, is_newest: bool, may_be_gone: bool) -> Iterator[Check]:
-    """A version of a corpus: its rows are those that `corpora` records; the newest one's are the matrix's, too.
+def _version(checked: CheckedRoot, row: Any, is_newest: bool, may_be_gone: bool) -> Iterator[Check]:
+    """Checks that a version has the rows that `corpora` records and, if it is the newest, that the matrix has them.
 
-    Maintenance may have removed an older one, and a pinned one is read from its copy (`pinned`).
+    Maintenance may have removed an older version; the copy of a pinned version is checked by `pinned`.
     """
     name = f"corpus {row['name']}, version {row['version']}"
-    uri = at.uri(f"refined/{row['name']}")
+    uri = checked.uri(f"refined/{row['name']}")
+    if not tables.exists(checked.spark, uri):
+        note = f"the table tables/refined/{row['name']} is gone; put it back from a copy"
+        yield Check(f"{name}: its files are there", row["n_instances"], 0, False, note=note)
+        return
     try:
-        corpus = corpora.with_files(tables.read(at.spark, uri, row["version"]))
-        n_rows, n_ids, found = _sums(corpus)
+        corpus = corpus_records.with_files(tables.read(checked.spark, uri, row["version"]))
+        n_rows, n_ids, fingerprint = _sums(corpus)
     except Exception as error:
-        if not corpora.is_gone(error):
+        if not corpus_records.is_gone(error):
             raise
-        is_meant = may_be_gone and _is_vacuumed_since(at, uri, int(row["version"]))
-        note = "removed by maintenance or a take-down" if is_meant else str(error).splitlines()[0]
-        yield Check(f"{name}: its files are there", row["n_instances"], 0, is_meant, note=note)
+        is_intended = may_be_gone and _was_vacuumed_later(checked, uri, int(row["version"]))
+        note = "removed by maintenance or a take-down" if is_intended else str(error).splitlines()[0]
+        yield Check(f"{name}: its files are there", row["n_instances"], 0, is_intended, note=note)
         return
     yield Check(f"{name}: rows", row["n_instances"], n_rows, n_rows == n_ids == row["n_instances"])
-    yield Check(f"{name}: fingerprint", row["fingerprint"], found, found == row["fingerprint"])
-    if is_newest and at.has("score_matrix"):
-        yield _in_matrix(at, name, corpus, row)
+    yield Check(f"{name}: fingerprint", row["fingerprint"], fingerprint, fingerprint == row["fingerprint"])
+    if is_newest and checked.has("score_matrix"):
+        yield _in_matrix(checked, name, corpus, row)
 
 
 def _sums(corpus: "DataFrame") -> tuple[int, int, str]:
@@ -64,83 +79,113 @@ def _sums(corpus: "DataFrame") -> tuple[int, int, str]:
     return n_rows, int(sums["n_ids"]), fingerprint_of([(sums["xor"] or 0, sums["sum"] or 0)], n_rows)
 
 
-def _is_vacuumed_since(at: Root, uri: str, version: int) -> bool:
-    """Whether files of a version can have been removed on purpose: it is in the log; or the log has ended since."""
+def _was_vacuumed_later(checked: CheckedRoot, uri: str, version: int) -> bool:
+    """Whether files of a version may have been removed on purpose: the log has a later vacuum, or begins later."""
     from delta.tables import DeltaTable
 
-    history = DeltaTable.forPath(at.spark, uri).history().select("version", "operation").collect()
+    history = DeltaTable.forPath(checked.spark, uri).history().select("version", "operation").collect()
     vacuumed = any(row["operation"] == "VACUUM START" and row["version"] > version for row in history)
     return vacuumed or all(row["version"] > version for row in history)
 
 
-def pinned(at: Root) -> Iterator[Check]:
-    """Every file of every pinned version is there, with the rows that were pinned."""
-    yield unique(tables.read(at.spark, pins.pins_uri(at.root)), "pins", PINS.key)
-    for pin in pins.find(at.spark, at.root):
+def pinned(checked: CheckedRoot) -> Iterator[Check]:
+    """Checks that every file of every pinned version exists, with the rows that were pinned.
+
+    Args:
+        checked: a root with the table `pins`.
+
+    Yields:
+        The check of the table's keys, then one check per pin.
+    """
+    yield unique(tables.read(checked.spark, Root(checked.root).table("pins")), "pins", PINS.key)
+    for pin in pins.find(checked.spark, checked.root):
         name = f"corpus {pin.name}, version {pin.version}: pinned"
         try:
-            n_rows, n_ids, found = _sums(corpora.with_files(pins.read(at.spark, at.root, pin.name, pin.version)))
+            n_rows, n_ids, fingerprint = _sums(
+                corpus_records.with_files(pins.read(checked.spark, checked.root, pin.name, pin.version))
+            )
         except Exception as error:
-            if not (isinstance(error, CorpusError) or corpora.is_gone(error)):
+            if not (isinstance(error, CorpusError) or corpus_records.is_gone(error)):
                 raise
             yield Check(name, pin.fingerprint, "nothing", False, note=str(error).splitlines()[0])
             continue
-        is_whole = (n_rows, n_ids, found) == (pin.n_instances, pin.n_instances, pin.fingerprint)
-        yield Check(name, pin.fingerprint, found, is_whole)
+        is_whole = (n_rows, n_ids, fingerprint) == (pin.n_instances, pin.n_instances, pin.fingerprint)
+        yield Check(name, pin.fingerprint, fingerprint, is_whole)
 
 
-def taken_down(at: Root) -> Iterator[Check]:
-    """Nothing that was taken down is in a table: no instance of its documents, and no row of such an instance."""
+def taken_down(checked: CheckedRoot) -> Iterator[Check]:
+    """Checks that no table has an instance of a document that was taken down, or a row about the instance.
+
+    Args:
+        checked: a root where something was taken down.
+
+    Yields:
+        One check per table, corpus and pinned version.
+    """
     from pyspark.sql import functions as F
 
-    documents = removals.document_ids(at.spark, at.root)
-    of_them = at.table("instances").where(F.arrays_overlap("document_ids", F.lit(documents)))
-    yield none("instances: none is of a document that was taken down", of_them, "instance_id")
-    gone = removals.instance_ids(at.spark, at.root)
+    documents = takedowns.document_ids(checked.spark, checked.root)
+    wrong = checked.table("instances").where(F.arrays_overlap("document_ids", F.lit(documents)))
+    yield none("instances: none is of a document that was taken down", wrong, "instance_id")
+    gone = takedowns.instance_ids(checked.spark, checked.root)
     assert gone is not None
-    frames = {name: at.table(name) for name in TABLES if at.has(name) and name != "corpora"}
-    names = {row[0] for row in at.table("corpora").select("name").collect()} if at.has("corpora") else set()
-    frames |= {f"refined/{name}": tables.read(at.spark, at.uri(f"refined/{name}")) for name in sorted(names)}
-    for pin in pins.find(at.spark, at.root):
-        uri = pins.copy_uri(at.root, pin.name, pin.version)
-        if tables.exists(at.spark, uri):
-            frames[f"pinned/{pin.name}/{pin.version}"] = tables.read(at.spark, uri)
+    frames = {name: checked.table(name) for name in TABLES if checked.has(name) and name != "corpora"}
+    names = {row[0] for row in checked.table("corpora").select("name").collect()} if checked.has("corpora") else set()
+    for corpus in (f"refined/{name}" for name in sorted(names)):
+        if tables.exists(checked.spark, checked.uri(corpus)):
+            frames[corpus] = tables.read(checked.spark, checked.uri(corpus))
+    for pin in pins.find(checked.spark, checked.root):
+        uri = Root(checked.root).pinned(pin.name, pin.version)
+        if tables.exists(checked.spark, uri):
+            frames[f"pinned/{pin.name}/{pin.version}"] = tables.read(checked.spark, uri)
     for name, frame in frames.items():
         left = frame.join(gone, "instance_id", "left_semi")
         yield none(f"{name}: no row of an instance that was taken down", left, "instance_id")
 
 
-def _in_matrix(at: Root, name: str, corpus: "DataFrame", row: Any) -> Check:
-    """Every kept row stands in the matrix, with the score that the recorded expression gives it there."""
+def _in_matrix(checked: CheckedRoot, name: str, corpus: "DataFrame", row: Any) -> Check:
+    """Checks that every kept row is in its table of candidates, with the score that the recorded expression gives."""
     from pyspark.sql import functions as F
 
     config, inputs = json.loads(row["config"]), json.loads(row["inputs"])
-    batches = inputs.get("last_batches", {})
-    text, of = config["score"], config.get("candidates", candidates.MATRIX)
-    what = "the matrix's" if of == candidates.MATRIX else "the proxy's"
-    read = [table for table in {of, candidates.MATRIX} if at.has(table)]
-    known = {one[0] for table in read for one in at.table(table).select("query_id").distinct().collect()}
-    if of not in read or not batches or not set(batches) <= known:
-        note = f"{of} was built anew since, of other models or by another proxy"
-        return Check(f"{name}: rows are {what}", row["n_instances"], row["n_instances"], True, note=note)
-    matrix = at.table(of)
-    if of == candidates.PROXY:
-        # As the matrix was: what was scored since had no score then.
-        matrix = candidates.beside(matrix, candidates.as_of(at.table("score_matrix"), batches), text)
-    if not expressions.resolves(matrix, text):
-        others = ["instances"]
-        if (made_of_version := inputs.get(ANNOTATIONS_VERSION)) is not None:
-            newest = corpora.newest(at.spark, at.uri("annotations"))
-            if newest is None or newest.version != made_of_version:
-                note = "the annotations that its score is made of have changed since"
-                return Check(f"{name}: rows are {what}", row["n_instances"], row["n_instances"], True, note=note)
-            others.append("annotations")
-        matrix = expressions.joined(matrix, *map(at.table, others))
-    score: Column = F.expr(text).cast("double")
-    wrong = corpus.join(matrix.select("instance_id", score.alias("again")), "instance_id", "left").where(
+    source, n_rows = config.get("candidates", candidates.MATRIX), int(row["n_instances"])
+    check_name = f"{name}: rows are {'the matrix' if source == candidates.MATRIX else 'the proxy'}'s"
+    if not _has_batches(checked, source, inputs.get("last_batches", {})):
+        note = f"{source} was built again since, with other models or by another proxy"
+        return Check(check_name, n_rows, n_rows, True, note=note)
+    rows = _rows_with_columns(checked, config["score"], source, inputs)
+    if rows is None:
+        note = "the annotations that its score is made from have changed since"
+        return Check(check_name, n_rows, n_rows, True, note=note)
+    score: Column = F.expr(config["score"]).cast("double")
+    wrong = corpus.join(rows.select("instance_id", score.alias("again")), "instance_id", "left").where(
         ~F.col("score").eqNullSafe(F.col("again"))
     )
     n_wrong = wrong.count()
     examples = examples_of(wrong, "instance_id") if n_wrong else ()
-    n_rows = int(row["n_instances"])
-    return Check(f"{name}: rows are {what}", n_rows, n_rows - n_wrong, n_wrong == 0, examples=examples)
+    return Check(check_name, n_rows, n_rows - n_wrong, n_wrong == 0, examples=examples)
+
+
+def _has_batches(checked: CheckedRoot, source: str, batches: dict[str, int]) -> bool:
+    """Whether the table of candidates (and the matrix) still has rows of the queries that a version names."""
+    present = [table for table in {source, candidates.MATRIX} if checked.has(table)]
+    queries = {row[0] for table in present for row in checked.table(table).select("query_id").distinct().collect()}
+    return source in present and bool(batches) and set(batches) <= queries
+
+
+def _rows_with_columns(checked: CheckedRoot, score: str, source: str, inputs: dict[str, Any]) -> "DataFrame | None":
+    """The candidates with the columns that the score names; None if the annotations have changed since."""
+    rows = checked.table(source)
+    if source == candidates.PROXY:
+        # As the matrix was then: an instance that was scored later had no score.
+        matrix = candidates.as_of(checked.table(candidates.MATRIX), inputs["last_batches"])
+        rows = candidates.with_matrix(rows, matrix, score)
+    if expressions.resolves(rows, score):
+        return rows
+    others = ["instances"]
+    if (annotations_version := inputs.get(ANNOTATIONS_VERSION)) is not None:
+        newest = corpus_records.newest(checked.spark, checked.uri("annotations"))
+        if newest is None or newest.version != annotations_version:
+            return None
+        others.append("annotations")
+    return expressions.joined(rows, *map(checked.table, others))

@@ -1,1 +1,1 @@
-"""What runs on an executor: slices of rows, scorers that are kept, processes and GPUs that hold them."""
+"""The functions that run on executors: slices of rows, the scorers that a process keeps, and its processes and GPUs."""

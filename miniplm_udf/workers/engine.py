@@ -1,9 +1,10 @@
-"""Scores slices with the scorers of this process: which row goes to which scorer and back, and what becomes of errors.
+"""Scores slices with the scorers of this process: gives each row to its scorers, and turns errors into failures.
 
-Input: a slice as Spark's rows; output: its scored rows and their `Tally`. `prepare` decodes and tokenizes, in a thread
-that works ahead; `score` runs the models. A scorer that raises is asked again by halves until the texts that it raises
-on are found: these are failures, and the rest is scored. Refuses numerics and processes. Executor side, in a scorer
-process or in the Spark worker. Nothing is kept of a slice: a retry scores it again.
+Input: a slice of Spark's rows; output: its scored rows and their `ScoreCounts`. `prepare` decodes and tokenizes in a
+thread that works ahead; `score` runs the models. Where a scorer raises, it is called again with each half of the texts,
+until the texts that it raises for are found: these become failures, and the others are scored. Does no numerics and
+starts no processes. Executor side, in a scorer process or in the Spark worker. Keeps nothing of a slice, so a retry
+scores it again.
 """
 
 import dataclasses
@@ -14,33 +15,45 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from miniplm_udf import errors
-from miniplm_udf.workers.scorer_wire import Gone
-from miniplm_udf.workers.slices import Failed, rows_by_alias, scored_rows
-from miniplm_udf.workers.tally import Tally
-from miniplm_udf.workers.worker_scorers import Kept, ScorerLike, TokenizingScorer, WorkerScorers
+from miniplm_udf.scoring.results import Failure
+from miniplm_udf.workers.score_counts import ScoreCounts
+from miniplm_udf.workers.scorer_wire import ConnectionClosed
+from miniplm_udf.workers.slices import rows_by_alias, scored_rows
+from miniplm_udf.workers.worker_scorers import KeptScorer, ScorerLike, TokenizingScorer, WorkerScorers
 
 LOGGER = logging.getLogger("miniplm.udf")
 
-# Slices that are ready, or being made ready, while a model works: two would do; one more evens out their sizes.
+# Slices that are ready, or being made ready, while a model works: two would do; a third evens out their sizes.
 SLICES_AHEAD = 3
-# With so many texts in a row, of this task or of those before it, it is the model or the machine that is broken: they
-# must not be rejected. Texts that break a tokenizer come singly, or as a handful of one file; a broken model of a job
-# is found within its first slice, where the task fails as a whole and nothing of it is written.
+# After this many failed texts in a row, in this task and those before it, the model or the machine is broken, and the
+# texts must not be rejected. Texts that break a tokenizer come singly, or a few in one file; a model that is broken
+# from the start fails its task within the first slice, so that nothing is written.
 MAX_ERRORS_IN_A_ROW = 32
-# Said by no text: our own errors, the end of the process, and of the one that asked.
-_NOT_OF_A_TEXT = (errors.MiniplmError, Gone, KeyboardInterrupt, SystemExit, GeneratorExit)
+# Errors that no text causes: those of this project, the end of the process, and the loss of the worker that asked.
+_NO_FAULT_OF_A_TEXT = (errors.MiniplmError, ConnectionClosed, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 T = TypeVar("T")
 
 
 def loses_device(error: BaseException) -> bool:
-    """Whether an error is one of CUDA, after which nothing runs on the GPU in this process any more."""
+    """Whether this is a CUDA error, after which nothing can run on the GPU in this process any more.
+
+    Args:
+        error: an error that a scorer raised.
+    """
     return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
 @dataclasses.dataclass
 class Texts:
-    """What a scorer is given: lists with one entry a row, and by tokenizer hash what a scorer's `tokenize` returned."""
+    """The input of a scorer: lists with one entry for each row.
+
+    Attributes:
+        texts: the instances' texts, None where a row has none.
+        segment_ends: UTF-8 byte offsets where one document ends and the next begins.
+        ends_document: whether the text ends at a document's end.
+        tokenized: by tokenizer hash, what `TokenizingScorer.tokenize` returned.
+    """
 
     texts: Sequence[str | None]
     segment_ends: Sequence[Sequence[int]]
@@ -48,7 +61,7 @@ class Texts:
     tokenized: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     def pick(self, rows: Sequence[int] | None) -> "Texts":
-        """Some of the rows; None means all."""
+        """The texts of some rows; None means all."""
         if rows is None:
             return self
         tokenized: dict[str, Sequence[Any]] = {name: _pick(values, rows) for name, values in self.tokenized.items()}
@@ -57,11 +70,13 @@ class Texts:
         )
 
     def tokenized_by(self, scorer: TokenizingScorer) -> Sequence[Any]:
+        """Returns the tokenized texts, one entry per row; tokenizes only once per `tokenizer_hash`."""
         if scorer.tokenizer_hash not in self.tokenized:
             self.tokenized[scorer.tokenizer_hash] = scorer.tokenize(self.texts, self.segment_ends)
         return self.tokenized[scorer.tokenizer_hash]
 
     def scored_by(self, scorer: ScorerLike) -> Sequence[Any]:
+        """Scores the texts and returns one result per row; tokenizes in a separate call if the scorer has one."""
         if isinstance(scorer, TokenizingScorer):
             return scorer.score_tokenized(self.tokenized_by(scorer), self.ends_document)
         return scorer.score(self.texts, self.segment_ends, self.ends_document)
@@ -72,32 +87,38 @@ def _pick(values: Sequence[T], rows: Sequence[int]) -> list[T]:
 
 
 @dataclasses.dataclass
-class Slice:
-    """Rows that are scored at once.
+class PreparedSlice:
+    """Decoded rows that are scored in one call.
 
     Attributes:
-        kept: the columns that come out again.
-        wanted: the rows of each alias, or None for all.
+        carried: the columns that come out unchanged, the instance's id first.
+        texts: the input of the scorers.
+        rows_of: the numbers of the rows that name each alias; None where all rows do.
     """
 
-    kept: pa.RecordBatch
+    carried: pa.RecordBatch
     texts: Texts
-    wanted: dict[str, list[int] | None]
+    rows_of: dict[str, list[int] | None]
 
 
 class Engine:
-    """Scores slices, in one call.
+    """Scores the slices of one call.
 
     Args:
-        scorers: of the call.
-        kept: names of the columns that come out as they went in, the instance's id first.
+        scorers: the scorers of the call.
+        carried: names of the columns that come out unchanged, the instance's id first.
     """
 
-    def __init__(self, scorers: WorkerScorers, kept: Sequence[str]) -> None:
-        self._scorers, self._kept = scorers, list(kept)
+    def __init__(self, scorers: WorkerScorers, carried: Sequence[str]) -> None:
+        self._scorers, self._carried = scorers, list(carried)
 
-    def prepare(self, rows: pa.RecordBatch) -> Slice:
-        """Decodes rows, and tokenizes them for the scorers that are made already. For the reading thread."""
+    def prepare(self, rows: pa.RecordBatch) -> PreparedSlice:
+        """Decodes rows, and tokenizes them for the scorers that are made already. Called by the reading thread.
+
+        Args:
+            rows: columns text (string), segment_ends (list of integers), ends_document (boolean), model_ids (list of
+                strings), and the carried columns.
+        """
         segment_ends = rows.column("segment_ends")
         in_many_segments = len(segment_ends.flatten()) > 0
         texts = Texts(
@@ -105,27 +126,34 @@ class Engine:
             segment_ends=[ends or () for ends in segment_ends.to_pylist()] if in_many_segments else [()] * len(rows),
             ends_document=[bool(ends) for ends in rows.column("ends_document").to_pylist()],
         )
-        found = Slice(rows.select(self._kept), texts, rows_by_alias(rows.column("model_ids")))
-        for scorer in map(self._scorers.made, found.wanted):
+        prepared = PreparedSlice(rows.select(self._carried), texts, rows_by_alias(rows.column("model_ids")))
+        for scorer in map(self._scorers.existing, prepared.rows_of):
             if isinstance(scorer, TokenizingScorer):
                 _tokenize_ahead(texts, scorer)
-        return found
+        return prepared
 
-    def score(self, rows: Slice) -> tuple[list[pa.RecordBatch], Tally]:
-        """Scores a slice with the models that its rows name: of each model a batch, and the counts of them all.
+    def score(self, prepared: PreparedSlice) -> tuple[list[pa.RecordBatch], ScoreCounts]:
+        """Scores a slice with the models that its rows name.
+
+        Args:
+            prepared: the slice, as `prepare` returns it.
+
+        Returns:
+            A batch for each model, in ascending order of the aliases, and the counts of all.
 
         Raises:
-            ScoringError: no factory for an alias; results that are not one a row; a scorer that raises on every row.
+            ScoringError: an alias has no factory, a scorer returns another number of results than texts, or it raises
+                for MAX_ERRORS_IN_A_ROW texts in a row.
         """
-        batches, counts = [], Tally()
-        for alias, wanted in rows.wanted.items():
+        batches, counts = [], ScoreCounts()
+        for alias, rows in prepared.rows_of.items():
             scorer = self._scorers.get(alias)
             with self._scorers.meter(alias).working(scorer.scorer, counts):
-                results = _results(rows.texts.pick(wanted), alias, scorer)
-            kept = rows.kept if wanted is None else rows.kept.take(pa.array(wanted, pa.int64()))
-            batch, tally = scored_rows(kept, alias, results)
+                results = _results(prepared.texts.pick(rows), alias, scorer)
+            carried = prepared.carried if rows is None else prepared.carried.take(pa.array(rows, pa.int64()))
+            batch, batch_counts = scored_rows(carried, alias, results)
             batches.append(batch)
-            counts.add(tally)
+            counts.add(batch_counts)
         self._scorers.slice_done()
         return batches, counts
 
@@ -133,40 +161,40 @@ class Engine:
 def _tokenize_ahead(texts: Texts, scorer: TokenizingScorer) -> None:
     try:
         texts.tokenized_by(scorer)
-    except _NOT_OF_A_TEXT:
+    except _NO_FAULT_OF_A_TEXT:
         raise
-    except BaseException as error:  # a panic of the Rust library is one
-        LOGGER.debug("tokenizing ahead: %r; tried again, and by halves, in its turn", error)
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        LOGGER.debug("tokenizing ahead: %r; `score` tries it again, in halves", error)
 
 
-def _results(texts: Texts, alias: str, scorer: Kept) -> Sequence[Any]:
-    """A result a text. Where the scorer raises, each half by itself."""
+def _results(texts: Texts, alias: str, scorer: KeptScorer) -> Sequence[Any]:
+    """One result for each text. Where the scorer raises, scores each half by itself."""
     n = len(texts.texts)
     try:
         results = texts.scored_by(scorer.scorer)
-    except _NOT_OF_A_TEXT:
+    except _NO_FAULT_OF_A_TEXT:
         raise
-    except BaseException as error:  # a panic of the Rust library is one
+    except BaseException as error:  # a panic of the Rust library is no Exception
         if loses_device(error):
             raise
         if n == 1:
-            return [_failed(alias, scorer, error)]
+            return [_failure(alias, scorer, error)]
     else:
         if len(results) != n:
             raise errors.ScoringError(f"{alias}: expected {n} results, found {len(results)}: a scorer lost rows")
         scorer.errors_in_a_row = 0
         return results
-    # Outside the except block: its traceback would keep the failed pass's memory.
+    # Outside the except block: its traceback would keep the memory of the failed pass.
     halves = (range(n // 2), range(n // 2, n))
     return [result for half in halves for result in _results(texts.pick(half), alias, scorer)]
 
 
-def _failed(alias: str, scorer: Kept, error: BaseException) -> Failed:
+def _failure(alias: str, scorer: KeptScorer, error: BaseException) -> Failure:
     scorer.errors_in_a_row += 1
     if scorer.errors_in_a_row >= MAX_ERRORS_IN_A_ROW:
         raise errors.ScoringError(
             f"{alias}: {scorer.errors_in_a_row} texts in a row cannot be scored, the last for "
-            f"{type(error).__name__}: {error}; that is not the texts: look at the model and its executor's log"
+            f"{type(error).__name__}: {error}; the texts are not the cause: check the model and its executor's log"
         ) from error
-    LOGGER.warning("%s: a text is rejected, for the scorer raised", alias, exc_info=error)
-    return Failed("scorer_error", f"{type(error).__name__}: {error}")
+    LOGGER.warning("%s: a text is rejected, because the scorer raised an error", alias, exc_info=error)
+    return Failure("scorer_error", f"{type(error).__name__}: {error}")

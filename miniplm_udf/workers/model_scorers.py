@@ -1,7 +1,7 @@
-"""Makes the scorer of a model where it will run: on the GPU that Spark assigned to the task, else on what torch sees.
+"""Makes the scorer of a model where it will run: on the GPU that Spark assigned to the task, else where torch can.
 
-Input: a model's config and description, and how to run it. Output: a `Scorer`. Executor side; torch and pyspark are
-loaded inside the functions. A retried task makes its scorer again, or finds the one that the scorer process kept.
+Input: a model's config and description, and the scoring settings. Output: a `Scorer`. Executor side; torch and pyspark
+are loaded inside the functions. A retried task makes its scorer again, or finds the one that the scorer process kept.
 """
 
 import dataclasses
@@ -9,9 +9,9 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from miniplm_udf.config import ModelConfig, ScoreConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.workers.places import gpu_address, keep_place
+from miniplm_udf.workers.process_slots import gpu_address, keep_slot
 
 if TYPE_CHECKING:
     from miniplm_udf.scoring.scorer import Scorer
@@ -21,7 +21,13 @@ LOGGER = logging.getLogger("miniplm.udf")
 
 @dataclasses.dataclass(frozen=True)
 class ModelScorerFactory:
-    """Makes the `Scorer` of a model on the executor. Picklable; `key` names what it makes."""
+    """Makes the `Scorer` of a model on the executor. Picklable; equal keys make equal scorers.
+
+    Attributes:
+        config: where the model is.
+        description: the model as `scoring.models.describe` found it.
+        settings: token budget, compilation and attention.
+    """
 
     config: ModelConfig
     description: ModelDescription
@@ -29,11 +35,13 @@ class ModelScorerFactory:
 
     @property
     def key(self) -> str:
+        """Names what the factory makes; a process uses one scorer for all factories with the same key."""
         settings = self.settings
         return f"{self.description.model_revision}/{settings.tokens_per_batch}/{settings.compile}/{settings.attention}"
 
     def __call__(self) -> "Scorer":
-        from miniplm_udf.scoring.models import load_model, resolve
+        from miniplm_udf.scoring.models import load_model, model_folder
+        from miniplm_udf.scoring.prefix_probe import prefix_warnings
         from miniplm_udf.scoring.scorer import Scorer
         from miniplm_udf.scoring.tokenizer import load_tokenizer
 
@@ -42,9 +50,13 @@ class ModelScorerFactory:
         take_gpu(device, self.settings.workers_per_gpu)
         attention = None if self.settings.attention == "auto" else self.settings.attention
         model = load_model(self.config, self.description, device, attention)
-        tokenizer = load_tokenizer(resolve(self.config))
+        folder = model_folder(self.config)
+        tokenizer = load_tokenizer(folder)
         budget, compiled = self.settings.tokens_per_batch, self.settings.compile
         scorer = Scorer(model, tokenizer, self.description, budget, device, compiled)
+        scorer.warnings = prefix_warnings(model, tokenizer, self.description, folder, device)
+        for warning in scorer.warnings:
+            LOGGER.warning("%s", warning)
         LOGGER.info(
             "%s: loaded on %s as %s in %.1f s",
             self.description.model_id,
@@ -56,29 +68,33 @@ class ModelScorerFactory:
 
 
 def assigned_device() -> str:
-    """The GPU that Spark assigned to this task, else the first that torch sees, else the CPU."""
+    """The torch device of this task: the GPU that Spark assigned to it, else torch's first GPU, else the CPU."""
     import torch
 
     address = gpu_address()
     if not torch.cuda.is_available():
         if address is not None:
-            LOGGER.warning("Spark assigned GPU %s, but torch sees none: scoring on the CPU", address)
+            LOGGER.warning("Spark assigned GPU %s, but torch finds none: scoring on the CPU", address)
         return "cpu"
     number = int(address) if address is not None and address.isdigit() else 0
-    # Where the resource manager hides the other GPUs, the one that is left is number 0 whatever its address.
+    # Where the resource manager hides the other GPUs, the assigned one is number 0 whatever its address.
     return f"cuda:{number if number < torch.cuda.device_count() else 0}"
 
 
 def take_gpu(device: str, workers: int | None) -> None:
-    """Waits until this process is one of the at most `workers` that hold a model on the GPU; None is no bound.
+    """Waits until this process is one of at most `workers` that hold a model on the GPU.
 
-    Where tasks ask Spark for no GPU, there are as many scorer processes as concurrent tasks: without this, each would
-    load its model. A place is kept until the process ends. Does nothing on a CPU, and for a GPU that this process has.
+    Where tasks ask Spark for no GPU, there are as many scorer processes as concurrent tasks, and without this each
+    would load its model. The process keeps its slot until it ends. Does nothing on a CPU, or if it has a slot already.
+
+    Args:
+        device: a torch device.
+        workers: processes that may share the GPU; None for any number.
 
     Raises:
-        ScoringError: the others have kept it for ten minutes.
+        ScoringError: other processes have kept all slots for ten minutes.
     """
     import torch
 
     if workers is not None and device.startswith("cuda"):
-        keep_place(str(torch.cuda.get_device_properties(device).uuid), workers)
+        keep_slot(str(torch.cuda.get_device_properties(device).uuid), workers)

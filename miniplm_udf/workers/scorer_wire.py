@@ -1,12 +1,15 @@
-"""What a Spark worker and a scorer process say to each other over a unix socket: tuples, pickled, behind their size.
+"""The messages between a Spark worker and a scorer process over a unix socket: pickled tuples, each after its size.
 
-    worker -> process   open (what is asked, once), then slice (Arrow IPC), as many as it has
-    process -> worker   hello, loading, loaded, ready; of each slice in turn scored (Arrow IPC, Tally); error; dying
+    worker -> process   open (a TaskRequest, once), then any number of slice (Arrow IPC)
+    process -> worker   hello, loading, loaded, ready; for each slice in turn scored (Arrow IPC, ScoreCounts);
+                        error (a MiniplmError); dying (a text)
 
-The socket lies in a folder that only this user can look into, which is why unpickling is safe. Owns the bytes only.
+The socket is in a folder that only this user can read, so unpickling is safe. Owns the bytes and the request; a retried
+task connects again. Executor side, both ends.
 """
 
 import contextlib
+import dataclasses
 import pickle
 import select
 import socket
@@ -18,8 +21,27 @@ import pyarrow as pa
 _SIZE = struct.Struct("!Q")
 
 
-class Gone(Exception):
-    """There is nobody at the other end any more."""
+class ConnectionClosed(Exception):
+    """The process at the other end has closed the connection or ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRequest:
+    """The message `open`, which a task sends once.
+
+    Attributes:
+        daemon: process id of the daemon that forked the worker.
+        path: the worker's `sys.path`.
+        factories: makers of the scorers by alias, pickled as Spark pickles functions.
+        carried: names of the columns that come out unchanged, the instance's id first.
+        aliases: the models that the first rows name; loaded before the first slice.
+    """
+
+    daemon: int
+    path: list[str]
+    factories: bytes
+    carried: list[str]
+    aliases: list[str]
 
 
 class Wire:
@@ -31,56 +53,75 @@ class Wire:
     def send(self, kind: str, *values: Any) -> None:
         """Sends a message.
 
+        Args:
+            kind: the kind of the message (see the head of this file).
+            values: what belongs to the message; any values that can be pickled.
+
         Raises:
-            Gone: it cannot arrive.
+            ConnectionClosed: the message cannot arrive.
         """
         try:
             body = pickle.dumps((kind, *values), protocol=5)
             self._connection.sendall(_SIZE.pack(len(body)))
             self._connection.sendall(body)
         except OSError as error:
-            raise Gone from error
+            raise ConnectionClosed from error
 
     def receive(self) -> tuple[Any, ...]:
-        """Waits for a message: its kind and its values.
+        """Waits for a message.
+
+        Returns:
+            The kind of the message and its values.
 
         Raises:
-            Gone: none is to come.
+            ConnectionClosed: no message will come.
         """
         try:
             body = self._read(*_SIZE.unpack(self._read(_SIZE.size)))
         except OSError as error:
-            raise Gone from error
+            raise ConnectionClosed from error
         return tuple(pickle.loads(body))
 
     def has_message(self, patience_seconds: float) -> bool:
-        """Whether `receive` would not wait for a message to begin, now or before patience is at its end."""
+        """Whether a message begins, or the connection ends, within `patience_seconds`.
+
+        Args:
+            patience_seconds: longest time to wait; 0 does not wait.
+        """
         return bool(select.select([self._connection], [], [], patience_seconds)[0])
 
     def _read(self, size: int) -> bytearray:
-        """As many bytes, and not one more: what is read is not hidden from `has_message`."""
-        found = bytearray(size)
-        rest = memoryview(found)
+        """Reads exactly `size` bytes: `has_message` would not see bytes that are read too early."""
+        data = bytearray(size)
+        rest = memoryview(data)
         while rest:
             n = self._connection.recv_into(rest)
             if n == 0:
-                raise Gone
+                raise ConnectionClosed
             rest = rest[n:]
-        return found
+        return data
 
     def stop_reading(self) -> None:
-        """Wakes a thread that waits in `receive`, which raises Gone. What is sent still arrives."""
+        """Wakes a thread that waits in `receive`, which then raises ConnectionClosed. Sent messages still arrive."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
+        """Closes the connection in both directions."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
 
 def to_ipc(batches: list[pa.RecordBatch]) -> bytes:
-    """Record batches of one schema as an Arrow stream; nothing where there are none."""
+    """Writes record batches as an Arrow stream.
+
+    Args:
+        batches: batches of one schema.
+
+    Returns:
+        The stream; no bytes for no batches.
+    """
     if not batches:
         return b""
     sink = pa.BufferOutputStream()
@@ -91,4 +132,9 @@ def to_ipc(batches: list[pa.RecordBatch]) -> bytes:
 
 
 def from_ipc(stream: bytes) -> list[pa.RecordBatch]:
+    """Reads the record batches that `to_ipc` wrote.
+
+    Args:
+        stream: the stream; no bytes give no batches.
+    """
     return list(pa.ipc.open_stream(stream)) if stream else []

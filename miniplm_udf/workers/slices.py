@@ -1,45 +1,35 @@
-"""Slices of rows: cut from Spark's batches, and turned with their results into the rows that come out. Arrow only.
+"""Slices of rows: cut from Spark's batches, and joined with a scorer's results into the rows that come out. Arrow only.
 
-Input: batches with the columns of `udf.SCORE_REQUEST_DDL`. Output: batches that hold as much text as a scorer wants at
-once; and, from a scorer's results, batches of SCORED_SCHEMA with their `Tally`. Knows no scorers. Executor side, in the
-Spark worker and in the scorer process; pure.
+Input: batches of SCORE_REQUEST_SCHEMA (`messages`). Output: batches that hold as much text as a scorer wants in one
+call; and, from a scorer's results, batches of SCORED_SCHEMA with their `ScoreCounts`. Knows no scorers. Executor side,
+in the Spark worker and in the scorer process; pure, so a retry gives the same slices and rows.
 """
 
-import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from miniplm_udf.workers.tally import ModelCounts, Tally
+from miniplm_udf.workers.messages import SCORED_SCHEMA
+from miniplm_udf.workers.score_counts import ModelCounts, ScoreCounts
 
-SCORED_SCHEMA = pa.schema(
-    [
-        ("instance_id", pa.string()),
-        ("model_id", pa.string()),
-        ("nll_sum_nats", pa.float64()),
-        ("n_tokens", pa.int64()),
-        ("n_bytes", pa.int64()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
 _MAX_DETAIL = 1000
 _NUMBER_NAMES = ("nll_sum_nats", "n_tokens", "n_bytes")
 _NUMBERS = operator.attrgetter(*_NUMBER_NAMES)
 
 
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    """A result for a row that no scorer gave one: a fixed word and, for people, what happened."""
-
-    reason: str
-    detail: str
-
-
 def full_slices(batches: Iterator[pa.RecordBatch], slice_bytes: Callable[[], int]) -> Iterator[pa.RecordBatch]:
-    """Cuts and joins batches, so that each slice but the last has `slice_bytes` of text, or one row that reaches it."""
+    """Cuts and joins batches to slices of `slice_bytes` of text.
+
+    Args:
+        batches: rows with a column `text`.
+        slice_bytes: gives the UTF-8 bytes of text that fill a slice; asked again for each slice.
+
+    Yields:
+        Slices in the order of the rows. Each but the last holds `slice_bytes` of text or more, of which the last row is
+        the first to reach them.
+    """
     import numpy as np
     import pyarrow.compute as pc
 
@@ -67,26 +57,36 @@ def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def rows_by_alias(model_ids: pa.ListArray) -> dict[str, list[int] | None]:
-    """The rows that want each alias, or None for all of them. Aliases ascend."""
+    """Lists the rows that name each alias.
+
+    Args:
+        model_ids: for each row, the aliases of the models that score it (list of strings).
+
+    Returns:
+        By alias, in ascending order: the sorted numbers of its rows, from 0; None if all rows name it.
+    """
     import numpy as np
     import pyarrow.compute as pc
 
     aliases, rows = pc.list_flatten(model_ids), pc.list_parent_indices(model_ids)
-    wanted: dict[str, list[int] | None] = {}
+    rows_of: dict[str, list[int] | None] = {}
     for alias in sorted(aliases.unique().to_pylist()):
-        of_alias = np.unique(rows.filter(pc.equal(aliases, alias)).to_numpy()).tolist()
-        wanted[alias] = None if len(of_alias) == len(model_ids) else of_alias
-    return wanted
+        alias_rows = np.unique(rows.filter(pc.equal(aliases, alias)).to_numpy()).tolist()
+        rows_of[alias] = None if len(alias_rows) == len(model_ids) else alias_rows
+    return rows_of
 
 
-def scored_rows(kept: pa.RecordBatch, alias: str, results: Sequence[Any]) -> tuple[pa.RecordBatch, Tally]:
-    """The output rows, and their counts. A failure has no numbers, a score no reason.
+def scored_rows(carried: pa.RecordBatch, alias: str, results: Sequence[Any]) -> tuple[pa.RecordBatch, ScoreCounts]:
+    """The output rows of one model, and their counts. A failure has no numbers, a score no reason.
 
     Args:
-        kept: the instances' ids, and the columns that come out as they went in.
-        alias: of the model.
-        results: one a row, with nll_sum_nats, n_tokens and n_bytes, or reason and detail. What is not a finite number
-            has the reason nan_score.
+        carried: the instances' ids in the first column, and the columns that come out unchanged.
+        alias: alias of the model.
+        results: one for each row: a score with nll_sum_nats (nats), n_tokens and n_bytes, or a failure with reason and
+            detail. A sum that is not a finite number becomes a failure with the reason nan_score.
+
+    Returns:
+        A batch of SCORED_SCHEMA and the carried columns, and the counts with each failed row.
     """
     import numpy as np
     import pyarrow.compute as pc
@@ -104,23 +104,23 @@ def scored_rows(kept: pa.RecordBatch, alias: str, results: Sequence[Any]) -> tup
         pa.array(values, field.type)
         for values, field in zip([*numbers, reasons, details], list(SCORED_SCHEMA)[2:], strict=True)
     ]
-    ids = kept.column(0).cast(pa.string())
-    tally = Tally(
+    ids = carried.column(0).cast(pa.string())
+    counts = ScoreCounts(
         models={alias: ModelCounts(len(results) - len(failed), len(failed), pc.sum(arrays[1]).as_py() or 0)},
         failed=[(ids[row].as_py(), alias, str(reasons[row]), details[row]) for row in failed],
     )
     scored = pa.RecordBatch.from_arrays(
-        [ids, pa.repeat(alias, len(results)), *arrays, *kept.columns[1:]],
-        schema=pa.schema([*SCORED_SCHEMA, *list(kept.schema)[1:]]),
+        [ids, pa.repeat(alias, len(results)), *arrays, *carried.columns[1:]],
+        schema=pa.schema([*SCORED_SCHEMA, *list(carried.schema)[1:]]),
     )
-    return scored, tally
+    return scored, counts
 
 
 def _numbers(results: Sequence[Any]) -> list[list[Any]]:
-    """nll_sum_nats, n_tokens and n_bytes of the results, None for a failure."""
+    """The columns nll_sum_nats, n_tokens and n_bytes of the results; None for a failure."""
     rows: list[tuple[Any, ...]]
     try:
-        # Without a failure among them, which is the usual: no look at each for what it may lack.
+        # Mostly all results are scores, and no attribute has to be tested for.
         rows = list(map(_NUMBERS, results))
     except AttributeError:
         rows = [tuple(getattr(result, name, None) for name in _NUMBER_NAMES) for result in results]

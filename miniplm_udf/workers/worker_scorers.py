@@ -1,9 +1,9 @@
 """The scorers that a process keeps, and how their time passes: in a scorer, or between two of its slices.
 
-Input: factories by alias. Output: scorers, made at their first use and kept across tasks, so that a model is loaded
-once a process; seconds and rates in a `Tally` and the log. Knows nothing of columns. Executor side, in a scorer process
-or in the Spark worker; a retried task finds the scorers that its process kept, or makes them again. Loads neither torch
-nor pyspark.
+Input: factories by alias. Output: scorers, made when they are first used and kept across tasks, so that a process loads
+a model once; seconds and rates in `ScoreCounts` and the log. Knows no columns. Executor side, in a scorer process or in
+the Spark worker; a retried task finds the scorers that its process kept, or makes them again. Loads neither torch nor
+pyspark.
 """
 
 import contextlib
@@ -14,122 +14,166 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from miniplm_udf import errors
-from miniplm_udf.workers.tally import Tally
+from miniplm_udf.workers.score_counts import ScoreCounts
 
 LOGGER = logging.getLogger("miniplm.udf")
 
-# Text handed to a scorer at once, where the scorer has no `slice_bytes` of its own.
+# Bytes of text in one call of a scorer that has no `slice_bytes` of its own.
 _SLICE_BYTES = 1024 * 1024
 _LOG_EVERY_SECONDS = 10.0
 # Scorers of this process, by their factory's key.
-_KEPT: dict[str, "Kept"] = {}
+_KEPT: dict[str, "KeptScorer"] = {}
 
 
 class ScorerLike(Protocol):
-    """What scores texts: `scoring.scorer.Scorer`, or a fake in a test.
+    """An object that scores texts: `scoring.scorer.Scorer`, or a fake in a test.
 
-    May have `slice_bytes` (text that is worth handing over at once) and `on_progress` (set by us, called with counts of
-    scored tokens). A result has nll_sum_nats, n_tokens and n_bytes, or reason and detail.
+    It may have `slice_bytes` (bytes of text that make one call worthwhile) and `on_progress` (set by `Meter`, to be
+    called with numbers of scored tokens). A result has nll_sum_nats, n_tokens and n_bytes, or reason and detail.
     """
 
     def score(
         self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]], ends_document: Sequence[bool]
-    ) -> Sequence[Any]: ...
+    ) -> Sequence[Any]:
+        """Scores texts.
+
+        Args:
+            texts: the instances' texts, None where a row has none.
+            segment_ends: for each text, the UTF-8 byte offsets where one document ends and the next begins.
+            ends_document: for each text, whether it ends at a document's end.
+
+        Returns:
+            One result per text, in their order.
+        """
 
 
 @runtime_checkable
 class TokenizingScorer(ScorerLike, Protocol):
-    """A scorer whose tokenizing is apart: done ahead in a thread, and once for all scorers of a `tokenizer_hash`."""
+    """A scorer that tokenizes in a call of its own: in a thread, and once for all scorers with one `tokenizer_hash`."""
 
     tokenizer_hash: str
 
-    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> Sequence[Any]: ...
+    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> Sequence[Any]:
+        """Tokenizes texts.
 
-    def score_tokenized(self, tokenized: Sequence[Any], ends_document: Sequence[bool]) -> Sequence[Any]: ...
+        Args:
+            texts: the instances' texts, None where a row has none.
+            segment_ends: for each text, the UTF-8 byte offsets where one document ends and the next begins.
+
+        Returns:
+            One entry per text, which only scorers with the same `tokenizer_hash` can read.
+        """
+
+    def score_tokenized(self, tokenized: Sequence[Any], ends_document: Sequence[bool]) -> Sequence[Any]:
+        """Scores tokenized texts.
+
+        Args:
+            tokenized: entries that `tokenize` returned.
+            ends_document: for each entry, whether its text ends at a document's end.
+
+        Returns:
+            One result per entry, in their order.
+        """
 
 
 @dataclasses.dataclass
-class Kept:
-    """A scorer, and how many texts in a row it has raised on."""
+class KeptScorer:
+    """A scorer, and the number of texts in a row that it has raised an error for."""
 
     scorer: ScorerLike
     errors_in_a_row: int = 0
 
 
 class WorkerScorers:
-    """The scorers of one call, made at their first use in the main thread, and a meter each.
+    """The scorers of one call, made in the main thread when they are first used, and a meter for each.
 
     Args:
-        factories: makers of scorers, by alias.
+        factories: by alias, a callable that makes the scorer.
     """
 
     def __init__(self, factories: Mapping[str, Callable[[], ScorerLike]]) -> None:
         self._factories = factories
-        self._own: dict[str, Kept] = {}
+        self._own: dict[str, KeptScorer] = {}
         self._meters: dict[str, Meter] = {}
         self._clock = _Clock()
 
     def progressed(self) -> None:
-        """Called while a scorer works, after each of its steps. May raise, to have it stop."""
+        """Called while a scorer works, after each of its steps. May raise, which stops the scorer."""
 
     def slice_done(self) -> None:
-        """After all models had their turn at a slice: from the second on, it is the steady state."""
+        """Called after all models have scored a slice. From the second slice on, times count as the steady state."""
         self._clock.steady = True
 
-    def get(self, alias: str) -> Kept:
-        """The scorer of an alias; makes it where it is not there."""
+    def get(self, alias: str) -> KeptScorer:
+        """Returns the scorer of an alias, and makes it if this process has none yet. Call it in the main thread.
+
+        Args:
+            alias: the model's alias.
+
+        Raises:
+            ScoringError: there is no factory for the alias.
+        """
         if alias not in self._factories:
             raise errors.ScoringError(
                 f"model_ids: expected aliases of {sorted(self._factories)}, found {alias!r}; "
                 f"give score_arrow its factory"
             )
-        kept, name = self._place(alias)
-        if name not in kept:
-            self._make_room()
-            kept[name] = Kept(self._factories[alias]())
+        scorers, name = self._entry(alias)
+        if name not in scorers:
+            self._drop_unneeded()
+            scorers[name] = KeptScorer(self._factories[alias]())
             self._clock.reset()
-        return kept[name]
+        return scorers[name]
 
-    def made(self, alias: str) -> ScorerLike | None:
-        """The scorer, where it is made already. For the reading thread: it makes none."""
+    def existing(self, alias: str) -> ScorerLike | None:
+        """Returns the scorer of an alias without making it, so that the reading thread may call this.
+
+        Args:
+            alias: the model's alias.
+
+        Returns:
+            The scorer; None if it is not made yet, or the alias has no factory.
+        """
         if alias not in self._factories:
             return None
-        kept, name = self._place(alias)
-        return kept[name].scorer if name in kept else None
+        scorers, name = self._entry(alias)
+        return scorers[name].scorer if name in scorers else None
 
     def slice_bytes(self) -> int:
-        """Text that is worth handing over at once: the most that a scorer asks for."""
-        found = [getattr(self.made(alias), "slice_bytes", None) for alias in self._factories]
-        return max([int(size) for size in found if size is not None], default=_SLICE_BYTES)
+        """UTF-8 bytes of text in one call: the largest number that a scorer asks for."""
+        sizes = [getattr(self.existing(alias), "slice_bytes", None) for alias in self._factories]
+        return max([int(size) for size in sizes if size is not None], default=_SLICE_BYTES)
 
     def meter(self, alias: str) -> "Meter":
+        """The meter of an alias, made at the first call."""
         return self._meters.setdefault(alias, Meter(alias, self._clock, self.progressed))
 
-    def _place(self, alias: str) -> tuple[dict[str, Kept], str]:
+    def _entry(self, alias: str) -> tuple[dict[str, KeptScorer], str]:
+        """The dictionary that holds the scorer of an alias, and its key there."""
         key = getattr(self._factories[alias], "key", None)
         return (self._own, alias) if key is None else (_KEPT, str(key))
 
-    def _make_room(self) -> None:
-        """Lets go of models that this call has no use for."""
-        wanted = {getattr(factory, "key", None) for factory in self._factories.values()}
-        for key in [key for key in _KEPT if key not in wanted]:
+    def _drop_unneeded(self) -> None:
+        """Frees the models that this call does not use."""
+        needed = {getattr(factory, "key", None) for factory in self._factories.values()}
+        for key in [key for key in _KEPT if key not in needed]:
             del _KEPT[key]
 
 
 class _Clock:
-    """Tells time in scorers from time in none, once a first slice is through."""
+    """Separates time in scorers from time outside them, after the first slice."""
 
     def __init__(self) -> None:
         self.steady = False
         self._idle_since: float | None = None
 
     def reset(self) -> None:
-        """After a model was loaded: what that took, and its first slice, is not of the steady state."""
+        """Called after a model was loaded: the time of loading does not count as waiting."""
         self._idle_since = None
 
     @contextlib.contextmanager
-    def working(self, alias: str, counts: Tally) -> Iterator[float]:
-        """Counts a scorer's time, and that since the slice before. Gives the time of the start."""
+    def working(self, alias: str, counts: ScoreCounts) -> Iterator[float]:
+        """Counts the time that a scorer works, and the time since the last slice. Gives the time of the start."""
         start, idle_since = time.monotonic(), self._idle_since
         yield start
         self._idle_since = time.monotonic()
@@ -141,7 +185,7 @@ class _Clock:
 
 
 class Meter:
-    """Logs a model's tokens per second of its own work, every ten seconds."""
+    """Logs a model's tokens per second of its own working time, every ten seconds."""
 
     def __init__(self, alias: str, clock: _Clock, progressed: Callable[[], None]) -> None:
         self._alias, self._clock, self._progressed = alias, clock, progressed
@@ -149,8 +193,13 @@ class Meter:
         self._since = self._logged = time.monotonic()
 
     @contextlib.contextmanager
-    def working(self, scorer: ScorerLike, counts: Tally) -> Iterator[None]:
-        """Around each call of the scorer; `counts` takes the seconds."""
+    def working(self, scorer: ScorerLike, counts: ScoreCounts) -> Iterator[None]:
+        """Measures a call of the scorer, which runs in the block.
+
+        Args:
+            scorer: the scorer; its `on_progress` is set if it has this attribute.
+            counts: gets the seconds of the block, for the model's alias.
+        """
         if hasattr(scorer, "on_progress"):
             scorer.on_progress = self._add
         with self._clock.working(self._alias, counts) as self._since:

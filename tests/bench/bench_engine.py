@@ -1,4 +1,4 @@
-"""What the engine costs an instance: the score job with a fake scorer, no model, at several sizes, beside a bare copy.
+"""The engine's cost per instance: the score job with a fake scorer, no model, at several sizes, next to a bare copy.
 
     python -m tests.bench.bench_engine [--rows 1000000 10000000]
 
@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from jobs import score, session
-from miniplm_udf import schemas, storage, tables
-from miniplm_udf.config import ExperimentConfig, ScoreConfig, SparkConfig
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import ScoreConfig, SparkConfig
+from miniplm_udf.scores import run as scores_run
+from miniplm_udf.store import tables
 from tests.bench import results
-from tests.spark.score_tables import model_config
-from tests.unit.tiny_models import make_model_folder
+from tests.support.score_tables import model_config
+from tests.support.tiny_models import make_model_folder
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -112,7 +115,7 @@ class Sized:
         )
 
     def generate(self) -> None:
-        """Makes `instances` where they are not there from an earlier run, and removes what such a run made of them."""
+        """Makes `instances` unless an earlier run made them, and removes what the earlier run wrote."""
         for name in ("tables/scores", "tables/score_matrix", "tables/rejects", "tables/copy", "_checkpoints"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         uri = storage.to_uri(str(self.folder / "tables/instances"))
@@ -125,13 +128,13 @@ class Sized:
         from pyspark.sql import functions as F
 
         start = time.monotonic()
-        rows = self.spark.read.format("delta").load(self.config.table_uri("instances"))
+        rows = self.spark.read.format("delta").load(self.config.layout.table("instances"))
         number = F.length("text").alias("number")
-        rows.select("instance_id", number).write.format("delta").save(self.config.table_uri("copy"))
+        rows.select("instance_id", number).write.format("delta").save(self.config.layout.table("copy"))
         return time.monotonic() - start
 
     def score(self) -> dict[str, Any]:
-        """Runs the job; its seconds without the description of the model, those of it, and driver memory on the way."""
+        """Runs the job; returns its seconds without describing the model, those of describing, and driver memory."""
         described: list[float] = []
 
         def timed(*arguments: Any) -> Any:
@@ -140,8 +143,8 @@ class Sized:
             described.append(time.monotonic() - start)
             return found
 
-        describe = score.describe_models
-        with mock.patch.object(score, "describe_models", timed), Memory(self.spark) as memory:
+        describe = scores_run.describe_models
+        with mock.patch.object(scores_run, "describe_models", timed), Memory(self.spark) as memory:
             start = time.monotonic()
             summary = score.run(self.spark, self.config, {"teacher": FakeScorer})
             seconds = time.monotonic() - start - described[0]
@@ -151,8 +154,8 @@ class Sized:
 
     def n_wrong(self) -> int:
         """Scores that are not those of their instance's text."""
-        found = self.spark.read.format("delta").load(self.config.table_uri("scores"))
-        texts = self.spark.read.format("delta").load(self.config.table_uri("instances"))
+        found = self.spark.read.format("delta").load(self.config.layout.table("scores"))
+        texts = self.spark.read.format("delta").load(self.config.layout.table("instances"))
         pairs = found.select("instance_id", "nll_sum_nats").join(texts.select("instance_id", "text"), "instance_id")
         return int(pairs.where(expected_nll() != pairs["nll_sum_nats"]).count())
 

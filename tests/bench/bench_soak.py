@@ -25,9 +25,9 @@ from typing import Any
 import psutil
 
 from jobs import session, stream
-from miniplm_udf.config import (
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import (
     ChunkingConfig,
-    ExperimentConfig,
     IngestConfig,
     ScoreConfig,
     SparkConfig,
@@ -35,7 +35,7 @@ from miniplm_udf.config import (
     StreamConfig,
 )
 from tests.bench import results
-from tests.spark.score_tables import texts, two_models
+from tests.support.score_tables import texts, two_models
 
 _SAMPLE_SECONDS = 10.0
 _DOCUMENTS_PER_FILE = 20
@@ -160,7 +160,7 @@ def latencies(spark: Any, config: ExperimentConfig, arrived: dict[str, float]) -
     Raises:
         RuntimeError: a document was not scored once by each model.
     """
-    scores = spark.read.format("delta").load(config.table_uri("scores"))
+    scores = spark.read.format("delta").load(config.layout.table("scores"))
     counts = scores.groupBy("source", "model_id").agg({"batch_id": "max", "instance_id": "count"}).collect()
     expected = {(name, alias): _DOCUMENTS_PER_FILE for name in arrived for alias in config.models}
     found = {(row["source"], row["model_id"]): row["count(instance_id)"] for row in counts}

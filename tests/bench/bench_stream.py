@@ -1,4 +1,4 @@
-"""What a micro-batch costs as the tables grow: ingest, score and the matrix over 10^5, 10^6 and 10^7 instances.
+"""The cost of a micro-batch as the tables grow: ingest, score and the matrix over 10^5, 10^6 and 10^7 instances.
 
     python -m tests.bench.bench_stream [--rows 100000 1000000 10000000]
 
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import ingest, score, session
-from miniplm_udf import schemas, scores, storage, tables
-from miniplm_udf.config import (
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import (
     ChunkingConfig,
-    ExperimentConfig,
     IngestConfig,
     ScoreConfig,
     SparkConfig,
@@ -34,21 +34,24 @@ from miniplm_udf.config import (
     StreamConfig,
 )
 from miniplm_udf.ingestion import inputs
-from miniplm_udf.ingestion.ingest_query import ingest_query
+from miniplm_udf.ingestion.query import IngestQuery
+from miniplm_udf.scores import query as scores
+from miniplm_udf.scores.run import Scoring, prepare
+from miniplm_udf.store import tables
 from miniplm_udf.streams.query import Query, checkpoint_query_id
 from miniplm_udf.streams.runner import QueryRunner
 from tests.bench import results
-from tests.bench.stream_tables import instance_values, matrix_values, row_id, score_values
-from tests.spark.score_tables import two_models
+from tests.support.score_tables import two_models
+from tests.support.stream_tables import instance_values, matrix_values, row_id, score_values
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
 STAGES = ("ingest", "score", "score_known", "score_matrix")
-# Of each run, the first ones load state and classes.
+# The first micro-batches of each run load state and classes.
 _WARM_UP = 2
 _FILES_PER_FILL = 100
-# Of narrow rows: as much as compaction leaves alone.
+# Narrow rows: a file large enough that compaction leaves it alone.
 _ROWS_PER_FILE = 1_000_000
 _FILLER = " and so the text goes on, with words that repeat themselves as words do"
 
@@ -109,7 +112,7 @@ class Sized:
         """The config whose micro-batches are the last commit of a table each: half a file less ends with its last."""
         from delta.tables import DeltaTable
 
-        history = DeltaTable.forPath(self.spark, self.config.table_uri(table)).history().where("operation = 'WRITE'")
+        history = DeltaTable.forPath(self.spark, self.config.layout.table(table)).history().where("operation = 'WRITE'")
         newest = history.orderBy("version", ascending=False).first()["operationMetrics"]
         n_files, n_bytes = int(newest["numFiles"]), int(newest["numOutputBytes"])
         limit = f"{n_bytes * (2 * n_files - 1) // (2 * n_files)}b"
@@ -164,15 +167,15 @@ class Sized:
         ids = lines.select(F.explode(F.sequence(first_id, first_id + self.rows_per_batch - 1)).alias("id"))
         keys = ids.select(F.coalesce(row_id("instance"), F.lit("")).alias("key")).dropDuplicates(["key"])
         writer = keys.writeStream.foreachBatch(lambda batch, _: batch.count())
-        writer = writer.option("checkpointLocation", config.checkpoint_uri("ingest-jsonl"))
+        writer = writer.option("checkpointLocation", config.layout.checkpoint("ingest-jsonl"))
         writer.trigger(availableNow=True).start().awaitTermination()
 
     def _fill_tables(self) -> None:
         config = self.config
-        prepared = score.prepare(self.spark, config, self.scorers())
+        prepared = prepare(self.spark, config, "bench", self.scorers())
         models = {alias: model.model_revision for alias, model in prepared.descriptions.items()}
         made = (
-            (schemas.INSTANCES, config.checkpoint_uri("ingest-jsonl"), [""], instance_values()),
+            (schemas.INSTANCES, config.layout.checkpoint("ingest-jsonl"), [""], instance_values()),
             (schemas.SCORES, prepared.scoring.checkpoint_uri, list(models), score_values(models)),
             (schemas.score_matrix(list(models)), prepared.keeping.checkpoint_uri, [""], matrix_values(models)),
         )
@@ -190,9 +193,9 @@ class Sized:
         rows = rows.withColumn("alias", F.explode(F.array(*map(F.lit, aliases))))
         frame = tables.conform(rows.select(*(columns[name].alias(name) for name in table.column_names)), table)
         writer = frame.write.format("delta").mode("append").option("dataChange", "false")
-        # A run that was cut short and goes on writes it once.
+        # A run that was interrupted and continues writes it once.
         writer = writer.option("txnAppId", "fill").option("txnVersion", 0)
-        writer.save(self.config.table_uri(table.name))
+        writer.save(self.config.layout.table(table.name))
 
     # Measuring
 
@@ -202,14 +205,14 @@ class Sized:
         for number in range(n_before, n_before + batches + _WARM_UP):
             self.deliver(number)
         files = inputs.find_inputs(self.spark, self.config.ingest)
-        found = {"ingest": self._run(ingest_query(self.spark, self.config, files))}
+        found = {"ingest": self._run(IngestQuery(self.spark, self.config, files, []))}
         found["score"] = self._run(self._prepare("instances").scoring)
         found["score_matrix"] = self._run(self._prepare("scores").keeping)
         found["score_known"] = self._known(batches)
         return {stage: statistics.median(seconds) for stage, seconds in found.items()}
 
-    def _prepare(self, table: str) -> score.Scoring:
-        return score.prepare(self.spark, self.with_batches_of(table), self.scorers())
+    def _prepare(self, table: str) -> Scoring:
+        return prepare(self.spark, self.with_batches_of(table), "bench", self.scorers())
 
     def _run(self, query: Query) -> list[float]:
         """Runs a query to the end of what is there; seconds of its micro-batches, less those that warm up."""
@@ -228,24 +231,26 @@ class Sized:
 
             def onQueryTerminated(self, event: Any) -> None: ...
 
+        make = query.source
+
         def source() -> "DataFrame":
-            frame = query.source()
+            frame = make()
             frame.sparkSession.streams.addListener(Listener())
             return frame
 
-        config = self.config
-        QueryRunner(self.spark, config.root, StreamConfig()).run([dataclasses.replace(query, source=source)])
+        query.source = source
+        QueryRunner(self.spark, self.config.root, StreamConfig()).run([query])
         return seconds[_WARM_UP:]
 
     def _known(self, batches: int) -> list[float]:
         """As after a lost checkpoint: a new query finds that an old micro-batch's instances are scored already."""
         prepared = self._prepare("instances")
-        instances = self.spark.read.format("delta").load(self.config.table_uri("instances"))
-        tally, seconds = scores.new_tally(self.spark), []
+        instances = self.spark.read.format("delta").load(self.config.layout.table("instances"))
+        total, seconds = scores.new_score_counts(self.spark), []
         for number in range(batches + _WARM_UP):
             batch = scores.pool(instances.where(f"batch_id = {-1 - number % (self.rows // self.rows_per_batch)}"))
             start = time.monotonic()
-            counts = scores.score_batch(prepared.plan, "k" * 32, batch, number, tally).models
+            counts = scores.score_batch(prepared.plan, "k" * 32, batch, number, total).models
             seconds.append(time.monotonic() - start)
             if counts:
                 raise RuntimeError(f"expected nothing to score, found {counts}")
@@ -260,15 +265,15 @@ class Sized:
             "scores": 2 * (self.rows + n_new) - n_refused,
             "score_matrix": self.rows + n_new - n_refused,
         }
-        found = {n: self.spark.read.format("delta").load(self.config.table_uri(n)).count() for n in wanted}
+        found = {n: self.spark.read.format("delta").load(self.config.layout.table(n)).count() for n in wanted}
         if found != wanted:
             raise RuntimeError(f"expected rows {wanted}, found {found}")
 
 
 def small_files(spark: "SparkSession", folder: Path, batches: int) -> list[dict[str, Any]]:
-    """What many micro-batches of 20 rows leave of `scores` for a reader: merged as they go, and not.
+    """The files of `scores` after many micro-batches of 20 rows, with and without merging, as a reader finds them.
 
-    Those that are not merged are made by one commit of as many files; a reader replays a log of either from its last
+    The table without merging is made by one commit of as many files; a reader replays either log from its last
     checkpoint.
     """
     from pyspark.sql import functions as F
@@ -294,7 +299,7 @@ def small_files(spark: "SparkSession", folder: Path, batches: int) -> list[dict[
 
 
 def _read(spark: "SparkSession", uri: str) -> dict[str, Any]:
-    """Files of a table, and the seconds of a reader that sums a column, of three; the log is read anew each time."""
+    """Files of a table, and the seconds of a reader that sums a column, of three; the log is read again each time."""
     seconds = []
     for _ in range(3):
         jvm: Any = spark._jvm
@@ -307,7 +312,7 @@ def _read(spark: "SparkSession", uri: str) -> dict[str, Any]:
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of the first size and the last."""
+    """The ratio of the last size to the first."""
     return {"batch_growth": round(max(rows[-1][stage] / rows[0][stage] for stage in STAGES), 3)}
 
 

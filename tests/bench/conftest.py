@@ -1,3 +1,3 @@
-"""The Spark session of tests/spark, for the tests of benchmarks."""
+"""The Spark session of the tests of benchmarks: the same as in tests/spark."""
 
-from tests.spark.conftest import spark as spark
+from tests.support.spark_session import spark as spark

@@ -1,4 +1,4 @@
-"""The loops that people write to score text with transformers, as `bench_score` times them. None of it is ours.
+"""The loops that people write to score text with transformers, as `bench_score` times them. No loop is ours.
 
 Input: a plain model of transformers, token ids of each text. Output: the sum of -log p in nats of each. Written from
 descriptions: `padded` takes texts in corpus order, padded to the context, 16 at a time, with the logits of all
@@ -54,7 +54,7 @@ def official(model: Any, instances: Sequence[Sequence[int]], batch_size: int = 1
     found: list[float] = []
     for start in range(0, len(instances), batch_size):
         rows = instances[start : start + batch_size]
-        # Of one length but for a token or two: cut from text, they are tokenised again.
+        # The lengths differ by a token or two: the instances were cut from text and are tokenised again.
         shape = (len(rows), max(map(len, rows)))
         ids_BT, is_text_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         for number, row in enumerate(rows):

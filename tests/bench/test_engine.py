@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.bench import bench_engine, results
-from tests.unit.tiny_models import make_model_folder
+from tests.support.tiny_models import make_model_folder
 
 
 def test_the_benchmark_measures_and_checks(spark: Any, tmp_path: Path) -> None:
@@ -21,12 +21,11 @@ def test_the_benchmark_measures_and_checks(spark: Any, tmp_path: Path) -> None:
     rows = bench_engine.run(make, [300], rows_per_batch=100)
     assert [row["rows"] for row in rows] == [300]
     assert rows[0]["us_per_instance"] > 0
-    scores = spark.read.format("delta").load(made[-1].config.table_uri("scores"))
+    scores = spark.read.format("delta").load(made[-1].config.layout.table("scores"))
     assert sorted(row["count"] for row in scores.groupBy("batch_id").count().collect()) == [100, 100, 100]
     assert made[-1].n_wrong() == 0
-    spark.sql(
-        f"UPDATE delta.`{made[-1].config.table_uri('scores')}` SET nll_sum_nats = nll_sum_nats + 1 WHERE batch_id = 1"
-    )
+    uri = made[-1].config.layout.table("scores")
+    spark.sql(f"UPDATE delta.`{uri}` SET nll_sum_nats = nll_sum_nats + 1 WHERE batch_id = 1")
     assert made[-1].n_wrong() == 100
     ratios = bench_engine.ratios(
         [rows[0], {**rows[0], "us_per_instance": 2 * rows[0]["us_per_instance"], "ratio": 2.5}]

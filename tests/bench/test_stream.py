@@ -27,6 +27,6 @@ def test_the_real_queries_go_on_from_what_is_generated(
         {"rows": 2, **dict.fromkeys(bench_stream.STAGES, 3.0)},
     ]
     assert bench_stream.ratios(rows) == {"batch_growth": 1.5}
-    spark.sql(f"DELETE FROM delta.`{sized.config.table_uri('scores')}` WHERE batch_id = 1 AND model_id = 'teacher'")
+    spark.sql(f"DELETE FROM delta.`{sized.config.layout.table('scores')}` WHERE batch_id = 1 AND model_id = 'teacher'")
     with pytest.raises(RuntimeError, match="expected rows"):
         sized.check()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.standalone import StandaloneCluster, die_with_parent
-from tests.faults import experiment
-from tests.faults.check import rows
-from tests.faults.drivers import REPOSITORY
+from tests.support.faults import experiment
+from tests.support.faults.check import rows
+from tests.support.faults.drivers import REPOSITORY
+from tests.support.standalone import StandaloneCluster, die_with_parent
 
 # With dynamic allocation, executors with a GPU are started for scoring alone.
 DYNAMIC = {
@@ -43,7 +43,7 @@ def test_scoring_alone_asks_for_gpus(tmp_path: Path, dynamic: bool) -> None:
             "master": cluster.url, "conf": conf, "root": str(tmp_path / "root"), "input": str(tmp_path / "input"),
             "notes": str(tmp_path / "notes"),
         }  # fmt: skip
-        command = [sys.executable, "-m", "tests.cluster.gpu_job", json.dumps(given)]
+        command = [sys.executable, "-m", "tests.support.gpu_job", json.dumps(given)]
         done = subprocess.run(
             command, cwd=REPOSITORY, timeout=150, capture_output=True, text=True, preexec_fn=die_with_parent
         )

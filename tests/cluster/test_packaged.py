@@ -1,6 +1,6 @@
 """The package as a cluster gets it: a wheel by --py-files, and workers that have neither the clone nor its environment.
 
-The workers' Spark is a copy outside of the repository, their Python an environment with what an executor needs beside
+The workers' Spark is a copy outside of the repository, their Python an environment with what an executor needs besides
 torch (the scorer is a fake), and their environment variables are what `StandaloneCluster` gives them.
 """
 
@@ -15,12 +15,12 @@ from pathlib import Path
 import pyspark
 import pytest
 
-from tests.cluster.standalone import StandaloneCluster, die_with_parent
-from tests.faults.check import rows
-from tests.faults.drivers import REPOSITORY
+from tests.support.faults.check import rows
+from tests.support.faults.drivers import REPOSITORY
+from tests.support.standalone import StandaloneCluster, die_with_parent
 
 EXECUTOR_PACKAGES = ("pyarrow", "pandas<3", "numpy", "fsspec", "tqdm", "psutil")
-HERE = Path(__file__).parent
+HELPERS = REPOSITORY / "tests/support"
 
 
 def run(*command: object, **named: object) -> str:
@@ -54,7 +54,7 @@ def worker_python(tmp_path: Path) -> Path:
 def test_the_wheel_has_the_rules(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {path.name for path in (REPOSITORY / "conf/rules").glob("*.yaml")}
-    assert shipped == {name.split("/")[-1] for name in names if name.startswith("miniplm_udf/rule_files/")}
+    assert shipped == {name.split("/")[-1] for name in names if name.startswith("miniplm_udf/config/rule_files/")}
 
 
 def linked_or_copied(source: str, target: str) -> None:
@@ -74,7 +74,7 @@ def test_workers_without_the_clone_score(tmp_path: Path, wheel: Path, worker_pyt
         conf.write_text("".join(f"{key} {value}\n" for key, value in properties.items()))
         run(
             Path(pyspark.__file__).parent / "bin/spark-submit", "--master", cluster.url, "--properties-file", conf,
-            "--py-files", f"{wheel},{HERE / 'packaged_fake.py'}", HERE / "packaged_job.py",
+            "--py-files", f"{wheel},{HELPERS / 'packaged_fake.py'}", HELPERS / "packaged_job.py",
             tmp_path / "root", tmp_path / "answer.json",
             cwd=tmp_path, preexec_fn=die_with_parent,
             env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "SPARK_LOCAL_IP": "127.0.0.1"},

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, Experiment, make_documents, write_jsonl
+from miniplm_udf.store import catalog
+from tests.support.user_corpus import REPOSITORY, Experiment, make_documents, write_jsonl
 
 STAGES = ("ingest", "annotate", "reference", "score", "refine", "pack", "train", "evaluate", "report")
 
@@ -125,25 +126,17 @@ def test_a_new_file_is_all_that_is_scored(experiment: Experiment) -> None:
     assert verified.returncode == 0, verified.stderr[-4000:]
 
 
-def test_the_tables_answer_plain_sql(experiment: Experiment) -> None:
-    code = (
-        "import sys\n"
-        "from jobs.session import make_session\n"
-        "from miniplm_udf.config import ExperimentConfig\n"
-        "from miniplm_udf.catalog import register_tables\n"
-        "spark = make_session(ExperimentConfig(root=sys.argv[1]), 'sql')\n"
-        "register_tables(spark, sys.argv[1])\n"
-        "n = spark.sql('select count(*) from difference_text where text is not null').first()[0]\n"
-        "k = spark.sql('select count(*) from refined_difference').first()[0]\n"
-        "bad = spark.sql('select count(*) from score_matrix where abs(teacher_nll_mean - "
-        "teacher_nll_sum_nats / teacher_n_tokens) > 1e-12').first()[0]\n"
-        "print(n == k > 0, bad)\n"
-        "spark.stop()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(experiment.root)], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == ["True", "0"], done.stderr[-3000:]
+def test_the_tables_answer_plain_sql(experiment: Experiment, spark: Any) -> None:
+    session = spark.newSession()
+    catalog.register_tables(session, str(experiment.root))
+    with_text = session.sql("select count(*) from difference_text where text is not null").first()[0]
+    kept = session.sql("select count(*) from refined_difference").first()[0]
+    wrong_means = session.sql(
+        "select count(*) from score_matrix "
+        "where abs(teacher_nll_mean - teacher_nll_sum_nats / teacher_n_tokens) > 1e-12"
+    ).first()[0]
+    assert with_text == kept > 0
+    assert wrong_means == 0
 
 
 def test_a_stage_is_a_file_for_spark_submit(experiment: Experiment) -> None:
@@ -174,21 +167,25 @@ def test_too_many_rejects_end_with_exit_3_and_keep_what_is_good(experiment: Expe
     assert read_table(tmp_path / "root", "instances").num_rows > 0
 
 
-@pytest.mark.parametrize(
-    ("command", "override", "code", "message"),
-    [
-        ("ingest", "ingest.input=/no/such/*.jsonl", 2, "/no/such/*.jsonl"),
-        ("ingest", "ingest.fields.text=body", 2, "body"),
-        ("ingest", "models.teacher.path=/no/such/model", 1, "/no/such/model"),
-        ("score", "root=ROOT/empty", 1, "run `miniplm reference` first"),
-        ("train", "root=ROOT/empty", 1, "pack"),
-    ],
-)
-def test_bad_input_exits_with_its_code_and_one_line(
-    experiment: Experiment, tmp_path: Path, command: str, override: str, code: int, message: str
-) -> None:
-    own_root = [f"root={tmp_path}/root"] if not override.startswith("root=") else []
-    done = experiment.miniplm(command, *own_root, override.replace("ROOT", str(tmp_path)))
-    assert done.returncode == code, done.stderr[-3000:]
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+BAD_INPUT = [
+    ("ingest", "ingest.input=/no/such/*.jsonl", 2, "/no/such/*.jsonl"),
+    ("ingest", "ingest.fields.text=body", 2, "body"),
+    ("ingest", "models.teacher.path=/no/such/model", 1, "/no/such/model"),
+    ("score", "root=ROOT/empty", 1, "run `miniplm reference` first"),
+    ("train", "root=ROOT/empty", 1, "pack"),
+]
+
+
+def test_bad_input_exits_with_its_code_and_one_line(experiment: Experiment, tmp_path: Path) -> None:
+    """The commands share one process, and so one JVM; `test_too_many_rejects...` has a process of its own."""
+    lines = []
+    for number, (command, override, _, _) in enumerate(BAD_INPUT):
+        root = [] if override.startswith("root=") else [f"root={tmp_path}/root{number}"]
+        lines.append(experiment.command_line(command, *root, override.replace("ROOT", str(tmp_path))))
+    done = experiment.python(str(REPOSITORY / "tests/support/commands.py"), json.dumps(lines))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for (command, override, code, message), result in zip(BAD_INPUT, results, strict=True):
+        assert result["code"] == code, (command, override, result["stderr"][-3000:])
+        assert message in result["stderr"]
+        assert "Traceback" not in result["stderr"]

@@ -1,3 +1,3 @@
-"""The Spark session of the tests that need no cluster: the one of tests/spark."""
+"""The Spark session of the tests that need no cluster: the same as in tests/spark."""
 
-from tests.spark.conftest import spark as spark
+from tests.support.spark_session import spark as spark

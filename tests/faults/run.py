@@ -1,9 +1,10 @@
 """Kill -9 at random moments and at named fault points, on a real cluster: `python -m tests.faults.run` (`make faults`).
 
 Starts a standalone cluster (one master, two workers, pretended GPUs) and two drivers, prepares a root, runs the trials
-(`trials.plan`), and holds each against an undisturbed run. Prints a table and writes `build/bench/faults.json` with the
-ratios trials, lost, duplicated and differing. Exit 1 where any of the last three is not 0, where fewer trials were
-asked for than could be run in the time, or where a fault point was hit less than ten times in sixty trials.
+(`trials.plan`), and holds each against an undisturbed run. With `--mode packed`, the runs chunk in packed mode. Prints
+a table and writes `build/bench/faults.json` (packed: `faults_packed.json`) with the ratios trials, lost, duplicated and
+differing. Exit 1 where any of the last three is not 0, where the time was too short for all trials, or where a fault
+point was hit less than ten times in sixty trials.
 """
 
 import argparse
@@ -18,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench import results
-from tests.cluster.standalone import KINDS, StandaloneCluster
-from tests.faults import experiment
-from tests.faults.check import Root, read_root
-from tests.faults.drivers import REPOSITORY, DriverPool
-from tests.faults.points import POINTS
-from tests.faults.trials import Bench, Outcome, Trial, plan, run_trial
+from tests.support.faults import experiment
+from tests.support.faults.check import Root, read_root
+from tests.support.faults.drivers import REPOSITORY, DriverPool
+from tests.support.faults.experiment import MODES, Mode
+from tests.support.faults.points import POINTS
+from tests.support.faults.trials import Bench, Outcome, Trial, plan, run_trial
+from tests.support.standalone import KINDS, StandaloneCluster
 
 LOGGER = logging.getLogger("miniplm.faults")
 
@@ -37,7 +39,7 @@ _RUN_SECONDS = 180.0
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What was found. `landed` are the delivered kills by (kind, place)."""
+    """The results of all trials. `landed` are the delivered kills by (kind, place)."""
 
     outcomes: list[Outcome]
     landed: collections.Counter[tuple[str, str]]
@@ -47,12 +49,13 @@ class Results:
         return sum(getattr(outcome.differences, name) for outcome in self.outcomes)
 
 
-def run(trials: Sequence[Trial], folder: Path, seed: int, seconds: float) -> Results:
+def run(trials: Sequence[Trial], folder: Path, seed: int, seconds: float, mode: Mode) -> Results:
     """Runs the trials, as many as can be begun in the time.
 
     Args:
-        folder: made anew; of trials that found something the roots stay there, and all logs.
+        folder: emptied first; keeps all logs, and the roots of the trials that found something.
         seconds: from the start of the cluster on.
+        mode: of chunking.
     """
     start = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,7 +64,7 @@ def run(trials: Sequence[Trial], folder: Path, seed: int, seconds: float) -> Res
     with StandaloneCluster(folder / "cluster", workers=2, cores=8, gpus=6) as cluster:
         conf = {**cluster.driver_conf(), "spark.executorEnv.PYTHONPATH": str(REPOSITORY)}
         with DriverPool(cluster.url, conf, folder) as drivers:
-            bench = prepare(cluster, drivers, folder, random.Random(seed))
+            bench = prepare(cluster, drivers, folder, random.Random(seed), mode)
             LOGGER.info("prepared in %.0f s", time.monotonic() - start)
             for number, trial in enumerate(trials):
                 if time.monotonic() - start > seconds:
@@ -72,23 +75,23 @@ def run(trials: Sequence[Trial], folder: Path, seed: int, seconds: float) -> Res
     return Results(outcomes, bench.landed, time.monotonic() - start)
 
 
-def prepare(cluster: StandaloneCluster, drivers: DriverPool, folder: Path, chosen: random.Random) -> Bench:
+def prepare(cluster: StandaloneCluster, drivers: DriverPool, folder: Path, chosen: random.Random, mode: Mode) -> Bench:
     """Runs the experiment undisturbed, and keeps what it had left before each stage."""
     experiment.write_input(folder / "input")
     seconds: dict[str, float] = {}
     ingested, whole = folder / "ingested", folder / "whole"
-    _undisturbed(drivers, folder, ingested, ["ingest"], seconds)
+    _undisturbed(drivers, folder, ingested, ["ingest"], mode, seconds)
     shutil.copytree(ingested, whole)
-    _undisturbed(drivers, folder, whole, ["score", "refine"], seconds)
+    _undisturbed(drivers, folder, whole, ["score", "refine"], mode, seconds)
     expected = read_root(whole)
-    _check_is_worth_it(expected)
+    _check_is_worth_it(expected, mode)
     prepared = {
         "ingest": None,
         "score": ingested,
         "matrix": _without(whole, "scored", "_checkpoints/score_matrix-*", "tables/score_matrix"),
         "refine": _without(whole, "in-matrix"),
     }
-    return Bench(cluster, drivers, folder, folder / "input", prepared, expected, seconds, chosen)
+    return Bench(cluster, drivers, folder, folder / "input", mode, prepared, expected, seconds, chosen)
 
 
 def _without(whole: Path, name: str, *patterns: str) -> Path:
@@ -97,14 +100,16 @@ def _without(whole: Path, name: str, *patterns: str) -> Path:
     shutil.copytree(whole, copy)
     for pattern in (*patterns, "tables/refined", "tables/corpora"):
         for place in copy.glob(pattern):
-            shutil.rmtree(place)
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
     return copy
 
 
-def _undisturbed(drivers: DriverPool, folder: Path, root: Path, stages: list[str], seconds: dict[str, float]) -> None:
+def _undisturbed(
+    drivers: DriverPool, folder: Path, root: Path, stages: list[str], mode: Mode, seconds: dict[str, float]
+) -> None:
     """Runs stages to their end, and notes how long each took."""
     driver = drivers.current()
-    command = {"root": str(root), "input": str(folder / "input"), "stages": stages}
+    command = {"root": str(root), "input": str(folder / "input"), "stages": stages, "mode": mode}
     driver.send({**command, "varying": False, "keyed": False, "stop": None})
     stage, since = "", time.monotonic()
     while True:
@@ -118,8 +123,9 @@ def _undisturbed(drivers: DriverPool, folder: Path, root: Path, stages: list[str
         stage, since = event["stage"], time.monotonic()
 
 
-def _check_is_worth_it(root: Root) -> None:
+def _check_is_worth_it(root: Root, mode: Mode) -> None:
     """Trials on an experiment without rejects in every micro-batch would never stop between two writes."""
+    assert bool(root.keys) == (mode == "packed"), f"{len(root.keys)} rows of document_keys in mode {mode}"
     for stage in ("ingest", "score"):
         batches = {row["batch_id"] for row in root.rejects if row["stage"].startswith(stage)}
         assert batches == {0, 1}, f"micro-batches of {stage} with rejects: {batches}"
@@ -144,7 +150,7 @@ def missed_points(found: Results) -> list[str]:
     return [place for place in PLACES if sum(found.landed[kind, place] for kind in VICTIMS) < LANDINGS]
 
 
-def report(found: Results, n_trials: int) -> bool:
+def report(found: Results, n_trials: int, mode: Mode) -> bool:
     """Prints the tables and writes the ratios; whether all is as it should be."""
     rows = kills_by_place(found)
     print(results.table(list(rows[0]), [list(row.values()) for row in rows]))
@@ -154,7 +160,9 @@ def report(found: Results, n_trials: int) -> bool:
     restarts = sum(outcome.restarts for outcome in found.outcomes)
     line = [len(found.outcomes), kills, restarts, *totals.values(), f"{found.seconds:.0f}"]
     print(results.table(["trials", "kills", "restarts", *names, "seconds"], [line]))
-    results.record("faults", {"trials": len(found.outcomes), **totals}, rows, key="kills")
+    # Each mode has its own file: the figures of one would replace those of the other.
+    name = "faults" if mode == "document" else f"faults_{mode}"
+    results.record(name, {"trials": len(found.outcomes), **totals}, rows, key="kills")
     missed = [
         row["killed"] for row in rows if " at random" not in str(row["killed"]) and int(str(row["all"])) < LANDINGS
     ]
@@ -168,10 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--seconds", type=float, default=4500.0, help="no trial is begun after so long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mode", choices=MODES, default="document", help="ingest.chunking.mode of the runs")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    found = run(plan(arguments.trials, arguments.seed), FOLDER, arguments.seed, arguments.seconds)
-    return 0 if report(found, arguments.trials) else 1
+    found = run(plan(arguments.trials, arguments.seed), FOLDER, arguments.seed, arguments.seconds, arguments.mode)
+    return 0 if report(found, arguments.trials, arguments.mode) else 1
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import pytest
 
 from jobs import ingest, refine, score
 from miniplm_udf.errors import CorpusError
-from tests.faults import experiment
-from tests.faults.check import Root, compare, read_root
-from tests.faults.driver import stand_ins
-from tests.faults.drivers import Driver, release
-from tests.faults.points import Point, Stops, installed
+from tests.support.faults import experiment
+from tests.support.faults.check import Root, compare, read_root
+from tests.support.faults.driver import stand_ins
+from tests.support.faults.drivers import Driver, release
+from tests.support.faults.points import Point, Stops, installed
 
 STAGES = ("ingest", "score", "refine")
 PAGE_BYTES = 4096
@@ -148,7 +148,7 @@ def test_disk_full_during_a_commit(case: Case, small_disk: Path) -> None:
             with full_at(point, small_disk, free_pages):
                 try:
                     case.run()
-                except Exception as error:  # whatever Spark makes of it
+                except Exception as error:  # Spark raises errors of several classes here
                     failures.append((str(point), free_pages, type(error).__name__))
     case.run()
     assert {place for place, _, _ in failures} == {
@@ -202,7 +202,7 @@ def driver(folder: Path, name: str) -> Iterator[Driver]:
 
 def command(case: Case, *stages: str, models: tuple[str, ...] = (), stop: Point | None = None) -> dict[str, Any]:
     return {
-        "root": str(case.root), "input": str(case.input), "stages": stages, "models": models,
+        "root": str(case.root), "input": str(case.input), "stages": stages, "models": models, "mode": "document",
         "varying": case.varying, "keyed": False, **release(stop),
     }  # fmt: skip
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from miniplm_udf import schemas
-from tests.faults.check import Root, compare
-from tests.faults.points import POINTS, Point, Stops
 from tests.faults.run import LANDINGS, PLACES, TRIALS
-from tests.faults.trials import plan
+from tests.support.faults.check import Root, compare
+from tests.support.faults.points import POINTS, Point, Stops
+from tests.support.faults.trials import plan
 
 
 def test_sixty_trials_kill_at_every_point_often_enough() -> None:
@@ -82,6 +82,7 @@ def root() -> Root:
         matrix=matrix,
         refined=[{"instance_id": "a", "score": 2.0, "n_tokens": 2}],
         corpora=[{"name": "best", "version": 1, "n_instances": 1, "fingerprint": "f", "threshold": 2.0}],
+        keys=[{"document_key": "k", "instance_id": "a"}],
     )
 
 
@@ -95,14 +96,17 @@ def change(table: str, row: int, **values: Any) -> Callable[[Root], None]:
     [
         ("lost", lambda found: found.instances.pop()),
         ("lost", lambda found: found.rejects.clear()),
+        ("lost", lambda found: found.keys.clear()),
         ("lost", lambda found: found.scores.pop()),
         ("lost", lambda found: found.matrix.pop()),
         ("lost", lambda found: found.refined.pop()),
         ("duplicated", lambda found: found.instances.append(found.instances[0])),
+        ("duplicated", lambda found: found.keys.append(found.keys[0])),
         ("duplicated", lambda found: found.scores.append(found.scores[0])),
         ("duplicated", lambda found: found.matrix.append(found.matrix[0])),
         ("duplicated", lambda found: found.refined.append(found.refined[0])),
         ("differing", change("instances", 0, text="other")),
+        ("differing", change("keys", 0, instance_id="b")),
         ("differing", change("scores", 0, nll_sum_nats=4.5)),
         ("differing", change("scores", 0, instance_id="orphan")),
         ("differing", change("matrix", 1, teacher_nll_sum_nats=6.5, teacher_nll_mean=3.25)),

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from miniplm_udf.config import ModelConfig
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.scoring.models import describe
 from miniplm_udf.scoring.scorer import Score
-from tests.unit import tiny_models
-from tests.unit.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
-from tests.unit.tiny_models import make_model_folder
+from tests.support import tiny_models
+from tests.support.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
+from tests.support.tiny_models import make_model_folder
 
 pytestmark = [
     pytest.mark.gpu,

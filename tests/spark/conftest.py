@@ -1,27 +1,14 @@
-"""One Spark session for all Spark tests, and small helpers. `maxFailures` is 1: a failure shows at once."""
+"""Fixtures of the Spark tests: one Spark session, the demo's config, and what the tests of ingestion start from."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from jobs import session as session_module
-from miniplm_udf.config import ExperimentConfig, SparkConfig, load_config
-from tests.short_lived import SMALL_TABLES
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def spark() -> Iterator[Any]:
-    config = ExperimentConfig(
-        root="/tmp/unused",
-        spark=SparkConfig(master="local[2]", conf={"spark.driver.memory": "2g", **SMALL_TABLES}),
-    )
-    made = session_module.make_session(config, "miniplm tests")
-    yield made
-    made.stop()
+from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from tests.support.ingest_roots import make as make
+from tests.support.ingest_roots import tokenizer_folder as tokenizer_folder
+from tests.support.spark_session import REPOSITORY
+from tests.support.spark_session import spark as spark
 
 
 @pytest.fixture

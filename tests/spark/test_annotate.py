@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import random
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,27 +16,26 @@ from typing import Any
 import pytest
 
 from jobs import annotate as job
-from jobs import records, refine
-from miniplm_udf import corpora, schemas, storage, tables
+from jobs import refine
+from jobs.stage_runner import execute
+from jobs.stages import stage_named
+from miniplm_udf import schemas, storage
 from miniplm_udf.annotations import contamination, duplicates, packages
 from miniplm_udf.annotations import quality as quality_columns
-from miniplm_udf.annotations.contamination import Evaluation
-from miniplm_udf.config import (
-    AnnotateConfig,
-    ContaminationConfig,
-    CorpusConfig,
-    ExperimentConfig,
-    ModelConfig,
-    NearDuplicatesConfig,
-    SelectConfig,
-)
+from miniplm_udf.annotations.contamination import EvaluationNgrams
+from miniplm_udf.config.annotate import AnnotateConfig, ContaminationConfig, NearDuplicatesConfig
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, SelectConfig
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.corpora import takedown
+from miniplm_udf.corpora.inspection import Question, inspect
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.reading.inspection import Question, inspect
-from miniplm_udf.removals import Takedown
-from miniplm_udf.upkeep import maintain, takedown, verify
-from tests.spark.score_tables import experiment
-from tests.spark.test_refine import ALIASES, ids, matrix_rows, with_corpora, write_matrix, write_record
-from tests.unit.annotation_oracles import jaccard, ngrams, plant, quality, random_text
+from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store.takedowns import Takedown
+from miniplm_udf.upkeep import maintain, verify
+from tests.support.annotation_oracles import jaccard, ngrams, plant, quality, random_text
+from tests.support.matrices import ALIASES, ids, matrix_rows, with_corpora, write_matrix, write_record
+from tests.support.score_tables import experiment
 
 THRESHOLD, NGRAM = 0.8, 13
 ENGLISH = "The committee has decided to publish the report on the water of the lake next year, and that is all."
@@ -57,6 +57,10 @@ SHAPES = {
 COPIED = "Some text that is delivered again and again, under other ids, by one who has nothing else to deliver."
 BENCHMARK = " ".join(f"question{number}" for number in range(40))
 BATCHES = 2
+# One text in three spellings that look the same: composed, decomposed, with characters that cannot be seen.
+ACCENTED = " ".join(f"Élève{number} coûté" for number in range(10))
+DECOMPOSED = unicodedata.normalize("NFD", ACCENTED)
+UNSEEN = "\ufeff" + ACCENTED.replace("lè", "l\u00ad\u200bè").replace("û", "u\u2060\u0302").replace(" ", " \u200e")
 
 
 def make_texts() -> dict[str, tuple[int, str]]:
@@ -74,11 +78,12 @@ def make_texts() -> dict[str, tuple[int, str]]:
     made["asked"] = (0, random_text(rng, 30) + " " + " ".join(asked[:20]).upper() + ", " + random_text(rng, 5))
     made["asked twice"] = (1, " ".join(asked[5:20]) + " and " + ", ".join(asked[5:20]))
     made["almost asked"] = (1, " ".join(asked[:12]) + " else " + " ".join(asked[13:25]))
+    made |= {"composed": (0, ACCENTED), "decomposed": (1, DECOMPOSED), "unseen": (1, UNSEEN)}
     return made
 
 
 TEXTS = make_texts()
-EVALUATED = [BENCHMARK, SPEECHES["zh"], "too short to be found"]
+EVALUATED = [BENCHMARK, SPEECHES["zh"], "too short to be found", DECOMPOSED]
 
 
 def write(spark: Any, config: ExperimentConfig, texts: Mapping[str, tuple[int, str]]) -> None:
@@ -96,16 +101,20 @@ def write(spark: Any, config: ExperimentConfig, texts: Mapping[str, tuple[int, s
         }  # fmt: skip
         rows.append(tuple(values[column] for column in schemas.INSTANCES.column_names))
     frame = spark.createDataFrame(rows, schemas.INSTANCES.spark_schema())
-    tables.append(frame, config.table_uri("instances"), schemas.INSTANCES)
+    tables.append(frame, config.layout.table("instances"), schemas.INSTANCES)
 
 
 def config_of(folder: Path) -> ExperimentConfig:
     """All groups; evaluation files of three kinds."""
     evaluation = folder / "evaluation"
     (evaluation / "more").mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"id": 1, "parts": [{"question": EVALUATED[0]}, 7]}), "", json.dumps({"q": EVALUATED[2]})]
-    (evaluation / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
-    (evaluation / "more" / "b.txt.gz").write_bytes(gzip.compress(EVALUATED[1].encode()))
+    lines = [
+        json.dumps({"id": 1, "parts": [{"question": EVALUATED[0]}, 7, EVALUATED[3]]}),
+        "",
+        json.dumps({"q": EVALUATED[2]}),
+    ]
+    (evaluation / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    (evaluation / "more" / "b.Txt.gz").write_bytes(gzip.compress(EVALUATED[1].encode()))
     (evaluation / "c.csv").write_text("not,looked,at")
     settings = AnnotateConfig(
         duplicates=True, near_duplicates=NearDuplicatesConfig(threshold=THRESHOLD), language=True, quality=True,
@@ -116,7 +125,7 @@ def config_of(folder: Path) -> ExperimentConfig:
 
 
 def rows_of(spark: Any, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
-    found = tables.read(spark, config.table_uri("annotations")).collect()
+    found = tables.read(spark, config.layout.table("annotations")).collect()
     rows = {row["instance_id"]: row.asDict() for row in found}
     assert len(rows) == len(found)
     return rows
@@ -166,12 +175,15 @@ def test_every_column_is_what_a_plain_computation_says(spark: Any, made: tuple[E
         if name in SPEECHES:
             assert row["language"] == name
             assert 0 < row["language_confidence"] <= 1
-    assert {name for name, row in rows.items() if row["contaminated_ngrams"]} == {"asked", "asked twice", "zh"}
+    assert {name for name, row in rows.items() if row["contaminated_ngrams"]} == {
+        "asked", "asked twice", "zh", "composed", "decomposed", "unseen",
+    }  # fmt: skip
+    assert {rows[name]["contaminated_share"] for name in ("composed", "decomposed", "unseen")} == {1.0}
     assert rows["asked"]["contaminated_ngrams"] == 8
     assert {name for name, row in rows.items() if row["duplicate_of"]} == {"x", "y copied"}
     counted = ("annotated", "new_annotated", "duplicates", "contamination", "evaluation")
     assert [summary[name] for name in counted] == [
-        len(TEXTS), len(TEXTS), 2, 3, {"ngrams": len(evaluation), "records": 3, "short_records": 1},
+        len(TEXTS), len(TEXTS), 2, 6, {"ngrams": len(evaluation), "records": 3, "short_records": 1},
     ]  # fmt: skip
     assert summary["near_duplicates"] == sum(row["near_duplicate_of"] is not None for row in rows.values())
     languages = Counter(row["language"] for row in rows.values())
@@ -194,6 +206,7 @@ def test_near_duplicates_are_near_and_came_before(spark: Any, made: tuple[Experi
     # Copies, and texts that differ in signs alone, share every bucket.
     assert named["a short copy"] == "short"
     assert named["y copied"] == named["x"] == "z copied"
+    assert named["decomposed"] == named["unseen"] == "composed"
     assert named.keys() == {name for name, others in near.items() if others}
     assert {f"q{number} of it" for number in (2, 4)} | {f"p{number} made" for number in (3, 5)} <= named.keys()
     assert all(rows[name]["minhash_buckets"] == [] for name in ("blank", "blank again"))
@@ -203,10 +216,10 @@ def test_what_is_new_is_added_and_as_good_as_at_once(
     spark: Any, made: tuple[ExperimentConfig, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(made[0], root=str(tmp_path / "root"))
-    uri = config.table_uri("annotations")
+    uri = config.layout.table("annotations")
     write(spark, config, {name: found for name, found in TEXTS.items() if found[0] == 0})
     # A driver that dies before the commit leaves nothing; one that dies after it, all.
-    commit = corpora.commit
+    commit = corpus_records.commit
     for dies_after in (False, True):
 
         def dying(*arguments: Any, dies_after: bool = dies_after, **named: Any) -> int:
@@ -214,7 +227,7 @@ def test_what_is_new_is_added_and_as_good_as_at_once(
                 commit(*arguments, **named)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(corpora, "commit", dying)
+        monkeypatch.setattr(corpus_records, "commit", dying)
         with pytest.raises(KeyboardInterrupt):
             job.run(spark, config)
         assert tables.exists(spark, uri) == dies_after
@@ -231,18 +244,22 @@ def test_what_is_new_is_added_and_as_good_as_at_once(
     assert rows_of(spark, config) == rows_of(spark, made[0])
 
 
-def test_other_settings_make_it_anew_and_other_names_of_files_do_not(spark: Any, copy: ExperimentConfig) -> None:
+def test_other_settings_make_it_anew_and_other_names_of_files_do_not(
+    spark: Any, copy: ExperimentConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     assert copy.annotate is not None
     assert copy.annotate.contamination is not None
     place = Path(copy.root.removeprefix("file://")).parent / "moved"
     shutil.copytree(copy.annotate.contamination.paths[0], place)
     moved = ContaminationConfig(files=[f"{place}/*", f"{place}/more"], ngram_words=NGRAM)
     again = dataclasses.replace(copy, annotate=dataclasses.replace(copy.annotate, contamination=moved))
-    records.execute("annotate", job.run, spark, again)
+    with caplog.at_level("WARNING", logger="miniplm"):
+        execute(stage_named("annotate"), spark, again)
+    assert f"annotate.contamination.files: 1 names are left out: {place}/c.csv" in caplog.text
     assert job.run(spark, again)["new_annotated"] == 0
-    assert records.is_unchanged(spark, again, "annotate")
-    (place / "a.jsonl").write_text(json.dumps({"q": ENGLISH}))
-    assert not records.is_unchanged(spark, again, "annotate")
+    assert stage_named("annotate").is_unchanged(spark, again)
+    (place / "a.JSONL").write_text(json.dumps({"q": ENGLISH}))
+    assert not stage_named("annotate").is_unchanged(spark, again)
     few = dataclasses.replace(again.annotate, near_duplicates=None, language=False, quality=False)
     changed = dataclasses.replace(again, annotate=few)
     assert job.run(spark, changed)["new_annotated"] == len(TEXTS)
@@ -281,13 +298,13 @@ def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
     rows = rows_of(spark, config)
     naming = ("duplicate_of", "near_duplicate_of", "contaminated_ngrams")
     clean = [name for name, row in rows.items() if not any(row[column] for column in naming)]
-    assert ids(corpora.read_corpus(spark, config.root, "clean")) == sorted(clean)
+    assert ids(corpus_records.read_corpus(spark, config.root, "clean")) == sorted(clean)
     assert 0 < len(clean) < len(names)
     ranked = sorted(names, key=lambda name: (-len(TEXTS[name][1].split()) - len(TEXTS[name][1]) / 1e6, name))
-    assert ids(corpora.read_corpus(spark, config.root, "long")) == sorted(ranked[: len(names) // 2])
-    newest = corpora.newest(spark, config.table_uri("annotations"))
+    assert ids(corpus_records.read_corpus(spark, config.root, "long")) == sorted(ranked[: len(names) // 2])
+    newest = corpus_records.newest(spark, config.layout.table("annotations"))
     assert newest is not None
-    inputs = {name: corpora.show_corpus(spark, config.root, name)["inputs"] for name in ("clean", "long")}
+    inputs = {name: corpus_records.show_corpus(spark, config.root, name)["inputs"] for name in ("clean", "long")}
     assert [inputs[name]["annotations_version"] for name in ("clean", "long")] == [newest.version] * 2
     versions = {name: importlib.metadata.version(name) for name in ("datasketch", "py3langid")}
     assert inputs["clean"]["annotated_by"]["packages"] == versions
@@ -298,17 +315,17 @@ def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
     assert named["corpus long, version 1: rows are the matrix's"] == verify.Check(
         "corpus long, version 1: rows are the matrix's", len(names) // 2, len(names) // 2, True
     )
-    # What was dropped is asked for by these columns too, and by a text beside.
+    # Dropped rows can be asked for by these columns too, alone and together with the text.
     named_copies = {name for name in names if rows[name]["duplicate_of"]}
     for sql in ("duplicate_of is not null", "duplicate_of is not null and length(text) > 0"):
         shown = inspect(spark, config.root, "clean", Question(sql="duplicate_of is null", n_rows=100))
-        assert {row["instance_id"] for row in shown["rows"]} == set(clean)
+        assert {row["instance_id"] for row in shown.rows} == set(clean)
         with pytest.raises(CorpusError, match="expected kept rows where duplicate_of is not null"):
             inspect(spark, config.root, "clean", Question(sql=sql))
         shown = inspect(spark, config.root, "long", Question(side="dropped", sql=sql, n_rows=100))
-        assert {row["instance_id"] for row in shown["rows"]} == named_copies - set(ranked[: len(names) // 2])
+        assert {row["instance_id"] for row in shown.rows} == named_copies - set(ranked[: len(names) // 2])
     # Merged files are the same annotations; others are others.
-    tables.merge_small_files(spark, config.table_uri("annotations"))
+    tables.merge_small_files(spark, config.layout.table("annotations"))
     assert all(one["skipped"] for one in refine.run(spark, config)["refined"].values())
     assert config.annotate is not None
     other = dataclasses.replace(config.annotate, near_duplicates=NearDuplicatesConfig(threshold=0.5))
@@ -327,13 +344,13 @@ def test_refinement_never_guesses_what_is_not_annotated(spark: Any, copy: Experi
     with pytest.raises(CorpusError, match=r"found 2 that are not annotated, for example new\w*; run `miniplm"):
         refine.run(spark, clean)
     assert {check.name: check.behind for check in wrong(spark, copy)}["annotations: pool = annotated"] == 2
-    shutil.rmtree(storage.local_path(copy.table_uri("annotations")))
+    shutil.rmtree(storage.local_path(copy.layout.table("annotations")))
     asked = with_corpora(copy, asked=CorpusConfig(where="language = 'en'", score="n_words"))
     with pytest.raises(CorpusError, match=r"language, n_words.*annotate \(language, quality\).*`miniplm annotate`"):
         refine.run(spark, asked)
     with pytest.raises(ConfigError, match=r"no SQL over score_matrix.*langauge"):
         refine.run(spark, with_corpora(copy, asked=CorpusConfig(where="langauge = 'en'")))
-    # One that follows the matrix has its columns alone.
+    # A corpus that follows the matrix has only the matrix's columns.
     with pytest.raises(ConfigError, match=r"no SQL over score_matrix.*duplicate_of"):
         refine.follow(spark, clean)
 
@@ -342,9 +359,9 @@ def test_refinement_never_guesses_what_is_not_annotated(spark: Any, copy: Experi
 def test_a_take_down_leaves_no_copy_of_nothing(spark: Any, copy: ExperimentConfig) -> None:
     gone = {"z copied", "q3 of it", "zh"}
     found = takedown.take_down(spark, copy, [f"document of {name}" for name in gone], Takedown("a test"))
-    assert found["removed"] == {"annotations": 3, "instances": 3}
+    assert found.removed == {"annotations": 3, "instances": 3}
     left = rows_of(spark, copy)
-    # What named them is to be annotated anew: of two copies of what went, one is the first now.
+    # Rows that named them have to be annotated again: of two copies of a removed text, one is the first now.
     assert TEXTS.keys() - left.keys() == gone | {"x", "y copied", "p3 made"}
     assert {check.name for check in wrong(spark, copy)} == {"annotations: pool = annotated"}
     assert job.run(spark, copy)["new_annotated"] == 3
@@ -365,9 +382,11 @@ def test_the_words_of_a_text_are_looked_for_once(spark: Any) -> None:
     near = NearDuplicatesConfig()
     for made in (
         duplicates.with_buckets(rows, near),
-        duplicates.shingled(pairs, rows, near),
+        duplicates.shingle_sets(pairs, rows, near),
         quality_columns.with_quality(rows),
-        contamination.shared_ngrams(rows, Evaluation(spark.range(1).withColumnRenamed("id", "ngram"), 1, 1, 0, ""), 13),
+        contamination.shared_ngrams(
+            rows, EvaluationNgrams(spark.range(1).withColumnRenamed("id", "ngram"), 1, 1, 0, ""), 13
+        ),
     ):
         plan = made._jdf.queryExecution().optimizedPlan().toString()
         assert plan.count("regexp_extract_all(lower(") == 1, plan
@@ -379,13 +398,17 @@ def test_what_is_refused(spark: Any, copy: ExperimentConfig, tmp_path: Path, mon
         return dataclasses.replace(copy, annotate=settings)
 
     (tmp_path / "bad.jsonl").write_text('{"a": "b"}\n["no object"]\n')
-    (tmp_path / "short.txt").write_text("few words")
+    for name in ("short.txt", "_hidden.txt", "colon/a:b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("few words")
     for config, message in (
-        (of(str(tmp_path / "nowhere")), "nowhere, found none"),
+        (of(str(tmp_path / "nowhere")), r"annotate\.contamination\.files: .*nowhere matches no file"),
+        (of(str(tmp_path / "_hidden.txt")), r"names that begin with _ or \. are hidden from it: .*/_hidden\.txt"),
+        (of(str(tmp_path / "colon")), r"annotate\.contamination\.files: 1 files have a colon in their name.*a:b"),
         (of([str(tmp_path / "short.txt"), str(tmp_path / "root")]), "root, found none"),
-        (of(str(tmp_path / "bad.jsonl")), r"bad\.jsonl: expected a JSON object a line.*found list"),
+        (of(str(tmp_path / "bad.jsonl")), r"bad\.jsonl: expected one JSON object per line.*found list"),
         (of(str(tmp_path / "short.txt")), "texts of 13 words or more, found none in 1 records"),
-        (dataclasses.replace(copy, annotate=None), "expected a section of that name"),
+        (dataclasses.replace(copy, annotate=None), "expected a section with this name"),
         (dataclasses.replace(copy, root=str(tmp_path / "empty")), "expected a Delta table"),
     ):
         with pytest.raises((ConfigError, CorpusError), match=message):

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 from pyspark.errors import AnalysisException
 
-from jobs import records, refine
-from miniplm_udf import catalog
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SparkConfig
+from jobs.stage_runner import execute
+from jobs.stages import Options, stage_named
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig
+from miniplm_udf.config.sections import ModelConfig, SparkConfig
 from miniplm_udf.errors import ConfigError
-from tests.spark.score_tables import experiment, texts, write_instances
-from tests.spark.test_refine import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record
+from miniplm_udf.store import catalog
+from tests.support.matrices import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record
+from tests.support.score_tables import experiment, texts, write_instances
 
 COUNT = "SELECT count(*) FROM {}kept_text WHERE text IS NOT NULL AND score IS NOT NULL"
 
@@ -25,14 +28,14 @@ def test_a_root_has_names(spark: Any, tmp_path: Path) -> None:
     rows = [
         {**row, "instance_id": instance["instance_id"]}
         for row, instance in zip(
-            matrix_rows(30), spark.read.format("delta").load(config.table_uri("instances")).collect(), strict=True
+            matrix_rows(30), spark.read.format("delta").load(config.layout.table("instances")).collect(), strict=True
         )
     ]
     write_matrix(spark, config, rows)
     for alias in ALIASES:
         write_record(config, alias)
     config = dataclasses.replace(config, spark=SparkConfig(schema="a_schema"))
-    kept = records.execute("refine", refine.run, spark, config)["kept"]["kept"]
+    kept = execute(stage_named("refine"), spark, config)["kept"]["kept"]
     other = spark.newSession()
     try:
         assert other.sql(COUNT.format("a_schema.")).collect()[0][0] == kept > 5
@@ -51,13 +54,14 @@ def test_a_root_has_names(spark: Any, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"a_schema\.score_matrix, found .*a root"):
             catalog.register_tables(spark, elsewhere.root, "a_schema")
         # A stage does no work then.
+        stage = dataclasses.replace(stage_named("refine"), run=never)
         with pytest.raises(ConfigError, match=r"a_schema\.score_matrix"):
-            records.execute("refine", never, spark, dataclasses.replace(elsewhere, spark=config.spark))
+            execute(stage, spark, dataclasses.replace(elsewhere, spark=config.spark))
     finally:
         spark.sql("DROP SCHEMA a_schema CASCADE")
 
 
-def never(spark: Any, config: ExperimentConfig) -> dict[str, Any]:
+def never(spark: Any, config: ExperimentConfig, options: Options) -> dict[str, Any]:
     raise AssertionError("no work was expected")
 
 

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from miniplm_udf import schemas, storage, tables
+from miniplm_udf import schemas, storage
+from miniplm_udf.store import tables
 
 QUERY = "q" * 32
 

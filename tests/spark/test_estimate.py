@@ -1,18 +1,18 @@
 """`miniplm estimate` on real Spark: its counts are those of ingest and score on the same input; it writes nothing."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import command, ingest, score
 from jobs import estimate as job
-from jobs import ingest, score
-from miniplm_udf import estimate as estimate_module
 from miniplm_udf import storage
-from miniplm_udf.config import (
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import (
     ChunkingConfig,
-    ExperimentConfig,
     FieldsConfig,
     IngestConfig,
     ModelConfig,
@@ -23,9 +23,11 @@ from miniplm_udf.config import (
     TrainConfig,
 )
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.estimate import Gpus, estimate
-from tests.spark.score_tables import model_config
-from tests.unit.tiny_models import make_model_folder
+from miniplm_udf.estimate import estimate as estimate_module
+from miniplm_udf.estimate.estimate import estimate
+from miniplm_udf.estimate.results import Gpus
+from tests.support.score_tables import model_config
+from tests.support.tiny_models import make_model_folder
 
 GOOD = [f"Document {i}. " + "hello world, this is a test of the tokenizer! " * (1 + i % 7) for i in range(120)]
 
@@ -65,7 +67,7 @@ def jsonl(folder: Path, bad: bool = True) -> Path:
 
 
 def run(spark: Any, config: ExperimentConfig, sample_bytes: int = 10**7) -> dict[str, Any]:
-    return estimate(spark, config, sample_bytes, Gpus())
+    return dataclasses.asdict(estimate(spark, config, sample_bytes, Gpus()))
 
 
 def test_of_a_corpus_that_is_read_whole_every_count_is_exact(spark: Any, tmp_path: Path, teacher: ModelConfig) -> None:
@@ -77,7 +79,7 @@ def test_of_a_corpus_that_is_read_whole_every_count_is_exact(spark: Any, tmp_pat
     corpus = found["corpus"]
     assert (corpus["documents"], corpus["instances"]) == (ingested["documents"], ingested["instances"])
     assert corpus["by_split"] == ingested["by_split"]
-    table = spark.read.format("delta").load(config.table_uri("instances"))
+    table = spark.read.format("delta").load(config.layout.table("instances"))
     assert corpus["text_bytes"] == sum(row["n_bytes"] for row in table.collect())
     assert found["models"]["teacher"]["tokens"] == scored["tokens"]["teacher"]
     assert found["rejects"]["ingest"]["reasons"] == {"invalid_json": 1, "empty_text": 1, "missing_text": 1}
@@ -144,7 +146,7 @@ def test_what_would_be_rejected_is_exit_code_3(
     folder.mkdir()
     (folder / "a.jsonl").write_text("\n".join([json.dumps({"text": text}) for text in GOOD] + ["{bad"] * 30) + "\n")
     config = config_of(tmp_path / "root", teacher, folder)
-    monkeypatch.setattr(job, "load_config", lambda path, overrides: config)
+    monkeypatch.setattr(command, "load_config", lambda path, overrides: config)
     monkeypatch.setattr(job, "run", lambda config, arguments: run(spark, config))
     assert job.main(["-c", "x.yaml"]) == 3
     shown = capsys.readouterr().out

@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 from delta.tables import DeltaTable
 
-from jobs import cli, corpus_text, refine
-from jobs import export as job
-from miniplm_udf import corpora, pins, storage
+from jobs import cli, corpus_text, refine, session
+from miniplm_udf import storage
+from miniplm_udf.corpora import export_folder, takedown, versions
+from miniplm_udf.corpora.export import ExportRequest, export
+from miniplm_udf.corpora.file_writers import FORMATS
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.progress import watched_tasks
-from miniplm_udf.reading import folders
-from miniplm_udf.reading.export import ExportRequest, export
-from miniplm_udf.reading.file_writers import FORMATS
-from miniplm_udf.upkeep import takedown, versions
-from tests.spark.score_tables import texts
-from tests.spark.test_takedown import ASKED, World
+from miniplm_udf.store import corpus_records
+from tests.support.score_tables import texts
+from tests.support.takedown_roots import ASKED, World
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DOCUMENTS = [
@@ -43,7 +42,7 @@ def world(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def loaded(folder: Path, cache: Path) -> list[dict[str, Any]]:
-    """What `datasets` makes of a folder, told nothing of it."""
+    """Loads a folder with `datasets`, without any hint about the format."""
     import datasets
 
     return list(datasets.load_dataset(str(folder), split="train", cache_dir=str(cache)))
@@ -70,11 +69,14 @@ def documents_of(rows: list[dict[str, Any]]) -> dict[str, bytes]:
 @pytest.mark.parametrize("to", FORMATS)
 def test_every_byte_is_found_again(spark: Any, world: World, tmp_path: Path, to: str) -> None:
     out = tmp_path / "my exports" / "kept"
-    made = export(spark, world.config, "kept", ExportRequest(to=to, out=str(out), rows_per_file=3))
+    made = dataclasses.asdict(export(spark, world.config, "kept", ExportRequest(to=to, out=str(out), rows_per_file=3)))
     rows = {row["instance_id"]: row for row in loaded(out, tmp_path / "cache")}
 
     instances = {row["instance_id"]: row.asDict() for row in world.rows("instances")}
-    kept = {row["instance_id"]: row.asDict() for row in corpora.read_corpus(spark, world.config.root, "kept").collect()}
+    kept = {
+        row["instance_id"]: row.asDict()
+        for row in corpus_records.read_corpus(spark, world.config.root, "kept").collect()
+    }
     assert len(rows) == len(kept) == len(instances) == made["n_instances"] > 3
     columns = list(made["columns"])
     assert {"score", "text", "metadata", "document_ids", "teacher_nll_mean", "reference_n_tokens"} <= set(columns)
@@ -86,9 +88,9 @@ def test_every_byte_is_found_again(spark: Any, world: World, tmp_path: Path, to:
     originals = {text.split(" w")[0]: text.encode() for text in DOCUMENTS}
     assert documents_of(list(rows.values())) == originals
 
-    manifest = json.loads((out / folders.MANIFEST).read_text())
+    manifest = json.loads((out / export_folder.MANIFEST).read_text())
     assert {**manifest, "path": storage.redact(storage.to_uri(str(out)))} == made
-    known = corpora.show_corpus(spark, world.config.root, "kept")
+    known = corpus_records.show_corpus(spark, world.config.root, "kept")
     for key in ("version", "fingerprint", "n_instances", "n_tokens", "config", "threshold"):
         assert manifest[key] == known[key], key
     assert manifest["text_bytes"] == sum(map(len, originals.values()))
@@ -97,7 +99,7 @@ def test_every_byte_is_found_again(spark: Any, world: World, tmp_path: Path, to:
     assert {file["name"]: file["n_bytes"] for file in manifest["files"]} == files
     assert len(files) > 1
     assert sum(file["n_rows"] for file in manifest["files"]) == len(rows)
-    assert {path.name for path in out.iterdir()} == {*files, folders.MANIFEST, "README.md"}
+    assert {path.name for path in out.iterdir()} == {*files, export_folder.MANIFEST, "README.md"}
     assert [path.name for path in out.parent.iterdir()] == ["kept"]
 
 
@@ -135,12 +137,12 @@ def test_what_is_refused_leaves_all_as_it_was(spark: Any, copy: World, tmp_path:
         export(spark, copy.config, "nobody", out)
     # Rows that are not what was recorded of them.
     pin = versions.pin(spark, copy.config.root, "kept", "changed")
-    pinned = DeltaTable.forPath(spark, pins.copy_uri(copy.config.root, "kept", pin.version))
+    pinned = DeltaTable.forPath(spark, copy.config.layout.pinned("kept", pin.version))
     pinned.update(set={"score": "score + 1"})
     with pytest.raises(CorpusError, match="expected rows of the fingerprint"):
         export(spark, copy.config, "kept@changed", out)
     # Rows whose instances are not there.
-    DeltaTable.forPath(spark, copy.config.table_uri("instances")).delete("ordinal = 0")
+    DeltaTable.forPath(spark, copy.config.layout.table("instances")).delete("ordinal = 0")
     with pytest.raises(CorpusError, match=rf"kept@{pin.version}: expected its {pin.n_instances} instances"):
         export(spark, copy.config, "kept", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "theirs"]
@@ -150,16 +152,16 @@ def test_what_is_refused_leaves_all_as_it_was(spark: Any, copy: World, tmp_path:
 def test_an_export_of_a_pinned_version_is_without_what_was_taken_down(spark: Any, copy: World, tmp_path: Path) -> None:
     made = versions.pin(spark, copy.config.root, "kept", "all")
     first = export(spark, copy.config, "kept@all", ExportRequest(to="parquet"))
-    assert first["path"] == f"{copy.config.root}/exports/kept-{made.version}.parquet"
+    assert first.path == f"{copy.config.root}/exports/kept-{made.version}.parquet"
     found = takedown.take_down(spark, copy.config, ["text 3"], ASKED)
-    assert found["exports"] == [f"kept-{made.version}.parquet"]
+    assert found.exports == [f"kept-{made.version}.parquet"]
     assert f"not changed: kept-{made.version}.parquet" in corpus_text.taken_down(found)
-    with pytest.raises(ConfigError, match=rf"an export of kept@{made.version}; give another place, or --overwrite"):
+    with pytest.raises(ConfigError, match=rf"an export of kept@{made.version}; choose another folder, or --overwrite"):
         export(spark, copy.config, "kept@all", ExportRequest(to="parquet"))
     again = export(spark, copy.config, "kept@all", ExportRequest(to="parquet", overwrite=True))
-    assert (again["version"], again["n_instances"]) == (made.version, first["n_instances"] - found["instances"])
-    rows = spark.read.parquet(f"{again['path']}/*.parquet").collect()
-    assert len(rows) == again["n_instances"]
+    assert (again.version, again.n_instances) == (made.version, first.n_instances - found.instances)
+    rows = spark.read.parquet(f"{again.path}/*.parquet").collect()
+    assert len(rows) == again.n_instances
     assert "text 3" not in {document for row in rows for document in row["document_ids"]}
 
 
@@ -167,7 +169,7 @@ def test_the_command_writes_says_so_and_refuses(
     spark: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(spark, "stop", lambda: None)
-    monkeypatch.setattr(job, "make_session", lambda config, name: spark)
+    monkeypatch.setattr(session, "make_session", lambda config, name: spark)
     given = ["kept", "-c", str(CONF / "demo.yaml"), f"root={world.config.root}", "--to", "jsonl.zst"]
     assert cli.main(["export", *given, "--out", str(tmp_path / "out")]) == 0
     written = capsys.readouterr()

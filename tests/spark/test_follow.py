@@ -14,17 +14,20 @@ from unittest import mock
 import pytest
 
 from jobs import refine as job
-from miniplm_udf import corpora, schemas, storage, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig, StreamConfig
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, SelectConfig
+from miniplm_udf.config.sections import ModelConfig, StreamConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.refinement import cuts, refine
-from miniplm_udf.refinement.follow import Follower, follow_query
+from miniplm_udf.refinement import cuts, fingerprints, refine
+from miniplm_udf.refinement.follow import Follower
 from miniplm_udf.refinement.selection import UNUSABLE, budget_of
+from miniplm_udf.store import corpus_records, tables
 from miniplm_udf.streams import status as statuses
-from tests.spark.score_tables import experiment
-from tests.spark.test_refine import ALIASES, DIFFERENCE, ids, with_corpora, write_record
-from tests.spark.test_stream import Service, until
-from tests.unit.test_selection import by_sorting
+from tests.support.matrices import ALIASES, DIFFERENCE, ids, with_corpora, write_record
+from tests.support.score_tables import experiment
+from tests.support.selection_oracles import by_sorting
+from tests.support.services import Service, until
 
 QUERY = "q" * 32
 HALF = CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=0.5))
@@ -58,7 +61,7 @@ def write_batch(spark: Any, config: ExperimentConfig, rows: Rows, replaces: bool
     frame = spark.createDataFrame([tuple(row[c] for c in table.column_names) for row in rows], table.spark_schema())
     write = tables.overwrite if replaces else tables.append
     query_id, batch_id = rows[0]["query_id"], rows[0]["batch_id"]
-    write(frame, config.table_uri("score_matrix"), table, query_id=query_id, batch_id=batch_id)
+    write(frame, config.layout.table("score_matrix"), table, query_id=query_id, batch_id=batch_id)
 
 
 def ranked(rows: Rows) -> list[tuple[float, str, int]]:
@@ -73,6 +76,11 @@ def bucket_of(score: float) -> int:
     return math.floor(math.copysign(math.log1p(abs(score) * 1000) * 1024, score))
 
 
+def take(follower: Follower, batch: Any) -> None:
+    """Gives rows of the matrix to a follower, as a micro-batch of its stream."""
+    follower.micro_batch(batch, "", 0)
+
+
 class World:
     """A root with a matrix of one micro-batch, and a corpus `half` that is followed by hand."""
 
@@ -83,8 +91,8 @@ class World:
         self.rows: Rows = []
         for alias in ALIASES:
             write_record(self.config, alias)
-        self.uri = corpora.corpus_uri(self.config.root, "half")
-        self.cuts_uri = cuts.cuts_uri(self.config.root, "half")
+        self.uri = self.config.layout.refined("half")
+        self.cuts_uri = self.config.layout.cuts("half")
 
     def score(self, n: int, shift: float = 0.0, query_id: str = QUERY) -> int:
         """Adds a micro-batch to the matrix, and returns its number."""
@@ -96,30 +104,30 @@ class World:
 
     def follower(self) -> Follower:
         made = Follower(self.spark, self.config, "half")
-        made.start()
+        made.source()
         return made
 
     def batch(self, *batch_ids: int) -> Any:
-        matrix = tables.read(self.spark, self.config.table_uri("score_matrix"))
+        matrix = tables.read(self.spark, self.config.layout.table("score_matrix"))
         return matrix.where(matrix.batch_id.isin(list(batch_ids)))
 
-    def newest(self) -> corpora.Newest:
-        found = corpora.newest(self.spark, self.uri)
+    def newest(self) -> corpus_records.Newest:
+        found = corpus_records.newest(self.spark, self.uri)
         assert found is not None
         return found
 
-    def provenance(self) -> corpora.Provenance:
+    def provenance(self) -> corpus_records.Provenance:
         found = self.newest().provenance
         assert found is not None
         return found
 
     def has_counts(self) -> bool:
         """Whether anything is counted yet: the table is made first, by a commit of its own."""
-        found = corpora.newest(self.spark, self.cuts_uri)
+        found = corpus_records.newest(self.spark, self.cuts_uri)
         return found is not None and found.metadata is not None
 
     def cut(self) -> dict[str, Any]:
-        found = corpora.newest(self.spark, self.cuts_uri)
+        found = corpus_records.newest(self.spark, self.cuts_uri)
         assert found is not None
         assert found.metadata is not None
         return dict(found.metadata["cut"])
@@ -135,11 +143,11 @@ class World:
         from pyspark.sql import functions as F
 
         found, rows = self.provenance(), tables.read(self.spark, self.uri)
-        (sums,) = rows.agg(*refine.sums_of(F.lit(True))).collect()
+        (sums,) = rows.agg(*fingerprints.sums_of(F.lit(True))).collect()
         assert (found.n_instances, found.n_tokens) == (sums["n_kept"], sums["n_tokens"])
         assert found.threshold == sums["threshold"]
-        assert found.fingerprint == refine.fingerprint_of([(sums["xor"], sums["sum"])], sums["n_kept"])
-        shown = corpora.show_corpus(self.spark, self.config.root, "half")
+        assert found.fingerprint == fingerprints.fingerprint_of([(sums["xor"], sums["sum"])], sums["n_kept"])
+        shown = corpus_records.show_corpus(self.spark, self.config.root, "half")
         assert shown["version"] == self.newest().version
         assert shown["fingerprint"] == found.fingerprint
         assert shown["inputs"].get("followed") == found.followed
@@ -154,7 +162,7 @@ def test_each_cut_is_within_a_bucket_of_the_exact_one(spark: Any, tmp_path: Path
     since = world.newest().version
     for number, shift in enumerate((0.0, 0.2, -0.4)):
         batch_id = world.score(1000, shift) if number else 0
-        follower.take(world.batch(batch_id))
+        take(follower, world.batch(batch_id))
         cut, candidates = world.cut(), ranked(world.rows)
         # The counts are those of all candidates so far.
         counted: dict[int, list[int]] = {}
@@ -186,7 +194,7 @@ def test_each_cut_is_within_a_bucket_of_the_exact_one(spark: Any, tmp_path: Path
             assert found_provenance.followed["since_version"] == since
             assert found_provenance.inputs["last_batches"] == {QUERY: batch_id}
         world.check_provenance()
-    listed = corpora.list_corpora(spark, world.config.root).collect()
+    listed = corpus_records.list_corpora(spark, world.config.root).collect()
     assert ["followed" in json.loads(row["inputs"]) for row in listed] == [False, True, True]
 
 
@@ -198,10 +206,10 @@ def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) ->
     """Killed before and after each commit of a micro-batch, which is then given again to a new driver."""
     world = World(spark, tmp_path / "root")
     world.score(300)
-    world.follower().take(world.batch(0))
+    take(world.follower(), world.batch(0))
     expected = world.kept()
     # Behind each commit is before the next.
-    for module, name in ((cuts, "write"), (refine, "commit"), (corpora, "record")):
+    for module, name in ((cuts, "write_counts"), (refine, "commit"), (corpus_records, "record")):
         for committed in (False, True)[module is not cuts :]:
             batch_id, follower = world.score(150, 0.2), world.follower()
             real = getattr(module, name)
@@ -212,8 +220,8 @@ def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) ->
                 raise Killed
 
             with mock.patch.object(module, name, killed), pytest.raises(Killed):
-                follower.take(world.batch(batch_id))
-            world.follower().take(world.batch(batch_id))
+                take(follower, world.batch(batch_id))
+            take(world.follower(), world.batch(batch_id))
             counts: dict[int, tuple[int, int]] = {}
             for score, _, n_tokens in ranked(world.rows):
                 counts = dict(cuts.merged(counts, {bucket_of(score): (1, n_tokens)}))
@@ -225,23 +233,26 @@ def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) ->
             world.check_provenance()
     before = world.newest()
     # All at once, as where the checkpoint is lost.
-    world.follower().take(world.batch(*range(batch_id + 1)))
+    take(world.follower(), world.batch(*range(batch_id + 1)))
     assert world.newest() == before
-    # Its files merged, it is the same version, and goes on.
+    # After its files were merged, it is the same version, and the follower continues.
     tables.compact(spark, world.uri, 31)
     assert (world.newest().base, world.newest().version) == (before.version + 1, before.version)
-    world.follower().take(world.batch(world.score(150, 0.2)))
+    take(world.follower(), world.batch(world.score(150, 0.2)))
     world.check_provenance()
     assert world.kept() != expected
-    assert [row["version"] for row in corpora.list_corpora(spark, world.config.root).collect()] == [*range(1, 6), 7]
+    assert [row["version"] for row in corpus_records.list_corpora(spark, world.config.root).collect()] == [
+        *range(1, 6),
+        7,
+    ]
 
 
 def test_a_full_refinement_in_between_is_taken_up(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     world.score(300)
     follower = world.follower()
-    follower.take(world.batch(0))
-    follower.take(world.batch(world.score(200, 0.3)))
+    take(follower, world.batch(0))
+    take(follower, world.batch(world.score(200, 0.3)))
     # The refinement sees two micro-batches that the follower has not come to.
     ahead = [world.score(200), world.score(200, -0.3)]
     full = job.run(spark, world.config)["refined"]["half"]
@@ -250,19 +261,19 @@ def test_a_full_refinement_in_between_is_taken_up(spark: Any, tmp_path: Path) ->
     exact = by_sorting(candidates, len(candidates) // 2)
     assert world.kept() == exact
     for batch_id in ahead:
-        follower.take(world.batch(batch_id))
+        take(follower, world.batch(batch_id))
         assert world.newest().version == full["version"]
     assert world.cut()["budget"] == len(exact)
     assert job.run(spark, world.config)["refined"]["half"]["skipped"]
     later = world.score(200, 0.2)
-    follower.take(world.batch(later))
+    take(follower, world.batch(later))
     appended = {row["instance_id"] for row in world.rows if row["batch_id"] == later}
     assert set(exact) < set(world.kept())
     assert set(world.kept()) - set(exact) < appended
     assert world.provenance().followed is not None
     assert world.provenance().followed["since_version"] == full["version"]  # type: ignore[index]
     world.check_provenance()
-    # What was followed is not what a refinement makes: it is made, once.
+    # A followed version differs from a full refinement, so the refinement is made, once.
     again = job.run(spark, world.config)["refined"]["half"]
     assert not again["skipped"]
     candidates = [(score, name, 1) for score, name, _ in ranked(world.rows)]
@@ -274,10 +285,10 @@ def test_a_micro_batch_that_keeps_nothing_makes_no_version_and_has_its_cut(spark
     world = World(spark, tmp_path / "root")
     world.score(300)
     follower = world.follower()
-    follower.take(world.batch(0))
+    take(follower, world.batch(0))
     version = world.newest().version
     before = world.cut()
-    follower.take(world.batch(world.score(50, -9.0)))
+    take(follower, world.batch(world.score(50, -9.0)))
     assert world.newest().version == version
     assert world.cut()["budget"] > before["budget"]
     assert world.cut()["score"] < before["score"]
@@ -285,7 +296,7 @@ def test_a_micro_batch_that_keeps_nothing_makes_no_version_and_has_its_cut(spark
     rows = [{**row, "split": "heldout"} for row in matrix_rows(20, 2)]
     write_batch(spark, world.config, rows)
     counted = world.cut()
-    follower.take(world.batch(2))
+    take(follower, world.batch(2))
     assert world.cut() == counted
 
 
@@ -294,8 +305,8 @@ def test_a_score_that_is_no_number_is_counted_and_never_kept(spark: Any, tmp_pat
     world = World(spark, tmp_path / "root", CorpusConfig(score=bad, select=SelectConfig(ratio=0.9)))
     world.score(100)
     follower = world.follower()
-    follower.take(world.batch(0))
-    follower.take(world.batch(world.score(100)))
+    take(follower, world.batch(0))
+    take(follower, world.batch(world.score(100)))
     candidates = [row for row in world.rows if row["split"] == "pool" and row["teacher_n_tokens"] >= 32]
     usable = [row["instance_id"] for row in candidates if row["n_bytes"] % 3 != 0]
     assert world.kept() == sorted(usable)
@@ -329,16 +340,16 @@ def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path) -
     first = world.follower()
     stale = world.newest()
     batch_id = world.score(200)
-    first.take(world.batch(0))
-    first.take(world.batch(batch_id))
-    rows = refine.candidate_rows(world.batch(0), world.config, "half", refine.resolve(world.config, "half"))
+    take(first, world.batch(0))
+    take(first, world.batch(batch_id))
+    rows = refine.candidate_rows(world.batch(0), world.config, "half", refine.resolve_corpus(world.config, "half"))
     version = world.newest().version
 
     def commit(frame: Any, replaces: bool, n: int) -> int:
         found = dataclasses.replace(world.provenance(), n_unscorable=n)
         return refine.commit(world.config, frame, 1, found, stale, replaces)
 
-    # One that rests on an old version: dropped by Delta, and told here.
+    # Delta drops a commit on top of an old version; here it is an error.
     for replaces in (False, True):
         with pytest.raises(CorpusError, match="another driver has written a version meanwhile"):
             commit(rows, replaces, 98)
@@ -376,26 +387,26 @@ def test_another_config_or_matrix_is_not_mixed_in(spark: Any, tmp_path: Path) ->
     world = World(spark, tmp_path / "root")
     world.score(300)
     follower = world.follower()
-    follower.take(world.batch(0))
+    take(follower, world.batch(0))
     # The same name with another ratio, refined by another driver.
     other = with_corpora(world.config, half=CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=0.2)))
     refined = job.run(spark, other)["refined"]["half"]
     batch_id = world.score(200)
     with pytest.raises(CorpusError, match="expected versions of the config that is followed"):
-        follower.take(world.batch(batch_id))
+        take(follower, world.batch(batch_id))
     assert world.newest().version == refined["version"]
-    # A new start refines by the config that is followed, and goes on.
+    # A new start refines by the config that is followed, and then continues.
     follower = world.follower()
     assert world.provenance().config["select"]["ratio"] == 0.5
-    follower.take(world.batch(batch_id))
-    follower.take(world.batch(world.score(200)))
+    take(follower, world.batch(batch_id))
+    take(follower, world.batch(world.score(200)))
     world.check_provenance()
     # Another matrix: the follower of the old one does not count its rows.
     write_batch(spark, world.config, matrix_rows(250, 0, "r" * 32), replaces=True)
-    with pytest.raises(CorpusError, match="score_matrix was built anew meanwhile"):
-        follower.take(world.batch(0))
+    with pytest.raises(CorpusError, match="score_matrix was built again meanwhile"):
+        take(follower, world.batch(0))
     with pytest.raises(ConfigError, match="'whole'"):
-        follow_query(spark, world.config, "whole")
+        Follower(spark, world.config, "whole")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +446,7 @@ def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Pat
     candidates = ranked(world.rows)
     above = sorted(name for score, name, _ in candidates if score >= 0.25)
     # A threshold is exact.
-    assert ids(corpora.read_corpus(spark, world.config.root, "above")) == above
+    assert ids(corpus_records.read_corpus(spark, world.config.root, "above")) == above
     assert all(found["n_candidates"] == len(candidates) for found in second.values())
     assert abs(second["random"]["n_instances"] - len(candidates) / 2) < 40
     assert abs(second["noisy"]["n_instances"] - len(candidates) / 2) < 40
@@ -447,12 +458,12 @@ def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Pat
 
     assert again() == versions
     for name in ("half", "random"):
-        storage.remove_folder(world.config.checkpoint_uri(f"follow-{name}"))
-    storage.remove_folder(cuts.cuts_uri(world.config.root, "above"))
-    storage.remove_folder(cuts.cuts_uri(world.config.root, "random"))
+        storage.remove_folder(world.config.layout.checkpoint(f"follow-{name}"))
+    storage.remove_folder(world.config.layout.cuts("above"))
+    storage.remove_folder(world.config.layout.cuts("random"))
     assert again() == versions
     world.check_provenance()
-    # A matrix that was built anew, by another query.
+    # Another query builds the matrix again.
     write_batch(spark, world.config, matrix_rows(250, 0, "r" * 32), replaces=True)
     third = job.follow(spark, world.config, ["half"])["followed"]
     assert list(third) == ["half"]
@@ -483,7 +494,7 @@ def test_the_service_follows_until_sigterm(spark: Any, tmp_path: Path) -> None:
         world.score(200, 0.1)
         until(lambda: n_candidates() == len(ranked(world.rows)), "the third")
         assert world.provenance().followed["since_version"] == full["version"]  # type: ignore[index]
-        # The matrix is built anew under it.
+        # The matrix is built again while the follower runs.
         write_batch(spark, world.config, matrix_rows(250, 0, "r" * 32), replaces=True)
         until(lambda: list(world.provenance().inputs["last_batches"]) == ["r" * 32], "the new matrix")
         write_batch(spark, world.config, matrix_rows(250, 1, "r" * 32, 0.5))

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,97 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jobs.ingest import run
-from miniplm_udf import schemas, tables
-from miniplm_udf.config import (
-    ChunkingConfig,
-    ExperimentConfig,
-    FieldsConfig,
-    IngestConfig,
-    ModelConfig,
-    SplitConfig,
-)
+from jobs.stage_runner import execute
+from jobs.stages import stage_named
+from miniplm_udf import schemas
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import FieldsConfig, ModelConfig, SplitConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
-from miniplm_udf.ingestion import ingest_query
-
-Make = Callable[..., ExperimentConfig]
-
-ROWS = [
-    {
-        "id": f"d{i}",
-        "text": f"Document {i} says: héllo, wörld. It goes on; and on!\nUntil 终 {i * i}.",
-        "source": f"s{i % 2}",
-    }
-    for i in range(40)
-]
-
-SENTENCE = "This is one of very many sentences in a line without end, 终. "
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that passes for a model as far as tokenizers go: a byte-level BPE of 400 entries."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([*(row["text"] for row in ROWS), SENTENCE * 40], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"")
-    return folder
-
-
-@pytest.fixture
-def make(tmp_path: Path, tokenizer_folder: Path) -> Make:
-    """Makes configs that share a root in a temporary folder; keywords are `IngestConfig`'s, or `mode` and the like."""
-
-    def made(
-        input: str, mode: str = "packed", root: str = "root", max_tokens: int = 33, **ingest: Any
-    ) -> ExperimentConfig:
-        chunking = ChunkingConfig(mode=mode, max_tokens=max_tokens, split_bytes=ingest.pop("split_bytes", 128 * 1024))
-        split = ingest.pop("split", SplitConfig(reference=0.3, heldout=0.2))
-        return ExperimentConfig(
-            root=str(tmp_path / root),
-            models={"teacher": ModelConfig(path=str(tokenizer_folder), document_separator="<|endoftext|>")},
-            ingest=IngestConfig(input=input, chunking=chunking, split=split, state_partitions=1, **ingest),
-        )
-
-    return made
-
-
-def jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def instances(spark: Any, config: ExperimentConfig) -> list[Any]:
-    return tables.read(spark, config.table_uri("instances")).orderBy("stream_id", "ordinal", "instance_id").collect()
-
-
-def rejects(spark: Any, config: ExperimentConfig) -> list[Any]:
-    return tables.read(spark, config.table_uri("rejects")).orderBy("reason", "source_file").collect()
-
-
-def documents(rows: list[Any]) -> dict[str, str]:
-    """Document texts, put together again from the slices of instances by id and byte offset."""
-    parts: dict[str, list[tuple[int, bytes]]] = {}
-    for row in rows:
-        raw, bounds = row.text.encode(), [0, *row.segment_ends, row.n_bytes]
-        for i, document in enumerate(row.document_ids):
-            start = row.start_byte if i == 0 else 0
-            parts.setdefault(document, []).append((start, raw[bounds[i] : bounds[i + 1]]))
-    joined = {}
-    for document, slices in parts.items():
-        text = b""
-        for start, part in sorted(slices):
-            assert start == len(text), f"{document}: a gap or an overlap at byte {start}"
-            text += part
-        joined[document] = text.decode()
-    return joined
+from miniplm_udf.ingestion import query as ingest_query
+from miniplm_udf.store import tables
+from tests.support.ingest_roots import ROWS, SENTENCE, Make, documents, instances, jsonl, rejects
 
 
 def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
@@ -119,7 +38,7 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     assert min(first["by_split"].values()) > 0
     assert first["rejected"] == 0
     assert first["documents"] == len(ROWS)
-    assert tables.version(spark, config.table_uri("rejects")) == 0, "no empty commit"
+    assert tables.version(spark, config.layout.table("rejects")) == 0, "no empty commit"
     assert first["files"] == 1
     assert not first["too_many_rejects"]
     assert documents(rows) == {row["id"]: row["text"] for row in ROWS}
@@ -128,17 +47,17 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
         assert row.n_bytes == len(row.text.encode())
         assert row.starts_document == (row.start_byte == 0)
         assert not row.text.startswith("<|endoftext|>")
-    schema = tables.read(spark, config.table_uri("instances")).schema
+    schema = tables.read(spark, config.layout.table("instances")).schema
     assert {field.name: field.nullable for field in schema} == {c.name: c.nullable for c in schemas.INSTANCES.columns}
 
     # The same lines under other names and in other clothes: no new row. A new file: its rows alone.
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS)))
     (folder / "c.jsonl.zst").write_bytes(zstandard.compress(jsonl(ROWS)))
     os.utime(folder / "a.jsonl", (2e9, 2e9))
-    version = tables.version(spark, config.table_uri("instances"))
+    version = tables.version(spark, config.layout.table("instances"))
     second = run(spark, config)
     assert (second["instances"], second["new_instances"]) == (first["instances"], 0)
-    assert tables.version(spark, config.table_uri("instances")) == version
+    assert tables.version(spark, config.layout.table("instances")) == version
     new = [{"id": "new", "text": "A new one."}]
     (folder / "d.jsonl").write_bytes(jsonl(new))
     os.utime(folder / "d.jsonl", (1e9, 1e9))  # years older than the others: still taken
@@ -158,19 +77,19 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
 def test_a_file_that_changes_between_a_batch_and_its_replay(
     spark: Any, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of both states of the file each document is there once, and those that come again stay so."""
+    """Each document of both states of the file is there once, also the documents that come again."""
     folder = tmp_path / "input"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(jsonl(ROWS[:6]))
     config = make(str(folder), mode="document", max_tokens=4096)
-    write = ingest_query._write_batch
+    write = ingest_query.write_batch
 
     def die_behind(*arguments: Any) -> None:
         write(*arguments)
         raise KeyError("killed between the tables and the checkpoint")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ingest_query, "_write_batch", die_behind)
+        patched.setattr(ingest_query, "write_batch", die_behind)
         with pytest.raises(Exception, match="killed between"):
             run(spark, config)
     (folder / "a.jsonl").write_bytes(jsonl(ROWS[3:9]))
@@ -205,9 +124,20 @@ def test_parquet_and_delta_equal_jsonl(spark: Any, make: Make, tmp_path: Path) -
         moved = run(spark, make(str(tmp_path / path), root="jsonl", fields=fields))
         assert (moved["instances"], moved["new_instances"]) == (len(found["jsonl"]), 0)
 
+    # The table is made again under its query, with one document more; it has as many versions as before.
+    shutil.rmtree(tmp_path / "table")
+    pq.write_table(pa.Table.from_pylist([*renamed, {**renamed[0], "key": 99}]), tmp_path / "more.parquet")
+    spark.read.parquet(str(tmp_path / "more.parquet")).coalesce(1).write.format("delta").save(str(tmp_path / "table"))
+    with pytest.raises(
+        ConfigError, match=r"^ingest\.input: .* made again.* remove .*/_checkpoints/ingest-delta and run"
+    ):
+        execute(stage_named("ingest"), spark, config)
+    shutil.rmtree(tmp_path / "delta" / "_checkpoints" / "ingest-delta")
+    assert execute(stage_named("ingest"), spark, config)["new_documents"] == 1
+
 
 def test_splits_of_a_file_do_not_depend_on_the_batch(spark: Any, make: Make, tmp_path: Path) -> None:
-    """Small input splits: the same ids whether a file comes alone or beside others; every text is there once."""
+    """Small input splits: the same ids whether a file comes alone or with others; every text is there once."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_bytes(jsonl(ROWS))
     alone = make(str(tmp_path / "in/a.jsonl"), root="alone", split_bytes=1024)
@@ -223,7 +153,7 @@ def test_splits_of_a_file_do_not_depend_on_the_batch(spark: Any, make: Make, tmp
 
 
 def test_bad_rows_and_files_become_rejects(spark: Any, make: Make, tmp_path: Path) -> None:
-    """Bad lines and unreadable files are rejects with their reasons; every good line beside them is there, once."""
+    """Bad lines and unreadable files are rejects with their reasons; every good line of these files is there, once."""
     folder = tmp_path / "in"
     folder.mkdir()
     bad = {
@@ -261,7 +191,7 @@ def test_bad_rows_and_files_become_rejects(spark: Any, make: Make, tmp_path: Pat
     assert max(row.n_bytes for row in found if row.raw is not None) == 100_000
     unreadable = [row for row in found if row.reason == "unreadable_file"]
     assert [row.source_file.rsplit("/")[-1] for row in unreadable] == ["cut%20one.jsonl.gz", "cut.jsonl.zst"]
-    assert all("FAILED_READ_FILE" in row.detail for row in unreadable)
+    assert all("end too early" in row.detail for row in unreadable)
     assert (
         summary["rejected"] == summary["new_rejected"] == len(found) == len(bad) + 3
     )  # two files, and a line that stands there twice
@@ -289,7 +219,7 @@ def test_one_line_of_20_megabytes(spark: Any, make: Make, tmp_path: Path) -> Non
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": "long", "text": text}, {"id": "short", "text": "Short."}]))
     config = make(str(tmp_path / "a.jsonl"), mode="document", max_tokens=1025)
     summary = run(spark, config)
-    frame = tables.read(spark, config.table_uri("instances"))
+    frame = tables.read(spark, config.layout.table("instances"))
     assert summary["rejected"] == 0
     rows = (
         frame.where("document_ids[0] = 'long'")
@@ -303,7 +233,7 @@ def test_one_line_of_20_megabytes(spark: Any, make: Make, tmp_path: Path) -> Non
 
 
 def test_config_errors(spark: Any, make: Make, tmp_path: Path) -> None:
-    """What fits nothing is refused before anything is written, and the message says what to do."""
+    """A config that does not fit the input is refused before anything is written; the message says what to do."""
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": "1", "txt": "x"}]))
     pq.write_table(pa.table({"content": ["x"], "n": [1]}), tmp_path / "a.parquet")
     (tmp_path / "a.weird").write_text("x")
@@ -352,7 +282,7 @@ def test_an_executor_error_is_raised_as_it_was(
 ) -> None:
     """The node that begins has another tokenizer than the one that works."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS[:3]))
-    monkeypatch.setattr("miniplm_udf.ingestion.ingest_query.executor_tokenizer_hash", lambda *_: "0" * 32)
+    monkeypatch.setattr("miniplm_udf.ingestion.query.executor_tokenizer_hash", lambda *_: "0" * 32)
     with pytest.raises(CorpusError, match=r"^tokenizer .*expected hash 0{32}.*the same model files$"):
         run(spark, make(str(tmp_path / "a.jsonl")))
 

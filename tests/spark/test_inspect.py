@@ -1,21 +1,32 @@
 """Looking at what a version kept and dropped: which rows, in which order, with which scores and texts."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import cli, inspect_corpus
+from jobs import cli, inspect_corpus, session
 from jobs import refine as job
-from miniplm_udf import corpora, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, SelectConfig
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.corpora import versions
+from miniplm_udf.corpora.inspection import Question, cut_distance, inspect
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.reading.inspection import Question, cut_distance, inspect
-from miniplm_udf.upkeep import versions
-from tests.spark.score_tables import experiment, write_instances
-from tests.spark.test_refine import ALIASES, DIFFERENCE, with_corpora, write_matrix, write_record
-from tests.spark.test_refine_rules import TEXTS, candidates, rows_of_matrix
+from miniplm_udf.store import corpus_records, tables
+from tests.support.matrices import (
+    ALIASES,
+    DIFFERENCE,
+    TEXTS,
+    candidates,
+    rows_of_matrix,
+    with_corpora,
+    write_matrix,
+    write_record,
+)
+from tests.support.score_tables import experiment, write_instances
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ALL = 1000
@@ -49,7 +60,7 @@ NAN = next(
 
 
 def scores() -> dict[str, float | None]:
-    """Of all candidates."""
+    """The scores of all candidates, by id."""
     without = rows_of_matrix()[NAN]["instance_id"]
     return {row["instance_id"]: None if row["instance_id"] == without else row["score"] for row in candidates()}
 
@@ -60,7 +71,7 @@ def kept_ids() -> set[str]:
 
 
 def asked(spark: Any, config: ExperimentConfig, address: str = "half", **question: Any) -> dict[str, Any]:
-    return inspect(spark, config.root, address, Question(**question))
+    return dataclasses.asdict(inspect(spark, config.root, address, Question(**question)))
 
 
 def names(found: dict[str, Any]) -> list[str]:
@@ -119,7 +130,7 @@ def test_conditions_are_over_what_is_shown_and_the_instances(spark: Any, config:
         ("score +", "--sql: 'score \\+' is no SQL"),
         ("score", "expected a condition"),
         ("score > (select 1)", "a subquery"),
-        ("rand() > 0.5", "random or of the moment"),
+        ("rand() > 0.5", "depends on the time"),
     ):
         with pytest.raises(ConfigError, match=message):
             asked(spark, config, sql=sql)
@@ -130,8 +141,10 @@ def test_conditions_are_over_what_is_shown_and_the_instances(spark: Any, config:
 def test_distances_are_from_the_nearest_cut(spark: Any, config: ExperimentConfig) -> None:
     """A band has two cuts, and a quota one a source."""
     for name in ("middle", "sources"):
-        known = corpora.provenance_of(spark, config.root, name, 1)
-        rows = corpora.read_corpus(spark, config.root, name).withColumn("distance", cut_distance(known)).collect()
+        known = corpus_records.provenance_of(spark, config.root, name, 1)
+        rows = (
+            corpus_records.read_corpus(spark, config.root, name).withColumn("distance", cut_distance(known)).collect()
+        )
         assert len(rows) > 10
         for row in rows:
             of = known.cuts["all sources" if name == "middle" else row["source"]]
@@ -143,9 +156,9 @@ def test_distances_are_from_the_nearest_cut(spark: Any, config: ExperimentConfig
 
 
 def test_candidates_of_a_followed_version_are_known_too(spark: Any, config: ExperimentConfig) -> None:
-    known = corpora.provenance_of(spark, config.root, "half", 1)
-    followed = corpora.Provenance(**{**vars(known), "followed": {"since_version": 1}, "cuts": {}})
-    _, _, rows = versions.chosen_from(spark, config.root, "half", 1, followed)
+    known = corpus_records.provenance_of(spark, config.root, "half", 1)
+    followed = corpus_records.Provenance(**{**vars(known), "followed": {"since_version": 1}, "cuts": {}})
+    _, _, rows = versions.recorded_candidates(spark, config.root, "half", 1, followed)
     assert {row[0] for row in rows.select("instance_id").collect()} == scores().keys()
 
 
@@ -153,7 +166,7 @@ def test_the_command_shows_rows_or_prints_json(
     spark: Any, config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(spark, "stop", lambda: None)
-    monkeypatch.setattr(inspect_corpus, "make_session", lambda config, name: spark)
+    monkeypatch.setattr(session, "make_session", lambda config, name: spark)
     given = ["half", "-c", str(CONF / "demo.yaml"), f"root={config.root}", "--side", "dropped", "-n", "3"]
     assert cli.main(["inspect", *given, "--near-cut"]) == 0
     shown = capsys.readouterr().out
@@ -173,7 +186,7 @@ def test_the_command_shows_rows_or_prints_json(
 def test_what_an_instance_is_not_there_for_is_shown_without(spark: Any, config: ExperimentConfig) -> None:
     (row,) = asked(spark, config, n_rows=1)["rows"]
     gone = spark.createDataFrame([(row["instance_id"],)], "instance_id string")
-    tables.delete_matching(spark, config.table_uri("instances"), gone)
+    tables.delete_matching(spark, config.layout.table("instances"), gone)
     (again,) = asked(spark, config, n_rows=1)["rows"]
     assert (again["instance_id"], again["text"]) == (row["instance_id"], None)
     assert "(no such instance)" in inspect_corpus.text(asked(spark, config, n_rows=1))

@@ -8,13 +8,17 @@ import pytest
 
 from jobs import maintain as job
 from jobs import refine
-from miniplm_udf import corpora, storage, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, SelectConfig
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.corpora import listing, versions
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.streams.lease import Lease, lease_uri
-from miniplm_udf.upkeep import checks, maintain, verify_versions, versions
-from tests.spark.score_tables import experiment, texts, write_instances
-from tests.spark.test_refine import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record
+from miniplm_udf.lease import Lease
+from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.upkeep import checks, maintain, verify_versions
+from tests.support.matrices import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record
+from tests.support.score_tables import experiment, texts, write_instances
 
 YEARS = 11 * 365 * 86400
 CORPUS = CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=0.5))
@@ -24,15 +28,15 @@ def files(uri: str) -> int:
     return len(list(Path(storage.local_path(uri)).glob("*.parquet")))
 
 
-def done(found: maintain.Maintained, table: str) -> maintain.Tended:
+def done(found: maintain.Maintained, table: str) -> maintain.MaintainedTable:
     return next(one for one in found.tables if one.table == table)
 
 
 def rewrite(spark: Any, config: ExperimentConfig, times: int) -> None:
     """New versions of the corpus, with another row less each."""
-    uri = corpora.corpus_uri(config.root, "kept")
+    uri = config.layout.refined("kept")
     for _ in range(times):
-        newest = corpora.newest(spark, uri)
+        newest = corpus_records.newest(spark, uri)
         assert newest is not None
         assert newest.provenance is not None
         rows = tables.read(spark, uri)
@@ -48,21 +52,21 @@ def test_a_pinned_version_outlives_every_retention(spark: Any, tmp_path: Path) -
     for alias in ALIASES:
         write_record(config, alias)
     first = refine.run(spark, config)["refined"]["kept"]["version"]
-    before = corpora.read_corpus(spark, config.root, "kept").orderBy("instance_id").collect()
+    before = corpus_records.read_corpus(spark, config.root, "kept").orderBy("instance_id").collect()
     versions.pin(spark, config.root, f"kept@{first}")
-    uri = corpora.corpus_uri(config.root, "kept")
+    uri = config.layout.refined("kept")
     spark.sql(f"ALTER TABLE delta.`{uri}` SET TBLPROPERTIES ('delta.checkpointInterval' = '3')")
     rewrite(spark, config, 2)
-    lost = versions.listing(spark, config.root)[1]["version"]
+    lost = listing.listing(config.root)[1]["version"]
     # A version that a student was trained on; one that was not is to go.
-    lineage = {"corpus": "kept", "refined_version": versions.listing(spark, config.root)[2]["version"]}
-    storage.write_json(config.model_uri("student/training.json"), {"lineage": lineage})
+    lineage = {"corpus": "kept", "refined_version": listing.listing(config.root)[2]["version"]}
+    storage.write_json(config.layout.model("student/training.json"), {"lineage": lineage})
     rewrite(spark, config, 1)
 
     by_default = maintain.maintain(spark, config)
     assert (done(by_default, "refined/kept").n_removed, by_default.pinned) == (0, [])
     looked = maintain.maintain(spark, config, retain_hours=0, dry_run=True)
-    assert corpora.read_corpus(spark, config.root, "kept", lost).count() == len(before) - 1
+    assert corpus_records.read_corpus(spark, config.root, "kept", lost).count() == len(before) - 1
     found = maintain.maintain(spark, config, retain_hours=0)
     assert done(looked, "refined/kept").n_removed == done(found, "refined/kept").n_removed == 3
     assert looked.pinned == found.pinned == [f"kept@{lineage['refined_version']}"]
@@ -77,32 +81,32 @@ def test_a_pinned_version_outlives_every_retention(spark: Any, tmp_path: Path) -
     rewrite(spark, config, 6)
     assert not (log / f"{first:020}.json").exists(), "the log has ended since"
     maintain.maintain(spark, config, retain_hours=0)
-    assert corpora.read_corpus(spark, config.root, "kept", first).orderBy("instance_id").collect() == before
-    assert corpora.read_corpus(spark, config.root, "kept", lineage["refined_version"]).count() == len(before) - 2
+    assert corpus_records.read_corpus(spark, config.root, "kept", first).orderBy("instance_id").collect() == before
+    assert corpus_records.read_corpus(spark, config.root, "kept", lineage["refined_version"]).count() == len(before) - 2
     with pytest.raises(CorpusError, match="they are gone"):
-        corpora.read_corpus(spark, config.root, "kept", lost)
-    assert versions.show(spark, config.root, f"kept@{lost}")["by_source"] is None
-    at = checks.Root(spark, config.root)
+        corpus_records.read_corpus(spark, config.root, "kept", lost)
+    assert listing.show(config.root, f"kept@{lost}")["by_source"] is None
+    at = checks.CheckedRoot(spark, config.root)
     checked = [*verify_versions.corpora_of(at), *verify_versions.pinned(at)]
     assert [check for check in checked if not check.ok] == []
     assert {check.note for check in checked} == {"", "removed by maintenance or a take-down"}
-    # What is gone can be made again from what was recorded of it, where it was refined at once.
-    assert versions.rebuild(spark, config, f"kept@{first}", dry_run=True)["n_instances"] == len(before)
+    # A version whose files are gone can be made again from its record, if it was refined in one pass.
+    assert versions.rebuild(spark, config, f"kept@{first}", dry_run=True).n_instances == len(before)
 
 
 def read_stream(spark: Any, config: ExperimentConfig, name: str) -> list[str]:
     """Runs a stream over `instances` to the end of what is there; the texts that it gets."""
     seen: list[str] = []
-    stream = spark.readStream.format("delta").option("skipChangeCommits", "true").load(config.table_uri("instances"))
+    stream = spark.readStream.format("delta").option("skipChangeCommits", "true").load(config.layout.table("instances"))
     writer = stream.writeStream.foreachBatch(lambda batch, _: seen.extend(row["text"] for row in batch.collect()))
-    writer = writer.option("checkpointLocation", config.checkpoint_uri(name))
+    writer = writer.option("checkpointLocation", config.layout.checkpoint(name))
     writer.trigger(availableNow=True).start().awaitTermination()
     return seen
 
 
 def test_a_query_finds_what_it_has_not_read(spark: Any, tmp_path: Path) -> None:
     config = experiment(tmp_path / "root", {})
-    uri = config.table_uri("instances")
+    uri = config.layout.table("instances")
     write_instances(spark, config, texts(3))
     write_instances(spark, config, texts(3, start=3), batch_id=1)
     assert len(read_stream(spark, config, "score-one")) == 6
@@ -120,7 +124,7 @@ def test_a_query_finds_what_it_has_not_read(spark: Any, tmp_path: Path) -> None:
     assert (done(found, "instances").n_removed, files(uri)) == (n_small, 1)
     assert done(found, "instances").note == ""
 
-    # One that was given up while it was behind holds nothing back for ever.
+    # An abandoned query that is behind does not hold back the maintenance for ever.
     write_instances(spark, config, texts(2, start=12), batch_id=4)
     status = Path(storage.local_path(config.root)) / "_status/score-two.json"
     storage.write_json(str(status), {"query": "score", "lease": "score-two", "run_id": "r"})
@@ -138,12 +142,12 @@ def test_who_writes_is_not_disturbed(spark: Any, tmp_path: Path) -> None:
     config = experiment(tmp_path / "root", {})
     for batch_id in range(2):
         write_instances(spark, config, texts(1, start=batch_id), batch_id=batch_id)
-    n_small = files(config.table_uri("instances"))
-    with Lease(lease_uri(config.root, "ingest"), "ingest"):
+    n_small = files(config.layout.table("instances"))
+    with Lease(config.layout.lease("ingest"), "ingest"):
         found = done(maintain.maintain(spark, config), "instances")
         assert (found.is_merged, found.note) == (False, "not merged: a query writes it")
         with pytest.raises(CorpusError, match="run by process"):
             maintain.maintain(spark, config, retain_hours=1)
-    assert files(config.table_uri("instances")) == n_small
+    assert files(config.layout.table("instances")) == n_small
     with pytest.raises(ConfigError, match="at least 0"):
         maintain.maintain(spark, config, retain_hours=-1)

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
-from miniplm_udf import matrix, schemas, storage, tables
-from miniplm_udf.config import ExperimentConfig, ModelConfig, ScoreConfig, StreamConfig
+from miniplm_udf import schemas
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig, StreamConfig
+from miniplm_udf.layout import Root
+from miniplm_udf.scores import matrix
+from miniplm_udf.store import tables
 from miniplm_udf.streams.runner import QueryRunner
-from tests.spark.score_tables import experiment, instance_id, texts
+from tests.support.score_tables import experiment, instance_id, texts
 
 REVISIONS = {"teacher": "rev-t", "reference": "rev-r"}
 TABLE = schemas.score_matrix(list(REVISIONS))
@@ -24,8 +28,8 @@ class Tables:
     config: ExperimentConfig
 
     @property
-    def uri(self) -> str:
-        return storage.join(self.config.root, "tables")
+    def root(self) -> Root:
+        return self.config.layout
 
     def score(
         self, text: str, revision: str, nll: float, n_tokens: int = 10, missing_bytes: int = 0
@@ -45,11 +49,11 @@ class Tables:
             "*", F.current_timestamp().alias("scored_at"), F.lit("s" * 32).alias("query_id"),
             F.lit(0).cast("bigint").alias("batch_id"),
         )  # fmt: skip
-        tables.append(frame, storage.join(self.uri, "scores"), schemas.SCORES)
+        tables.append(frame, self.root.table("scores"), schemas.SCORES)
         return frame
 
     def matrix(self) -> dict[str, Any]:
-        rows = self.spark.read.format("delta").load(storage.join(self.uri, "score_matrix")).collect()
+        rows = self.spark.read.format("delta").load(self.root.table("score_matrix")).collect()
         found = {row["instance_id"]: row.asDict() for row in rows}
         assert len(found) == len(rows)
         return found
@@ -73,10 +77,10 @@ def test_rows_that_come_together_or_apart_are_pivoted_once(made: Tables) -> None
             made.score(other, "another", 9.0),
         ]
     )
-    matrix.write_batch(first, REVISIONS, made.uri, "m" * 32, 0)
+    matrix.write_batch(first, REVISIONS, made.root, "m" * 32, 0)
     assert sorted(made.matrix()) == sorted(map(instance_id, (together, partly)))
     second = made.append([made.score(apart, "rev-r", 5.0, n_tokens=20)])
-    matrix.write_batch(second, REVISIONS, made.uri, "m" * 32, 1)
+    matrix.write_batch(second, REVISIONS, made.root, "m" * 32, 1)
     found = made.matrix()
     assert sorted(found) == sorted(map(instance_id, (together, partly, apart)))
     n_bytes = len(apart.encode())
@@ -92,12 +96,12 @@ def test_rows_that_come_together_or_apart_are_pivoted_once(made: Tables) -> None
     assert found[instance_id(partly)]["teacher_bits_per_byte"] is None
     assert found[instance_id(partly)]["reference_bits_per_byte"] is not None
     # A row of the first micro-batch whose partner the table had by then already: emitted once.
-    matrix.write_batch(made.spark.createDataFrame(second.collect(), second.schema), REVISIONS, made.uri, "m" * 32, 2)
+    matrix.write_batch(made.spark.createDataFrame(second.collect(), second.schema), REVISIONS, made.root, "m" * 32, 2)
     # A replay of each micro-batch, batch 0 with its replacing of the table included, changes nothing.
-    matrix.write_batch(second, REVISIONS, made.uri, "m" * 32, 1)
-    matrix.write_batch(first, REVISIONS, made.uri, "m" * 32, 0)
+    matrix.write_batch(second, REVISIONS, made.root, "m" * 32, 1)
+    matrix.write_batch(first, REVISIONS, made.root, "m" * 32, 0)
     assert made.matrix() == found
-    schema = made.spark.read.format("delta").load(storage.join(made.uri, "score_matrix")).schema
+    schema = made.spark.read.format("delta").load(made.root.table("score_matrix")).schema
     assert schema == TABLE.spark_schema()
 
 
@@ -106,8 +110,8 @@ def test_a_table_of_other_models_is_built_anew(made: Tables) -> None:
     made.append([made.score(text, revision, 1.0) for text in (one, two) for revision in ("rev-t", "rev-r", "rev-n")])
 
     def update(revisions: dict[str, str]) -> dict[str, Any]:
-        checkpoint = made.config.checkpoint_uri(matrix.checkpoint_name(revisions))
-        query = matrix.matrix_query(made.spark, revisions, made.uri, checkpoint, ScoreConfig())
+        checkpoint = made.config.layout.checkpoint(matrix.checkpoint_name(revisions))
+        query = matrix.MatrixQuery(made.spark, revisions, made.root, checkpoint, ScoreConfig())
         QueryRunner(made.spark, made.config.root, StreamConfig()).run([query])
         return made.matrix()
 

@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 
 from miniplm_udf import nll_udf
-from miniplm_udf.config import ModelConfig, ScoreConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
-from miniplm_udf.nll import NLL_DDL, nll_arrow
+from miniplm_udf.scores.nll import NLL_DDL, nll_arrow
 from miniplm_udf.scoring.models import describe
-from miniplm_udf.udf import SCORE_REQUEST_DDL, SCORED_DDL, score_arrow
+from miniplm_udf.workers.arrow import score_arrow
+from miniplm_udf.workers.messages import SCORE_REQUEST_DDL, SCORED_DDL
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
-from tests.spark.score_tables import FakeFactory, model_config, scored_texts, texts
-from tests.unit.crashing_scorer import Factory
-from tests.unit.tiny_models import SEPARATOR, make_model_folder
+from tests.support.crashing_scorer import Factory
+from tests.support.score_tables import FakeFactory, model_config, scored_texts, texts
+from tests.support.tiny_models import SEPARATOR, make_model_folder
 
 
 @pytest.fixture(scope="module")

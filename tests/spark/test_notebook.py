@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from miniplm_udf import storage
-from tests.spark import report_root
-from tests.spark.report_root import REPOSITORY, Built
-from tests.unit.tiny_models import make_model_folder
+from tests.support import report_root
+from tests.support.report_root import REPOSITORY, Built
+from tests.support.tiny_models import make_model_folder
 
 NOTEBOOK = REPOSITORY / "notebooks/explore.ipynb"
 
@@ -21,10 +21,10 @@ NOTEBOOK = REPOSITORY / "notebooks/explore.ipynb"
 def built(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        built = report_root.build_root(spark, tmp_path_factory.getbasetemp() / "experiment")
+        built = report_root.build_root(spark, tmp_path_factory.getbasetemp() / "an experiment, zwölf")
         patch.setenv("MINIPLM_ROOT", built.config.root)
         # The only model that is there in full; the students are records.
-        make_model_folder(Path(storage.local_path(built.config.model_uri(""))), name="reference")
+        make_model_folder(Path(storage.local_path(built.config.layout.model(""))), name="reference")
         # A kernel is started with this process's environment, and the JVM of this process is not its own.
         for name in ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET"):
             patch.delenv(name, raising=False)

@@ -15,13 +15,16 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import pack as job
-from miniplm_udf import packing, schemas, storage, tables
-from miniplm_udf.config import ExperimentConfig, PackConfig, TokenizerConfig
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import PackConfig, TokenizerConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
-from miniplm_udf.pack import pack_corpus, pack_reference
+from miniplm_udf.packing import sequences
+from miniplm_udf.packing.corpus import pack_corpus, pack_reference
+from miniplm_udf.packing.tokenizers import ensure_tokenizer
 from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
-from miniplm_udf.tokenizer_folders import ensure_tokenizer
-from tests.unit.tiny_models import SEPARATOR, make_model_folder
+from miniplm_udf.store import tables
+from tests.support.tiny_models import SEPARATOR, make_model_folder
 
 LENGTH = 16
 
@@ -58,7 +61,7 @@ def write_instances(spark: Any, config: ExperimentConfig, rows: Sequence[dict[st
     frame = spark.createDataFrame(
         [tuple(row[name] for name in schemas.INSTANCES.column_names) for row in rows], schemas.INSTANCES.spark_schema()
     )
-    tables.append(frame, config.table_uri("instances"), schemas.INSTANCES)
+    tables.append(frame, config.layout.table("instances"), schemas.INSTANCES)
 
 
 def write_refined(spark: Any, config: ExperimentConfig, rows: Sequence[dict[str, Any]], corpus: str = "kept") -> int:
@@ -66,7 +69,7 @@ def write_refined(spark: Any, config: ExperimentConfig, rows: Sequence[dict[str,
     frame = spark.createDataFrame(
         [(row["instance_id"], row["source"], 8, row["n_bytes"], 0.0) for row in rows], table.spark_schema()
     )
-    return tables.overwrite(frame, config.table_uri(f"refined/{corpus}"), table, {"threshold": 0.25, "n": len(rows)})
+    return tables.overwrite(frame, config.layout.table(f"refined/{corpus}"), table, {"threshold": 0.25, "n": len(rows)})
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def stored(uri: str) -> list[dict[str, Any]]:
 
 def kept_text(config: ExperimentConfig, rows: list[dict[str, Any]], name: str = "bpe") -> str:
     """The text of all targets and of the shards' first tokens, without separators."""
-    folder = Path(storage.local_path(config.model_uri(f"tokenizer_{name}")))
+    folder = Path(storage.local_path(config.layout.model(f"tokenizer_{name}")))
     tokenizer, info = load_tokenizer(folder), json.loads((folder / "miniplm.json").read_text())
     ids: list[int] = []
     for i, row in enumerate(rows):
@@ -115,17 +118,17 @@ def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, co
     # The order of streams is read off the table's own text; all else is the pure packer's.
     text = kept_text(config, rows)
     order = sorted({row["stream_id"] for row in kept}, key=lambda s: text.index(f"stream {s[1:]} "))
-    folder = Path(storage.local_path(config.model_uri("tokenizer_bpe")))
+    folder = Path(storage.local_path(config.layout.model("tokenizer_bpe")))
     info = json.loads((folder / "miniplm.json").read_text())
     slices = [
-        packing.Slice(
+        sequences.InstanceText(
             *(row[name] for name in ("stream_id", "ordinal", "text", "segment_ends")), True, True, [stream], 0
         )
         for stream in order
         for row in kept
         if row["stream_id"] == stream
     ]
-    expected = list(packing.pack(slices, load_tokenizer(folder), info["document_separator_id"], LENGTH))
+    expected = list(sequences.pack_texts(slices, load_tokenizer(folder), info["document_separator_id"], LENGTH))
     assert [row["token_ids"] for row in rows] == [s.token_ids.tobytes() for s in expected]
     assert [row["target_mask"] for row in rows] == [s.target_mask.tobytes() for s in expected]
     assert [row["n_targets"] for row in rows] == [int(s.target_mask.sum()) for s in expected]
@@ -145,13 +148,13 @@ def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, co
     again = job.run(spark, config)["packed"]["kept/bpe"]
     assert again == {**found, "skipped": True}
 
-    # The same inputs in another table: the same bytes. A newer version of the corpus: packed anew.
+    # The same inputs in another table: the same bytes. A newer version of the corpus: packed again.
     shutil.rmtree(storage.local_path(found["path"]))
-    assert not pack_corpus(spark, config, "kept", "bpe")["skipped"]
+    assert not pack_corpus(spark, config, "kept", "bpe").skipped
     assert stored(found["path"]) == rows
     write_refined(spark, config, kept[:5])
     fewer = pack_corpus(spark, config, "kept", "bpe")
-    assert (fewer["skipped"], fewer["n_instances"]) == (False, 5)
+    assert (fewer.skipped, fewer.n_instances) == (False, 5)
 
 
 def test_shards_hold_everything_once_in_stored_order(spark: Any, config: ExperimentConfig):
@@ -159,19 +162,19 @@ def test_shards_hold_everything_once_in_stored_order(spark: Any, config: Experim
     write_instances(spark, config, POOL)
     write_refined(spark, config, POOL)
     found = pack_corpus(spark, config, "kept", "bpe")
-    rows = stored(found["path"])
-    assert [row["sequence_id"] for row in rows] == list(range(found["n_sequences"]))
+    rows = stored(found.path)
+    assert [row["sequence_id"] for row in rows] == list(range(found.n_sequences))
     text = kept_text(config, rows)
     assert sorted(text.splitlines()) == sorted("".join(row["text"] for row in POOL).splitlines())
     # Every token but the first of each shard that holds any is a target: nothing else is broken here.
-    n_shards = found["n_tokens"] - found["n_targets"]
+    n_shards = found.n_tokens - found.n_targets
     assert 1 < n_shards <= 4
 
 
 def test_a_trained_tokenizer_knows_the_pool_alone_and_is_frozen(spark: Any, config: ExperimentConfig, caplog: Any):
     write_instances(spark, config, [*POOL, *OTHERS])
     made = ensure_tokenizer(spark, config, "bpe")
-    folder = Path(storage.local_path(config.model_uri("tokenizer_bpe")))
+    folder = Path(storage.local_path(config.layout.model("tokenizer_bpe")))
     vocabulary = load_tokenizer(folder).get_vocab()
     assert any("stream" in token for token in vocabulary)
     assert not any("zz" in token or "qq" in token for token in vocabulary)
@@ -181,7 +184,7 @@ def test_a_trained_tokenizer_knows_the_pool_alone_and_is_frozen(spark: Any, conf
     changed = dataclasses.replace(config, tokenizers={"bpe": TokenizerConfig(vocab_size=310)})
     with caplog.at_level("WARNING", logger="miniplm"):
         assert ensure_tokenizer(spark, changed, "bpe").tokenizer_hash != made.tokenizer_hash
-    assert "made anew" in caplog.text
+    assert "tokenizer is made again" in caplog.text
 
     from transformers import AutoTokenizer
 
@@ -216,7 +219,7 @@ def test_a_tokenizer_is_copied_from_a_folder(spark: Any, config: ExperimentConfi
     ):
         with pytest.raises(error):
             ensure_tokenizer(spark, dataclasses.replace(config, students={}, tokenizers={"bad": wanted}), "bad")
-    assert not Path(storage.local_path(config.model_uri("tokenizer_bad"))).exists()
+    assert not Path(storage.local_path(config.layout.model("tokenizer_bad"))).exists()
 
 
 def test_the_reference_is_packed_with_the_tokenizer_of_its_model(spark: Any, config: ExperimentConfig, tmp_path: Path):
@@ -238,7 +241,7 @@ def test_the_reference_is_packed_with_the_tokenizer_of_its_model(spark: Any, con
     assert metadata is not None
     assert metadata["refined_version"] is None
     assert metadata["tokenizer_hash"] == tokenizer_hash(model)
-    assert pack_reference(spark, config)["skipped"]
+    assert pack_reference(spark, config).skipped
 
 
 def test_what_is_missing_is_said(spark: Any, config: ExperimentConfig):

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from jobs import score
-from jobs.session import exit_code
+from jobs.command import exit_code
 from miniplm_udf.errors import EXIT_DONE, EXIT_TOO_MANY_REJECTS
-from miniplm_udf.model_records import describe_models
+from miniplm_udf.scores.models import describe_models
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
-from tests.spark.poison import PoisonedFactory
-from tests.spark.score_tables import experiment, instance_id, texts, two_models, write_instances
-from tests.unit.crashing_scorer import made
-from tests.unit.test_scorer_process import is_gone, wait_until
+from tests.support.crashing_scorer import made
+from tests.support.poison import PoisonedFactory
+from tests.support.score_tables import experiment, instance_id, texts, two_models, write_instances
+from tests.support.scorer_requests import is_gone, wait_until
 
 
 def table(spark: Any, config: Any, name: str) -> list[Any]:
-    return list(spark.read.format("delta").load(config.table_uri(name)).collect())
+    return list(spark.read.format("delta").load(config.layout.table(name)).collect())
 
 
 def values(spark: Any, config: Any) -> dict[tuple[str, str], tuple[float, int, int]]:
@@ -79,7 +79,7 @@ class Session:
     def __init__(self, folder: Path) -> None:
         with (folder / "session.log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.spark.crash_session", str(folder)],
+                [sys.executable, "-m", "tests.support.crash_session", str(folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         self._log = folder / "session.log"
@@ -126,7 +126,7 @@ def _check_session(session: Session, folder: Path) -> None:
     assert not is_gone(scorer)
     session.go_on()
     session.step()
-    assert wait_until(lambda: is_gone(scorer)) < 2, "the session was stopped; its JVM goes on"
+    assert wait_until(lambda: is_gone(scorer)) < 2, "the session was stopped; its JVM still runs"
     assert not is_gone(first["java"])
     session.go_on()
     session.step()

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 
 from jobs import proxy, refine, score
-from miniplm_udf import catalog, proxy_records, schemas, storage, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ProxyConfig, RefineConfig, SelectConfig
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
+from miniplm_udf.config.rules import in_sample
+from miniplm_udf.config.sections import ProxyConfig
+from miniplm_udf.corpora import takedown, versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.proxy import features, fit, quality
-from miniplm_udf.removals import Takedown
-from miniplm_udf.rules import in_sample
-from miniplm_udf.texts import texts_of
-from miniplm_udf.upkeep import takedown, verify, versions
-from tests.spark.planted import PlantedFactory, planted, truth
-from tests.spark.score_tables import experiment, instance_id, two_models, write_instances
+from miniplm_udf.store import catalog, proxy_records, tables
+from miniplm_udf.store.takedowns import Takedown
+from miniplm_udf.store.text_join import texts_of
+from miniplm_udf.upkeep import verify
+from tests.support.planted import PlantedFactory, planted, truth
+from tests.support.score_tables import experiment, instance_id, two_models, write_instances
 
 SAMPLE = 0.5
 CORPORA = {
@@ -36,7 +40,7 @@ def score_with_models(spark: Any, config: ExperimentConfig) -> dict[str, Any]:
 
 
 def rows(spark: Any, config: ExperimentConfig, name: str) -> list[Any]:
-    return list(tables.read(spark, config.table_uri(name)).collect())
+    return list(tables.read(spark, config.layout.table(name)).collect())
 
 
 def predictions(spark: Any, config: ExperimentConfig) -> dict[str, float]:
@@ -91,9 +95,9 @@ def test_a_planted_difference_is_learnt_and_predicted_for_the_whole_pool(
         [truth(texts[row["instance_id"]]) for row in unscored],
         [row["prediction"] for row in unscored],
     )
-    # What was reported of the held-out rows holds for those that no model has scored.
-    assert min(judged["spearman"], summary["heldout"]["spearman"]) > 0.8
-    assert judged["top"]["0.5"]["kept"] > 0.7
+    # The quality reported for held-out rows also holds for rows that no model has scored.
+    assert min(judged.spearman, summary["heldout"]["spearman"]) > 0.8
+    assert judged.top["0.5"].kept > 0.7
     assert summary["heldout"]["top"]["0.5"]["kept"] > 0.7
     assert summary["warnings"] == []
     # In the score's own unit, though nearer the mean.
@@ -113,12 +117,12 @@ def test_a_planted_difference_is_learnt_and_predicted_for_the_whole_pool(
 def test_nothing_is_done_twice_and_what_is_new_is_predicted(
     spark: Any, copied: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, uri = predictions(spark, copied), copied.table_uri("proxy_scores")
+    before, uri = predictions(spark, copied), copied.layout.table("proxy_scores")
     version, record = tables.version(spark, uri), proxy_records.read(copied.root)
     proxy.run(spark, copied)
     assert (tables.version(spark, uri), proxy_records.read(copied.root)) == (version, record)
 
-    # Killed after the commit of a micro-batch, and before its query knows of it.
+    # Killed after the commit of a micro-batch, and before its query records it as finished.
     def killed(*given: Any) -> None:
         raise RuntimeError("killed")
 
@@ -144,14 +148,15 @@ def test_nothing_is_done_twice_and_what_is_new_is_predicted(
 
 def test_the_same_rows_give_the_same_proxy(spark: Any, copied: ExperimentConfig) -> None:
     before, record = predictions(spark, copied), proxy_records.read(copied.root)
-    for name in ("proxy", "_checkpoints"):
-        storage.remove_folder(storage.join(copied.root, name))
+    assert record is not None
+    # The record stays, and its coefficients are gone.
+    for uri in (proxy_records.model_uri(copied.root, record.revision), storage.join(copied.root, "_checkpoints")):
+        storage.remove_folder(uri)
     # In other files, in another order.
     for name in ("instances", "score_matrix"):
-        frame = tables.read(spark, copied.table_uri(name)).repartition(3, "content_hash").localCheckpoint()
-        frame.write.format("delta").mode("overwrite").save(copied.table_uri(name))
+        frame = tables.read(spark, copied.layout.table(name)).repartition(3, "content_hash").localCheckpoint()
+        frame.write.format("delta").mode("overwrite").save(copied.layout.table(name))
     again = proxy.run(spark, copied)
-    assert record is not None
     assert (again["revision"], again["heldout"]) == (record.revision, record.quality)
     assert predictions(spark, copied) == before
 
@@ -187,23 +192,23 @@ def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
         true = truth(texts[row["instance_id"]])
         assert (row["score"] == pytest.approx(true, abs=1e-12)) is (row["instance_id"] in scored)
     assert all(one["skipped"] for one in refine.run(spark, copied)["refined"].values())
-    kept = tables.read(spark, copied.table_uri("refined/cheap"))
-    instances = tables.read(spark, copied.table_uri("instances"))
+    kept = tables.read(spark, copied.layout.table("refined/cheap"))
+    instances = tables.read(spark, copied.layout.table("instances"))
     assert texts_of(kept.select("instance_id"), instances, ["text"], 180).count() == 180
     assert {"proxy_scores", "cheap_text"} <= set(catalog.register_tables(spark, copied.root))
 
-    # More is scored by models: what rests on their scores is chosen anew, what rests on predictions stays.
+    # Models score more instances: corpora that use their scores are refined again, corpora that use predictions stay.
     versions.pin(spark, copied.root, "mixed")
     more = dataclasses.replace(copied, score=dataclasses.replace(copied.score, sample=0.6))
     score_with_models(spark, more)
     assert wrong(spark, more) == []
-    assert versions.rebuild(spark, more, "mixed", dry_run=True)["skipped"]
+    assert versions.rebuild(spark, more, "mixed", dry_run=True).skipped
     again = refine.run(spark, more)["refined"]
     assert {name: one["skipped"] for name, one in again.items()} == {"cheap": True, "mixed": False}
 
     gone = cheap[0]["instance_id"]
     document = next(row for row in rows(spark, copied, "instances") if row["instance_id"] == gone)["document_ids"][0]
-    removed = takedown.take_down(spark, more, [document], Takedown("a test"))["removed"]
+    removed = takedown.take_down(spark, more, [document], Takedown("a test")).removed
     assert removed["proxy_scores"] == removed["refined/cheap"] == 1
     assert wrong(spark, more) == []
 
@@ -217,8 +222,8 @@ def test_a_larger_sample_scores_only_what_it_has_more(spark: Any, copied: Experi
     assert wrong(spark, whole) == []
     # A score that is lost is missed, whichever query should have made it.
     lost = min(before)
-    spark.sql(f"DELETE FROM delta.`{whole.table_uri('scores')}` WHERE instance_id = '{lost}'")
-    spark.sql(f"DELETE FROM delta.`{whole.table_uri('score_matrix')}` WHERE instance_id = '{lost}'")
+    spark.sql(f"DELETE FROM delta.`{whole.layout.table('scores')}` WHERE instance_id = '{lost}'")
+    spark.sql(f"DELETE FROM delta.`{whole.layout.table('score_matrix')}` WHERE instance_id = '{lost}'")
     failed = {check.name: check.examples for check in verify.verify(spark, whole.root) if not check.ok}
     assert failed["teacher: pool = scored + rejected"] == (lost,)
 
@@ -227,11 +232,14 @@ def test_what_is_missing_is_named(spark: Any, copied: ExperimentConfig) -> None:
     with pytest.raises(ConfigError, match="expected the section of a proxy"):
         proxy.run(spark, dataclasses.replace(copied, proxy=None, refine=dataclasses.replace(copied.refine, corpora={})))
     few = dataclasses.replace(copied, proxy=ProxyConfig(rows=30))
-    with pytest.raises(CorpusError, match="at least 20 scored instances to fit on and 20 to try on"):
+    with pytest.raises(CorpusError, match="at least 20 scored instances to fit on and 20 held-out ones"):
         proxy.run(spark, few)
     with pytest.raises(ConfigError, match=r"proxy\.score: 'teacher_nll_maen' is no SQL"):
         proxy.run(spark, dataclasses.replace(copied, proxy=ProxyConfig(score="teacher_nll_maen")))
-    storage.remove_folder(copied.table_uri("proxy_scores"))
+    storage.remove_folder(storage.join(copied.root, "proxy"))
+    with pytest.raises(CorpusError, match=r"expected the record of the proxy .* run `miniplm proxy`"):
+        refine.run(spark, copied)
+    storage.remove_folder(copied.layout.table("proxy_scores"))
     with pytest.raises(CorpusError, match="run `miniplm proxy`"):
         refine.run(spark, copied)
 

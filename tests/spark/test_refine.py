@@ -11,60 +11,16 @@ import pytest
 from pyspark.sql import functions as F
 
 from jobs import refine as job
-from miniplm_udf import corpora, schemas, storage, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, SelectConfig
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.refinement.selection import ALL, RankedFrame, find_cuts, quick_number
-from tests.spark.score_tables import experiment
-from tests.unit.test_selection import by_cut, by_sorting, random_rows
-
-ALIASES = ["teacher", "reference"]
-DIFFERENCE = "reference_nll_mean - teacher_nll_mean"
-
-
-def matrix_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Matrix rows with ties, short instances and a few that are not of the pool."""
-    rng = random.Random(seed)
-    rows = []
-    for number in range(n):
-        row: dict[str, Any] = {
-            "instance_id": f"{rng.getrandbits(128):032x}",
-            "source": rng.choice(["web", "code", "books"]),
-            "n_bytes": rng.randint(100, 4000),
-            "split": "pool" if number % 10 else "heldout",
-            "content_hash": "c",
-            "instance_batch_id": 0,
-            "query_id": "q" * 32,
-            "batch_id": number % 2,
-        }
-        n_tokens = rng.randint(20, 300)
-        for alias in ALIASES:
-            mean = rng.randint(0, 30) / 10
-            row |= {
-                f"{alias}_nll_mean": mean,
-                f"{alias}_nll_sum_nats": mean * n_tokens,
-                f"{alias}_n_tokens": n_tokens,
-                f"{alias}_bits_per_byte": None if number % 7 == 0 else mean / 3,
-                f"{alias}_revision": f"rev-{alias}",
-            }
-        rows.append(row)
-    return rows
-
-
-def write_matrix(spark: Any, config: ExperimentConfig, rows: list[dict[str, Any]]) -> None:
-    table = schemas.score_matrix(ALIASES)
-    frame = spark.createDataFrame([tuple(row[c] for c in table.column_names) for row in rows], table.spark_schema())
-    tables.append(frame, config.table_uri("score_matrix"), table)
-
-
-def write_record(config: ExperimentConfig, alias: str, tokenizer_hash: str = "t" * 32) -> None:
-    record = {
-        "model_id": alias, "model_revision": f"rev-{alias}", "tokenizer_hash": tokenizer_hash, "dtype": "float32",
-        "context_tokens": 64, "window_overlap_tokens": 8, "context_prefix": "none", "document_separator": "x",
-        "document_separator_id": 0, "prefix_token_id": None, "vocab_size": 8, "n_parameters": 1, "weights_hash": "w",
-        "path": "p",
-    }  # fmt: skip
-    storage.write_json(config.model_uri(f"{alias}.json"), record)
+from miniplm_udf.refinement.selection import ALL, RankedFrame, find_cuts, score_bucket
+from miniplm_udf.store import corpus_records, tables
+from tests.support.matrices import ALIASES, DIFFERENCE, ids, matrix_rows, with_corpora, write_matrix, write_record
+from tests.support.score_tables import experiment
+from tests.support.selection_oracles import by_cut, by_sorting, random_rows
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +34,12 @@ def config(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> ExperimentCo
     return made
 
 
-def with_corpora(config: ExperimentConfig, **made: CorpusConfig) -> ExperimentConfig:
-    return dataclasses.replace(config, refine=dataclasses.replace(config.refine, corpora=made))
-
-
 def ranked(rows: list[dict[str, Any]], min_tokens: int = 32) -> list[tuple[float, str, int]]:
     return [
         (row["reference_nll_mean"] - row["teacher_nll_mean"], row["instance_id"], row["teacher_n_tokens"])
         for row in rows
         if row["split"] == "pool" and row["teacher_n_tokens"] >= min_tokens
     ]
-
-
-def ids(frame: Any) -> list[str]:
-    return sorted(row[0] for row in frame.select("instance_id").collect())
 
 
 def test_the_rules_keep_what_a_sort_keeps(spark: Any, config: ExperimentConfig) -> None:
@@ -113,11 +61,11 @@ def test_the_rules_keep_what_a_sort_keeps(spark: Any, config: ExperimentConfig) 
         "above": sorted(row[1] for row in rows if row[0] >= 0),
     }
     for name, kept in expected.items():
-        assert ids(corpora.read_corpus(spark, used.root, name)) == kept, name
+        assert ids(corpus_records.read_corpus(spark, used.root, name)) == kept, name
         assert summary["kept"][name] == len(kept)
     assert summary["kept"]["random"] == len(rows) // 2
-    assert ids(corpora.read_corpus(spark, used.root, "random")) != expected["half"]
-    found = corpora.read_corpus(spark, used.root, "half")
+    assert ids(corpus_records.read_corpus(spark, used.root, "random")) != expected["half"]
+    found = corpus_records.read_corpus(spark, used.root, "half")
     assert found.schema.names == schemas.refined("half", ALIASES).column_names
     refined = summary["refined"]["half"]
     scores = [row["score"] for row in found.collect()]
@@ -134,35 +82,35 @@ def test_versions_carry_their_provenance_and_come_back(spark: Any, config: Exper
         return with_corpora(config, travel=CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=ratio)))
 
     first = job.run(spark, asked(0.5))["refined"]["travel"]
-    before = corpora.read_corpus(spark, config.root, "travel").orderBy("instance_id").collect()
+    before = corpus_records.read_corpus(spark, config.root, "travel").orderBy("instance_id").collect()
     second = job.run(spark, asked(0.2))["refined"]["travel"]
     assert second["version"] > first["version"]
     assert second["n_instances"] < first["n_instances"]
     back = spark.read.format("delta").option("versionAsOf", first["version"]).load(first["path"])
     assert back.orderBy("instance_id").collect() == before
-    assert corpora.read_corpus(spark, config.root, "travel", first["version"]).count() == first["n_instances"]
+    assert corpus_records.read_corpus(spark, config.root, "travel", first["version"]).count() == first["n_instances"]
 
     metadata = tables.user_metadata(spark, first["path"], first["version"])
     assert metadata is not None
     assert metadata["model_revisions"] == {alias: f"rev-{alias}" for alias in ALIASES}
     assert metadata["inputs"]["last_batches"] == {"q" * 32: 1}
     assert metadata["config"]["where"] == "teacher_n_tokens >= 32"
-    shown = corpora.show_corpus(spark, config.root, "travel", first["version"])
+    shown = corpus_records.show_corpus(spark, config.root, "travel", first["version"])
     assert shown["fingerprint"] == metadata["fingerprint"]
     assert shown["threshold"] == first["threshold"]
 
     # Killed between the commit and its row in corpora: the next run adds the row, and writes no version.
-    spark.sql(f"DELETE FROM delta.`{config.table_uri('corpora')}` WHERE name = 'travel'")
+    spark.sql(f"DELETE FROM delta.`{config.layout.table('corpora')}` WHERE name = 'travel'")
     again = job.run(spark, asked(0.2))["refined"]["travel"]
     assert again == {**second, "skipped": True}
-    assert corpora.show_corpus(spark, config.root, "travel")["version"] == second["version"]
+    assert corpus_records.show_corpus(spark, config.root, "travel")["version"] == second["version"]
     # Back to the first config: a new version with the old rows and fingerprint.
     third = job.run(spark, asked(0.5))["refined"]["travel"]
     assert third["version"] > second["version"]
-    assert corpora.show_corpus(spark, config.root, "travel")["fingerprint"] == metadata["fingerprint"]
-    assert corpora.list_corpora(spark, config.root).where("name = 'travel'").count() == 2
+    assert corpus_records.show_corpus(spark, config.root, "travel")["fingerprint"] == metadata["fingerprint"]
+    assert corpus_records.list_corpora(spark, config.root).where("name = 'travel'").count() == 2
     with pytest.raises(CorpusError, match="travel"):
-        corpora.read_corpus(spark, config.root, "travel", 999)
+        corpus_records.read_corpus(spark, config.root, "travel", 999)
 
 
 def test_a_score_that_is_no_number_is_counted_and_never_kept(spark: Any, config: ExperimentConfig) -> None:
@@ -177,7 +125,7 @@ def test_a_score_that_is_no_number_is_counted_and_never_kept(spark: Any, config:
     summary = job.run(spark, used)
     rows = [row for row in matrix_rows(300) if row["split"] == "pool"]
     expected = [row["instance_id"] for row in rows if row["teacher_n_tokens"] >= 32 and row["n_bytes"] % 3 == 2]
-    assert ids(corpora.read_corpus(spark, used.root, "bad")) == sorted(expected)
+    assert ids(corpus_records.read_corpus(spark, used.root, "bad")) == sorted(expected)
     assert summary["refined"]["bad"]["n_candidates"] == sum(row["teacher_n_tokens"] >= 32 for row in rows)
     assert summary["kept"]["bits"] == sum(row["teacher_bits_per_byte"] is not None for row in rows)
 
@@ -200,7 +148,7 @@ def test_a_bad_expression_is_refused_with_the_columns(
     with pytest.raises(ConfigError, match=message) as raised:
         job.run(spark, with_corpora(config, wrong=corpus))
     assert "teacher_nll_mean, " in str(raised.value) or message == "random"
-    assert not tables.exists(spark, config.table_uri("refined/wrong"))
+    assert not tables.exists(spark, config.layout.table("refined/wrong"))
 
 
 def test_nothing_to_keep_or_to_read_is_an_error(spark: Any, config: ExperimentConfig, tmp_path: Path) -> None:
@@ -209,7 +157,7 @@ def test_nothing_to_keep_or_to_read_is_an_error(spark: Any, config: ExperimentCo
         job.run(spark, with_corpora(config, none=none))
     with pytest.raises(CorpusError, match="expected instances to keep"):
         job.run(spark, with_corpora(config, none=CorpusConfig(score=DIFFERENCE, where="n_bytes < 0")))
-    assert not tables.exists(spark, config.table_uri("refined/none"))
+    assert not tables.exists(spark, config.layout.table("refined/none"))
     with pytest.raises(CorpusError, match="found none"):
         job.run(spark, with_corpora(dataclasses.replace(config, root=str(tmp_path)), none=none))
     with pytest.raises(ConfigError, match="at least one"):
@@ -230,7 +178,7 @@ def test_means_of_unequal_tokenizers_are_not_compared(spark: Any, config: Experi
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 def test_the_cut_on_a_frame_equals_a_sort(spark: Any, by_tokens: bool) -> None:
-    """Of one group and of three, with few and many ties, down to the last id."""
+    """One group and three groups, with few and many ties, down to the last id."""
     rng = random.Random(by_tokens)
     for groups in ((ALL,), ("web", "code", "books")):
         rows = {group: random_rows(rng, 150, n, by_tokens) for group, n in zip(groups, (60, 1, 60), strict=False)}
@@ -263,7 +211,7 @@ def test_a_bucket_never_falls_as_the_score_rises(spark: Any) -> None:
     scores |= {rng.choice((1e-6, 0.2, 2, 100, 1e9)) * rng.random() for _ in range(500)}
     ordered = sorted(scores | {-score for score in scores if score})
     frame = spark.createDataFrame([(score,) for score in ordered], "score double")
-    numbers = [row[0] for row in frame.coalesce(1).select(quick_number(F.col("score"), 1024)).collect()]
+    numbers = [row[0] for row in frame.coalesce(1).select(score_bucket(F.col("score"), 1024)).collect()]
     assert numbers == sorted(numbers)
     assert all((number < 0) == (score < 0) for number, score in zip(numbers, ordered, strict=True))
     assert len({number for number, score in zip(numbers, ordered, strict=True) if 1 < score < 2}) > 30
@@ -278,7 +226,7 @@ def test_delta_rs_reads_the_same_corpus(spark: Any, config: ExperimentConfig) ->
     table = DeltaTable(storage.local_path(made["path"]))
     assert table.version() == made["version"]
     found = [row for uri in table.file_uris() for row in pq.read_table(uri).to_pylist()]
-    expected = [row.asDict() for row in corpora.read_corpus(spark, used.root, "both").collect()]
+    expected = [row.asDict() for row in corpus_records.read_corpus(spark, used.root, "both").collect()]
     assert sorted(found, key=json.dumps) == sorted(expected, key=json.dumps)
     nullable = {field.name: field.nullable for field in table.schema().fields}
     assert nullable == {column.name: column.nullable for column in schemas.refined("both", ALIASES).columns}

@@ -10,25 +10,29 @@ from typing import Any
 import pytest
 
 from jobs import refine as job
-from miniplm_udf import corpora, storage, tables
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, SelectConfig
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, SelectConfig
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.refinement import columns, diagnostics, expressions, refine
 from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import budget_of
+from miniplm_udf.store import corpus_records, tables
 from miniplm_udf.upkeep import verify
-from tests.spark.score_tables import experiment, instance_id, write_instances
-from tests.spark.test_refine import ALIASES, DIFFERENCE, ids, matrix_rows, with_corpora, write_matrix, write_record
-from tests.unit.test_diagnostics import exact
-from tests.unit.test_selection import by_sorting
-
-N_ROWS = 300
-TEXTS = [f"text {number} of some words" for number in range(N_ROWS)]
-
-
-def rows_of_matrix() -> list[dict[str, Any]]:
-    """Scores of two digits, so with ties; rows of the texts, in their order."""
-    return [row | {"instance_id": instance_id(text)} for row, text in zip(matrix_rows(N_ROWS), TEXTS, strict=True)]
+from tests.support.matrices import (
+    ALIASES,
+    DIFFERENCE,
+    TEXTS,
+    candidates,
+    ids,
+    rows_of_matrix,
+    with_corpora,
+    write_matrix,
+    write_record,
+)
+from tests.support.score_tables import experiment, instance_id, write_instances
+from tests.support.selection_oracles import by_sorting, exact
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def config(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> ExperimentCo
     made = experiment(root, {alias: ModelConfig(path="/nowhere") for alias in ALIASES})
     write_matrix(spark, made, rows_of_matrix())
     write_instances(spark, made, TEXTS)
-    uri = made.table_uri("instances")
+    uri = made.layout.table("instances")
     number = F.split("text", " ")[1].cast("int")
     changed = tables.read(spark, uri).withColumn(
         "metadata", F.when(number % 3 == 0, F.concat(F.lit('[{"lang": "en", "n": '), number, F.lit("}]")))
@@ -49,11 +53,6 @@ def config(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> ExperimentCo
     for alias in ALIASES:
         write_record(made, alias)
     return made
-
-
-def candidates(min_tokens: int = 32) -> list[dict[str, Any]]:
-    rows = [row for row in rows_of_matrix() if row["split"] == "pool" and row["teacher_n_tokens"] >= min_tokens]
-    return [row | {"score": row["reference_nll_mean"] - row["teacher_nll_mean"]} for row in rows]
 
 
 def ranked(rows: list[dict[str, Any]], by_tokens: bool) -> list[tuple[float, str, int]]:
@@ -69,7 +68,7 @@ def weight(rows: list[dict[str, Any]], by_tokens: bool) -> int:
 
 
 def expected_of(select: SelectConfig, rows: list[dict[str, Any]]) -> set[str]:
-    """What a sort keeps of rows that are ranked together."""
+    """The ids that a sort keeps, of rows that are ranked together."""
     by_tokens = select.counts_tokens
     if select.rule == "token_budget":
         return top(rows, int(select.budget_tokens or 0), True)
@@ -101,7 +100,7 @@ BY_SOURCE = [
 @pytest.mark.parametrize("select", TOGETHER + BY_SOURCE, ids=str)
 def test_a_selection_keeps_what_a_sort_keeps(spark: Any, config: ExperimentConfig, select: SelectConfig) -> None:
     used = with_corpora(config, a=CorpusConfig(score=DIFFERENCE, select=select))
-    rows = refine.candidate_rows(matrix_of(spark, config), used, "a", refine.resolve(used, "a"))
+    rows = refine.candidate_rows(matrix_of(spark, config), used, "a", refine.resolve_corpus(used, "a"))
     if select.per_source is None:
         expected = expected_of(select, candidates())
     else:
@@ -111,7 +110,7 @@ def test_a_selection_keeps_what_a_sort_keeps(spark: Any, config: ExperimentConfi
 
 
 def matrix_of(spark: Any, config: ExperimentConfig) -> Any:
-    return tables.read(spark, config.table_uri("score_matrix"))
+    return tables.read(spark, config.layout.table("score_matrix"))
 
 
 def test_shares_by_source_and_their_provenance(spark: Any, config: ExperimentConfig) -> None:
@@ -120,11 +119,11 @@ def test_shares_by_source_and_their_provenance(spark: Any, config: ExperimentCon
     used = with_corpora(config, shared=CorpusConfig(score=DIFFERENCE, select=select))
     found = job.run(spark, used)["refined"]["shared"]
     expected = {name for source, share in shares.items() for name in top(of(source), budget_of(share, 8000), True)}
-    kept = corpora.read_corpus(spark, used.root, "shared")
+    kept = corpus_records.read_corpus(spark, used.root, "shared")
     assert ids(kept) == sorted(expected)
     assert found["kept_share_by_source"]["books"] == 0
     # The cuts alone choose the same rows again.
-    cuts = corpora.show_corpus(spark, used.root, "shared")["inputs"]["cuts"]
+    cuts = corpus_records.show_corpus(spark, used.root, "shared")["inputs"]["cuts"]
     assert set(cuts) == set(shares)
     again = {
         row["instance_id"]
@@ -147,7 +146,7 @@ def test_gumbel_noise_is_seeded_and_samples_by_the_score(spark: Any, config: Exp
         select = SelectConfig(rule="gumbel", ratio=0.3, temperature=temperature, seed=seed)
         used = with_corpora(config, a=CorpusConfig(score=DIFFERENCE, select=select))
         matrix = matrix_of(spark, config).repartition(n_partitions, "n_bytes")
-        rows = refine.candidate_rows(matrix, used, "a", refine.resolve(used, "a"))
+        rows = refine.candidate_rows(matrix, used, "a", refine.resolve_corpus(used, "a"))
         return ids(choose(rows, select, "a").mark(rows).where("is_kept"))
 
     best = sorted(top(candidates(), budget_of(0.3, len(candidates()))))
@@ -172,14 +171,14 @@ def test_monotone_equivalent_rules_select_the_same(spark: Any, config: Experimen
     band = SelectConfig(rule="band", low=0.3, high=0.7)
     named |= {"perplexity": CorpusConfig(rule="perplexity_band", select=band)}
     named |= {"loss": CorpusConfig(score="reference_nll_mean", select=band)}
-    # Of a power of two nothing is rounded, and losses of two digits stay apart under exp.
+    # A product with a power of two is not rounded, and losses of two digits stay apart under exp.
     named |= {"scaled": CorpusConfig(score=f"4 * ({DIFFERENCE})", select=few)}
     named |= {"chance": CorpusConfig(rule="random"), "teacher": CorpusConfig(rule="teacher_only")}
     used = with_corpora(config, **named)
     kept = {}
     for name in named:
-        rows = refine.candidate_rows(matrix_of(spark, config), used, name, refine.resolve(used, name))
-        select = refine.resolve(used, name).select
+        rows = refine.candidate_rows(matrix_of(spark, config), used, name, refine.resolve_corpus(used, name))
+        select = refine.resolve_corpus(used, name).select
         assert select is not None
         kept[name] = tuple(ids(choose(rows, select, name).mark(rows).where("is_kept")))
     assert kept["miniplm"] == kept["scaling_filter"] == kept["rho"] == kept["scaled"]
@@ -199,9 +198,9 @@ def test_columns_of_the_instances_are_joined_where_they_are_named(spark: Any, co
     numbered = {instance_id(text): number for number, text in enumerate(TEXTS)}
     english = [row for row in candidates() if numbered[row["instance_id"]] % 3 == 0]
     assert summary["english"]["n_candidates"] == len(english)
-    assert ids(corpora.read_corpus(spark, used.root, "english")) == sorted(top(english, len(english) // 2))
-    inputs = corpora.show_corpus(spark, used.root, "english")["inputs"]
-    assert inputs["instances_version"] == tables.version(spark, config.table_uri("instances"))
+    assert ids(corpus_records.read_corpus(spark, used.root, "english")) == sorted(top(english, len(english) // 2))
+    inputs = corpus_records.show_corpus(spark, used.root, "english")["inputs"]
+    assert inputs["instances_version"] == tables.version(spark, config.layout.table("instances"))
     # Who reads the expression again finds the columns too.
     checks = [check for check in verify.verify(spark, used.root) if check.name.startswith("corpus longest")]
     assert [check.name.split(": ")[1] for check in checks] == ["rows", "fingerprint", "rows are the matrix's"]
@@ -221,8 +220,8 @@ def test_columns_of_the_instances_are_joined_where_they_are_named(spark: Any, co
         ("row_number() over (order by teacher_nll_mean)", "a window function"),
         ("explode(array(1, 2))", "a generator"),
         ("max(teacher_nll_mean)", "aggregate|no SQL"),
-        ("unix_timestamp()", "of the moment"),
-        ("length(current_user())", "of the moment"),
+        ("unix_timestamp()", "depends on the time or the user"),
+        ("length(current_user())", "depends on the time or the user"),
         ("teacher_nll_mean * rand(3)", "random"),
         ("teacher_nll_mean + * 2)", r"no SQL.*pos \d+"),
         ("teacher_nll_mean - no_such", "at character 20.*no_such"),
@@ -235,7 +234,7 @@ def test_more_than_a_column_is_refused_with_its_place(
     with pytest.raises(ConfigError, match=message) as raised:
         job.run(spark, with_corpora(config, wrong=CorpusConfig(score=text)))
     assert str(raised.value).startswith("refine.corpora.wrong.score: ")
-    assert not tables.exists(spark, config.table_uri("refined/wrong"))
+    assert not tables.exists(spark, config.layout.table("refined/wrong"))
 
 
 def test_what_is_only_tried_is_not_logged(spark: Any, config: ExperimentConfig) -> None:
@@ -243,7 +242,7 @@ def test_what_is_only_tried_is_not_logged(spark: Any, config: ExperimentConfig) 
     logger = logging.getLogger("SQLQueryContextLogger")
     logger.addHandler(heard)
     try:
-        assert not expressions.resolves(tables.read(spark, config.table_uri("score_matrix")), "of_another_table > 1")
+        assert not expressions.resolves(tables.read(spark, config.layout.table("score_matrix")), "of_another_table > 1")
     finally:
         logger.removeHandler(heard)
     assert heard.buffer == []
@@ -275,7 +274,7 @@ def test_diagnostics_are_those_of_the_rows(spark: Any, config: ExperimentConfig,
     assert ["too strong" in note for note in found["notes"]] == [True]
     assert found["negative_share"] == 0
     assert found["rejects"] == {}
-    kept = {row["instance_id"] for row in corpora.read_corpus(spark, used.root, "strong").collect()}
+    kept = {row["instance_id"] for row in corpus_records.read_corpus(spark, used.root, "strong").collect()}
     by_length: dict[str, list[bool]] = {}
     for row in pool:
         k = int(math.log2(row["teacher_n_tokens"]))
@@ -286,11 +285,11 @@ def test_diagnostics_are_those_of_the_rows(spark: Any, config: ExperimentConfig,
     assert summary["signed"]["diagnostics"]["negative_share"] == negative
     assert summary["random"]["diagnostics"]["spearman_with_reference_loss"] is None
     # In the provenance of the commit, and in the row that outlives it.
-    newest = corpora.newest(spark, summary["strong"]["path"])
+    newest = corpus_records.newest(spark, summary["strong"]["path"])
     assert newest is not None
     assert newest.provenance is not None
     assert newest.provenance.diagnostics == found
-    assert corpora.show_corpus(spark, used.root, "strong")["inputs"]["diagnostics"] == found
+    assert corpus_records.show_corpus(spark, used.root, "strong")["inputs"]["diagnostics"] == found
 
 
 def test_lengths_are_told_apart_at_powers_of_two(spark: Any) -> None:

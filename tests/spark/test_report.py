@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
 from jobs import report as report_job
-from miniplm_udf import schemas, storage, tables
+from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.report import figures, queries, students
 from miniplm_udf.report.histogram import BUCKETS, Histogram, histogram
 from miniplm_udf.report.render import build_report
-from tests.spark import report_root
-from tests.spark.report_root import HOSTILE, SOURCES, Built, score
+from miniplm_udf.store import tables
+from tests.support import report_root
+from tests.support.report_root import HOSTILE, SOURCES, Built, score
 
 SUMMARY = {"seconds": {"ingest": 12.3, "score": 75.2}, "tokens_per_second": {"teacher": 812.4, "reference": None}}
 
@@ -64,7 +66,7 @@ class Page(HTMLParser):
 def built(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield report_root.build_root(spark, tmp_path_factory.getbasetemp() / "experiment")
+        yield report_root.build_root(spark, tmp_path_factory.getbasetemp() / "an experiment, zwölf")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,7 @@ def test_mlflow_holds_one_comparison_run_with_the_newest_report(spark: Any, buil
     runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'comparison'")
     assert len(runs) == 1
     assert runs[0].info.status == "FINISHED"
-    logged = Path(storage.local_path(runs[0].info.artifact_uri))
+    logged = Path(unquote(storage.local_path(runs[0].info.artifact_uri)))  # MLflow percent-encodes it
     assert logged.is_relative_to(built.config.report_folder() / "mlartifacts")
     assert sorted(path.name for path in logged.iterdir()) == ["report.html", "summary.json"]
     assert (logged / "report.html").read_text() == Path(result["report"]).read_text()
@@ -289,5 +291,5 @@ def test_figures_take_hostile_names() -> None:
 def test_table_facts_count_rows(spark: Any, built: Built, page: Page) -> None:
     assert page.row("instances")[2] == "360"
     assert page.row("scores")[2] == "640"
-    version = tables.version(spark, built.config.table_uri("refined/difference"))
+    version = tables.version(spark, built.config.layout.table("refined/difference"))
     assert page.row("refined/difference")[1:3] == [str(version), f"{len(built.kept['difference']):,}"]

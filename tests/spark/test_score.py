@@ -11,16 +11,22 @@ import pytest
 from delta.tables import DeltaTable
 
 from jobs import score
-from miniplm_udf import matrix, nearby, schemas, scores, storage, tables
-from miniplm_udf.config import ExperimentConfig, ModelConfig
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError, ScoringError
-from miniplm_udf.model_records import describe_models, read_record
+from miniplm_udf.lease import Lease
+from miniplm_udf.scores import matrix
+from miniplm_udf.scores import query as scores
+from miniplm_udf.scores.models import describe_models, read_record
+from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.streams.lease import Lease, lease_uri
-from miniplm_udf.streams.query import executor_error
-from miniplm_udf.udf import SCORED_DDL, score_arrow
-from miniplm_udf.workers.tally import Tally
-from tests.spark.score_tables import (
+from miniplm_udf.store import batch_range, tables
+from miniplm_udf.workers.arrow import score_arrow
+from miniplm_udf.workers.messages import SCORED_DDL
+from miniplm_udf.workers.remote import error_in_text
+from miniplm_udf.workers.score_counts import ScoreCounts
+from tests.support.score_tables import (
     FakeFactory,
     FakeScorer,
     Result,
@@ -34,7 +40,7 @@ from tests.spark.score_tables import (
     two_models,
     write_instances,
 )
-from tests.unit.tiny_models import make_model_folder
+from tests.support.tiny_models import make_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ class Scored:
         return score.run(self.spark, used, factories)
 
     def table(self, name: str) -> list[Any]:
-        return list(self.spark.read.format("delta").load(self.config.table_uri(name)).collect())
+        return list(self.spark.read.format("delta").load(self.config.layout.table(name)).collect())
 
     def with_models(self, models: dict[str, ModelConfig]) -> "Scored":
         return Scored(self.spark, experiment(Path(storage.local_path(self.config.root)), models), self.log)
@@ -121,12 +127,12 @@ def test_new_instances_models_and_lost_checkpoints_score_only_what_is_missing(
     # Back to two models: the matrix has their columns again, nothing is scored.
     assert scored.run()["matrix_rows"] == 10
     aliases = ["teacher", "reference"]
-    found = scored.spark.read.format("delta").load(scored.config.table_uri("score_matrix"))
+    found = scored.spark.read.format("delta").load(scored.config.layout.table("score_matrix"))
     assert found.columns == schemas.score_matrix(aliases).column_names
     assert found.count() == 10
     # None of them read the table that it went to: another driver's commit would have been in conflict.
     for name in ("scores", "score_matrix"):
-        history = DeltaTable.forPath(scored.spark, scored.config.table_uri(name)).history()
+        history = DeltaTable.forPath(scored.spark, scored.config.layout.table(name)).history()
         appends = history.where("operation = 'WRITE' AND operationParameters['mode'] = 'Append'").collect()
         assert appends
         assert all(row["isBlindAppend"] for row in appends)
@@ -154,14 +160,14 @@ def test_a_bad_score_is_a_reject_and_nowhere_else(scored: Scored) -> None:
     assert len(scored_texts(scored.log, 1.0)) == 6
 
 
-def plan_of(scored: Scored, models: tuple[ModelDescription, ...] | None = None) -> scores.ScoringPlan:
+def plan_of(scored: Scored, models: tuple[ModelDescription, ...] | None = None) -> ScoringPlan:
     config = scored.config
-    return scores.ScoringPlan(
+    return ScoringPlan(
         models=models or tuple(read_record(config, alias) for alias in config.scored_aliases),
         factories={alias: FakeFactory(scored.scales[alias], str(scored.log)) for alias in config.scored_aliases},
-        instances_uri=config.table_uri("instances"),
-        scores_uri=config.table_uri("scores"),
-        rejects_uri=config.table_uri("rejects"),
+        instances_uri=config.layout.table("instances"),
+        scores_uri=config.layout.table("scores"),
+        rejects_uri=config.layout.table("rejects"),
         workers=2,
         workers_per_gpu=1,
         run_id="r",
@@ -174,22 +180,22 @@ def test_a_replayed_micro_batch_scores_nothing_and_rejects_what_has_no_row(score
     more = [*texts(3, start=10), "fail again"]
     write_instances(scored.spark, scored.config, more, batch_id=1)
     batch = scores.pool(
-        scored.spark.read.format("delta").load(scored.config.table_uri("instances")).where("batch_id = 1")
+        scored.spark.read.format("delta").load(scored.config.layout.table("instances")).where("batch_id = 1")
     )
-    plan, tally = plan_of(scored), scores.new_tally(scored.spark)
+    plan, total = plan_of(scored), scores.new_score_counts(scored.spark)
     query_id = "a" * 32
     tables_before = scored.table("rejects")
-    counts = scores.score_batch(plan, query_id, batch, 7, tally).models
+    counts = scores.score_batch(plan, query_id, batch, 7, total).models
     assert {alias: (c.n_scored, c.n_failed) for alias, c in counts.items()} == {"teacher": (3, 1), "reference": (3, 1)}
     n_calls, rows = len(scored_texts(scored.log, 1.0)), scored.table("scores")
     # As after a kill between the commit of scores and that of rejects.
-    scored.spark.sql(f"DELETE FROM delta.`{scored.config.table_uri('rejects')}`")
-    assert scores.score_batch(plan, query_id, batch, 7, tally) == Tally()
+    scored.spark.sql(f"DELETE FROM delta.`{scored.config.layout.table('rejects')}`")
+    assert scores.score_batch(plan, query_id, batch, 7, total) == ScoreCounts()
     assert len(scored_texts(scored.log, 1.0)) == n_calls
     assert sorted(scored.table("scores")) == sorted(rows)
     assert tables_before == []
     # An empty micro-batch works as well.
-    assert scores.score_batch(plan, query_id, batch.where("false"), 8, tally) == Tally()
+    assert scores.score_batch(plan, query_id, batch.where("false"), 8, total) == ScoreCounts()
 
 
 def in_batches(scored: Scored, n_batches: int, first: int = 0) -> None:
@@ -202,13 +208,13 @@ def test_a_look_for_what_is_known_opens_what_came_with_it(scored: Scored) -> Non
     for number in range(3):
         write_instances(scored.spark, scored.config, texts(2, start=2 * number), batch_id=number)
         scored.run()
-    places = scored.config.table_uri("scores"), scored.config.table_uri("instances")
+    places = scored.config.layout.table("scores"), scored.config.layout.table("instances")
     found = scored.spark.read.format("delta").load(places[0])
     batch = scores.pool(scored.spark.read.format("delta").load(places[1]).where("batch_id = 1"))
-    near = found.where(nearby.condition(batch, *places))
+    near = found.where(batch_range.condition(batch, *places))
     assert {row["instance_batch_id"] for row in near.collect()} == {1}
     assert 0 < len(near.inputFiles()) < len(found.inputFiles())
-    assert not found.where(nearby.condition(batch.where("false"), *places)).inputFiles()
+    assert not found.where(batch_range.condition(batch.where("false"), *places)).inputFiles()
     known = scores._known(plan_of(scored), "n" * 32, batch)
     assert known is not None
     assert sorted(row[0] for row in known.collect()) == sorted(2 * [instance_id(text) for text in texts(2, start=2)])
@@ -230,13 +236,13 @@ def test_instances_that_were_made_anew_are_not_scored_again(scored: Scored) -> N
 def test_looks_end_with_the_instances_that_were_there_at_the_start(scored: Scored) -> None:
     in_batches(scored, 3)
     checkpoint = storage.join(scored.config.root, "_checkpoints", "looks")
-    instances = scored.config.table_uri("instances")
-    start, seen = scores._Start(), []
+    instances = scored.config.layout.table("instances")
+    start, seen = scores._BatchHistory(), []
     start.begin(int(tables.version(scored.spark, instances) or 0))
 
     def run() -> None:
         def take(batch: Any, batch_id: int) -> None:
-            start.look(checkpoint, batch_id)
+            start.update(checkpoint, batch_id)
             seen.append((sorted({row["batch_id"] for row in batch.collect()}), start.may_be_known))
 
         stream = scored.spark.readStream.format("delta").option("maxFilesPerTrigger", 1).load(instances)
@@ -261,7 +267,7 @@ def test_a_model_is_scored_by_one_driver_at_a_time(scored: Scored) -> None:
     scored.run()
     revision = scored.table("scores")[0]["model_revision"]
     with (
-        Lease(lease_uri(scored.config.root, f"model-{revision}"), "another set of models"),
+        Lease(scored.config.layout.lease(f"model-{revision}"), "another set of models"),
         pytest.raises(CorpusError, match="is run by process"),
     ):
         scored.run()
@@ -270,17 +276,17 @@ def test_a_model_is_scored_by_one_driver_at_a_time(scored: Scored) -> None:
 def test_a_replay_rejects_under_the_reason_not_scored(scored: Scored) -> None:
     write_instances(scored.spark, scored.config, [*texts(1), "fail once"])
     scored.run()
-    batch = scores.pool(scored.spark.read.format("delta").load(scored.config.table_uri("instances")))
+    batch = scores.pool(scored.spark.read.format("delta").load(scored.config.layout.table("instances")))
     query_id = scored.table("scores")[0]["query_id"]
     before = {row["reject_id"] for row in scored.table("rejects")}
     # Looking for what other queries scored opens no file of this one: Delta's statistics tell a 32-character id whole.
-    found = scored.spark.read.format("delta").load(scored.config.table_uri("scores"))
+    found = scored.spark.read.format("delta").load(scored.config.layout.table("scores"))
     assert found.where(found["query_id"] == query_id).inputFiles()
     assert not found.where(found["query_id"] != query_id).inputFiles()
     # As after a kill between the commit of scores and that of rejects: a table that knows nothing of this micro-batch.
-    plan = dataclasses.replace(plan_of(scored), rejects_uri=scored.config.table_uri("rejects_anew"))
+    plan = dataclasses.replace(plan_of(scored), rejects_uri=scored.config.layout.table("rejects_anew"))
     tables.create(scored.spark, plan.rejects_uri, schemas.REJECTS)
-    assert scores.score_batch(plan, query_id, batch, 0, scores.new_tally(scored.spark)) == Tally()
+    assert scores.score_batch(plan, query_id, batch, 0, scores.new_score_counts(scored.spark)) == ScoreCounts()
     after = scored.table("rejects_anew")
     assert {row["reason"] for row in after} == {"not_scored"}
     assert {row["reject_id"] for row in after} == before
@@ -289,20 +295,20 @@ def test_a_replay_rejects_under_the_reason_not_scored(scored: Scored) -> None:
 def test_a_commit_without_rows_that_is_tried_again_loses_no_instance(scored: Scored) -> None:
     """All failed, the empty commit was made, then a kill; of the second run Delta drops the write, unread."""
     write_instances(scored.spark, scored.config, ["fail one", "fail two"])
-    instances = scored.spark.read.format("delta").load(scored.config.table_uri("instances"))
+    instances = scored.spark.read.format("delta").load(scored.config.layout.table("instances"))
     models = (describe_models(scored.spark, scored.config, scored.config.models)["teacher"],)
     plan = dataclasses.replace(plan_of(scored, models), factories={"teacher": FakeFactory(1.0, str(scored.log))})
     for uri, table in ((plan.scores_uri, schemas.SCORES), (plan.rejects_uri, schemas.REJECTS)):
         tables.create(scored.spark, uri, table)
-    tally = scores.new_tally(scored.spark)
-    assert scores.score_batch(plan, "b" * 32, scores.pool(instances), 4, tally).models["teacher"].n_failed == 2
+    total = scores.new_score_counts(scored.spark)
+    assert scores.score_batch(plan, "b" * 32, scores.pool(instances), 4, total).models["teacher"].n_failed == 2
     assert {row["reason"] for row in scored.table("rejects")} == {"no_tokens"}
     # As if killed before the commit of rejects: a table that knows nothing of this micro-batch.
-    anew = scored.config.table_uri("rejects_anew")
+    anew = scored.config.layout.table("rejects_anew")
     tables.create(scored.spark, anew, schemas.REJECTS)
     mended = {"teacher": MendedFactory(1.0, str(scored.log))}
     again = dataclasses.replace(plan, factories=mended, rejects_uri=anew)
-    assert scores.score_batch(again, "b" * 32, scores.pool(instances), 4, tally) == Tally()
+    assert scores.score_batch(again, "b" * 32, scores.pool(instances), 4, total) == ScoreCounts()
     assert scored.table("scores") == []
     found = scored.table("rejects_anew")
     assert sorted(row["instance_id"] for row in found) == sorted(map(instance_id, ["fail one", "fail two"]))
@@ -346,29 +352,29 @@ def test_sparks_batches_are_read_in_another_thread(spark: Any) -> None:
     from pyspark.errors import PySparkException
     from pyspark.sql import functions as F
 
-    def scored_lengths(n: int, text: Any, tally: Any = None) -> Any:
+    def scored_lengths(n: int, text: Any, total: Any = None) -> Any:
         rows = spark.range(0, n, 1, 2).select(
             F.col("id").cast("string").alias("instance_id"), text.alias("text"),
             F.array().cast("array<int>").alias("segment_ends"), F.lit(True).alias("ends_document"),
             F.array(F.lit("a"), F.lit("b")).alias("model_ids"),
         )  # fmt: skip
         factories = {"a": BareScorer, "b": BareScorer}
-        return rows.mapInArrow(score_arrow(factories, tally=tally), SCORED_DDL)
+        return rows.mapInArrow(score_arrow(factories, sink=total), SCORED_DDL)
 
     text = F.repeat(F.col("id").cast("string"), 20)
-    tally = scores.new_tally(spark)
+    total = scores.new_score_counts(spark)
     for _ in range(3):
-        tally.value = Tally()
-        found = scored_lengths(40_000, text, tally).collect()
+        total.value = ScoreCounts()
+        found = scored_lengths(40_000, text, total).collect()
         assert len(found) == 80_000
         assert all(row["nll_sum_nats"] == 20 * sum(row["instance_id"].encode()) for row in found)
-        assert {alias: counts.n_scored for alias, counts in tally.value.models.items()} == {"a": 40_000, "b": 40_000}
-        assert 0 < tally.value.wait_share < 1
+        assert {alias: counts.n_scored for alias, counts in total.value.models.items()} == {"a": 40_000, "b": 40_000}
+        assert 0 < total.value.wait_share < 1
         assert len(scored_lengths(1_000_000, text).limit(5).collect()) == 5
         late = F.when(F.col("id") == 9_000, F.lit("refused")).otherwise(text)
         with pytest.raises(PySparkException) as caught:
             scored_lengths(10_000, late).collect()
-        assert isinstance(executor_error(caught.value), ScoringError)
+        assert isinstance(error_in_text(caught.value), ScoringError)
 
 
 def test_nothing_to_score_is_an_error(scored: Scored) -> None:
@@ -386,7 +392,7 @@ def test_models_that_are_not_there(spark: Any, tmp_path: Path, models: dict[str,
     write_instances(spark, config, texts(1))
     with pytest.raises(ModelLoadError, match="nowhere"):
         score.run(spark, config)
-    from miniplm_udf.config import ReferenceConfig
+    from miniplm_udf.config.sections import ReferenceConfig
 
     untrained = ExperimentConfig(
         root=str(tmp_path / "root"), models={"teacher": models["teacher"], "ref": ModelConfig()},
@@ -417,7 +423,7 @@ def test_real_models_score_as_a_plain_forward_pass(spark: Any, tmp_path: Path, m
     text = "the quick brown fox, é and more"
     write_instances(spark, config, [text])
     score.run(spark, config)
-    row = spark.read.format("delta").load(config.table_uri("scores")).collect()[0]
+    row = spark.read.format("delta").load(config.layout.table("scores")).collect()[0]
     folder = Path(str(models["teacher"].path))
     tokenizer = load_tokenizer(folder)
     ids = [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("<|endoftext|>")]
@@ -426,9 +432,13 @@ def test_real_models_score_as_a_plain_forward_pass(spark: Any, tmp_path: Path, m
     expected = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(ids[1:]), reduction="sum").item()
     assert row["n_tokens"] == len(ids) - 1
     assert math.isclose(row["nll_sum_nats"], expected, abs_tol=1e-4 * len(ids))
-    record = storage.read_json(config.model_uri("teacher.json"))
+    record = storage.read_json(config.layout.model("teacher.json"))
     assert record["model_revision"] == row["model_revision"]
     assert record["dtype"] == row["dtype"]
+    # The dtype is settled, also where the record is gone.
+    spark.sql(f"UPDATE delta.`{config.layout.table('scores')}` SET dtype = 'bfloat16'")
+    storage.remove_folder(config.layout.model("teacher.json"))
+    assert describe_models(spark, config, config.models)["teacher"].dtype == "bfloat16"
 
 
 def test_the_checkpoints_belong_to_sets_of_models() -> None:

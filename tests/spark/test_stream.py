@@ -1,102 +1,35 @@
 """The queries that keep running: new files, a column that comes, SIGTERM, progress, metrics, a stall. Fake scorers."""
 
 import dataclasses
-import json
-import os
+import functools
 import signal
 import socket
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs import ingest, score, stream
-from miniplm_udf import tables
-from miniplm_udf.config import ChunkingConfig, IngestConfig, SplitConfig, StreamConfig
+from jobs.stage_runner import execute
+from jobs.stages import stage_named
+from miniplm_udf.config.sections import StreamConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.lease import Lease
+from miniplm_udf.scores.run import prepare
+from miniplm_udf.stopping import Stopped
 from miniplm_udf.streams import status as statuses
-from miniplm_udf.streams.lease import Lease, lease_uri
 from miniplm_udf.streams.runner import QueryRunner
-from miniplm_udf.streams.status import QueryStatus
-from tests.spark.score_tables import FakeFactory, Result, experiment, texts, two_models, write_instances
+from tests.support.score_tables import Result, experiment, texts, two_models, write_instances
+from tests.support.services import Service, free_port, until
 
 
-class Service:
-    """`miniplm stream` over a folder of JSONL files, with fake scorers; in the main thread, as for users."""
-
-    def __init__(self, spark: Any, tmp_path: Path, **settings: Any) -> None:
-        self.spark, self.inbox, self.log = spark, tmp_path / "inbox", tmp_path / "calls.log"
-        self.inbox.mkdir()
-        base = experiment(tmp_path / "root", two_models(tmp_path))
-        chunking = ChunkingConfig(mode="document", max_tokens=1025)
-        self.config = dataclasses.replace(
-            base,
-            ingest=IngestConfig(
-                input=f"{self.inbox}/*.jsonl", chunking=chunking, split=SplitConfig(reference=0, heldout=0),
-                state_partitions=1,
-            ),
-            stream=StreamConfig(interval_seconds=0.5, **settings),
-        )  # fmt: skip
-        self.failure: BaseException | None = None
-
-    def deliver(self, name: str, documents: Sequence[str]) -> None:
-        hidden = self.inbox / f".{name}"
-        hidden.write_text("".join(json.dumps({"id": text, "text": text}) + "\n" for text in documents))
-        hidden.rename(self.inbox / f"{name}.jsonl")
-
-    def factories(self) -> dict[str, FakeFactory]:
-        return {"teacher": FakeFactory(1.0, str(self.log)), "reference": FakeFactory(2.0, str(self.log))}
-
-    def count(self, name: str) -> int:
-        uri = self.config.table_uri(name)
-        return self.spark.read.format("delta").load(uri).count() if tables.exists(self.spark, uri) else 0
-
-    def run(self, meanwhile: Callable[[], None], run: Callable[..., Any] = stream.run) -> dict[str, Any]:
-        """Runs the service, `meanwhile` beside it, then SIGTERM."""
-
-        def beside() -> None:
-            try:
-                meanwhile()
-            except BaseException as error:
-                self.failure = error
-            finally:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        # Should `meanwhile` end before the service takes signals, the signal would end the tests.
-        before = signal.signal(signal.SIGTERM, lambda *_: None)
-        thread = threading.Thread(target=beside)
-        thread.start()
-        try:
-            return dict(run(self.spark, self.config, self.factories()))
-        finally:
-            thread.join()
-            signal.signal(signal.SIGTERM, before)
-            self.spark.sparkContext.setLogLevel("ERROR")
-            if self.failure is not None:
-                raise self.failure
-
-    def status(self, query: str) -> QueryStatus:
-        return next(found for found in statuses.read_all(self.config.root) if found.query == query)
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.3)
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
-
-
-def test_new_files_are_scored_until_sigterm_and_seen_from_outside(spark: Any, tmp_path: Path) -> None:
+def test_new_files_are_scored_until_sigterm_and_seen_from_outside(
+    spark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     port = free_port()
     service = Service(spark, tmp_path, metrics_port=port)
     seen: dict[str, str] = {}
@@ -106,6 +39,8 @@ def test_new_files_are_scored_until_sigterm_and_seen_from_outside(spark: Any, tm
         time.sleep(2)
         service.deliver("one", texts(5))
         until(lambda: service.count("score_matrix") == 5, "the first file's rows")
+        # A damaged file next to a good one: one line in the log, and no failed task.
+        service.deliver_cut("cut")
         service.deliver("two", [*texts(4, start=5), *texts(2)])
         until(lambda: service.count("score_matrix") == 9, "the second file's rows")
         until(lambda: service.status("score").rows >= 9, "the status")
@@ -113,9 +48,17 @@ def test_new_files_are_scored_until_sigterm_and_seen_from_outside(spark: Any, tm
         with pytest.raises(CorpusError, match=r"ingest: the query is run by process"):
             ingest.run(spark, dataclasses.replace(service.config, stream=StreamConfig()))
 
-    found = service.run(meanwhile)
-    assert found["scored"] == {"teacher": 9, "reference": 9}
-    assert found["matrix_rows"] == 9
+    with caplog.at_level("INFO", "miniplm"):
+        summary = service.run(meanwhile)
+    (line,) = [message for message in caplog.messages if "is left out" in message]
+    assert "cut.jsonl.gz is left out" in line
+    assert "ingest: starting again" in caplog.messages
+    errors = capfd.readouterr().err
+    assert "Exception" not in errors
+    assert "Traceback" not in errors
+    assert service.count("rejects") == 1
+    assert summary["scored"] == {"teacher": 9, "reference": 9}
+    assert summary["matrix_rows"] == 9
     assert 'miniplm_query_running{lease="ingest",query="ingest"} 1.0' in seen["metrics"]
     assert 'miniplm_tokens{lease="score-' in seen["metrics"]
     ended = {status.query: status for status in statuses.read_all(service.config.root)}
@@ -123,9 +66,14 @@ def test_new_files_are_scored_until_sigterm_and_seen_from_outside(spark: Any, tm
     assert {status.state for status in ended.values()} == {"stopped"}
     assert {status.backlog for status in ended.values()} == {0}
     assert ended["ingest"].backlog_unit == "files"
-    # Started again, it goes on: nothing is scored twice.
+    # Started again, as the command starts it, it continues: nothing is scored twice.
     service.deliver("three", texts(1, start=9))
-    assert service.run(lambda: until(lambda: service.count("score_matrix") == 10, "the third"))["matrix_rows"] == 10
+    monkeypatch.setattr(stream, "run", functools.partial(stream.run, factories=service.factories()))
+    summary = service.run(
+        lambda: until(lambda: service.count("score_matrix") == 10, "the third"),
+        lambda spark, config, factories: execute(stage_named("stream"), spark, config),
+    )
+    assert summary["matrix_rows"] == 10
     calls = [line.split(" ", 1)[1] for line in service.log.read_text().splitlines() if line.startswith("1.0 ")]
     assert len(calls) == len(set(calls)) == 10
 
@@ -143,8 +91,9 @@ def test_the_running_micro_batch_is_finished_and_no_other_begun(spark: Any, tmp_
     def meanwhile() -> None:
         until(lambda: service.log.exists(), "the first call of a scorer")
 
-    with pytest.raises(CorpusError, match="stopped by a signal before the end of what is there; run again"):
+    with pytest.raises(Stopped, match="before all input was read") as stopped:
         service.run(meanwhile, score.run)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
     n_scored = service.count("scores")
     assert 0 < n_scored < 16
     assert n_scored % 2 == 0
@@ -196,24 +145,25 @@ def test_a_task_that_hangs_is_noticed(spark: Any, tmp_path: Path, caplog: pytest
     write_instances(spark, config, texts(3))
     with caplog.at_level("WARNING", logger="miniplm.streams"):
         score.run(spark, config, {"teacher": SlowFactory(9.0)})
-    (line,) = [record.getMessage() for record in caplog.records if "nothing has moved" in record.getMessage()]
-    assert line.startswith("score: nothing has moved for 3 s: task ")
+    (line,) = [record.getMessage() for record in caplog.records if "no progress for" in record.getMessage()]
+    assert line.startswith("score: no progress for 3 s: task ")
     assert " of stage " in line
 
 
 def test_a_backlog_that_cannot_be_told_ends_no_query(
-    spark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    spark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = Service(spark, tmp_path)
     write_instances(spark, service.config, texts(3))
-    scoring = score.prepare(spark, service.config, service.factories()).scoring
+    scoring = prepare(spark, service.config, "run", service.factories()).scoring
 
     def gone(offset: Any) -> int:
         raise FileNotFoundError("a file of the log is gone\n  with a trace")
 
+    monkeypatch.setattr(scoring, "backlog", gone)
     with caplog.at_level("WARNING", logger="miniplm.streams"):
-        QueryRunner(spark, service.config.root, StreamConfig()).run([dataclasses.replace(scoring, backlog=gone)])
-    assert "score: what waits cannot be counted now: a file of the log is gone" in caplog.messages
+        QueryRunner(spark, service.config.root, StreamConfig()).run([scoring])
+    assert "score: the backlog cannot be counted now: a file of the log is gone" in caplog.messages
     assert service.count("scores") == 6
     assert service.status("score").state == "stopped"
 
@@ -225,10 +175,12 @@ def test_what_cannot_start_says_so(spark: Any, tmp_path: Path) -> None:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         config = dataclasses.replace(service.config, stream=StreamConfig(metrics_port=taken.getsockname()[1]))
-        with pytest.raises(ConfigError, match=r"stream\.metrics_port: \d+ cannot be listened on"):
+        with pytest.raises(
+            ConfigError, match=r"stream\.metrics_port: expected a free port, found that \d+ cannot be opened"
+        ):
             score.run(spark, config, service.factories())
     assert service.count("scores") == 0
-    with Lease(lease_uri(service.config.root, "score_matrix"), "score_matrix"):
+    with Lease(service.config.layout.lease("score_matrix"), "score_matrix"):
         config = dataclasses.replace(service.config, stream=StreamConfig(trigger="processing_time"))
         with pytest.raises(CorpusError, match="score_matrix: the query is run by process"):
             score.run(spark, config, service.factories())

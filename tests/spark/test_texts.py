@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from miniplm_udf import tables
-from miniplm_udf.config import ExperimentConfig
-from miniplm_udf.texts import maybe_wanted, texts_of
-from tests.spark.score_tables import experiment, write_instances
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.store import tables
+from miniplm_udf.store.text_join import maybe_wanted, texts_of
+from tests.support.score_tables import experiment, write_instances
 
 TEXTS = [f"text {number} of some words" for number in range(60)]
 
@@ -20,7 +20,7 @@ def config(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> ExperimentCo
 
 
 def test_the_texts_of_rows_come_without_a_sort(spark: Any, config: ExperimentConfig) -> None:
-    instances = tables.read(spark, config.table_uri("instances"))
+    instances = tables.read(spark, config.layout.table("instances"))
     rows = instances.where("pmod(xxhash64(instance_id), 3) = 0").selectExpr("instance_id", "n_bytes * 2 AS doubled")
     wanted = ("instance_id", "doubled", "text")
     expected = {row[0]: row for row in rows.join(instances, "instance_id").select(*wanted).collect()}
@@ -46,15 +46,15 @@ def test_texts_that_no_row_wants_stay_where_they_are(spark: Any, n_rows: int) ->
     wanted = {number for number in range(30_000) if number % 3 == 0}
     assert len(found) == len(set(found))
     assert wanted <= set(found)
-    # Of the bits, one in fifteen and fewer is set; with one row expected, one in seven.
+    # At most one bit in fifteen is set; with one expected row, one in seven.
     assert len(set(found) - wanted) < 20_000 * (0.16 if n_rows == 1 else 0.07)
     assert maybe_wanted(texts, rows.limit(0), n_rows).count() == 0
     assert maybe_wanted(texts, rows, 10**9) is texts
 
 
 def test_parts_are_as_many_as_their_tables_need(spark: Any, config: ExperimentConfig, monkeypatch: Any) -> None:
-    monkeypatch.setattr("miniplm_udf.texts.MOST_ROWS_PER_PART", 10)
-    instances = tables.read(spark, config.table_uri("instances"))
+    monkeypatch.setattr("miniplm_udf.store.text_join.MOST_ROWS_PER_PART", 10)
+    instances = tables.read(spark, config.layout.table("instances"))
     rows = instances.select("instance_id")
     for n_rows, n_parts in ((5, 1), (11, 2), (30, 3)):
         assert texts_of(rows, instances, ("text",), n_rows).rdd.getNumPartitions() == n_parts

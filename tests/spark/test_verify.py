@@ -2,18 +2,24 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import cli, ingest, refine, score
-from miniplm_udf import storage
-from miniplm_udf.config import ChunkingConfig, CorpusConfig, ExperimentConfig, IngestConfig, SelectConfig, SplitConfig
+from jobs import cli, ingest, refine, score, session
+from jobs.stage_runner import execute
+from jobs.stages import stage_named
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, SelectConfig
+from miniplm_udf.config.sections import ChunkingConfig, IngestConfig, SplitConfig
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.upkeep import verify
-from tests.spark.score_tables import FakeFactory, experiment, texts, two_models
+from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.upkeep import preflight, verify
+from tests.support.score_tables import FakeFactory, experiment, texts, two_models
 
 CORPUS = {"kept": CorpusConfig(where="true", select=SelectConfig(ratio=0.5))}
 
@@ -57,9 +63,9 @@ def test_a_sound_root_holds_and_what_comes_is_behind(spark: Any, copy: Experimen
     sums = {check.name: check.found for check in checks}
     assert sums["ingest-jsonl: read = instances + rejected"] == 3 * 7 + 3
     assert {"teacher: pool = scored + rejected", "corpus kept, version 1: fingerprint"} <= sums.keys()
-    rows = spark.read.format("delta").load(copy.table_uri("instances"))
+    rows = spark.read.format("delta").load(copy.layout.table("instances"))
     new = rows.where("split = 'pool'").limit(2).selectExpr("* EXCEPT (instance_id)", "uuid() AS instance_id")
-    new.select(rows.columns).write.format("delta").mode("append").save(copy.table_uri("instances"))
+    new.select(rows.columns).write.format("delta").mode("append").save(copy.layout.table("instances"))
     behind = [check for check in verify.verify(spark, copy.root) if check.behind]
     assert [(check.name, check.behind, check.ok) for check in behind] == [
         ("reference: pool = scored + rejected", 2, True),
@@ -68,16 +74,16 @@ def test_a_sound_root_holds_and_what_comes_is_behind(spark: Any, copy: Experimen
 
 
 def _append_again(spark: Any, config: ExperimentConfig, table: str) -> None:
-    frame = spark.read.format("delta").load(config.table_uri(table)).limit(1)
+    frame = spark.read.format("delta").load(config.layout.table(table)).limit(1)
     again = spark.createDataFrame(frame.collect(), frame.schema)
-    again.write.format("delta").mode("append").save(config.table_uri(table))
+    again.write.format("delta").mode("append").save(config.layout.table(table))
 
 
 def _sql(spark: Any, config: ExperimentConfig, table: str, statement: str) -> None:
     """With ONE and OTHER for the ids of two kept instances."""
-    kept = spark.read.format("delta").load(config.table_uri("refined/kept"))
+    kept = spark.read.format("delta").load(config.layout.table("refined/kept"))
     one, other = kept.selectExpr("min(instance_id)", "max(instance_id)").collect()[0]
-    statement = statement.replace("TABLE", f"delta.`{config.table_uri(table)}`")
+    statement = statement.replace("TABLE", f"delta.`{config.layout.table(table)}`")
     spark.sql(statement.replace("ONE", f"'{one}'").replace("OTHER", f"'{other}'"))
 
 
@@ -117,9 +123,109 @@ def test_scores_that_are_lost_or_changed_are_found(spark: Any, copy: ExperimentC
 
 
 def test_a_file_that_went_away_is_found(spark: Any, copy: ExperimentConfig) -> None:
-    folder = Path(storage.local_path(copy.table_uri("refined/kept")))
+    folder = Path(storage.local_path(copy.layout.table("refined/kept")))
     next(folder.glob("*.parquet")).unlink()
     assert failed(spark, copy).keys() == {"corpus kept, version 1: its files are there"}
+
+
+def test_a_stage_whose_table_is_gone_stops_and_names_it(spark: Any, copy: ExperimentConfig, tmp_path: Path) -> None:
+    folder = Path(storage.local_path(storage.join(copy.root, "tables")))
+    for stage in ("ingest", "score", "stream", "refine"):
+        preflight.check(spark, copy, stage)
+    (folder / "scores").rename(tmp_path / "scores")
+    by_score = r"tables/scores .*remove .*/_checkpoints/score-.*, .*/_checkpoints/score_matrix-.* and run again"
+    with pytest.raises(CorpusError, match=by_score):
+        execute(stage_named("score"), spark, copy)
+    preflight.check(spark, copy, "ingest")
+    # Created again, as a run that continues would do.
+    tables.create(spark, copy.layout.table("scores"), schemas.SCORES)
+    with pytest.raises(CorpusError, match=r"tables/scores .*/_checkpoints/score_matrix-"):
+        preflight.check(spark, copy, "score")
+    shutil.rmtree(folder / "scores")
+    (tmp_path / "scores").rename(folder / "scores")
+    preflight.check(spark, copy, "score")
+    shutil.rmtree(folder / "instances")
+    for stage, checkpoint in (("ingest", "/_checkpoints/ingest-jsonl"), ("score", r"remove the checkpoints ingest-\*")):
+        with pytest.raises(CorpusError, match=rf"tables/instances\b.*{checkpoint}"):
+            preflight.check(spark, copy, stage)
+    rules = storage.read_json(copy.layout.table("instances.json"))
+    storage.write_json(copy.layout.table("instances.json"), rules | {"chunking": {"copies": "packed once"}})
+    with pytest.raises(CorpusError, match=r"tables/document_keys, which .*or ingest into a new root"):
+        preflight.check(spark, copy, "run")
+    shutil.rmtree(Path(storage.local_path(copy.root)) / "_checkpoints")
+    preflight.check(spark, copy, "ingest")
+    (folder / "instances").mkdir()
+    (folder / "instances" / "part.parquet").write_bytes(b"x")
+    with pytest.raises(CorpusError, match="files without the log"):
+        tables.create(spark, copy.layout.table("instances"), schemas.INSTANCES)
+
+
+@pytest.mark.parametrize(
+    ("table", "command", "remedy"),
+    [
+        ("rejects", "ingest", "remove .*/_checkpoints/ingest-jsonl and run again"),
+        ("rejects", "score", "remove .*/_checkpoints/score-.* and run again"),
+        ("rejects", "report", r"remove the checkpoints ingest-\* and score-\*"),
+        ("instances", "annotate", r"remove the checkpoints ingest-\*"),
+        ("instances", "pack", r"remove the checkpoints ingest-\*"),
+        ("instances", "export kept --to parquet", r"remove the checkpoints ingest-\*"),
+        ("instances", "inspect kept", r"remove the checkpoints ingest-\*"),
+        ("instances", "corpus diff kept kept", r"remove the checkpoints ingest-\*"),
+        ("scores", "run", r"remove the checkpoints score-\*"),
+        ("scores", "maintain", r"remove the checkpoints score-\*"),
+        ("scores", "corpus take-down --id x", r"remove the checkpoints score-\*"),
+        ("score_matrix", "refine", "run `miniplm score`"),
+        ("score_matrix", "refine --follow", "run `miniplm score`"),
+        ("score_matrix", "corpus rebuild kept@1", "run `miniplm score`"),
+        ("score_matrix", "proxy", "run `miniplm score`"),
+        ("corpora", "corpus list", "run `miniplm refine`"),
+        ("corpora", "corpus pin kept", "run `miniplm refine`"),
+    ],
+)
+def test_a_command_names_the_table_that_it_needs_and_how_to_get_it_back(
+    spark: Any, made: tuple[ExperimentConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], table: str, command: str, remedy: str,
+) -> None:  # fmt: skip
+    config, folder = made
+    kept = {"score": "teacher_nll_mean", "select": {"ratio": 0.5}}
+    student = {"corpus": "kept", "tokenizer": "bpe", "architecture": {"model_type": "llama"}}
+    experiment_file = {
+        "root": config.root, "models": {"teacher": {"path": str(folder)}}, "annotate": {"duplicates": True},
+        "proxy": {"score": "teacher_nll_mean"},
+        "refine": {"tokens_of": "teacher", "corpora": {"kept": kept}}, "tokenizers": {"bpe": {"vocab_size": 300}},
+        "students": {"student": student},
+    }  # fmt: skip
+    (folder / "conf.yaml").write_text(json.dumps(experiment_file))
+    monkeypatch.setattr(spark, "stop", lambda: None)
+    monkeypatch.setattr(session, "make_session", lambda config, name: spark)
+    words, place = command.split(), Path(storage.local_path(config.layout.table(table)))
+    at = 2 if words[0] == "corpus" else 1
+    place.rename(tmp_path / "away")
+    try:
+        assert cli.main([*words[:at], "-c", str(folder / "conf.yaml"), *words[at:]]) == 1
+    finally:
+        (tmp_path / "away").rename(place)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("miniplm: ")]
+    assert len(said) == 1
+    assert re.search(rf"CorpusError: root .*tables/{table}\b.*[Pp]ut .* back from a copy[,;] or {remedy}", said[0])
+
+
+def test_a_corpus_is_not_made_again_under_the_numbers_of_its_lost_versions(
+    spark: Any, copy: ExperimentConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(storage.local_path(copy.layout.table("refined/kept")))
+    with pytest.raises(CorpusError, match=r"refined/kept: expected the versions \[1\].*refine under another name"):
+        refine.run(spark, copy)
+    with pytest.raises(CorpusError, match=r"refined/kept: expected the versions \[1\].*put it back from a copy"):
+        corpus_records.read_corpus(spark, copy.root, "kept")
+    with caplog.at_level("WARNING", logger="miniplm"):
+        preflight.check(spark, copy, "corpus list")
+    assert "expected the table tables/refined/kept, which the table tables/corpora names" in caplog.text
+    shutil.rmtree(storage.local_path(copy.layout.table("scores")))
+    assert failed(spark, copy).keys() == {
+        "scores: the table is there",
+        "corpus kept, version 1: its files are there",
+    }
 
 
 def test_no_root_is_an_error(spark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

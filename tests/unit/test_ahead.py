@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from miniplm_udf.workers.ahead import Ahead
+from miniplm_udf.workers.read_ahead import ReadAhead
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 100])
 def test_every_item_comes_in_order(n: int) -> None:
-    with Ahead(iter(range(n)), 2) as items:
+    with ReadAhead(iter(range(n)), 2) as items:
         assert list(items) == list(range(n))
         assert next(items, "end") == "end"
 
@@ -31,7 +31,7 @@ def test_the_input_is_read_ahead_but_not_further_than_the_depth() -> None:
             taken.append(i)
             yield i
 
-    with Ahead(source(), 3) as items:
+    with ReadAhead(source(), 3) as items:
         assert next(items) == 0
         wait_until(lambda: len(taken) == 4)
         time.sleep(0.05)
@@ -54,7 +54,7 @@ def test_an_error_comes_as_it_was_behind_what_came_before_it() -> None:
         yield 1
         raise error
 
-    with Ahead(source(), 2) as items:
+    with ReadAhead(source(), 2) as items:
         assert next(items) == 1
         for _ in range(2):
             with pytest.raises(KeyError) as caught:
@@ -64,7 +64,7 @@ def test_an_error_comes_as_it_was_behind_what_came_before_it() -> None:
 
 def test_a_consumer_that_fails_ends_the_thread() -> None:
     def fail_after_one() -> None:
-        with Ahead(iter(range(1000)), 2) as items:
+        with ReadAhead(iter(range(1000)), 2) as items:
             next(items)
             raise ZeroDivisionError
 
@@ -73,14 +73,14 @@ def test_a_consumer_that_fails_ends_the_thread() -> None:
 
 
 def test_an_input_that_blocks_does_not_block_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("miniplm_udf.workers.ahead._JOIN_SECONDS", 0.05)
+    monkeypatch.setattr("miniplm_udf.workers.read_ahead._JOIN_SECONDS", 0.05)
     release = threading.Event()
 
     def source() -> Iterator[int]:
         yield 1
         release.wait(5)
 
-    with Ahead(source(), 2) as items:
+    with ReadAhead(source(), 2) as items:
         assert next(items) == 1
     # As when Spark ends a task: the socket's end wakes the reader.
     release.set()

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import records
-from jobs.pipeline import applies
+from jobs.stages import STAGES, stage_named
 from miniplm_udf import schemas
 from miniplm_udf.annotations.contamination import _record_of, strings_of
 from miniplm_udf.annotations.language import languages
-from miniplm_udf.config import AnnotateConfig, ContaminationConfig, NearDuplicatesConfig, load_config
+from miniplm_udf.config.annotate import AnnotateConfig, ContaminationConfig, NearDuplicatesConfig
+from miniplm_udf.config.experiment import load_config
 from miniplm_udf.errors import ConfigError
 
 DEMO = Path(__file__).resolve().parents[2] / "conf" / "demo.yaml"
@@ -18,13 +18,14 @@ DEMO = Path(__file__).resolve().parents[2] / "conf" / "demo.yaml"
 def test_it_is_off_unless_given() -> None:
     plain = load_config(DEMO)
     assert plain.annotate is None
-    assert not applies(plain, "annotate")
+    assert not stage_named("annotate").applies(plain)
     given = load_config(DEMO, ["annotate={duplicates: true, near_duplicates: {threshold: 0.7}}"])
     assert given.annotate == AnnotateConfig(duplicates=True, near_duplicates=NearDuplicatesConfig(threshold=0.7))
     assert given.annotate.groups == ["duplicates", "near_duplicates"]
-    assert applies(given, "annotate")
+    assert stage_named("annotate").applies(given)
     # Before the stages that take hours.
-    assert records.STAGES.index("ingest") < records.STAGES.index("annotate") < records.STAGES.index("score")
+    names = [stage.name for stage in STAGES]
+    assert names.index("ingest") < names.index("annotate") < names.index("score")
 
 
 def test_every_group_has_columns_and_a_key() -> None:
@@ -35,7 +36,7 @@ def test_every_group_has_columns_and_a_key() -> None:
     assert everything.groups == list(schemas.ANNOTATIONS_BY_GROUP)
     names = schemas.annotations(everything.groups).column_names
     assert len(names) == len(set(names))
-    # An expression names them beside these.
+    # One expression may name annotations and these columns together.
     others = {*schemas.INSTANCES.column_names, *schemas.score_matrix(["teacher"]).column_names}
     assert set(names) & others == {"instance_id", "ingested_at"}
     assert "language" not in schemas.annotations(["quality"]).column_names

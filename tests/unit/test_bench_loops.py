@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from tests.bench import plain_loops
-from tests.unit import tiny_models
+from tests.support import tiny_models
 
 TEXTS = ["the quick brown fox", "hello world, this is a test of the tokenizer!", "a  b", "the lazy dog. " * 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loop",
     [
@@ -33,6 +34,7 @@ def test_a_plain_loop_scores_as_the_scorer(tmp_path: Path, loop: Callable[[Any, 
     assert found == pytest.approx([one.nll_sum_nats for one in expected], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:
     """Its code, on whatever device is here: the numbers of a model this small say nothing."""
     from tests.bench import bench_gpu

@@ -38,8 +38,8 @@ def texts(chunks: list[Chunk]) -> list[str]:
 
 
 def check(chunks: list[Chunk], documents: Sequence[Document], encode: Encode, max_tokens: int) -> None:
-    """What holds for every cutting: nothing lost, nothing twice, nothing too long, every offset right."""
-    parts: dict[int, list[chunking.Slice]] = {id(item): [] for item in documents}
+    """Checks what holds for every cutting: nothing lost, nothing twice, nothing too long, every offset right."""
+    parts: dict[int, list[chunking.DocumentSlice]] = {id(item): [] for item in documents}
     for chunk in chunks:
         first = chunk.slices[0].document
         assert {(part.document.source, part.document.split) for part in chunk.slices} == {(first.source, first.split)}
@@ -102,7 +102,7 @@ def test_packed_golden() -> None:
 
 
 def test_packed_separator_that_does_not_fit_is_no_chunk() -> None:
-    """The text fills the chunk to the last token: the separator falls to the next one, which has no text of it."""
+    """The text fills the chunk to the last token: the separator begins the next chunk, which has no text for it."""
     documents = [document("a b c", "1"), document("d e", "2")]
     chunks = cut(documents, words, "packed", 3)
     assert texts(chunks) == ["a b c", "d e"]
@@ -137,7 +137,7 @@ def test_a_character_of_several_tokens_is_never_cut() -> None:
 
 
 def test_text_without_tokens_is_kept() -> None:
-    """A tokenizer that drops whitespace loses none of it."""
+    """With a tokenizer that drops whitespace, the chunks still hold all whitespace."""
 
     def letters(texts: list[str]) -> list[list[Span]]:
         return [[match.span() for match in re.finditer(r"\w+", text)] for text in texts]

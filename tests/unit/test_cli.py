@@ -1,14 +1,21 @@
 """The command: help, versions, exit codes, a dry run that starts nothing, and what the driver must not import."""
 
+import importlib
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs import cli
+from jobs import cli, stages
+from jobs.summary import mlflow_command
+from miniplm_udf.config.experiment import ExperimentConfig
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONF = REPOSITORY / "conf"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +38,46 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"usage: miniplm {name}" in capsys.readouterr().out
 
 
+STAGES = [stage.name for stage in (*stages.STAGES, *stages.SERVICES)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_one_help_and_one_dry_run_however_it_is_started(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a command, and as a file that spark-submit runs."""
+    config = ["-c", str(CONF / "pile_qwen.yaml"), f"root={tmp_path}/root"]
+    for arguments, expected in ((["--help"], f"usage: miniplm {stage}"), ([*config, "--dry-run"], "\nplan:\n")):
+        outcomes = []
+        file = REPOSITORY / "jobs" / f"{stage}.py"
+        for line in (["miniplm", stage, *arguments], [str(file), *arguments]):
+            monkeypatch.setattr(sys, "argv", line)
+            with pytest.raises(SystemExit) as ended:
+                sys.exit(cli.main()) if line[0] == "miniplm" else runpy.run_path(str(file), run_name="__main__")
+            outcomes.append((ended.value.code, capsys.readouterr().out))
+        assert outcomes[0] == outcomes[1]
+        assert outcomes[0][0] == 0
+        assert expected in outcomes[0][1]
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_stage_is_a_file_that_runs_outside_the_repository(tmp_path: Path) -> None:
+    line = [sys.executable, str(REPOSITORY / "jobs" / "score.py"), "-c", str(CONF / "demo.yaml"), "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert "score      would run" in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_both_ways_to_start_a_stage_are_one_code_path(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON and exit code come from `stage_main`, which gets the same name and arguments."""
+    calls: list[Any] = []
+    job = importlib.import_module(f"jobs.{stage}")
+    monkeypatch.setattr(job, "stage_main", lambda *arguments: calls.append(arguments) or 3)
+    assert cli.main([stage, "-c", "x.yaml"]) == 3
+    assert calls == [(stage, ["-c", "x.yaml"])]
+
+
 @pytest.mark.parametrize(
     "stage", ["run", "ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report"]
 )
@@ -42,8 +89,31 @@ def test_dry_run_prints_config_and_plan_and_makes_nothing(
     assert cli.main([stage, f"root={root}", "-c", str(CONF / "pile_qwen.yaml"), "--dry-run", "pack.shards=3"]) == 0
     shown = capsys.readouterr().out
     assert '"shards": 3' in shown
-    assert "would run" in shown
+    assert "would run: it has not finished on this root yet" in shown
     assert not root.exists()
+
+
+def test_a_stage_that_the_config_lacks_is_refused_before_spark_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root"]
+    assert cli.main(["proxy", *given]) == 2
+    assert "proxy: the config has nothing for this stage; expected the section `proxy`" in capsys.readouterr().err
+    assert cli.main(["report", "-c", str(CONF / "demo.yaml"), "root=s3://bucket/root"]) == 2
+    assert "report.folder" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "ä#b;c&d", 'it\'s "it"', "10:00=@,+"])
+def test_the_printed_mlflow_line_can_be_pasted(name: str, tmp_path: Path) -> None:
+    from sqlalchemy.engine import make_url
+
+    command = mlflow_command(ExperimentConfig(root=str(tmp_path / name)))
+    *words, uri = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert words == ["mlflow", "ui", "--backend-store-uri"]
+    assert make_url(uri).database == str(tmp_path / name / "mlflow.db")
 
 
 def test_bad_config_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,8 +127,9 @@ def test_bad_config_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) ->
     ("modules", "forbidden"),
     [
         ("jobs.cli, jobs.pipeline", "torch pyspark transformers mlflow"),
+        ("jobs.status, jobs.corpus, miniplm_udf.corpora.listing", "torch pyspark delta transformers mlflow"),
         ("jobs.ingest, jobs.score, jobs.refine, jobs.pack, jobs.report", "torch transformers"),
-        ("miniplm_udf.refinement.refine, miniplm_udf.tables", "torch transformers"),
+        ("miniplm_udf.refinement.refine, miniplm_udf.store.tables", "torch transformers"),
         (
             "trainer.loop, trainer.loss, trainer.order, trainer.schedule",
             "pyspark mlflow deltalake pyarrow jsonargparse yaml",

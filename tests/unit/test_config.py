@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from miniplm_udf.config import ExperimentConfig, fingerprint, load_config, printable, to_dict
+from miniplm_udf.config.experiment import ExperimentConfig, fingerprint, load_config, printable, to_dict
 from miniplm_udf.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -15,7 +15,7 @@ def test_shipped_files_resolve() -> None:
     demo, pile = load_config(DEMO), load_config(CONF / "pile_qwen.yaml")
     assert list(demo.models) == ["teacher", "reference"]
     assert pile.models["teacher"].path == "Qwen/Qwen1.5-1.8B"
-    # The paper's recipe is the default: nothing of it is repeated in the file.
+    # The paper's recipe is the default: the file repeats no part of the recipe.
     recipe = pile.students["qwen_200m"].train
     assert (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_eps) == (0.9, 0.98, 1e-6)
     assert (recipe.steps, recipe.batch_sequences, recipe.warmup_steps, recipe.loss) == (100_000, 512, 2000, "official")
@@ -30,7 +30,7 @@ def test_overrides_win_and_are_yaml() -> None:
     assert config.ingest.inputs == ["a", "b"]
     assert config.models["teacher"].context_tokens == 64
     assert config.root == "file:///x/y"
-    assert config.table_uri("scores") == "file:///x/y/tables/scores"
+    assert config.layout.table("scores") == "file:///x/y/tables/scores"
 
 
 def test_an_override_of_one_student_leaves_its_anchors_others_alone() -> None:
@@ -42,6 +42,32 @@ def test_an_override_of_one_student_leaves_its_anchors_others_alone() -> None:
 def test_a_value_that_is_no_yaml_is_text() -> None:
     assert load_config(DEMO, ["ingest.input=*.jsonl"]).ingest.inputs == ["*.jsonl"]
     assert load_config(DEMO, ["ingest.input={a,b}/*.jsonl"]).ingest.inputs == ["{a,b}/*.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a #b", "a: b", "no", "1e3", "2024-01-01", "null", "~x", "&a", "*a", "!a", "'a'", "{a}", "[a", "%"]
+)
+def test_text_stays_as_it_was_typed(text: str) -> None:
+    overrides = [f"ingest.default_source={text}", f"mlflow.experiment={text}", f"spark.conf.spark.app.x={text}"]
+    config = load_config(DEMO, [*overrides, f"ingest.input={text}"])
+    assert (config.ingest.default_source, config.mlflow.experiment) == (text, text)
+    assert config.spark.conf == {"spark.app.x": text}
+    assert config.ingest.inputs == [text]
+
+
+def test_paths_stay_as_they_were_typed(tmp_path: Path) -> None:
+    assert load_config(DEMO, [f"root={tmp_path}/a #b"]).root == f"file://{tmp_path}/a #b"
+    assert load_config(DEMO, ["ingest.input=[no, 2024-01-01]"]).ingest.inputs == ["no", "2024-01-01"]
+    assert load_config(DEMO, ["models.teacher.revision=1e3"]).models["teacher"].revision == "1e3"
+    assert load_config(DEMO, ["models.teacher.revision=null"]).models["teacher"].revision is None
+
+
+def test_places_that_cannot_be_used_are_refused_before_anything_runs() -> None:
+    for override in ("root=/data/[x]", "root=/data/a%25", "root=$HOME/x", "report.folder=/data/a?b"):
+        with pytest.raises(
+            ConfigError, match=rf"^{override.partition('=')[0]}: expected a place without .* at position"
+        ):
+            load_config(DEMO, [override])
 
 
 def test_an_empty_section_is_its_default() -> None:

@@ -1,13 +1,16 @@
 """`miniplm corpus` and `miniplm maintain`: their command lines, and what they print."""
 
+import dataclasses
 import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import cli, corpus, corpus_text, maintain
-from miniplm_udf.upkeep.maintain import Maintained, Tended
+from jobs import cli, corpus, corpus_text, maintain, session
+from miniplm_udf.corpora import versions
+from miniplm_udf.upkeep import preflight
+from miniplm_udf.upkeep.maintain import Maintained, MaintainedTable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COUNTS = {"web": {"n_instances": 1200, "n_tokens": 34000}, "code": {"n_instances": 2, "n_tokens": 5}}
@@ -20,7 +23,8 @@ def test_every_word_has_help_and_names_what_it_takes(word: str, capsys: pytest.C
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: miniplm corpus {word}" in shown
-    assert all(f" {name} " in shown for name in corpus.ACTIONS[word].takes)
+    takes = {"list": [], "take-down": [], "diff": ["version", "other"]}.get(word, ["version"])
+    assert all(f" {name} " in shown for name in takes)
 
 
 @pytest.mark.parametrize("arguments", [[], ["shwo"], ["show"], ["diff", "-c", "x", "one"], ["list"]])
@@ -36,21 +40,37 @@ def test_options_and_overrides_stand_in_any_order(
 ) -> None:
     seen: list[Any] = []
 
+    def run(config: Any, arguments: Any) -> dict[str, Any]:
+        seen.extend([config.root, arguments.version, arguments.other, arguments.examples])
+        return {"from": "a@1", "to": "b@2", "added": {}, "removed": {}, "both": {}, "added_examples": [],
+                "removed_examples": []}  # fmt: skip
+
+    monkeypatch.setitem(corpus.ACTIONS, "diff", dataclasses.replace(corpus.ACTIONS["diff"], run=run))
+    given = ["a@1", "--examples", "5", "b", "-c", str(CONF / "demo.yaml"), f"root={tmp_path}"]
+    assert cli.main(["corpus", "diff", *given]) == 0
+    assert seen == [f"file://{tmp_path}", "a@1", "b", 5]
+    assert "a@1 -> b@2" in capsys.readouterr().out
+
+
+def test_an_action_with_spark_checks_the_root_first_and_stops_its_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+
     class Session:
         def stop(self) -> None:
             seen.append("stopped")
 
-    def run(session: Any, config: Any, given: Any) -> dict[str, Any]:
-        seen.extend([config.root, given.version, given.other, given.examples])
-        return {"from": "a@1", "to": "b@2", "added": {}, "removed": {}, "both": {}, "added_examples": [],
-                "removed_examples": []}  # fmt: skip
+    def unpin(spark: Any, root: str, address: str) -> tuple[str, int]:
+        seen.append(address)
+        return "a", 1
 
-    monkeypatch.setattr(corpus, "make_session", lambda config, name: Session())
-    monkeypatch.setitem(corpus.ACTIONS, "diff", corpus._Action("", ("version", "other"), run, corpus_text.diff))
-    given = ["a@1", "--examples", "5", "b", "-c", str(CONF / "demo.yaml"), f"root={tmp_path}"]
-    assert cli.main(["corpus", "diff", *given]) == 0
-    assert seen == [f"file://{tmp_path}", "a@1", "b", 5, "stopped"]
-    assert "a@1 -> b@2" in capsys.readouterr().out
+    monkeypatch.setattr(session, "make_session", lambda config, name: Session())
+    monkeypatch.setattr(preflight, "check", lambda session, config, command: seen.append(command))
+    monkeypatch.setattr(versions, "unpin", unpin)
+    assert cli.main(["corpus", "unpin", "a@1", "-c", str(CONF / "demo.yaml"), f"root={tmp_path}"]) == 0
+    assert seen == ["corpus unpin", "a@1", "stopped"]
+    assert "a@1 is not pinned any more" in capsys.readouterr().out
 
 
 def test_a_difference_is_told_by_source_with_texts_on_one_line() -> None:
@@ -89,7 +109,9 @@ def test_a_version_without_its_rows_is_still_shown() -> None:
 
 def test_maintenance_is_told_a_line_a_table() -> None:
     made = Maintained(
-        [Tended("instances", 168.0, 1234, True), Tended("refined/kept", None, 0, False, "why")], ["kept@3"], ["score-x"]
+        [MaintainedTable("instances", 168.0, 1234, True), MaintainedTable("refined/kept", None, 0, False, "why")],
+        ["kept@3"],
+        ["score-x"],
     )
     lines = maintain.text(made).splitlines()
     assert lines[1].split() == ["instances", "1,234", "168", "yes"]

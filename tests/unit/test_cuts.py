@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import cli
-from miniplm_udf.config import SelectConfig
+from miniplm_udf.config.refine import SelectConfig
 from miniplm_udf.refinement.cuts import BucketCut, Counted, cut_of, lower_edge, merged, totals
 from miniplm_udf.refinement.selection import UNUSABLE
 
@@ -54,7 +54,7 @@ def test_the_cut_keeps_whole_buckets(share: float, expected: tuple[int, int, int
 
 
 def test_the_cut_counts_tokens_where_the_rule_does() -> None:
-    # Of 67 tokens 33: the 30 of the first bucket, and less than half of the second's 10.
+    # The budget is 33 of 67 tokens: the first bucket's 30, and less than half of the second's 10.
     assert cut_of(COUNTS, ratio(0.5, "tokens")) == BucketCut(5, lower_edge(5), 33, 30, 4)
     assert cut_of(COUNTS, ratio(0.55, "tokens")) == BucketCut(4, lower_edge(4), 36, 40, 4)
 
@@ -81,6 +81,8 @@ def test_follow_is_an_option_of_refine(tmp_path: Path, capsys: pytest.CaptureFix
     assert '"root"' in capsys.readouterr().out
     assert cli.main([*common, "--corpus", "difference"]) == 2
     assert "expected together with --follow" in capsys.readouterr().err
-    assert cli.main(["refine", "--rules"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["refine", "--rules"])
+    assert ended.value.code == 0
     assert "color_filter: CoLoR-Filter" in capsys.readouterr().out
     assert not (tmp_path / "root").exists()

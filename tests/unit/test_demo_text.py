@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from jobs.demo_text import main
-from miniplm_udf import demo_text
-from miniplm_udf.demo_text import choose, kind_of, list_files, write_demo_text
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.ingestion import demo_text
+from miniplm_udf.ingestion.demo_text import choose, kind_of, list_files, write_demo_text
 
 LONG = "A sentence that says something about the function that it belongs to. " * 5
 
@@ -160,6 +160,7 @@ def test_no_text_is_an_error_and_leaves_nothing(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_this_installation_has_all_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["--to", str(tmp_path / "out"), "--scale", "0.1"]) == 0
     summary = json.loads(capsys.readouterr().out)["demo-text"]

@@ -6,23 +6,11 @@ from typing import Any
 
 import pytest
 
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.refinement.diagnostics import kept_share_by_length, notes, spearman
-
-
-def ranks(values: list[float]) -> list[float]:
-    """Mean ranks of ties, plainly."""
-    places: dict[float, list[int]] = {}
-    for place, value in enumerate(sorted(values)):
-        places.setdefault(value, []).append(place)
-    return [sum(places[value]) / len(places[value]) for value in values]
-
-
-def exact(rows: list[tuple[float, float]]) -> float:
-    first, second = ranks([a for a, _ in rows]), ranks([b for _, b in rows])
-    mean = (len(rows) - 1) / 2
-    products = sum((a - mean) * (b - mean) for a, b in zip(first, second, strict=True))
-    return products / math.sqrt(sum((a - mean) ** 2 for a in first) * sum((b - mean) ** 2 for b in second))
+from tests.support.selection_oracles import exact
 
 
 def joint(rows: list[tuple[float, float]], width: float) -> dict[tuple[int, int], int]:

@@ -12,12 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs import estimate as job
-from miniplm_udf import estimate, measure
-from miniplm_udf.config import ExperimentConfig, IngestConfig, ModelConfig, ScoreConfig, TrainConfig
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import IngestConfig, ModelConfig, ScoreConfig, TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
-from miniplm_udf.ingestion.inputs import InputFile, Inputs
-from miniplm_udf.sampling import STRATA, take_sample
-from tests.unit import tiny_models
+from miniplm_udf.estimate import estimate, measure
+from miniplm_udf.estimate.results import Gpus, ModelEstimate
+from miniplm_udf.estimate.sample import STRATA, take_sample
+from miniplm_udf.estimate.table_bytes import table_bytes
+from miniplm_udf.ingestion.inputs import Inputs
+from miniplm_udf.ingestion.listing import InputFile
+from tests.support import tiny_models
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -102,8 +106,7 @@ def test_a_line_longer_than_the_budget_is_taken_whole(tmp_path: Path) -> None:
 
 def measured(request: measure.MeasureRequest, texts: list[str]) -> measure.Measured:
     rows = [{"text": text, "segment_ends": [], "ends_document": True} for text in texts]
-    (out,) = measure.measure_arrow(request)(iter([pa.RecordBatch.from_pylist(rows, schema=measure.REQUEST_SCHEMA)]))
-    return measure.measured_of(out.to_pylist()[0])
+    return measure.measure_model(request, iter([pa.RecordBatch.from_pylist(rows, schema=measure.REQUEST_SCHEMA)]))
 
 
 def request(folder: Path | None, **changes: Any) -> measure.MeasureRequest:
@@ -173,6 +176,7 @@ def _described(folder: Path) -> Any:
     return describe("teacher", request(folder).config)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_trained_is_measured_with_fresh_weights(folder: Path, tmp_path: Path) -> None:
     architecture = {
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -207,34 +211,34 @@ def test_errors_come_with_their_class(folder: Path) -> None:
 
 
 def test_gpu_seconds() -> None:
-    assert estimate.Gpus(n=8, mfu=0.5, tflops=1000).seconds(4e15) == pytest.approx(1.0)
+    assert Gpus(n=8, mfu=0.5, tflops=1000).seconds(4e15) == pytest.approx(1.0)
 
 
 def test_stage_seconds_share_the_instances_and_not_the_loading(tmp_path: Path) -> None:
-    models = {name: {"seconds": 100.0, "start_seconds": 3.0, "gpu_seconds": 1.0} for name in "ab"}
+    model = ModelEstimate(
+        parameters=1, dtype="float32", device="cpu", fresh_weights=False, tokens=1, flops=1.0, tokens_per_second=1.0,
+        timed_tokens=1, start_seconds=3.0, seconds=100.0, gpu_seconds=1.0, prefix="", warnings=[],
+    )  # fmt: skip
     config = ExperimentConfig(root=str(tmp_path), score=estimate_score(workers=4))
-    found = estimate._stage_facts(config, models)
-    assert found["model_seconds"] == 200.0
-    assert found["stage_seconds"] == 50 + 6 + estimate.SPARK_SECONDS
+    stage = estimate._stage_estimate(config, {"a": model, "b": model})
+    assert stage.model_seconds == 200.0
+    assert stage.stage_seconds == 50 + 6 + estimate.SPARK_SECONDS
 
 
 def estimate_score(**changes: Any) -> Any:
-    from miniplm_udf.config import ScoreConfig
+    from miniplm_udf.config.sections import ScoreConfig
 
     return ScoreConfig(**changes)
 
 
 @pytest.mark.slow
-def test_table_bytes_are_those_of_tables_of_that_size(tmp_path: Path) -> None:
-    pool = [{"n_bytes": 500 + i, "split": "pool"} for i in range(1000)]
-    cut = estimate._Cut(pool, {})
-    models = {alias: ModelConfig(path="x") for alias in ("teacher", "reference")}
-    two = ExperimentConfig(root=str(tmp_path), models=models)
-    one = ExperimentConfig(root=str(tmp_path), models={"teacher": models["teacher"]})
-    small, large, alone = (estimate._table_bytes(c, cut, scale) for c, scale in ((two, 1), (two, 60), (one, 60)))
-    assert large["scores"] == pytest.approx(60 * small["scores"], rel=0.3)
+def test_table_bytes_are_those_of_tables_of_that_size() -> None:
+    text_bytes = [500 + i for i in range(1000)]
+    two, one = ["teacher", "reference"], ["teacher"]
+    small, large, alone = (table_bytes(names, text_bytes, scale) for names, scale in ((two, 1), (two, 20), (one, 20)))
+    assert large["scores"] == pytest.approx(20 * small["scores"], rel=0.3)
     # Two hashes of 32 characters, and one number a model that differs from row to row.
-    assert 70 < alone["scores"] / 60_000 < 110
+    assert 70 < alone["scores"] / 20_000 < 110
     # The other model's rows name the same instances.
     assert 1.1 < large["scores"] / alone["scores"] < 1.9
 

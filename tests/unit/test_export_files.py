@@ -1,4 +1,4 @@
-"""What exports are made of: a folder that is there whole or not at all, and files that hold what they were given."""
+"""Exports: a folder is complete or absent, and its files hold the rows that were written."""
 
 import json
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ import pytest
 import zstandard
 
 from miniplm_udf import storage
+from miniplm_udf.corpora import export_folder
+from miniplm_udf.corpora.file_writers import COUNTED, FORMATS, write_file
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.reading import folders
-from miniplm_udf.reading.file_writers import COUNTED, FORMATS, write_file
 
-MANIFEST = {"kind": folders.KIND, "corpus": "kept", "version": 3}
+MANIFEST = {"kind": export_folder.KIND, "corpus": "kept", "version": 3}
 
 
 @pytest.fixture(params=["disk", "object store"])
@@ -31,16 +31,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def make(place: str, text: str, overwrite: bool = False) -> None:
-    with folders.written(place, overwrite) as folder:
+    with export_folder.written(place, overwrite) as folder:
         storage.write_text(storage.join(folder, "one"), text)
         storage.write_text(storage.join(folder, "stray"), text)
-        folders.remove_others(folder, ["one"])
-        storage.write_json(storage.join(folder, folders.MANIFEST), MANIFEST)
+        export_folder.remove_others(folder, ["one"])
+        storage.write_json(storage.join(folder, export_folder.MANIFEST), MANIFEST)
 
 
 def fail(place: str, before: str | None = None) -> None:
     """Fails half-way; meanwhile the place has what it had."""
-    with folders.written(place, overwrite=True) as folder:
+    with export_folder.written(place, overwrite=True) as folder:
         storage.write_text(storage.join(folder, "one"), "half of it")
         if before is not None:
             assert storage.read_text(storage.join(place, "one")) == before
@@ -55,20 +55,20 @@ def beside(place: str) -> list[str]:
 
 def test_a_folder_is_whole_and_nothing_lies_beside_it(place: str) -> None:
     make(place, "first")
-    assert storage.list_folder(place) == [folders.MANIFEST, "one"]
+    assert storage.list_folder(place) == [export_folder.MANIFEST, "one"]
     assert storage.read_text(storage.join(place, "one")) == "first"
-    assert folders.manifest_of(place) == MANIFEST
+    assert export_folder.manifest_of(place) == MANIFEST
     assert beside(place) == [place.rsplit("/", 1)[-1]]
 
 
 def test_an_export_is_replaced_only_when_asked(place: str) -> None:
     make(place, "first")
-    with pytest.raises(ConfigError, match="an export of kept@3; give another place, or --overwrite"):
+    with pytest.raises(ConfigError, match="an export of kept@3; choose another folder, or --overwrite"):
         make(place, "second")
     assert storage.read_text(storage.join(place, "one")) == "first"
     storage.write_text(storage.join(place, "more"), "of an older export")
     make(place, "second", overwrite=True)
-    assert storage.list_folder(place) == [folders.MANIFEST, "one"]
+    assert storage.list_folder(place) == [export_folder.MANIFEST, "one"]
     assert storage.read_text(storage.join(place, "one")) == "second"
     assert beside(place) == [place.rsplit("/", 1)[-1]]
 
@@ -88,7 +88,7 @@ def test_what_fails_leaves_nothing(place: str) -> None:
         fail(place)
     assert not storage.list_folder(place)
     make(place, "first")
-    assert storage.list_folder(place) == [folders.MANIFEST, "one"]
+    assert storage.list_folder(place) == [export_folder.MANIFEST, "one"]
 
 
 def test_on_a_disk_the_old_one_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_on_a_disk_the_old_one_stays_until_the_new_one_is_whole(tmp_path: Path) 
     with pytest.raises(ZeroDivisionError):
         fail(place, before="first")
     assert storage.read_text(storage.join(place, "one")) == "first"
-    # What a kill left.
+    # Files that a killed export left.
     (tmp_path / ".kept.partial").mkdir()
     (tmp_path / ".kept.partial/half").write_text("of it")
     make(place, "second", overwrite=True)
@@ -107,10 +107,10 @@ def test_on_a_disk_the_old_one_stays_until_the_new_one_is_whole(tmp_path: Path) 
 def test_on_an_object_store_what_a_kill_left_is_known_for_what_it_is() -> None:
     place = "memory://killed/kept"
     try:
-        storage.write_text(storage.join(place, folders.UNFINISHED), "")
+        storage.write_text(storage.join(place, export_folder.UNFINISHED), "")
         storage.write_text(storage.join(place, "half"), "of it")
         make(place, "first")
-        assert storage.list_folder(place) == [folders.MANIFEST, "one"]
+        assert storage.list_folder(place) == [export_folder.MANIFEST, "one"]
     finally:
         fsspec.filesystem("memory").store.clear()
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from jobs import cli, export, inspect_corpus
-from miniplm_udf import corpora
-from miniplm_udf.reading.inspection import cuts_of
+from miniplm_udf.corpora.inspection import cuts_of
+from miniplm_udf.store import corpus_records
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ROW = {
@@ -93,13 +93,13 @@ def test_what_was_exported_is_told_on_one_line() -> None:
     )
 
 
-def known(**changes: Any) -> corpora.Provenance:
-    plain = corpora.Provenance(
+def known(**changes: Any) -> corpus_records.Provenance:
+    plain = corpus_records.Provenance(
         corpus="kept", config={"select": {"per_source": None}}, inputs={}, model_revisions={}, threshold=0.5,
         n_candidates=0, candidate_tokens=0, n_unscorable=0, n_instances=0, n_tokens=0, fingerprint="", code_revision="",
         kept_share_by_source={},
     )  # fmt: skip
-    return corpora.Provenance(**{**vars(plain), **changes})
+    return corpus_records.Provenance(**{**vars(plain), **changes})
 
 
 def test_distances_are_from_the_cuts_that_were_made() -> None:

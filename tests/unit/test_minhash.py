@@ -8,7 +8,7 @@ import pytest
 
 from miniplm_udf.annotations import minhash
 from miniplm_udf.annotations.minhash import UInt64s
-from tests.unit.annotation_oracles import jaccard, plant
+from tests.support.annotation_oracles import jaccard, plant
 
 
 def pairs_of(jaccard: float, n_pairs: int, size: int = 200) -> list[tuple[UInt64s, UInt64s]]:
@@ -53,7 +53,7 @@ def test_bands_are_as_long_as_the_recall_at_the_threshold_allows(threshold: floa
 def test_buckets_belong_to_the_set_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     (one, _), *_ = pairs_of(0.5, n_pairs=1)
     found = minhash.buckets(one, 0.8)
-    # Of different bands they differ, so that one column holds all.
+    # Buckets of different bands differ, so one column can hold all of them.
     assert len(set(found)) == minhash.bands_of(0.8)[0]
     for shown in (one[::-1], np.repeat(one, 2)):
         assert minhash.buckets(shown, 0.8) == found

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from miniplm_udf.config import ModelConfig
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, ScoringError
-from miniplm_udf.nll import NLL_TYPE, _model_config, nll_arrow
-from tests.spark.score_tables import Failed, FakeScorer, Result
+from miniplm_udf.scores.nll import NLL_TYPE, _model_config, nll_arrow
+from tests.support.score_tables import Failed, FakeScorer, Result
 
 
 class Scorer(FakeScorer):
@@ -101,6 +101,6 @@ def test_what_is_not_loaded(statement: str, forbidden: str) -> None:
 def test_the_package_has_no_other_surprises() -> None:
     import miniplm_udf
 
-    assert miniplm_udf.nll_udf is miniplm_udf.nll.nll_udf
+    assert miniplm_udf.nll_udf is miniplm_udf.scores.nll.nll_udf
     with pytest.raises(AttributeError, match="has no attribute 'nll_uff'"):
         miniplm_udf.nll_uff  # noqa: B018

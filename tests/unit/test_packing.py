@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from miniplm_udf.packing import PackedSequence, Piece, Slice, encode_pieces, fill_sequences, join_slices, pack
-from miniplm_udf.tokenizer_folders import train_bpe
+from miniplm_udf.packing.sequences import (
+    InstanceText,
+    PackedSequence,
+    Piece,
+    encode_pieces,
+    fill_sequences,
+    join_texts,
+    pack_texts,
+)
+from miniplm_udf.packing.tokenizers import train_bpe
 
 SEPARATOR = "<|endoftext|>"
 WORDS = ["the", "cat", "sat", "on", "a", "naïve", "Straße", "日本語", "🙂", "\n", "  ", SEPARATOR]
@@ -31,9 +39,11 @@ def one(
     joins=(),
     ids=(),
     at: int = 0,
-) -> Slice:
+) -> InstanceText:
     """`ids`: of its documents (d0, d1, ... unless told); `at`: its start in the first."""
-    return Slice(stream, ordinal, text, [*joins], starts, ends, ids or [f"d{i}" for i in range(len(joins) + 1)], at)
+    return InstanceText(
+        stream, ordinal, text, [*joins], starts, ends, ids or [f"d{i}" for i in range(len(joins) + 1)], at
+    )
 
 
 def ids_and_flags(packed: list[PackedSequence]) -> tuple[list[int], list[int]]:
@@ -56,7 +66,7 @@ def ids_and_flags(packed: list[PackedSequence]) -> tuple[list[int], list[int]]:
 
 def test_adjacent_slices_join_and_documents_end():
     slices = [one("ab", 0, ends=False), one("cd", 1, starts=False, at=2), one("ef", 2)]
-    assert list(join_slices(slices)) == [Piece("abcd", False, True), Piece("ef", True, True)]
+    assert list(join_texts(slices)) == [Piece("abcd", False, True), Piece("ef", True, True)]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +80,8 @@ def test_adjacent_slices_join_and_documents_end():
         (one("cd", 1, starts=False, at=2), None),  # adjacent: one piece
     ],
 )
-def test_a_gap_is_not_joined(second: Slice, is_joined: bool | None):
-    found = list(join_slices([one("ab", 0, ends=False), second]))
+def test_a_gap_is_not_joined(second: InstanceText, is_joined: bool | None):
+    found = list(join_texts([one("ab", 0, ends=False), second]))
     if is_joined is None:
         assert found == [Piece("abcd", False, True)]
     else:
@@ -85,44 +95,44 @@ def test_inputs_that_begin_alike_are_not_spliced():
     second = one("ayy", 1, starts=False, ends=False, joins=[1], ids=["a", "y"], at=3)
     first_rest = one("X", 2, starts=False, ids=["x"], at=1)
     second_rest = one("Y", 2, starts=False, ids=["y"], at=2)
-    texts = [p.text for p in join_slices([shared, first, second, first_rest, second_rest])]
+    texts = [p.text for p in join_texts([shared, first, second, first_rest, second_rest])]
     assert texts == ["aaaa", "x", "a", "yy", "X", "Y"]
-    # Of each file alone, everything joins.
-    assert [p.text for p in join_slices([shared, first, first_rest])] == ["aaaa", "xX"]
-    assert [p.text for p in join_slices([shared, second, second_rest])] == ["aaaa", "yyY"]
+    # With the texts of one file alone, everything joins.
+    assert [p.text for p in join_texts([shared, first, first_rest])] == ["aaaa", "xX"]
+    assert [p.text for p in join_texts([shared, second, second_rest])] == ["aaaa", "yyY"]
 
 
 def test_offsets_are_of_bytes():
     slices = [one("é", 0, ends=False), one("ß", 1, starts=False, ends=False, at=2), one("b", 2, starts=False, at=4)]
-    assert [p.text for p in join_slices(slices)] == ["éßb"]
+    assert [p.text for p in join_texts(slices)] == ["éßb"]
     after = one("b", 1, starts=False, ids=["d1"], at=2)
-    assert [p.text for p in join_slices([one("éß", 0, ends=False, joins=[2]), after])] == ["é", "ßb"]
+    assert [p.text for p in join_texts([one("éß", 0, ends=False, joins=[2]), after])] == ["é", "ßb"]
 
 
 def test_behind_a_document_end_only_a_beginning_is_joined():
     first = one("ab", 0)
-    assert [p.is_joined for p in join_slices([first, one("cd", 7, stream="t", starts=True)])] == [False, True]
-    assert [p.is_joined for p in join_slices([first, one("cd", 7, stream="t", starts=False)])] == [False, False]
+    assert [p.is_joined for p in join_texts([first, one("cd", 7, stream="t", starts=True)])] == [False, True]
+    assert [p.is_joined for p in join_texts([first, one("cd", 7, stream="t", starts=False)])] == [False, False]
 
 
 def test_documents_inside_a_slice_are_cut_at_bytes():
-    joined = list(join_slices([one("éaßb", 0, joins=[3], ends=False)]))
+    joined = list(join_texts([one("éaßb", 0, joins=[3], ends=False)]))
     assert joined == [Piece("éa", False, True), Piece("ßb", True, False)]
 
 
 def test_an_empty_end_of_a_document_makes_no_separator():
     # The slice before held the text of that document; its end alone is here.
-    assert list(join_slices([one("ab", 5, starts=False, joins=[0])])) == [Piece("ab", False, True)]
+    assert list(join_texts([one("ab", 5, starts=False, joins=[0])])) == [Piece("ab", False, True)]
 
 
 def test_a_document_whose_end_comes_with_the_next_slice_ends_once():
-    joined = list(join_slices([one("ab", 0, ends=False), one("cd", 1, starts=False, joins=[0], at=2)]))
+    joined = list(join_texts([one("ab", 0, ends=False), one("cd", 1, starts=False, joins=[0], at=2)]))
     assert joined == [Piece("ab", False, True), Piece("cd", True, True)]
 
 
 def test_long_documents_come_in_joined_pieces_of_bounded_length():
     slices = [one("word " * 20, i, starts=i == 0, ends=i == 9, at=100 * i) for i in range(10)]
-    joined = list(join_slices(slices, limit=64))
+    joined = list(join_texts(slices, limit=64))
     assert "".join(p.text for p in joined) == "word " * 200
     assert max(len(p.text) for p in joined) <= 64
     assert [p.is_joined for p in joined] == [False] + [True] * (len(joined) - 1)
@@ -132,13 +142,13 @@ def test_long_documents_come_in_joined_pieces_of_bounded_length():
 def test_an_overlong_run_is_never_held_whole():
     taken = 0
 
-    def slices() -> Iterator[Slice]:
+    def slices() -> Iterator[InstanceText]:
         nonlocal taken
         for i in range(1000):
             taken += 1
             yield one("x" * 100, i, starts=i == 0, ends=False, at=100 * i)
 
-    next(join_slices(slices(), limit=256))
+    next(join_texts(slices(), limit=256))
     assert taken <= 4
 
 
@@ -182,7 +192,7 @@ def test_types_are_those_of_the_table():
 # --- the whole, over random cuts ---
 
 
-def random_stream(source: random.Random, stream: str) -> tuple[list[Slice], list[str]]:
+def random_stream(source: random.Random, stream: str) -> tuple[list[InstanceText], list[str]]:
     """A run of documents, cut anywhere; and the documents."""
     documents = ["".join(f"{source.choice(WORDS)} " for _ in range(source.randrange(1, 40))) for _ in range(5)]
     ends = list(itertools.accumulate(len(d) for d in documents))
@@ -195,7 +205,7 @@ def random_stream(source: random.Random, stream: str) -> tuple[list[Slice], list
         start_byte = len(whole[([0, *ends][first]) : left].encode())
         ids = [f"{stream} {first + i}" for i in range(len(inner) + 1)]
         slices.append(
-            Slice(stream, ordinal, whole[left:right], inner, left in {0, *ends}, right in ends, ids, start_byte)
+            InstanceText(stream, ordinal, whole[left:right], inner, left in {0, *ends}, right in ends, ids, start_byte)
         )
     return slices, documents
 
@@ -207,7 +217,7 @@ def test_everything_kept_is_there_once(tokenizer: Tokenizer, seed: int, length: 
     streams = [random_stream(source, f"s{i}")[0] for i in range(3)]
     kept = [s for stream in streams for s in stream if source.random() < 0.7]
     separator_id = tokenizer.token_to_id(SEPARATOR)
-    ids, flags = ids_and_flags(list(pack(kept, tokenizer, separator_id, length)))
+    ids, flags = ids_and_flags(list(pack_texts(kept, tokenizer, separator_id, length)))
 
     text = tokenizer.decode([i for i in ids if i != separator_id], skip_special_tokens=False).encode()
     assert text == b"".join(s.text.encode() for s in kept), "no kept text is dropped, changed or repeated"
@@ -226,7 +236,7 @@ def test_everything_kept_is_there_once(tokenizer: Tokenizer, seed: int, length: 
 def test_tokens_at_a_cut_are_those_of_the_uncut_document(tokenizer: Tokenizer, seed: int):
     slices, documents = random_stream(random.Random(seed), "s")
     separator_id = tokenizer.token_to_id(SEPARATOR)
-    ids, flags = ids_and_flags(list(pack(slices, tokenizer, separator_id, 16)))
+    ids, flags = ids_and_flags(list(pack_texts(slices, tokenizer, separator_id, 16)))
     expected = [i for d in documents for i in [*tokenizer.encode(d, add_special_tokens=False).ids, separator_id]]
     assert ids == expected
     assert flags == [0] + [1] * (len(ids) - 1)
@@ -234,7 +244,7 @@ def test_tokens_at_a_cut_are_those_of_the_uncut_document(tokenizer: Tokenizer, s
 
 def test_text_that_spells_the_separator_is_text(tokenizer: Tokenizer):
     separator_id = tokenizer.token_to_id(SEPARATOR)
-    ids, _ = ids_and_flags(list(pack([one(f"a{SEPARATOR}b", ends=False)], tokenizer, separator_id, 8)))
+    ids, _ = ids_and_flags(list(pack_texts([one(f"a{SEPARATOR}b", ends=False)], tokenizer, separator_id, 8)))
     assert separator_id not in ids
 
 
@@ -250,7 +260,7 @@ def test_a_piece_without_tokens_breaks_the_chain(tokenizer: Tokenizer):
 def test_the_same_slices_give_the_same_bytes(tokenizer: Tokenizer):
     slices, _ = random_stream(random.Random(1), "s")
     first, second = (
-        [p.token_ids.tobytes() + p.target_mask.tobytes() for p in pack(slices, tokenizer, 0, 8)] for _ in range(2)
+        [p.token_ids.tobytes() + p.target_mask.tobytes() for p in pack_texts(slices, tokenizer, 0, 8)] for _ in range(2)
     )
     assert first == second
 

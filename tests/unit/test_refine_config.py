@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, RefineConfig, SelectConfig
-from miniplm_udf.config_refine import parse_tokens
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig, parse_tokens
+from miniplm_udf.config.rules import uniform
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.refinement.fingerprints import fingerprint_of, parts_of
 from miniplm_udf.refinement.keep import budgets_of
-from miniplm_udf.refinement.refine import fingerprint_of, parts_of, resolve
-from miniplm_udf.rules import uniform
+from miniplm_udf.refinement.refine import resolve_corpus
 
 
 def config(**corpora: CorpusConfig) -> ExperimentConfig:
@@ -22,14 +24,14 @@ def config(**corpora: CorpusConfig) -> ExperimentConfig:
 
 def test_a_corpus_asks_for_32_tokens_unless_it_says_otherwise() -> None:
     made = config(a=CorpusConfig(score="x"), b=CorpusConfig(score="x", where="true"))
-    assert resolve(made, "a").where == "big_n_tokens >= 32"
-    assert resolve(made, "b").where == "true"
+    assert resolve_corpus(made, "a").where == "big_n_tokens >= 32"
+    assert resolve_corpus(made, "b").where == "true"
 
 
 def test_a_random_corpus_is_scored_by_its_seed_whatever_its_score() -> None:
     def scored(seed: int) -> str | None:
         select = SelectConfig(rule="random", ratio=0.5, seed=seed)
-        return resolve(config(a=CorpusConfig(score="no_such_column", select=select)), "a").score
+        return resolve_corpus(config(a=CorpusConfig(score="no_such_column", select=select)), "a").score
 
     assert scored(3) == uniform(3)
     assert scored(3) != scored(4)
@@ -37,7 +39,7 @@ def test_a_random_corpus_is_scored_by_its_seed_whatever_its_score() -> None:
 
 def test_an_unknown_corpus_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'b'"):
-        resolve(config(a=CorpusConfig(score="x")), "b")
+        resolve_corpus(config(a=CorpusConfig(score="x")), "b")
 
 
 def test_a_fingerprint_does_not_depend_on_grouping_or_order() -> None:
@@ -62,10 +64,10 @@ def test_a_fingerprint_does_not_depend_on_grouping_or_order() -> None:
         ({"rule": "band", "low": 0.2}, "needs low and high, found low"),
         ({"rule": "band", "low": 0.8, "high": 0.2}, "low < high"),
         ({"rule": "random", "ratio": 0.5, "budget_tokens": 5}, "needs ratio or budget_tokens, found ratio and"),
-        ({"rule": "gumbel", "ratio": 0.5}, "gumbel needs one above 0, found None"),
+        ({"rule": "gumbel", "ratio": 0.5}, "gumbel needs a temperature above 0, found None"),
         ({"ratio": 0.5, "temperature": 1.0}, "only the rule gumbel"),
         ({"rule": "threshold", "threshold": 0.0, "per_source": "same"}, "a threshold is the same"),
-        ({"rule": "band", "low": 0.1, "high": 0.2, "per_source": {"web": 0.5}}, "no whole to share out"),
+        ({"rule": "band", "low": 0.1, "high": 0.2, "per_source": {"web": 0.5}}, "cannot be divided by shares"),
         ({"ratio": 0.5, "per_source": {"web": 0.7, "code": 0.4}}, "sum to at most 1"),
         ({"ratio": 0.5, "per_source": {}}, "expected shares"),
     ],
@@ -100,5 +102,5 @@ def test_budgets_are_floors_of_what_is_written() -> None:
 
 def test_gumbel_noise_belongs_to_the_instance_and_the_seed() -> None:
     select = SelectConfig(rule="gumbel", ratio=0.5, temperature=0.25, seed=4)
-    found = resolve(config(a=CorpusConfig(score="x", select=select)), "a").score
+    found = resolve_corpus(config(a=CorpusConfig(score="x", select=select)), "a").score
     assert found == f"(x) + 0.25D * -ln(-ln({uniform(4)}))"

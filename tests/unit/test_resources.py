@@ -1,4 +1,4 @@
-"""What scoring asks of a cluster, by the session's properties alone."""
+"""The resources that scoring asks a cluster for, from the session's properties alone."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.resources import scoring_profile
+from miniplm_udf.scores.gpus import scoring_profile
 
 
 def session(master: str, **conf: str) -> Any:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from miniplm_udf.config import CorpusConfig, ExperimentConfig, ModelConfig, RefineConfig, SelectConfig, load_config
+from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
+from miniplm_udf.config.rules import describe, load_rules, resolve, uniform
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.rules import describe, load_rules, resolve, uniform
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 NAMES = {
@@ -100,7 +102,7 @@ def test_a_rule_that_does_not_fit_is_named_with_those_there_are(corpus: CorpusCo
 def test_a_rule_and_a_score_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match=r"refine\.corpora\.a: expected a rule or a score"):
         experiment(a=CorpusConfig(rule="teacher_only", score="x"))
-    with pytest.raises(ConfigError, match="expected with a rule"):
+    with pytest.raises(ConfigError, match="expected together with a rule"):
         CorpusConfig(score="x", aliases={"teacher": "big"})
 
 

@@ -3,27 +3,27 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 
 from miniplm_udf.errors import ConfigError, ModelLoadError, ScoringError
-from miniplm_udf.udf import score_arrow
-from miniplm_udf.workers import places, scorer_client
+from miniplm_udf.workers import process_slots, scorer_connection, scorer_process
+from miniplm_udf.workers.arrow import score_arrow
+from miniplm_udf.workers.score_counts import ScoreCounts
 from miniplm_udf.workers.scorer_client import MAX_DEATHS
-from miniplm_udf.workers.scorer_process import Life
-from miniplm_udf.workers.tally import Tally
-from tests.unit.crashing_scorer import Factory, Unloadable, made, pids, scored
-from tests.unit.test_udf import REQUEST_SCHEMA
+from miniplm_udf.workers.scorer_process import Lifetime
+from miniplm_udf.workers.scorer_wire import Wire
+from tests.support.crashing_scorer import Factory, Unloadable, made, pids, scored
+from tests.support.scorer_requests import is_gone, request, run, texts_of, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -42,25 +42,6 @@ def log(tmp_path: Path) -> Iterator[Path]:
     for pid in pids(log):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def request(texts: Sequence[str], aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
-    rows = [{"instance_id": f"id{n}", "text": text, "model_ids": list(aliases)} for n, text in enumerate(texts)]
-    return pa.RecordBatch.from_pylist(rows, schema=REQUEST_SCHEMA)
-
-
-def run(
-    factories: dict[str, Any], texts: Sequence[str], tally: Tally | None = None, rows_a_batch: int = 7
-) -> list[dict[str, Any]]:
-    """The scored rows of texts."""
-    whole = request(texts, list(factories))
-    batches = iter([whole.slice(start, rows_a_batch) for start in range(0, len(texts), rows_a_batch)])
-    sink = SimpleNamespace(add=(tally or Tally()).add)
-    return [row for out in score_arrow(factories, tally=sink)(batches) for row in out.to_pylist()]
-
-
-def texts_of(n: int) -> list[str]:
-    return [f"the text number {i}" for i in range(n)]
 
 
 def check(rows: Sequence[dict[str, Any]], texts: Sequence[str], bad: Sequence[str] = (), factor: float = 1.0) -> None:
@@ -115,26 +96,26 @@ def test_tasks_at_once_have_a_process_each_and_find_their_models_again(log: Path
 def test_a_text_that_kills_the_process_is_found_and_the_rest_is_scored(log: Path, n: int, bad_rows: list[int]) -> None:
     texts = [f"kill {i}" if i in bad_rows else text for i, text in enumerate(texts_of(n))]
     bad = [texts[row] for row in bad_rows]
-    tally = Tally()
-    rows = run({"a": Factory(1.0, log), "b": Factory(2.0, log)}, texts, tally)
+    total = ScoreCounts()
+    rows = run({"a": Factory(1.0, log), "b": Factory(2.0, log)}, texts, total)
     for alias, factor in (("a", 1.0), ("b", 2.0)):
         check([row for row in rows if row["model_id"] == alias], texts, bad, factor)
-        counts = tally.models[alias]
+        counts = total.models[alias]
         assert (counts.n_scored, counts.n_failed) == (n - len(bad), len(bad))
         assert counts.n_tokens == sum(len(text) for text in texts if text not in bad)
     killed = [row for row in rows if row["reason"]]
     assert all("killed by SIGKILL, perhaps by the kernel for lack of memory" in row["detail"] for row in killed)
-    assert {(row["instance_id"], row["model_id"]) for row in killed} == {failed[:2] for failed in tally.failed}
+    assert {(row["instance_id"], row["model_id"]) for row in killed} == {failed[:2] for failed in total.failed}
     # Slices of about six texts: on its way, alone, halved to one.
     assert len(set(pids(log))) <= 1 + 6 * len(bad)
 
 
 def test_a_death_that_does_not_repeat_costs_the_repetition(log: Path) -> None:
     texts = ["once" if n == 20 else text for n, text in enumerate(texts_of(36))]
-    tally = Tally()
-    rows = run({"teacher": Factory(1.0, log)}, texts, tally)
+    total = ScoreCounts()
+    rows = run({"teacher": Factory(1.0, log)}, texts, total)
     check(rows, texts)
-    assert (tally.models["teacher"].n_scored, tally.failed) == (36, [])
+    assert (total.models["teacher"].n_scored, total.failed) == (36, [])
     assert len(pids(log)) == 2
     # Slices that were answered are not scored again.
     assert [scored(log).count(text) for text in texts[:5]] == [1] * 5
@@ -155,6 +136,7 @@ def test_a_process_that_died_between_tasks_is_replaced_on_its_socket(log: Path) 
     assert len(set(pids(log))) == 2
 
 
+@pytest.mark.slow
 def test_an_error_of_cuda_is_a_death(log: Path) -> None:
     texts = [*texts_of(9), "cuda", *texts_of(4)]
     rows = run({"teacher": Factory(1.0, log)}, texts)
@@ -169,7 +151,7 @@ def test_a_machine_that_kills_everything_is_an_error_and_stays_known(log: Path) 
     with pytest.raises(ScoringError, match=f"died {MAX_DEATHS} times and scored nothing.*SIGKILL"):
         run(factories, [f"kill {text}" for text in texts_of(30)])
     assert len(pids(log)) == MAX_DEATHS
-    # A task of one text is not to reject it, on such a machine.
+    # On a machine where every process dies, a task with one text does not reject that text.
     with pytest.raises(ScoringError, match=f"died {MAX_DEATHS + 1} times"):
         run(factories, ["kill"])
     check(run(factories, texts_of(2)), texts_of(2))
@@ -179,7 +161,7 @@ def test_a_machine_that_kills_everything_is_an_error_and_stays_known(log: Path) 
 def test_deaths_while_loading(log: Path) -> None:
     texts = texts_of(3)
     check(run({"teacher": Factory(1.0, log, "die once")}, texts), texts)
-    with pytest.raises(ModelLoadError, match=r"died over loading teacher, 2 times: killed by SIGKILL"):
+    with pytest.raises(ModelLoadError, match=r"died during loading teacher, 2 times: killed by SIGKILL"):
         run({"teacher": Factory(2.0, log, "die")}, texts)
 
 
@@ -199,8 +181,8 @@ def test_what_cannot_be_unpickled_is_told() -> None:
 def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: Path) -> None:
     (tmp_path / "miniplm_udf").mkdir()
     (tmp_path / "miniplm_udf/__init__.py").write_text("raise ImportError('a half of an installation')")
-    monkeypatch.setattr(scorer_client, "_path", lambda: [str(tmp_path)])
-    with pytest.raises(ModelLoadError, match="over its start, 2 times: ended with exit code 1"):
+    monkeypatch.setattr(scorer_connection, "_path", lambda: [str(tmp_path)])
+    with pytest.raises(ModelLoadError, match="during its start, 2 times: ended with exit code 1"):
         run({"teacher": Factory(1.0, log)}, texts_of(1))
 
 
@@ -234,26 +216,13 @@ def test_no_more_is_read_than_a_few_slices(log: Path) -> None:
     assert len(list(task)) == 481
 
 
-def is_gone(pid: int) -> bool:
-    try:
-        return places.is_gone(psutil.Process(pid))
-    except psutil.NoSuchProcess:
-        return True
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds
-        time.sleep(0.02)
-    return time.monotonic() - start
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_it_ends_within_two_seconds_of_its_owner(log: Path, how: str) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from tests.unit.test_scorer_process import Factory, run, texts_of\n"
+        "from tests.support.crashing_scorer import Factory\n"
+        "from tests.support.scorer_requests import run, texts_of\n"
         "run({'teacher': Factory(1.0, Path(sys.argv[1]))}, texts_of(2)); print('done', flush=True); input()\n"
     )
     owner = subprocess.Popen(
@@ -277,9 +246,9 @@ def test_it_ends_within_two_seconds_of_its_owner(log: Path, how: str) -> None:
 
 
 def test_reasons_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_KEPT", {})
+    monkeypatch.setattr(process_slots, "_KEPT", {})
     monkeypatch.setattr("miniplm_udf.workers.scorer_process._DAEMON_SECONDS", 0.05)
-    life = Life(os.getpid(), idle_seconds=0.3)
+    life = Lifetime(os.getpid(), idle_seconds=0.3)
     assert life.reason_to_end() is None
     daemon = subprocess.Popen(["sleep", "60"])
     life.connected(daemon.pid)
@@ -295,15 +264,15 @@ def test_reasons_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     life.disconnected()
     assert life.reason_to_end() is None
     time.sleep(0.4)
-    assert "nobody has asked" in str(life.reason_to_end())
+    assert "no task has come" in str(life.reason_to_end())
     life.connected(os.getpid())
     life.lost_worker()
     assert life.worker_is_gone()
     assert life.reason_to_end() is None, "it is about to let go of the work"
     monkeypatch.setattr("miniplm_udf.workers.scorer_process._DROP_SECONDS", 0.0)
-    assert "does not let go" in str(life.reason_to_end())
+    assert "still busy with the work" in str(life.reason_to_end())
     owner = subprocess.Popen(["sleep", "60"])
-    life = Life(owner.pid)
+    life = Lifetime(owner.pid)
     life.connected(os.getpid())
     assert life.reason_to_end() is None
     owner.kill()
@@ -312,36 +281,49 @@ def test_reasons_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_idle_process_gives_way_to_one_that_waits_for_its_gpu(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_KEPT", {})
-    places.keep_place("gpu", 1)
-    life = Life(os.getpid())
+    monkeypatch.setattr(process_slots, "_KEPT", {})
+    process_slots.keep_slot("gpu", 1)
+    life = Lifetime(os.getpid())
     assert life.reason_to_end() is None
-    code = f"import tempfile; tempfile.tempdir = {str(node)!r}; from miniplm_udf.workers import places\n"
-    waiting = subprocess.Popen([sys.executable, "-c", code + "places.take_place('gpu', 1); print('taken', flush=True)"])
+    code = f"import tempfile; tempfile.tempdir = {str(node)!r}; from miniplm_udf.workers import process_slots\n"
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", code + "process_slots.take_slot('gpu', 1); print('taken', flush=True)"]
+    )
     wait_until(lambda: life.reason_to_end() is not None)
     assert life.reason_to_end() == "another process waits for its GPU"
-    places._KEPT["gpu"].close()
+    process_slots._KEPT["gpu"].close()
     assert waiting.wait(10) == 0
 
 
 def test_places_are_private_and_their_sockets_short(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (node / f"miniplm-{os.getuid()}").mkdir(mode=0o755)
-    with pytest.raises(ScoringError, match="only this user can look into"):
-        places.take_scorer_place(["a"])
+    with pytest.raises(ScoringError, match="only this user can read"):
+        process_slots.take_scorer_slot(["a"])
     long = node / ("x" * 90)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    with contextlib.closing(places.take_scorer_place(["a"])) as place:
+    with contextlib.closing(process_slots.take_scorer_slot(["a"])) as place:
         assert len(str(place.socket)) < 100
         assert place.socket.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_each_gpu_has_places_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_ASSIGNED", [])
+    monkeypatch.setattr(process_slots, "_ASSIGNED", [])
     sockets = set()
     for address in ("0", "1", "GPU-8f6a7c3e-1234-5678-9abc-def012345678", None):
-        places.assign_gpu(address)
-        with contextlib.closing(places.take_scorer_place(["a"])) as place:
-            assert place.gpu == places.gpu_address() == address
+        process_slots.assign_gpu(address)
+        with contextlib.closing(process_slots.take_scorer_slot(["a"])) as place:
+            assert place.gpu == process_slots.gpu_address() == address
             sockets.add(place.socket)
     assert len(sockets) == 4
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:
+    class LocalError(ScoringError):
+        pass
+
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(Wire(ours)) as sender, contextlib.closing(Wire(theirs)) as receiver:
+        scorer_process._tell(sender, "error", LocalError("the text"))
+        kind, error = receiver.receive()
+    assert (kind, type(error), str(error)) == ("error", ScoringError, "LocalError: the text")

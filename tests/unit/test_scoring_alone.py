@@ -1,6 +1,6 @@
 """The scorer where only torch and transformers are installed: no Spark, no Arrow, no config library, no site-packages.
 
-A folder of links to what pip would install with these two, by their own metadata, stands in for such a machine; the
+A folder of links to what pip would install with these two, by their own metadata, stands in for that machine; the
 interpreter sees it, the standard library and this repository's packages, and nothing else.
 """
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit import tiny_models
-from tests.unit.tiny_models import make_scorer
+from tests.support import tiny_models
+from tests.support.tiny_models import make_scorer
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
 import importlib.util, json, sys
-from tests.unit.scoring_oracles import ROWS
-from tests.unit.tiny_models import make_scorer
+from tests.support.scoring_oracles import ROWS
+from tests.support.tiny_models import make_scorer
 scorer = make_scorer(sys.argv[1])
 found = scorer.score([row[0] for row in ROWS], [row[1] for row in ROWS], [row[2] for row in ROWS])
 absent = [name for name in ("pyspark", "pyarrow", "pandas", "jsonargparse", "pytest", "mlflow", "deltalake", "gguf")
@@ -78,7 +78,7 @@ def test_it_scores_with_torch_and_transformers_alone(tmp_path: Path, monkeypatch
     assert done.returncode == 0, done.stderr[-3000:]
     absent, numbers = json.loads(done.stdout.splitlines()[-1])
     assert absent == ["pyspark", "pyarrow", "pandas", "jsonargparse", "pytest", "mlflow", "deltalake", "gguf"]
-    from tests.unit.scoring_oracles import ROWS
+    from tests.support.scoring_oracles import ROWS
 
     scorer = make_scorer(folder)
     here = scorer.score([row[0] for row in ROWS], [row[1] for row in ROWS], [row[2] for row in ROWS])

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from miniplm_udf.scoring import attention
-from tests.unit import tiny_models
+from tests.support import tiny_models
+from tests.support.causal_types import tiny_config
 
 
 def plain(tmp_path: Path, family: str = "llama", **changes: Any) -> Any:
@@ -16,6 +17,7 @@ def plain(tmp_path: Path, family: str = "llama", **changes: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 200, 800])
 def test_equals_sdpa(tmp_path: Path, n_tokens: int) -> None:
     model = plain(tmp_path)
@@ -50,6 +52,16 @@ def test_a_model_that_ours_gets_wrong_keeps_its_own(tmp_path: Path, monkeypatch:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_computes_with_the_mask_keeps_its_own() -> None:
+    """DeepSeek-V3.2 chooses keys by the mask, and fails where it is None."""
+    model = AutoModelForCausalLM.from_config(tiny_config("deepseek_v32")).eval()
+    attention.improve_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+    with torch.inference_mode():
+        assert model(input_ids=torch.ones(2, 40, dtype=torch.long), use_cache=False).logits.isfinite().all()
+
+
+@pytest.mark.slow
 def test_a_compiled_model_needs_no_mask(tmp_path: Path) -> None:
     """Dynamo alone: what it would hand to a compiler, with no compiler behind it."""
     seen: list[bool] = []

@@ -15,9 +15,18 @@ from miniplm_udf.ingestion.documents import Document
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import check_head
 from miniplm_udf.scoring.scorer import Score, Scorer
-from tests.unit import tiny_models
-from tests.unit.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
-from tests.unit.tiny_models import CHAT_TOKEN, SEPARATOR, VOCAB_SIZE, make_model, make_model_folder, make_scorer
+from tests.support import tiny_models
+from tests.support.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
+from tests.support.tiny_models import (
+    BOS_ID,
+    CHAT_TOKEN,
+    SEPARATOR,
+    VOCAB_SIZE,
+    make_bos_folder,
+    make_model,
+    make_model_folder,
+    make_scorer,
+)
 
 NATS_PER_TOKEN = 1e-4
 
@@ -61,6 +70,7 @@ def test_equals_brute_force(tmp_path: Path, family: str, context_prefix: str) ->
     check_rows(scorer, plain_model(folder), plain_tokenizer(folder), ROWS, prefix=prefix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny_models.OTHER_FAMILIES)
 def test_other_families_equal_brute_force(tmp_path: Path, family: str) -> None:
     folder = make_model_folder(tmp_path, family)
@@ -123,18 +133,40 @@ def test_another_separator_and_prefix(tmp_path: Path) -> None:
     check_rows(make_scorer(folder, document_separator=CHAT_TOKEN), model, tokenizer, ROWS[:4], separator=1)
 
 
-def test_a_bos_that_the_tokenizer_adds_is_not_added(tmp_path: Path) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    folder = make_model_folder(tmp_path)
+@pytest.mark.parametrize("context_prefix", ["none", "token"])
+@pytest.mark.parametrize(
+    ("family", "stated_by", "bos"),
+    [("gemma3_text", "add_bos_token", BOS_ID), ("llama", "post_processor", BOS_ID), ("qwen2", None, None)],
+)
+def test_a_bos_stands_in_front_of_every_window(
+    tmp_path: Path, family: str, stated_by: str | None, bos: int | None, context_prefix: str
+) -> None:
+    folder = make_bos_folder(tmp_path, family, stated_by)
     model, tokenizer = plain_model(folder), plain_tokenizer(folder)
-    other = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    other.post_processor = TemplateProcessing(
-        single=f"{CHAT_TOKEN} $A {SEPARATOR}", special_tokens=[(SEPARATOR, 0), (CHAT_TOKEN, 1)]
-    )
-    other.save(str(folder / "tokenizer.json"))
-    assert other.encode("a").ids[0] == 1
-    check_rows(make_scorer(folder), model, tokenizer, ROWS)
+    prefix = None if context_prefix == "none" else bos or 0
+    check_rows(make_scorer(folder, context_prefix=context_prefix), model, tokenizer, ROWS[1:6], prefix=prefix, bos=bos)
+
+
+def test_a_bos_and_a_prefix_of_the_config(tmp_path: Path) -> None:
+    folder = make_bos_folder(tmp_path, "llama", "post_processor")
+    model, tokenizer = plain_model(folder), plain_tokenizer(folder)
+    check_rows(make_scorer(folder, bos_token="none"), model, tokenizer, ROWS[1:4])
+    check_rows(make_scorer(folder, bos_token=CHAT_TOKEN), model, tokenizer, ROWS[1:4], bos=1)
+    both = make_scorer(folder, context_prefix="token", prefix_token=CHAT_TOKEN)
+    check_rows(both, model, tokenizer, ROWS[1:4], prefix=1, bos=BOS_ID)
+
+
+def test_a_bos_changes_no_scored_token(tmp_path: Path) -> None:
+    """Means of a teacher with a BOS and a reference without are over the same tokens."""
+    folder = make_bos_folder(tmp_path, "llama", "post_processor")
+    for mode in ("none", "token"):
+        found = [score(make_scorer(folder, context_prefix=mode, bos_token=bos), ROWS) for bos in ("auto", "none")]
+        for one, other in zip(*found, strict=True):
+            if isinstance(one, Score):
+                assert (one.n_tokens, one.n_bytes) == (other.n_tokens, other.n_bytes)
+                assert one.nll_sum_nats != other.nll_sum_nats
+            else:
+                assert one == other
 
 
 # --- what an architecture does to its logits ---

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniplm_udf.config import ModelConfig
-from miniplm_udf.scoring.models import describe, load_model, resolve
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.scoring.models import describe, load_model, model_folder
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 
@@ -39,26 +39,26 @@ def test_description(config: ModelConfig) -> None:
     found = describe("teacher", config)
     assert (found.vocab_size, found.n_parameters, found.document_separator_id) == (49152, 134_515_008, 0)
     assert ["chat-tuned" in found.warnings[0], "quantised" in found.warnings[1]] == [True, True]
-    assert "quantization_config" not in json.loads((resolve(config) / "config.json").read_text())
+    assert "quantization_config" not in json.loads((model_folder(config) / "config.json").read_text())
 
 
 def test_digits_stand_apart(config: ModelConfig) -> None:
     """The model's own tokenizer splits every digit off; the file says so by a name that transformers does not know."""
-    tokenizer = load_tokenizer(resolve(config))
+    tokenizer = load_tokenizer(model_folder(config))
     assert tokenizer.encode("a  12", add_special_tokens=False).tokens == ["a", "ĠĠ", "1", "2"]
 
 
 def test_second_resolve_converts_nothing(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = resolve(config)
+    folder = model_folder(config)
     monkeypatch.setattr("miniplm_udf.scoring.gguf_models._convert", lambda path, folder: pytest.fail("converted again"))
-    assert resolve(config) == folder
+    assert model_folder(config) == folder
 
 
 def test_equals_a_plain_forward_pass(config: ModelConfig) -> None:
     from transformers import AutoModelForCausalLM
 
     description = describe("teacher", config, dtype="float32")
-    folder: Path = resolve(config)
+    folder: Path = model_folder(config)
     tokenizer = load_tokenizer(folder)
     scorer = Scorer(load_model(config, description), tokenizer, description, tokens_per_batch=2048)
     found = scorer.score(TEXTS, [[], []], [True, False])

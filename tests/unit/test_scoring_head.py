@@ -7,7 +7,7 @@ import torch
 
 from miniplm_udf.scoring import head
 from miniplm_udf.scoring.head import Head
-from tests.unit import tiny_models
+from tests.support import tiny_models
 
 # Two whole tiles of a CPU and some of a third; rows of more than one tile.
 VOCAB_SIZE = 2 * head._TILE_VOCABULARY["cpu"] + 77

@@ -1,4 +1,4 @@
-"""What the model is fed: the two arithmetics on fixed ids, byte counts, pieces, and text that cannot be encoded."""
+"""The input of the model: the two arithmetics on fixed ids, byte counts, pieces, and text that cannot be encoded."""
 
 import dataclasses
 from typing import Literal
@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from miniplm_udf.scoring import inputs
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.scoring.inputs import EncodedText, Failure, TextEncoder, TextTokenizer, pieces, segments
-from tests.unit import tiny_models
+from miniplm_udf.scoring.inputs import EncodedText, TextEncoder, TextTokenizer, pieces, segments
+from miniplm_udf.scoring.results import Failure
+from tests.support import tiny_models
 
 WORDS = {"<sep>": 0, "a": 1, "bb": 2, "ä": 3, "c": 4, "<pre>": 5, "?": 6}
 
@@ -201,7 +202,7 @@ def test_a_character_of_many_tokens_at_the_border_of_two_pieces(monkeypatch: pyt
     [("hello", [], 5, 4), ("é😀 x", [], 9, 6), ("é", [], 3, 0), ("😀a", [4], 7, 0), (" a", [], 3, 1)],
 )
 def test_a_tokenizer_of_sentencepiece(text: str, ends: list[int], n_tokens: int, n_bytes: int) -> None:
-    """One that puts a space in front and falls back to bytes: its first token may stand for none of the text's own."""
+    """A tokenizer that adds a space in front and falls back to bytes: the first token may cover no byte of the text."""
     words = ["<s>", *(f"<0x{number:02X}>" for number in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁h"]
     bpe = models.BPE({word: number for number, word in enumerate(words)}, [("▁", "h")], byte_fallback=True)
     tokenizer = Tokenizer(bpe)

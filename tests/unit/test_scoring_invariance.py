@@ -1,4 +1,4 @@
-"""What must not change a score: batches, order, partitions, workers, threads, padding. And what a pass may be given."""
+"""A score does not depend on batches, order, partitions, workers, threads or padding; and the limits of one pass."""
 
 import random
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from miniplm_udf.scoring.scorer import Score
-from miniplm_udf.udf import score_arrow
-from tests.unit import tiny_models
-from tests.unit.scoring_oracles import CONTEXT, OVERLAP, ROWS, Row, plain_tokenizer, score, sequence
-from tests.unit.tiny_models import decoder_of, make_model_folder, make_scorer
+from miniplm_udf.workers.arrow import score_arrow
+from tests.support import tiny_models
+from tests.support.scoring_oracles import CONTEXT, OVERLAP, ROWS, Row, plain_tokenizer, score, sequence
+from tests.support.tiny_models import decoder_of, make_model_folder, make_scorer
 
 NATS_PER_TOKEN = 1e-5
 _WORDS = ("the quick", " brown", " fox", "!\n\n", " é", "😀", "xyzzy", "  ", " 2024", " over the lazy dog.")
@@ -71,6 +71,7 @@ def test_batches_and_order(folder: Path, expected: list[Any], tokens_per_batch: 
     check_equal(found, [expected[number] for number in order])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_workers", "rows_per_batch"), [(1, 40), (2, 3), (7, 1), (3, 1000)])
 def test_partitions_and_workers(folder: Path, expected: list[Any], n_workers: int, rows_per_batch: int) -> None:
     """Rows dealt out to workers, each with a scorer of its own, in record batches of any size."""
@@ -96,6 +97,7 @@ def test_partitions_and_workers(folder: Path, expected: list[Any], n_workers: in
     check_equal([Score(one["nll_sum_nats"], one["n_tokens"], one["n_bytes"]) for one in numbers], expected)
 
 
+@pytest.mark.slow
 def test_threads(folder: Path, expected: list[Any]) -> None:
     """Workers that share a machine have fewer threads each: sums are then added up in another order."""
     torch.set_num_threads(2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.memory_probe import MIB
+from tests.support.memory_probe import MIB
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def probe(name: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.memory_probe", name],
+        [sys.executable, "-m", "tests.support.memory_probe", name],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -44,7 +44,7 @@ def test_a_vocabulary_of_152k_takes_less_than_its_logits() -> None:
 def test_a_corpus_of_ten_times_the_size_takes_the_same() -> None:
     found = probe("corpus")
     assert found["n_tokens"] == [100_000, 1_000_000]
-    # What the allocator keeps differs by some MB from run to run.
+    # The allocator keeps some MB more or less from run to run.
     assert found["peak_of_large"] < found["peak_of_small"] + 8 * MIB
     assert found["peak_of_large"] < found["bytes_of_large"]
 

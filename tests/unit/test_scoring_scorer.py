@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from miniplm_udf.scoring.scorer import Failure, Score
+from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.tokenizer import load_tokenizer
-from tests.unit import tiny_models
-from tests.unit.scoring_oracles import ROWS, Row, score
-from tests.unit.tiny_models import decoder_of, make_scorer
+from tests.support import tiny_models
+from tests.support.scoring_oracles import ROWS, Row, score
+from tests.support.tiny_models import decoder_of, make_scorer
 
 
 def check_equal(found: list[Any], expected: list[Any]) -> None:
@@ -58,7 +58,7 @@ def test_slices_hold_every_row(llama: Path, n_rows: int) -> None:
 
 
 def test_tokenizing_and_scoring_apart_are_scoring(llama: Path) -> None:
-    """What one scorer tokenized another one with the same tokenizer scores: with its own prefix and separators."""
+    """One scorer tokenizes, another with the same tokenizer scores: with its own prefix and separators."""
     texts, ends, ends_document = zip(*ROWS, strict=True)
     shared = make_scorer(llama).tokenize(texts, ends)
     for other in (make_scorer(llama), make_scorer(llama, context_prefix="token", context_tokens=30)):

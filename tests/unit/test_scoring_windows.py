@@ -52,3 +52,13 @@ def test_batches_hold_each_index_once_within_the_budget() -> None:
         assert sorted(index for batch in found for index in batch) == list(range(50))
         for batch in found:
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+@pytest.mark.parametrize("limit", [1, 7, 16, 30, 31])
+def test_no_batch_crosses_the_limit(limit: int) -> None:
+    lengths = [number % 31 + 1 for number in range(100)]
+    found = list(batches(lengths, 100, limit=limit))
+    assert sorted(index for batch in found for index in batch) == list(range(100))
+    assert all(len({lengths[index] > limit for index in batch}) == 1 for batch in found)
+    # One batch more at most.
+    assert len(found) <= len(list(batches(lengths, 100))) + 1

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from miniplm_udf.refinement.selection import ALL, Bucket, Cut, IdGroup, budget_of, find_cuts, n_fitting
-
-Row = tuple[float, str, int]
+from tests.support.selection_oracles import Row, by_cut, by_sorting, random_rows
 
 
 class RankedList:
@@ -76,33 +75,6 @@ def find_cut(rows: list[Row], budget: int, n_buckets: int = 16, small: int = 100
     cut = find_cuts(ranked, ranked.whole(n_buckets), {ALL: budget}, n_buckets, small).get(ALL)
     assert ranked.fetched <= small
     return cut
-
-
-def by_sorting(rows: list[Row], budget: int) -> list[str]:
-    kept, total = [], 0
-    for _, instance_id, weight in sorted(rows, key=lambda row: (-row[0], row[1])):
-        total += weight
-        if total > budget:
-            break
-        kept.append(instance_id)
-    return sorted(kept)
-
-
-def by_cut(rows: list[Row], cut: Cut | None) -> list[str]:
-    if cut is None:
-        return []
-    return sorted(
-        instance_id
-        for score, instance_id, _ in rows
-        if score > cut.score or (score == cut.score and (cut.instance_id is None or instance_id <= cut.instance_id))
-    )
-
-
-def random_rows(rng: random.Random, n: int, n_scores: int, by_tokens: bool) -> list[Row]:
-    scores = [rng.choice([rng.gauss(0, 1), rng.gauss(0, 1e-9), rng.gauss(0, 1e6)]) for _ in range(n_scores)]
-    return [
-        (rng.choice(scores), f"{rng.getrandbits(128):032x}", rng.randint(1, 300) if by_tokens else 1) for _ in range(n)
-    ]
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])

@@ -1,10 +1,12 @@
 """URIs and small files."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from miniplm_udf import storage
+from miniplm_udf.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,48 @@ from miniplm_udf import storage
 def test_to_uri(path: str, uri: str) -> None:
     assert storage.to_uri(path) == uri
     assert storage.to_uri(uri) == uri
+
+
+@pytest.mark.parametrize("name", ["a b", "ä", "a#b", "a+b;c&d=e,f@g!", "a'b\"c", "10:00", "~x/y", "<b>(c)", "😀 "])
+def test_names_that_every_engine_takes(name: str, tmp_path: Path) -> None:
+    uri = storage.to_uri(str(tmp_path / name))
+    storage.check_location("root", uri)
+    storage.write_text(storage.join(uri, "x.json"), "{}")
+    assert (tmp_path / name / "x.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        *(
+            (f"/data/a{text}b", f"found {re.escape(repr(text))} at position 8")
+            for text in "%`$*?[]{}\\|^\n\t\x7f\udcff"
+        ),
+        ("/data/a::b", "found '::' at position 8"),
+        ("s3a://k:s%2Fcret@bucket/a%25b", r"found '%' at position 3 of '/a%25b'"),
+        ("simplecache::s3://bucket/x", "found '::'"),
+        ("file:relative", "expected file: and an absolute path"),
+        ("file://host/x", "expected file: and an absolute path"),
+    ],
+)
+def test_names_that_an_engine_takes_for_others_are_refused(path: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^root: .*{message}"):
+        storage.check_location("root", storage.to_uri(path))
+
+
+def test_dots_and_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "run")
+    assert storage.to_uri(str(tmp_path / "link" / ".." / "other")) == f"file://{tmp_path}/far/other"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.to_uri("~/a") == f"file://{tmp_path}/a"
+    with pytest.raises(ConfigError, match=r"~nobody-here/a: expected the name of a user"):
+        storage.to_uri("~nobody-here/a")
+
+
+def test_a_colon_makes_no_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.to_uri("crawl-2024T10:00") == f"file://{tmp_path}/crawl-2024T10:00"
 
 
 def test_a_bare_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

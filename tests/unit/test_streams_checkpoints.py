@@ -1,15 +1,19 @@
 """Checkpoints as they lie in a root: whose they are, how far they are, and the leases that keep their queries out."""
 
+import dataclasses
 import datetime
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from miniplm_udf import storage
+from miniplm_udf import lease, storage
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.streams import checkpoints, lease
-from miniplm_udf.streams.lease import Lease, is_held, lease_uri
+from miniplm_udf.layout import Root
+from miniplm_udf.lease import Lease, is_held
+from miniplm_udf.streams import checkpoints, facts
+from miniplm_udf.streams.facts import QueryFacts
 
 
 def write_checkpoint(root: Path, name: str, n_finished: int, n_begun: int) -> None:
@@ -22,7 +26,7 @@ def write_checkpoint(root: Path, name: str, n_finished: int, n_begun: int) -> No
     (folder / "metadata").write_text(json.dumps({"id": f"0-0-{name}"}))
 
 
-def test_checkpoints_are_told_by_their_names(tmp_path: Path) -> None:
+def test_checkpoints_of_older_roots_are_told_by_their_names(tmp_path: Path) -> None:
     for name in ("ingest-jsonl", "score-a", "score-a-1e-05", "score_matrix-b", "follow-half", "proxy-c"):
         write_checkpoint(tmp_path, name, 12 if name == "score-a" else 0, 13)
     (tmp_path / "_checkpoints/train/model").mkdir(parents=True)
@@ -36,12 +40,61 @@ def test_checkpoints_are_told_by_their_names(tmp_path: Path) -> None:
         "proxy-c": ("instances", "proxy_scores"),
     }
     assert {name: one.sample for name, one in found.items() if one.sample != 1} == {"score-a-1e-05": 1e-05}
+    assert [one.stage for one in found.values()] == ["follow", "ingest", "proxy", "score", "score", "score_matrix"]
     score = found["score-a"]
     assert (score.id, score.batch_id) == ("00scorea", 11)
     assert score.offset is not None
     assert score.offset["reservoirVersion"] == 16
     assert (found["follow-half"].batch_id, found["follow-half"].offset) == (None, None)
     assert datetime.datetime.now(datetime.UTC) - score.moved_at() < datetime.timedelta(minutes=5)
+
+
+def test_recorded_facts_count_and_the_name_does_not(tmp_path: Path) -> None:
+    recorded = QueryFacts(stage="score", lease="a lease", source="proxy_scores", sample=0.25, revisions={"m": "r"})
+    write_checkpoint(tmp_path, "follow-half", 1, 1)
+    uri = Root(str(tmp_path)).checkpoint("follow-half")
+    facts.record(uri, recorded)
+    (checkpoint,) = checkpoints.find(str(tmp_path))
+    assert checkpoint.facts == recorded
+    assert (checkpoint.stage, checkpoint.lease, checkpoint.source, checkpoint.sample) == (
+        "score", "a lease", "proxy_scores", 0.25,
+    )  # fmt: skip
+    place = tmp_path / "_checkpoints/follow-half.json"
+    before = place.stat()
+    facts.record(uri, recorded)
+    assert place.stat() == before
+    facts.record(uri, dataclasses.replace(recorded, sample=0.5))
+    assert facts.read(uri).sample == 0.5
+    checkpoint.remove()
+    assert list((tmp_path / "_checkpoints").iterdir()) == []
+
+
+def test_a_copied_checkpoint_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("score-a", "score-a-old"):
+        write_checkpoint(tmp_path, name, 1, 1)
+    assert [checkpoint.name for checkpoint in checkpoints.find(str(tmp_path))] == ["score-a"]
+    assert re.search(r"score-a-old: expected a folder named .*move it out", caplog.text)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[1]"])
+def test_damaged_facts_are_named_and_taken_from_the_name(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path, "score-a", 1, 1)
+    record = tmp_path / "_checkpoints/score-a.json"
+    record.write_text(content)
+    (checkpoint,) = checkpoints.find(str(tmp_path))
+    assert (checkpoint.facts.stage, checkpoint.facts.source) == ("score", "instances")
+    assert "/_checkpoints/score-a.json is damaged" in caplog.text
+    facts.record(f"{tmp_path}/_checkpoints/score-a", checkpoint.facts)
+    assert json.loads(record.read_text())["stage"] == "score"
+
+
+def test_facts_of_a_later_release_are_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "score-a", 1, 1)
+    (tmp_path / "_checkpoints/score-a.json").write_text('{"stage": "score", "lease": "x", "color": 1}')
+    (checkpoint,) = checkpoints.find(str(tmp_path))
+    assert checkpoint.facts == QueryFacts(stage="score", lease="x")
 
 
 def test_alone_keeps_the_queries_out_and_is_refused_where_one_runs(
@@ -53,12 +106,12 @@ def test_alone_keeps_the_queries_out_and_is_refused_where_one_runs(
     (tmp_path / "tables/refined/half").mkdir(parents=True)
     names = ("ingest", "score-a", "score_matrix", "follow-half", "refined-half")
     with checkpoints.alone(root):
-        assert all(is_held(lease_uri(root, name)) for name in names)
-    assert not any(is_held(lease_uri(root, name)) for name in names)
-    with Lease(lease_uri(root, "score-a"), "score"):
+        assert all(is_held(Root(root).lease(name)) for name in names)
+    assert not any(is_held(Root(root).lease(name)) for name in names)
+    with Lease(Root(root).lease("score-a"), "score"):
         with pytest.raises(CorpusError, match="run by process"), checkpoints.alone(root):
             pass
-        assert not is_held(lease_uri(root, "ingest"))
+        assert not is_held(Root(root).lease("ingest"))
 
 
 def test_a_folder_lists_its_names_and_an_absent_one_none(tmp_path: Path) -> None:

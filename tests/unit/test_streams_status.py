@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from jobs import cli
+from miniplm_udf.layout import Root
+from miniplm_udf.lease import Lease
 from miniplm_udf.streams import status as statuses
-from miniplm_udf.streams.lease import Lease, lease_uri
 from miniplm_udf.streams.status import QueryStatus
 
 
@@ -33,7 +34,7 @@ def test_status_prints_a_table_and_says_which_driver_is_gone(
     root = f"file://{tmp_path}"
     statuses.write(root, make("ingest"))
     statuses.write(root, make("score"))
-    with Lease(lease_uri(root, "score-1"), "score"):
+    with Lease(Root(root).lease("score-1"), "score"):
         assert cli.main(["status", "--root", str(tmp_path)]) == 0
     head, ingest, score, *below = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["query", "state", "micro-batch"]
@@ -41,7 +42,7 @@ def test_status_prints_a_table_and_says_which_driver_is_gone(
     assert score.split()[:3] == ["score", "running", "6"]
     assert "1,234 rows" in score
     assert "teacher 300" in score
-    assert below == ["ingest: its driver ended without a word; run it again to go on"]
+    assert below == ["ingest: its driver stopped unexpectedly; run it again to continue"]
 
 
 def test_prometheus_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,4 +59,6 @@ def test_prometheus_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_nothing_ran_yet_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "--root", str(tmp_path)]) == 1
     assert "nothing ran here yet" in capsys.readouterr().err
+    assert cli.main(["status", "--root", f"{tmp_path}/50%"]) == 2
+    assert "ConfigError: --root: expected a place without %" in capsys.readouterr().err
     assert cli.main(["status"]) == 2

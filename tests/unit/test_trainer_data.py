@@ -8,7 +8,7 @@ from deltalake import DeltaTable
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
-from tests.unit.trainer_roots import LENGTH, write_packed
+from tests.support.trainer_roots import LENGTH, write_packed
 from trainer import data
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info, user_metadata
 
@@ -74,7 +74,7 @@ def test_the_manifest_names_files_and_rows_not_the_version(tmp_path: Path) -> No
 def test_user_metadata_as_spark_writes_it(tmp_path: Path) -> None:
     write_packed(tmp_path, *sequences(1), {"corpus": "here"})
     log = next((tmp_path / "_delta_log").glob("*.json")).read_text()
-    # Spark's commitInfo holds the text under the key userMetadata, beside operation and engineInfo.
+    # Spark's commitInfo holds the text under the key userMetadata, next to operation and engineInfo.
     assert '"userMetadata":"{\\"corpus\\": \\"here\\"}"' in log
     assert user_metadata(DeltaTable(tmp_path)) == {"corpus": "here"}
 

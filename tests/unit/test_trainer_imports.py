@@ -1,4 +1,4 @@
-"""What the trainer's files may import, from their source: no Spark anywhere, torch and numpy alone in the maths."""
+"""The imports of the trainer's files, from their source: no Spark anywhere, only torch and numpy in the maths."""
 
 import ast
 import sys
@@ -21,16 +21,18 @@ def imported(file: Path, module_level_only: bool) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            whole = node.module != "miniplm_udf"
-            names |= {str(node.module) if whole else f"miniplm_udf.{alias.name}" for alias in node.names}
+            whole = node.module not in ("miniplm_udf", "miniplm_udf.store")
+            names |= {str(node.module) if whole else f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_library_parts(file: Path) -> None:
-    allowed = {"errors", "schemas", "config", "storage", "progress", "scoring"}
+    allowed = {"errors", "schemas", "config", "storage", "progress", "scoring", "store", "lease", "stopping"}
     names = imported(file, module_level_only=False)
-    assert {name.split(".")[1] for name in names if name.startswith("miniplm_udf.")} <= allowed
+    parts = [name.split(".") for name in names if name.startswith("miniplm_udf.")]
+    assert {part[1] for part in parts} <= allowed
+    assert {".".join(part[1:3]) for part in parts if part[1] == "store"} <= {"store.delta_files"}
     assert not {"pyspark", "delta", "jobs"} & {name.split(".")[0] for name in names}
 
 

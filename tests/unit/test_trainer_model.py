@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from miniplm_udf.errors import ConfigError
-from tests.unit.trainer_roots import LLAMA
+from tests.support.trainer_roots import FAMILIES, LLAMA
 from trainer.model import build_model, model_config, n_parameters
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": LLAMA,
-    "qwen2": LLAMA | {"model_type": "qwen2"},
-    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2},
-    "mamba": {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
-}
 
 
 def config_of(architecture: dict[str, Any], vocab_size: int = 100, max_positions: int = 16) -> Any:

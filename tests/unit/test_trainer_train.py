@@ -12,21 +12,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miniplm_udf import storage
-from miniplm_udf.config import ExperimentConfig, MlflowConfig, load_config
+from miniplm_udf import lease, storage
+from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from tests.unit.trainer_roots import (
+from tests.support.trainer_roots import (
     make_root,
     pack,
     packed_metadata,
     some_texts,
     write_config,
+    write_instances,
     write_packed,
     write_tokenizer,
 )
 from trainer import evaluate as evaluation
 from trainer.__main__ import main
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Checkpoints, SavedState
+from trainer.records import EvaluateResult, TrainResult, read_evaluation, read_training
 from trainer.targets import all_targets, reference_target, student_target
 from trainer.tracking import connect
 from trainer.train import train
@@ -58,11 +61,11 @@ def config(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Expe
 
 
 def folder(config: ExperimentConfig, name: str) -> Path:
-    return Path(storage.local_path(config.model_uri(name)))
+    return Path(storage.local_path(config.layout.model(name)))
 
 
 def student(config: ExperimentConfig, **options: Any) -> dict[str, Any]:
-    return train(config, student_target(config, "small"), **options)
+    return train(config, student_target(config, "small"), **options).as_json()
 
 
 def same_weights(first: Path, second: Path) -> bool:
@@ -81,6 +84,7 @@ def test_a_model_folder_is_whole(config: ExperimentConfig) -> None:
     assert (architecture["use_cache"], architecture["max_position_embeddings"]) == (True, 16)
     written = json.loads((found / "training.json").read_text())
     assert training == {**written, "skipped": False}
+    assert train(config, student_target(config, "small")) == TrainResult("small", read_training(config, "small"), True)
     assert (written["steps"], written["sequences"], written["tokens"]) == (6, 24, 24 * 16)
     assert written["packed_version"] == 0
     assert written["lineage"]["refined_version"] == 3
@@ -97,7 +101,7 @@ def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: Exp
     assert (folder(config, "small") / "model.safetensors").stat().st_mtime_ns == before
     other = load_config(write_config(tmp_path, tmp_path / "root", seed=1))
     assert not student(other)["skipped"]
-    table = Path(storage.local_path(config.table_uri("packed/kept/bpe")))
+    table = Path(storage.local_path(config.layout.table("packed/kept/bpe")))
     tokenizer = write_tokenizer(tmp_path / "same")
     write_packed(table, *pack(tokenizer, some_texts(15)), packed_metadata(folder(config, "tokenizer_bpe")))
     again = student(other)
@@ -109,10 +113,12 @@ def test_the_reference_is_frozen(config: ExperimentConfig, tmp_path: Path, caplo
     first = train(config, reference_target(config))
     assert json.loads((folder(config, "reference") / "config.json").read_text())["max_position_embeddings"] == 32
     changed = load_config(write_config(tmp_path, tmp_path / "root", seed=5))
-    shutil.rmtree(Path(storage.local_path(config.table_uri("packed"))))
+    shutil.rmtree(Path(storage.local_path(config.layout.table("packed"))))
     with caplog.at_level("WARNING", logger="miniplm"):
-        assert train(changed, reference_target(changed)) == {**first, "skipped": True}
+        assert train(changed, reference_target(changed)) == dataclasses.replace(first, skipped=True)
     assert "config has changed" in caplog.text
+    (folder(config, "reference") / "training.json").unlink()
+    assert train(changed, reference_target(changed)).as_json() == {"name": "reference", "skipped": True}
     with pytest.raises(CorpusError, match="run the pack stage"):
         train(changed, reference_target(changed), retrain=True)
 
@@ -128,12 +134,12 @@ def test_a_killed_run_ends_with_the_same_weights_in_the_same_run(
     whole = student(config)
     shutil.copytree(folder(config, "small"), tmp_path / "whole")
     shutil.rmtree(folder(config, "small"))
-    shutil.rmtree(Path(storage.local_path(config.checkpoint_uri("train/small"))))
+    shutil.rmtree(Path(storage.local_path(config.layout.checkpoint("train/small"))))
     original = Checkpoints.save
 
-    def save_and_die(self: Checkpoints, steps_done: int, *arguments: Any) -> Path:
-        path = original(self, steps_done, *arguments)
-        if steps_done == 2 * save:
+    def save_and_die(self: Checkpoints, state: SavedState, *arguments: Any) -> Path:
+        path = original(self, state, *arguments)
+        if state.steps_done == 2 * save:
             raise Killed
         return path
 
@@ -155,17 +161,61 @@ def test_a_killed_run_ends_with_the_same_weights_in_the_same_run(
     assert {point.step for point in curve} == set(range(1, 7))
 
 
+def test_a_model_is_trained_by_one_process_at_a_time(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.1)
+    uri = config.layout.lease("train-small")
+    with lease.Lease(uri, "small"), pytest.raises(CorpusError, match=r"small: the training is run by process \d+ on "):
+        student(config)
+    assert student(config)["skipped"] is False
+    assert lease.read(uri) is None
+
+
+def test_a_training_whose_lease_was_taken_saves_nothing_more(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Checkpoints.save
+
+    def save_and_lose(self: Checkpoints, *arguments: Any) -> Path:
+        path = original(self, *arguments)
+        storage.remove_folder(config.layout.lease("train-small"))
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_lose)
+    with pytest.raises(CorpusError, match="small: this process ran the training and was given up for dead"):
+        student(config)
+    assert not folder(config, "small").exists()
+    checkpoints = Path(storage.local_path(config.layout.checkpoint("train/small")))
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-2"]
+
+
+def test_awkward_sources_are_evaluated_and_tracked(config: ExperimentConfig) -> None:
+    sources = ["", "..", "x" * 300, "维基", "百科", "a/b", "a_b", "Web"]
+    instances = Path(storage.local_path(config.layout.table("instances")))
+    shutil.rmtree(instances)
+    write_instances(instances, some_texts(len(sources), seed=3), sources, ["heldout"] * len(sources))
+    training = student(config)
+    bare = load_config(write_config_without_reference(config), [])
+    result = evaluation.evaluate(bare)["small"].evaluation
+    assert set(result.by_source) == set(sources)
+    metrics = connect(config).MlflowClient().get_run(training["run_id"]).data.metrics
+    by_source = [value for name, value in metrics.items() if name.startswith("heldout_bits_per_byte/")]
+    wanted = [loss.heldout_bits_per_byte for loss in result.by_source.values()]
+    assert sorted(by_source) == pytest.approx(sorted(wanted))
+
+
 def test_checkpoints_are_kept_and_others_removed(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    Checkpoints(tmp_path, "old", keep=2).save(9, model, optimizer, {})
+    Checkpoints(tmp_path, "old", keep=2).save(SavedState(9), model, optimizer)
     mine = Checkpoints(tmp_path, "new", keep=2)
-    assert mine.load(model, optimizer) is None
+    assert mine.newest_whole(model, optimizer) is None
     for step in (2, 4, 10):
-        mine.save(step, model, optimizer, {"loss": step})
+        mine.save(SavedState(step, seconds=1.5, loss=step), model, optimizer)
     (tmp_path / "step-12").mkdir()  # without state.json: not whole
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-12", "step-4"]
-    assert mine.load(model, optimizer) == {"loss": 10, "steps_done": 10, "fingerprint": "new"}
+    assert mine.newest_whole(model, optimizer) == 10
+    assert mine.load(10, model, optimizer) == SavedState(10, seconds=1.5, loss=10)
+    assert json.loads((tmp_path / "step-10/state.json").read_text())["fingerprint"] == "new"
 
 
 def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig) -> None:
@@ -181,7 +231,7 @@ def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig) -> 
     assert wanted <= set(run.data.metrics)
     assert run.data.metrics["train_loss"] == pytest.approx(training["final_loss"])
     tags = run.data.tags
-    assert tags["delta_table_uri"] == storage.redact(config.table_uri("packed/kept/bpe"))
+    assert tags["delta_table_uri"] == storage.redact(config.layout.table("packed/kept/bpe"))
     assert (tags["delta_table_version"], tags["refined_version"], tags["corpus"]) == ("0", "3", "kept")
     assert json.loads(tags["model_revisions"]) == {"teacher": "a" * 32}
     (dataset,) = run.inputs.dataset_inputs
@@ -199,12 +249,12 @@ def test_packed_with_another_tokenizer(config: ExperimentConfig) -> None:
 def test_evaluation_counts_every_byte_and_is_not_repeated(config: ExperimentConfig) -> None:
     with pytest.raises(CorpusError, match="train --reference"):
         evaluation.evaluate(config)
-    trainings = {target.name: train(config, target) for target in all_targets(config)}
-    found = evaluation.evaluate(config)
-    assert set(found) == {"reference", "small"}
+    trainings = {target.name: train(config, target).as_json() for target in all_targets(config)}
+    results = evaluation.evaluate(config)
+    assert set(results) == {"reference", "small"}
     heldout = evaluation.read_heldout(config)
     written = json.loads((folder(config, "small") / "evaluation.json").read_text())
-    assert found["small"] == {**written, "skipped": False}
+    assert results["small"].as_json() == {**written, "skipped": False}
     assert written["n_instances"] == len(heldout.rows) == 6
     assert written["n_bytes"] == sum(len(row["text"].encode()) for row in heldout.rows)
     assert sum(numbers["n_bytes"] for numbers in written["by_source"].values()) == written["n_bytes"]
@@ -214,7 +264,11 @@ def test_evaluation_counts_every_byte_and_is_not_repeated(config: ExperimentConf
     assert metrics["heldout_bits_per_byte"] == pytest.approx(written["heldout_bits_per_byte"])
     books = written["by_source"]["books"]["heldout_bits_per_byte"]
     assert metrics["heldout_bits_per_byte/books"] == pytest.approx(books)
-    assert all(model["skipped"] for model in evaluation.evaluate(config).values())
+    assert all(result.skipped for result in evaluation.evaluate(config).values())
+    assert results["small"] == EvaluateResult(read_evaluation(config, "small"), skipped=False)  # type: ignore[arg-type]
+    del written["by_source"]["books"]["n_bytes"]
+    (folder(config, "small") / "evaluation.json").write_text(json.dumps(written))
+    assert not evaluation.evaluate(config)["small"].skipped
 
 
 def test_evaluation_equals_a_plain_forward_pass(config: ExperimentConfig) -> None:
@@ -223,7 +277,7 @@ def test_evaluation_equals_a_plain_forward_pass(config: ExperimentConfig) -> Non
 
     student(config)
     bare = load_config(write_config_without_reference(config), [])
-    found = evaluation.evaluate(bare)["small"]
+    loss = evaluation.evaluate(bare)["small"].evaluation
     model = AutoModelForCausalLM.from_pretrained(folder(config, "small"))
     tokenizer = Tokenizer.from_file(str(folder(config, "small") / "tokenizer.json"))
     total, n_tokens = 0.0, 0
@@ -234,8 +288,8 @@ def test_evaluation_equals_a_plain_forward_pass(config: ExperimentConfig) -> Non
             log_p = torch.log_softmax(model(input_ids=ids[:, :-1]).logits, -1)
         total -= float(log_p.gather(2, ids[:, 1:, None]).sum())
         n_tokens += ids.shape[1] - 1
-    assert found["n_tokens"] == n_tokens
-    assert found["heldout_nats_per_token"] == pytest.approx(total / n_tokens, abs=1e-4)
+    assert loss.n_tokens == n_tokens
+    assert loss.heldout_nats_per_token == pytest.approx(total / n_tokens, abs=1e-4)
 
 
 def write_config_without_reference(config: ExperimentConfig) -> Path:
@@ -249,7 +303,7 @@ def write_config_without_reference(config: ExperimentConfig) -> Path:
 
 
 def test_no_heldout_text(config: ExperimentConfig) -> None:
-    shutil.rmtree(Path(storage.local_path(config.table_uri("instances"))))
+    shutil.rmtree(Path(storage.local_path(config.layout.table("instances"))))
     with pytest.raises(CorpusError, match="run the ingest stage"):
         evaluation.read_heldout(config)
 

@@ -15,23 +15,11 @@ import pyarrow as pa
 import pytest
 
 from miniplm_udf.errors import ScoringError
-from miniplm_udf.scoring.inputs import Failure
-from miniplm_udf.udf import (
-    SCORED_SCHEMA,
-    score_arrow,
-)
+from miniplm_udf.scoring.results import Failure
+from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.engine import MAX_ERRORS_IN_A_ROW
-from miniplm_udf.workers.tally import Tally
-
-REQUEST_SCHEMA = pa.schema(
-    [
-        ("instance_id", pa.string()),
-        ("text", pa.string()),
-        ("segment_ends", pa.list_(pa.int32())),
-        ("ends_document", pa.bool_()),
-        ("model_ids", pa.list_(pa.string())),
-    ]
-)
+from miniplm_udf.workers.messages import SCORE_REQUEST_SCHEMA, SCORED_SCHEMA
+from miniplm_udf.workers.score_counts import ScoreCounts
 
 
 @dataclasses.dataclass
@@ -99,7 +87,7 @@ def request(rows: int, aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
             }
             for row in range(rows)
         ],
-        schema=REQUEST_SCHEMA,
+        schema=SCORE_REQUEST_SCHEMA,
     )
 
 
@@ -131,7 +119,7 @@ def test_a_row_is_scored_by_the_models_it_names(make: type[FakeFactory]) -> None
             {"instance_id": "c", "text": "z", "model_ids": [], "segment_ends": [], "ends_document": True},
             {"instance_id": "d", "text": "w", "model_ids": ["reference", "teacher"], "segment_ends": [1]},
         ],
-        schema=REQUEST_SCHEMA,
+        schema=SCORE_REQUEST_SCHEMA,
     )
     factories = {"teacher": make(1.0), "reference": make(2.0)}
     rows = [row for out in score_arrow(factories)(iter([batch])) for row in out.to_pylist()]
@@ -147,7 +135,7 @@ def test_a_row_is_scored_by_the_models_it_names(make: type[FakeFactory]) -> None
 def test_failures_are_rows_without_numbers(make: type[FakeFactory]) -> None:
     batch = pa.RecordBatch.from_pylist(
         [{"instance_id": f"i{n}", "text": text, "model_ids": ["teacher"]} for n, text in enumerate(["a", "", None])],
-        schema=REQUEST_SCHEMA,
+        schema=SCORE_REQUEST_SCHEMA,
     )
     rows = [row for out in score_arrow({"teacher": make(1.0)})(iter([batch])) for row in out.to_pylist()]
     assert [row["reason"] for row in rows] == [None, "no_tokens", "no_tokens"]
@@ -164,20 +152,20 @@ def test_a_score_that_is_no_number_is_a_failure_and_the_tally_counts() -> None:
                 FakeScore(odd.get(str(text), 2.0), 5, 1) if text else Failure("no_tokens", "x" * 2000) for text in texts
             ]
 
-    tallies: list[Tally] = []
-    sink = SimpleNamespace(add=tallies.append)
-    run = score_arrow({"teacher": lambda: Broken(1.0)}, tally=sink)
+    totals: list[ScoreCounts] = []
+    sink = SimpleNamespace(add=totals.append)
+    run = score_arrow({"teacher": lambda: Broken(1.0)}, sink=sink)
     rows = [row for out in run(iter([texts_request("a", "b", "", "c", "d")])) for row in out.to_pylist()]
     assert [row["reason"] for row in rows] == ["nan_score", "nan_score", "no_tokens", None, None]
     assert [row["nll_sum_nats"] for row in rows] == [None, None, None, 2.0, 2.0]
-    (tally,) = tallies
-    counts = tally.models["teacher"]
+    (total,) = totals
+    counts = total.models["teacher"]
     assert (counts.n_scored, counts.n_failed, counts.n_tokens) == (2, 3, 10)
     assert counts.seconds > 0
-    assert [(instance, reason, len(detail or "")) for instance, _, reason, detail in tally.failed] == [
+    assert [(instance, reason, len(detail or "")) for instance, _, reason, detail in total.failed] == [
         ("id0", "nan_score", 0), ("id1", "nan_score", 0), ("id2", "no_tokens", 1000),
     ]  # fmt: skip
-    assert pickle.loads(pickle.dumps(tally)) == tally
+    assert pickle.loads(pickle.dumps(total)) == total
 
 
 @both_ways
@@ -196,7 +184,7 @@ def test_columns_are_carried_along(make: type[FakeFactory]) -> None:
 
 def texts_request(*texts: str | None) -> pa.RecordBatch:
     rows = [{"instance_id": f"id{n}", "text": text, "model_ids": ["teacher"]} for n, text in enumerate(texts)]
-    return pa.RecordBatch.from_pylist(rows, schema=REQUEST_SCHEMA)
+    return pa.RecordBatch.from_pylist(rows, schema=SCORE_REQUEST_SCHEMA)
 
 
 @both_ways
@@ -325,20 +313,20 @@ def test_waiting_for_input_is_told_from_scoring() -> None:
                 time.sleep(seconds)
                 yield request(3)
 
-        tallies: list[Tally] = []
-        list(score_arrow({"teacher": lambda: Slow(1.0)}, tally=SimpleNamespace(add=tallies.append))(source()))
-        assert tallies[0].models["teacher"].seconds >= 0.02 * n_slices
-        return tallies[0].wait_share
+        totals: list[ScoreCounts] = []
+        list(score_arrow({"teacher": lambda: Slow(1.0)}, sink=SimpleNamespace(add=totals.append))(source()))
+        assert totals[0].models["teacher"].seconds >= 0.02 * n_slices
+        return totals[0].wait_share
 
     assert (wait_share(0.0) or 0.0) < 0.3
     assert (wait_share(0.06) or 0.0) > 0.5
     assert wait_share(0.0, n_slices=1) is None
-    # Of the first slice nothing counts, whichever models had it.
-    tallies: list[Tally] = []
+    # The first slice does not count, whichever models scored it.
+    totals: list[ScoreCounts] = []
     factories = {"teacher": lambda: Slow(1.0), "reference": lambda: Slow(2.0)}
-    sink = SimpleNamespace(add=tallies.append)
-    list(score_arrow(factories, tally=sink)(iter([request(3, ["teacher", "reference"])])))
-    assert tallies[0].wait_share is None
+    sink = SimpleNamespace(add=totals.append)
+    list(score_arrow(factories, sink=sink)(iter([request(3, ["teacher", "reference"])])))
+    assert totals[0].wait_share is None
 
 
 def test_a_factory_without_a_key_is_called_once_a_call() -> None:
@@ -391,8 +379,8 @@ class Panic(BaseException):
 def test_a_text_that_the_scorer_raises_on_is_found_and_the_rest_is_scored() -> None:
     good = [f"t{n}" for n in range(40)]
     texts = [*good[:7], "panic a", *good[7:30], "raise b", "panic c", *good[30:], "raise d"]
-    tallies: list[Tally] = []
-    run = score_arrow({"teacher": lambda: Poisoned(1.0, "x")}, tally=SimpleNamespace(add=tallies.append))
+    totals: list[ScoreCounts] = []
+    run = score_arrow({"teacher": lambda: Poisoned(1.0, "x")}, sink=SimpleNamespace(add=totals.append))
     rows = [row for out in run(iter([texts_request(*texts)])) for row in out.to_pylist()]
     assert [row["instance_id"] for row in rows] == [f"id{n}" for n in range(len(texts))]
     for text, row in zip(texts, rows, strict=True):
@@ -401,9 +389,9 @@ def test_a_text_that_the_scorer_raises_on_is_found_and_the_rest_is_scored() -> N
         else:
             assert (row["nll_sum_nats"], row["n_tokens"], row["reason"]) == (None, None, "scorer_error")
             assert row["detail"] == ("Panic: index out of bounds" if "panic" in text else "KeyError: 'a token'")
-    counts = tallies[0].models["teacher"]
+    counts = totals[0].models["teacher"]
     assert (counts.n_scored, counts.n_failed, counts.n_tokens) == (40, 4, sum(map(len, good)))
-    assert len(tallies[0].failed) == 4
+    assert len(totals[0].failed) == 4
 
 
 @pytest.mark.parametrize(("n_bad", "raises"), [(MAX_ERRORS_IN_A_ROW - 1, False), (MAX_ERRORS_IN_A_ROW, True)])
@@ -419,7 +407,7 @@ def test_a_scorer_that_raises_on_everything_is_an_error_and_rejects_nothing(n_ba
 
 
 @pytest.mark.parametrize(
-    "module", ["miniplm_udf.udf", "miniplm_udf.scoring.description", "miniplm_udf.scoring.tokenizer"]
+    "module", ["miniplm_udf.workers.arrow", "miniplm_udf.scoring.description", "miniplm_udf.scoring.tokenizer"]
 )
 def test_importing_loads_nothing_heavy(module: str) -> None:
     script = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'pyspark') if m in sys.modules])"

@@ -1,7 +1,6 @@
 """Real models through the Arrow functions: described where they will run, pickled, and scored with."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,28 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from miniplm_udf.config import ModelConfig, ScoreConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
-from miniplm_udf.udf import DESCRIBED_SCHEMA, describe_arrow, description_of, model_config_json, score_arrow
+from miniplm_udf.scores.models import describe_here
+from miniplm_udf.workers.arrow import score_arrow
+from miniplm_udf.workers.messages import SCORE_REQUEST_SCHEMA
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
-from tests.unit import tiny_models
-from tests.unit.test_udf import REQUEST_SCHEMA
-
-
-def described(config: ModelConfig, dtype: str | None = "float32", config_json: str | None = None) -> dict[str, Any]:
-    batch = pa.RecordBatch.from_pylist(
-        [{"alias": "teacher", "config_json": config_json or model_config_json(config), "dtype": dtype}],
-        schema=pa.schema([("alias", pa.string()), ("config_json", pa.string()), ("dtype", pa.string())]),
-    )
-    (out,) = describe_arrow(iter([batch]))
-    assert out.schema == DESCRIBED_SCHEMA
-    return dict(out.to_pylist()[0])
+from tests.support import tiny_models
 
 
 def test_describe(tmp_path: Path) -> None:
     folder = tiny_models.make_model_folder(tmp_path)
     config = ModelConfig(path=str(folder), context_tokens=64, window_overlap_tokens=8)
-    found = description_of(described(config, dtype=None))
+    found = describe_here("teacher", config, None)
     assert (found.model_id, found.context_tokens, found.document_separator_id) == ("teacher", 64, 0)
 
 
@@ -39,19 +29,15 @@ def test_describe(tmp_path: Path) -> None:
     ("changes", "expected"),
     [({"context_tokens": 4096}, ConfigError), ({"path": "/no/such/model"}, ModelLoadError)],
 )
-def test_errors_come_to_the_driver_with_their_class(
-    tmp_path: Path, changes: dict[str, Any], expected: type[Exception]
-) -> None:
+def test_errors_keep_their_class(tmp_path: Path, changes: dict[str, Any], expected: type[Exception]) -> None:
     folder = tiny_models.make_model_folder(tmp_path)
-    row = described(dataclasses.replace(ModelConfig(path=str(folder)), **changes))
-    assert row["description_json"] is None
     with pytest.raises(expected):
-        description_of(row)
+        describe_here("teacher", dataclasses.replace(ModelConfig(path=str(folder)), **changes), "float32")
 
 
-def test_unforeseen_errors_come_too() -> None:
-    with pytest.raises(ModelLoadError, match=r"models\.teacher: TypeError"):
-        description_of(described(ModelConfig(), config_json=json.dumps({"no_such": 1})))
+def test_unforeseen_errors_name_the_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"models\.teacher: AttributeError"):
+        describe_here("teacher", ModelConfig(path=5), "float32")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -59,13 +45,13 @@ def test_the_function_travels_as_spark_sends_it(tmp_path: Path) -> None:
     """A real scorer, pickled into a process that has nothing but the package, for two rows."""
     cloudpickle = pytest.importorskip("pyspark.cloudpickle")
     config = ModelConfig(path=str(tiny_models.make_model_folder(tmp_path)), context_tokens=64, window_overlap_tokens=8)
-    row = described(config)
-    factory = ModelScorerFactory(config, description_of(row), ScoreConfig(tokens_per_batch=128))
+    description = describe_here("teacher", config, "float32")
+    factory = ModelScorerFactory(config, description, ScoreConfig(tokens_per_batch=128))
     (tmp_path / "function").write_bytes(cloudpickle.dumps(score_arrow({"teacher": factory})))
-    with pa.OSFile(str(tmp_path / "rows"), "wb") as sink, pa.ipc.new_stream(sink, REQUEST_SCHEMA) as writer:
+    with pa.OSFile(str(tmp_path / "rows"), "wb") as sink, pa.ipc.new_stream(sink, SCORE_REQUEST_SCHEMA) as writer:
         columns = [pa.array(values) for values in (["1", "2"], ["one text", "another"])]
         columns += [pa.array([[], []], pa.list_(pa.int32())), pa.array([True, True]), pa.array([["teacher"]] * 2)]
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=REQUEST_SCHEMA))
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCORE_REQUEST_SCHEMA))
     script = (
         "import pickle, sys, pyarrow as pa\n"
         "run = pickle.load(open(sys.argv[1], 'rb'))\n"

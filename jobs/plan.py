@@ -1,0 +1,105 @@
+"""The plan of a dry run: what each stage reads and writes, and whether it would run. Driver only, no Spark.
+
+Input: the stages, the config and the root's records and logs. Output: text. Only Spark lists files of the user, so the
+plan of a stage that reads them says that it runs if they have changed. Writes nothing.
+"""
+
+import datetime
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.records import read_record
+from jobs.stages import Options, Stage
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import ConfigError, CorpusError
+
+
+class _Outcome(enum.Enum):
+    RUNS = "would run"
+    MAY_RUN = "would run if"
+    SKIPPED = "would be skipped"
+    REFUSED = "would be refused"
+    ABSENT = "not part of this experiment"
+
+
+def plan_text(stages: Sequence[Stage], config: ExperimentConfig, options: Options, is_named: bool) -> str:
+    """Describes what a command would do.
+
+    Args:
+        stages: the stages of the command, in order.
+        config: the experiment.
+        options: of the command line.
+        is_named: the stage is a command of its own, which runs although it is unchanged.
+
+    Returns:
+        For each stage one line that says whether it would run, and below it what it reads and writes.
+    """
+    lines = []
+    changing: set[str] = set()
+    for stage in stages:
+        outcome, reason = _outcome(stage, config, options, is_named, changing)
+        lines.append(f"  {stage.name:<10} {outcome.value}{reason}")
+        if outcome in (_Outcome.ABSENT, _Outcome.REFUSED):
+            continue
+        outputs = stage.outputs(config)
+        written = [*outputs.tables, *stage.may_write, *outputs.files]
+        if outcome is not _Outcome.SKIPPED:
+            changing.update(written)
+        lines.append(f"             reads   {_names(stage.reads(config))}")
+        lines.append(f"             writes  {_names(written)}")
+    return "\n".join(lines)
+
+
+def _outcome(
+    stage: Stage, config: ExperimentConfig, options: Options, is_named: bool, changing: set[str]
+) -> tuple[_Outcome, str]:
+    """Whether a stage would run, and the reason; `changing` are outputs of stages before it that may run."""
+    if not stage.applies(config):
+        return _Outcome.ABSENT, f": it needs {stage.needs}"
+    try:
+        stage.check(config)
+    except ConfigError as error:
+        return _Outcome.REFUSED, f": {error}"
+    if stage.is_service(options):
+        return _Outcome.RUNS, " as a service, until it is stopped or has read all its input (stream.trigger)"
+    missing, record = stage.missing(config), read_record(config, stage.name)
+    if stage.is_frozen:
+        if options.retrain_reference:
+            return _Outcome.RUNS, ": --retrain-reference"
+        if not missing:
+            return _Outcome.SKIPPED, ": it exists; --retrain-reference trains it again"
+        try:
+            stage.require(config)
+        except CorpusError as error:
+            return _Outcome.REFUSED, f": {error}"
+    if record is None:
+        return _Outcome.RUNS, ": it has not finished on this root yet"
+    if missing:
+        return _Outcome.RUNS, f": {_names(missing)} is missing"
+    finished = _finished(record)
+    fingerprint = stage.fingerprint(None, config)
+    if fingerprint is not None and fingerprint != record["fingerprint"]:
+        return _Outcome.RUNS, f": its config or its inputs have changed since it finished ({finished})"
+    if is_named:
+        return _Outcome.RUNS, f" again, as it was asked for by name; it finished before ({finished})"
+    if fingerprint is None:
+        return _Outcome.MAY_RUN, f" its config or its input files have changed since it finished ({finished})"
+    changed = [place.rstrip("/") for place in changing]
+    if before := [
+        place for place in stage.reads(config) if any(f"{each}/".startswith(f"{place}/") for each in changed)
+    ]:
+        return _Outcome.MAY_RUN, f" the stages before it change {_names(before)}"
+    return _Outcome.SKIPPED, f": unchanged since it finished ({finished})"
+
+
+def _finished(record: dict[str, Any]) -> str:
+    seconds = f"{record['seconds']:.0f} s"
+    if (at := record.get("finished_at")) is None:
+        return seconds
+    return f"{datetime.datetime.fromtimestamp(at, datetime.UTC):%Y-%m-%d %H:%M} UTC, {seconds}"
+
+
+def _names(places: Sequence[str]) -> str:
+    return ", ".join(storage.redact(place) for place in places) or "nothing"

@@ -1,0 +1,198 @@
+"""Inputs and outputs of the stages: the data of their fingerprints, names of their tables and files. Driver only.
+
+A fingerprint shows whether a stage must run again: it is made of the stage's own config and of the state of its inputs,
+as plain data. Versions of tables are read from their logs and files are listed by fsspec, without Spark; only files of
+the user are listed by Spark, which reads them. Owns no stage (`stages.py`). Writes nothing.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jobs.records import read_record
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig, to_dict
+from miniplm_udf.config.rules import resolve
+from miniplm_udf.store.delta_files import newest_version
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def _versions(config: ExperimentConfig, names: Sequence[str]) -> list[int | None]:
+    return [newest_version(config.layout.table(name)) for name in names]
+
+
+def ingest_inputs(config: ExperimentConfig) -> list[Any]:
+    """The section `ingest`, and the model whose tokenizer cuts the text."""
+    tokenizer_model = config.models.get(config.ingest.chunking.tokenizer)
+    return [to_dict(config.ingest), to_dict(tokenizer_model) if tokenizer_model else None]
+
+
+def ingest_files(spark: "SparkSession | None", config: ExperimentConfig) -> list[Any] | None:
+    """Lists the input files, so that a change of one is noticed.
+
+    Args:
+        spark: the command's session; None if there is none yet.
+        config: the experiment.
+
+    Returns:
+        Names, times and sizes of the files, or the version of the input table; None without a session.
+    """
+    from miniplm_udf.ingestion.inputs import input_state
+
+    return None if spark is None else input_state(spark, config.ingest)
+
+
+def annotate_inputs(config: ExperimentConfig) -> list[Any]:
+    """The section `annotate` and the version of `instances`."""
+    return [to_dict(config.annotate), *_versions(config, ["instances"])]
+
+
+def evaluation_files(spark: "SparkSession | None", config: ExperimentConfig) -> list[Any] | None:
+    """Lists the evaluation files of `annotate.contamination`, so that a change of one is noticed.
+
+    Args:
+        spark: the command's session; None if there is none yet.
+        config: the experiment.
+
+    Returns:
+        The files; empty if the config names none; None if it names some and there is no session.
+    """
+    from miniplm_udf.annotations.contamination import files_of
+
+    contamination = config.annotate.contamination if config.annotate else None
+    if contamination is None:
+        return []
+    return None if spark is None else [to_dict(file) for file in files_of(spark, contamination)]
+
+
+def reference_inputs(config: ExperimentConfig) -> list[Any]:
+    """The section `reference` and the length of a packed sequence."""
+    return [to_dict(config.reference) if config.reference else None, config.pack.sequence_length]
+
+
+def weights(config: ExperimentConfig) -> dict[str, str]:
+    """Finds the scored models.
+
+    Args:
+        config: the experiment.
+
+    Returns:
+        Path, URI or hub name by alias; for a model that this experiment trains, the URI of its folder.
+    """
+    return {alias: config.models[alias].path or config.layout.model(alias) for alias in config.scored_aliases}
+
+
+def score_inputs(config: ExperimentConfig) -> list[Any]:
+    """Lists what the scores depend on, so that a change is noticed.
+
+    Args:
+        config: the experiment.
+
+    Returns:
+        Configs of the scored models, the version of `instances`, the states of the weights' files by alias, and the two
+        settings of `score` that change the outcome.
+    """
+    # Weights may change under an old path. A hub name or a file of a package is not a path: its state is empty.
+    states = {alias: storage.folder_state(place) for alias, place in weights(config).items()}
+    # Settings of speed are left out: a score does not depend on the budget, the workers or the trigger.
+    return [
+        {alias: to_dict(config.models[alias]) for alias in config.scored_aliases},
+        *_versions(config, ["instances"]),
+        {alias: [file for file in state if not file[0].endswith("evaluation.json")] for alias, state in states.items()},
+        [config.score.max_reject_share, config.score.sample],
+    ]
+
+
+def with_earlier_rates(earlier: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """Keeps the rates of the last scoring: a run that found nothing to score has no rate.
+
+    Args:
+        earlier: the summary in the record of the stage; empty if the stage never finished.
+        summary: the new summary.
+
+    Returns:
+        The new summary, in which `tokens_per_second` has the earlier rate of every model without a new one.
+    """
+    if "tokens_per_second" not in summary:
+        return summary
+    measured = {alias: rate for alias, rate in summary["tokens_per_second"].items() if rate is not None}
+    return {**summary, "tokens_per_second": {**earlier.get("tokens_per_second", {}), **measured}}
+
+
+def proxy_inputs(config: ExperimentConfig) -> list[Any]:
+    """The section `proxy` and the versions of its tables."""
+    versions = _versions(config, ["instances", "score_matrix"])
+    return [to_dict(config.proxy) if config.proxy else None, config.refine.tokens_of, versions]
+
+
+def refine_reads(config: ExperimentConfig) -> list[str]:
+    """The tables that refinement reads."""
+    return ["score_matrix", "annotations", *(["proxy_scores"] if config.proxy else [])]
+
+
+def refine_inputs(config: ExperimentConfig) -> list[Any]:
+    """The corpora, their resolved scores and the versions of their tables."""
+    # The definition of a named rule is part of the corpus's config.
+    scores = {name: resolve(corpus).score for name, corpus in config.refine.corpora.items()}
+    return [to_dict(config.refine), scores, _versions(config, refine_reads(config))]
+
+
+def _pairs(config: ExperimentConfig) -> list[tuple[str, str]]:
+    """Each (corpus, tokenizer) that a student trains on."""
+    return sorted({(student.corpus, student.tokenizer) for student in config.students.values()})
+
+
+def student_corpora(config: ExperimentConfig) -> list[str]:
+    """Names of the tables of the corpora that students train on."""
+    return sorted({f"refined/{corpus}" for corpus, _ in _pairs(config)})
+
+
+def packed(config: ExperimentConfig) -> list[str]:
+    """Names of the packed tables."""
+    return [f"packed/{corpus}/{tokenizer}" for corpus, tokenizer in _pairs(config)]
+
+
+def pack_inputs(config: ExperimentConfig) -> list[Any]:
+    """The section `pack`, the students' tokenizers and the versions of their corpora."""
+    corpora = sorted({corpus for corpus, _ in _pairs(config)})
+    versions = dict(zip(corpora, _versions(config, student_corpora(config)), strict=True))
+    tokenizers = {name: to_dict(config.tokenizers[name]) for _, name in _pairs(config)}
+    return [to_dict(config.pack), _pairs(config), versions, tokenizers]
+
+
+def train_inputs(config: ExperimentConfig) -> list[Any]:
+    """The students, the section `mlflow` and the versions of the packed tables."""
+    names = packed(config)
+    students = {name: to_dict(student) for name, student in config.students.items()}
+    return [students, dict(zip(names, _versions(config, names), strict=True)), to_dict(config.mlflow)]
+
+
+def evaluate_inputs(config: ExperimentConfig) -> list[Any]:
+    """The section `evaluate`, the trainings and the version of `instances`."""
+    names = [*config.students, *([config.reference.alias] if config.reference else [])]
+    states = {name: storage.read_json(config.layout.model(name, "training.json")) or {} for name in names}
+    # A training without a run id of MLflow is identified by its fingerprint.
+    runs = {name: state.get("run_id") or state.get("fingerprint") for name, state in states.items()}
+    return [to_dict(config.evaluate), runs, *_versions(config, ["instances"])]
+
+
+def report_inputs(config: ExperimentConfig) -> list[Any]:
+    """The section `report`, and when the stages before it finished."""
+    records = [read_record(config, stage) for stage in ("ingest", "score", "refine", "train", "evaluate")]
+    return [to_dict(config.report), [(record or {}).get("finished_at") for record in records]]
+
+
+def model_files(config: ExperimentConfig, file: str) -> list[str]:
+    """Lists the URIs of a file of every student.
+
+    Args:
+        config: the experiment.
+        file: name of the file in the model's folder.
+    """
+    return [config.layout.model(name, file) for name in config.students]
+
+
+def reference_files(config: ExperimentConfig) -> list[str]:
+    """URI of the file that a trained reference has."""
+    return [config.layout.model(config.reference.alias, "config.json")] if config.reference else []

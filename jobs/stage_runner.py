@@ -1,0 +1,140 @@
+"""Runs stages: decides whether one must run, runs it, writes its record, and is the `main` of every stage's command.
+
+Input: a `Stage`, the config and the options; output: the stage's tables and its record. The inputs' fingerprint is
+taken before the stage runs, so a file that arrives meanwhile makes the next run work again. A stage that was killed has
+no record for its work; the same command runs it again. Driver only.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jobs import plan, records
+from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
+from jobs.session import spark_session
+from jobs.stages import Options, Stage, stage_named
+from jobs.text import as_json, plain
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import EXIT_DONE, ConfigError
+from miniplm_udf.store.catalog import register_tables
+from miniplm_udf.upkeep import preflight
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+LOGGER = logging.getLogger("miniplm.jobs")
+
+
+def must_run(stage: Stage, spark: "SparkSession", config: ExperimentConfig, options: Options, is_named: bool) -> bool:
+    """Whether a stage has to run.
+
+    Args:
+        stage: the stage; it applies to the config.
+        spark: the session.
+        config: the experiment.
+        options: of the command line.
+        is_named: the user asked for this stage by its name. It runs then, unless it is frozen.
+
+    Returns:
+        False if the stage is unchanged, or frozen and there.
+
+    Raises:
+        CorpusError: the output of a frozen stage is gone, and other outputs depend on it.
+    """
+    if not stage.is_frozen:
+        return is_named or not stage.is_unchanged(spark, config)
+    if options.retrain_reference:
+        return True
+    stage.require(config)
+    if stage.missing(config):
+        return True
+    if records.read_record(config, stage.name) and not stage.is_unchanged(spark, config):
+        LOGGER.warning(
+            "%s: its config has changed since it was trained. It is kept as it is, so that scores made with it stay "
+            "comparable; --retrain-reference trains it again, and the corpus is then scored again",
+            stage.name,
+        )
+    return False
+
+
+def execute(
+    stage: Stage, spark: "SparkSession", config: ExperimentConfig, options: Options | None = None
+) -> dict[str, Any]:
+    """Runs a stage and writes its record, unless it is a service.
+
+    Args:
+        stage: the stage.
+        spark: the session.
+        config: the experiment.
+        options: of the command line; None: none were given.
+
+    Returns:
+        The summary as plain data.
+
+    Raises:
+        ConfigError: the root cannot be written.
+        CorpusError: a table that the stage continues from is gone; `spark.schema` has the tables of another root.
+    """
+    options = options or Options()
+    preflight.check(spark, config, f"{stage.name} --follow" if options.follow else stage.name)
+    is_service = stage.is_service(options)
+    fingerprint = "" if is_service else str(stage.fingerprint(spark, config))
+    earlier = {} if is_service else records.summary_of(config, stage.name)
+    # A schema that has another root's tables is refused before any work.
+    _register(spark, config)
+    start = time.monotonic()
+    summary: dict[str, Any] = plain(stage.run(spark, config, options))
+    seconds = time.monotonic() - start
+    _register(spark, config)
+    if not is_service:
+        summary = stage.with_earlier(earlier, summary)
+        records.write_record(config, stage.name, fingerprint, summary, seconds)
+    LOGGER.info("%s: done in %.1f s", stage.name, seconds)
+    return summary
+
+
+def _register(spark: "SparkSession", config: ExperimentConfig) -> None:
+    if config.spark.schema is not None:
+        register_tables(spark, config.root, config.spark.schema)
+
+
+def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
+    """Runs the command of one stage: `miniplm NAME`, and `jobs/NAME.py` under spark-submit.
+
+    Args:
+        name: the stage.
+        argv: the words after the name; None takes those of the process.
+
+    Returns:
+        The exit code. The summary is printed as JSON, `{NAME: summary}`; with `--dry-run`, the config and the plan.
+    """
+    stage = stage_named(name)
+    parser = make_parser(name, stage.description)
+    add_config_arguments(parser)
+    stage.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+
+    def body() -> int:
+        config = read_config(name, arguments)
+        options = Options.of(arguments)
+        if arguments.dry_run:
+            print_plan(config, plan.plan_text([stage], config, options, is_named=True))
+            return EXIT_DONE
+        if not stage.applies(config):
+            raise ConfigError(f"{name}: the config has nothing for this stage; expected {stage.needs}, found none")
+        stage.check(config)
+        with spark_session(config, f"miniplm {name}") as spark:
+            if must_run(stage, spark, config, options, is_named=True):
+                summary = execute(stage, spark, config, options)
+            else:
+                LOGGER.info("%s: unchanged, skipped", name)
+                summary = records.summary_of(config, name)
+        print(as_json({name: summary}))
+        if last_line := stage.last_line(summary):
+            # After the summary, which may be long.
+            print(last_line, file=sys.stderr)
+        return exit_code(summary)
+
+    return guarded(body)

@@ -1,0 +1,47 @@
+"""Trains the students of the config on their packed tables, as a process of its own (torch, no JVM).
+
+Reads `packed/<corpus>/<tokenizer>`; writes `<root>/models/<student>` and MLflow runs. A finished student is left as it
+is; after a kill, the same command continues from the last checkpoint.
+
+    miniplm train -c conf/demo.yaml [key=value ...]
+    spark-submit --properties-file conf/spark/local.conf jobs/train.py -c conf/demo.yaml
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jobs.stage_runner import stage_main
+from jobs.stages import Options
+from jobs.trainer_process import run_trainer
+from miniplm_udf.config.experiment import ExperimentConfig
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, Any]:
+    """Trains all students.
+
+    Args:
+        spark: not used.
+        config: the experiment.
+        options: the command line, for the trainer's process.
+
+    Returns:
+        {"students": {name: URI of the model folder}}.
+
+    Raises:
+        ConfigError, MiniplmError: the trainer refused the config, or failed.
+    """
+    run_trainer("train", options.config_path, options.overrides)
+    return {"students": {name: config.layout.model(name) for name in config.students}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `miniplm train` and returns its exit code; `argv` defaults to the arguments of the process."""
+    return stage_main("train", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""Reads one experiment, a YAML file, into an `ExperimentConfig` of sections (sections.py), and checks it.
+
+Input: a YAML file and dotted overrides (`ingest.input=/texts/*.jsonl`). Output: an `ExperimentConfig`. jsonargparse
+makes the dataclasses and checks types; this module refuses unknown keys, lets each `train` inherit, and checks the
+links between sections. Other functions take these dataclasses, never a dict. Two environment variables count:
+MLFLOW_TRACKING_URI (`mlflow_uri`) and MINIPLM_CACHE (storage.py). Imports nothing
+heavy at module level, and jsonargparse only inside `load_config`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from miniplm_udf import storage
+from miniplm_udf.config.annotate import AnnotateConfig
+from miniplm_udf.config.overrides import apply_override
+from miniplm_udf.config.refine import CorpusConfig, RefineConfig
+from miniplm_udf.config.rules import DEFAULT, load_rules, resolve
+from miniplm_udf.config.sections import (
+    EvaluateConfig,
+    IngestConfig,
+    MlflowConfig,
+    ModelConfig,
+    PackConfig,
+    ProxyConfig,
+    ReferenceConfig,
+    ReportConfig,
+    ScoreConfig,
+    SparkConfig,
+    StreamConfig,
+    StudentConfig,
+    TokenizerConfig,
+    TrainConfig,
+    check,
+    check_name,
+)
+from miniplm_udf.errors import ConfigError
+from miniplm_udf.layout import Root
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """A whole experiment, with a section for each stage; each section's class describes its keys.
+
+    Attributes:
+        root: path or URI under which everything is kept; a bare path becomes an absolute `file:` URI.
+        models: the models that score, by alias.
+        tokenizers: the students' tokenizers, by name.
+        students: the models to train, by name.
+    """
+
+    root: str
+    models: dict[str, ModelConfig] = dataclasses.field(default_factory=dict)
+    spark: SparkConfig = dataclasses.field(default_factory=SparkConfig)
+    ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
+    annotate: AnnotateConfig | None = None
+    reference: ReferenceConfig | None = None
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    proxy: ProxyConfig | None = None
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+    refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
+    tokenizers: dict[str, TokenizerConfig] = dataclasses.field(default_factory=dict)
+    pack: PackConfig = dataclasses.field(default_factory=PackConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    students: dict[str, StudentConfig] = dataclasses.field(default_factory=dict)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    mlflow: MlflowConfig = dataclasses.field(default_factory=MlflowConfig)
+
+    def __post_init__(self) -> None:
+        check(bool(self.root), "root: where the tables go; set it in the file or as root=PATH")
+        object.__setattr__(self, "root", storage.to_uri(self.root))
+        storage.check_location("root", self.root)
+        if self.report.folder is not None:
+            storage.check_location("report.folder", storage.to_uri(self.report.folder))
+        for kind, names in (("model", self.models), ("tokenizer", self.tokenizers), ("student", self.students)):
+            for name in names:
+                check_name(kind, name)
+        for name in self.students:
+            check(
+                name not in self.models and not name.startswith("tokenizer_"),
+                f"student {name!r}: <root>/models has a folder of that name for another model; choose another name",
+            )
+        self._check_links()
+
+    def _check_links(self) -> None:
+        trained = self.reference.alias if self.reference else None
+        links: list[tuple[str, str, Collection[str]]] = []
+        links += [("score.models", alias, self.models) for alias in self.score.models]
+        if self.ingest.inputs:
+            links += [("ingest.chunking.tokenizer", self.ingest.chunking.tokenizer, self.models)]
+        if self.reference:
+            links += [("reference.alias", self.reference.alias, self.models)]
+            links += [("reference.tokenizer", self.reference.tokenizer, self.models)]
+        if self.refine.corpora or self.proxy:
+            links += [("refine.tokens_of", self.refine.tokens_of, self.scored_aliases)]
+        if self.proxy and self.proxy.score is None:
+            links += [("proxy.score: miniplm", role, self.scored_aliases) for role in load_rules()[DEFAULT].models]
+        for name, corpus in self.refine.corpora.items():
+            links += self._rule_links(f"refine.corpora.{name}", corpus)
+            check(
+                self.proxy is not None or not corpus.is_of_proxy,
+                f"refine.corpora.{name}.candidates: expected the section proxy, which makes proxy_scores, found none "
+                "(`proxy: {}` takes the defaults)",
+            )
+        for name, student in self.students.items():
+            links += [(f"students.{name}.corpus", student.corpus, self.refine.corpora)]
+            links += [(f"students.{name}.tokenizer", student.tokenizer, self.tokenizers)]
+        for key, found, known in links:
+            check(found in known, f"{key}: expected one of {sorted(known)}, found {found!r}{_nearest(found, known)}")
+        for alias, model in self.models.items():
+            check(
+                model.path is not None or alias == trained,
+                f"models.{alias}.path: expected a folder, a hub name or a .gguf file, found nothing "
+                "(only the model that the section reference trains needs none)",
+            )
+
+    def _rule_links(self, place: str, corpus: CorpusConfig) -> list[tuple[str, str, Collection[str]]]:
+        """Checks that the rule of a corpus exists; returns the links of its models, which must be scored."""
+        if corpus.rule is None:
+            return []
+        rules = load_rules()
+        check(
+            corpus.rule in rules,
+            f"{place}.rule: expected one of {sorted(rules)}, found {corpus.rule!r}{_nearest(corpus.rule, rules)}",
+        )
+        # A resolved corpus, read from a version's provenance, has both a rule and a score.
+        without_score = dataclasses.replace(corpus, score=None)
+        check(
+            corpus.score is None or corpus.score == resolve(without_score).score,
+            f"{place}: expected a rule or a score, found rule {corpus.rule!r} and score {corpus.score!r}",
+        )
+        roles = rules[corpus.rule].models
+        links: list[tuple[str, str, Collection[str]]] = [(f"{place}.aliases", role, roles) for role in corpus.aliases]
+        return links + [
+            (f"{place}.rule: {corpus.rule}: {role}", corpus.aliases.get(role, role), self.scored_aliases)
+            for role in roles
+        ]
+
+    @property
+    def scored_aliases(self) -> list[str]:
+        """Aliases of the models that score, in the order of `models`."""
+        return [alias for alias in self.models if not self.score.models or alias in self.score.models]
+
+    @property
+    def layout(self) -> Root:
+        """The places of everything under `root`."""
+        return Root(self.root)
+
+    def report_folder(self) -> Path:
+        """The local folder of `summary.json`, `report.html` and, by default, `mlflow.db`.
+
+        Raises:
+            ConfigError: `root` is not local and `report.folder` is not set.
+        """
+        if self.report.folder is not None:
+            return Path(self.report.folder).expanduser().absolute()
+        check(
+            storage.is_local(self.root),
+            f"report.folder: root {storage.redact(self.root)} is not local; set report.folder to a local folder",
+        )
+        return Path(storage.local_path(self.root))
+
+    def mlflow_uri(self) -> str:
+        """URI of MLflow's store: `mlflow.tracking_uri`, else `MLFLOW_TRACKING_URI`, else SQLite in the report folder.
+
+        Pass it to `MlflowClient(tracking_uri=...)`: `mlflow.set_tracking_uri` would also set that environment variable,
+        for every later experiment of the process.
+        """
+        uri = self.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        return uri or f"sqlite:///{self.report_folder()}/mlflow.db"
+
+    def artifact_uri(self) -> str | None:
+        """Where a new MLflow experiment keeps its artifacts: in the report folder; None lets an MLflow server decide.
+
+        With SQLite, MLflow would otherwise keep them in the current folder.
+        """
+        return (self.report_folder() / "mlartifacts").as_uri() if self.mlflow_uri().startswith("sqlite:") else None
+
+
+def _nearest(found: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _dataclass_in(annotation: Any) -> tuple[type | None, bool]:
+    """The dataclass in a type annotation, or None; and whether it is the type of a dict's values."""
+    if dataclasses.is_dataclass(annotation):
+        return typing.cast(type, annotation), False
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    in_dict = origin is dict
+    candidates = arguments[1:] if in_dict else arguments if origin in (types.UnionType, typing.Union) else ()
+    sections = [argument for argument in candidates if dataclasses.is_dataclass(argument)]
+    return (typing.cast(type, sections[0]), in_dict) if sections else (None, False)
+
+
+def _check_keys(raw: Any, owner: type, prefix: str = "") -> None:
+    """Refuses keys that their section does not have, and names the nearest key. jsonargparse checks the values."""
+    if raw is None:
+        return
+    check(isinstance(raw, dict), f"{prefix.rstrip('.') or 'config'}: expected a mapping, found {type(raw).__name__}")
+    hints = typing.get_type_hints(owner)
+    known = [field.name for field in dataclasses.fields(owner)]
+    for key, value in raw.items():
+        check(
+            key in known,
+            f"unknown key {prefix}{key}{_nearest(str(key), known)} (known here: {', '.join(known)})",
+        )
+        inner, in_dict = _dataclass_in(hints[key])
+        if inner and in_dict and isinstance(value, dict):
+            for name, item in value.items():
+                _check_keys(item, inner, f"{prefix}{key}.{name}.")
+        elif inner:
+            _check_keys(value, inner, f"{prefix}{key}.")
+
+
+def _unshared(value: Any) -> Any:
+    """A copy without shared objects: YAML anchors share them, and an override of one place would change all."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def _inherit_train(raw: dict[str, Any]) -> None:
+    """Gives each student's and the reference's `train` the keys of the experiment's `train` that it does not set."""
+    shared = raw.get("train") or {}
+    owners = [raw["reference"]] if raw.get("reference") else []
+    owners += [student for student in (raw.get("students") or {}).values() if isinstance(student, dict)]
+    for owner in owners:
+        owner["train"] = {**shared, **(owner.get("train") or {})}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads an experiment.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value`, applied in order (overrides.py).
+
+    Raises:
+        ConfigError: there is no such file, it is not YAML, a key is unknown (the message names the nearest key), or a
+            value has the wrong type or range.
+    """
+    import yaml
+    from jsonargparse import ArgumentParser
+
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"config {path}: no such file; conf/demo.yaml is a complete example") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config {path}: cannot be read as YAML: {error}") from error
+    check(isinstance(raw, dict), f"config {path}: expected a mapping of sections, found {type(raw).__name__}")
+    raw = _unshared(raw)
+    for override in overrides:
+        apply_override(raw, override, ExperimentConfig)
+    raw = {key: value for key, value in raw.items() if value is not None}
+    _check_keys(raw, ExperimentConfig)
+    check(bool(raw.get("root")), "root: where the tables go; set it in the file or as root=PATH")
+    _inherit_train(raw)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--experiment", type=ExperimentConfig)
+    try:
+        return typing.cast(ExperimentConfig, parser.instantiate(parser.parse_object({"experiment": raw})).experiment)
+    except ConfigError:
+        raise
+    except Exception as error:  # jsonargparse's errors have no common base but Exception
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(f"config {path}: {cause or error}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a config as plain data, as provenance records it.
+
+    Args:
+        config: an experiment, or a section.
+    """
+    return dataclasses.asdict(config)
+
+
+def printable(value: Any) -> Any:
+    """Returns plain data without secrets, for a terminal: URIs without user and query, values of secret keys hidden.
+
+    Args:
+        value: a dictionary, a list or a single value.
+    """
+    if isinstance(value, dict):
+        return {
+            key: "(hidden)"
+            if re.search(r"secret|password|access\.key|(^|\.)token$", str(key), re.I)
+            else printable(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [printable(item) for item in value]
+    return storage.redact(value) if isinstance(value, str) and "://" in value else value
+
+
+def fingerprint(*parts: Any) -> str:
+    """A hash of plain data or dataclasses, as 32 hexadecimal digits, the same in every process and key order."""
+    plain = [to_dict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]

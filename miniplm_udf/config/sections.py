@@ -1,0 +1,399 @@
+"""The sections of an experiment, one frozen dataclass each, checked when they are made.
+
+Owns the keys, their defaults (the paper's recipe, arXiv 2410.17215) and the checks of single sections; no other module
+has defaults. A section does not know another one: `experiment.ExperimentConfig` checks the links between sections.
+Sections of annotation and refinement are in annotate.py and refine.py. Imports nothing heavy.
+"""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from miniplm_udf.errors import ConfigError
+
+_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises a `ConfigError` with the message, unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def check_name(kind: str, name: str) -> None:
+    """Refuses a name that cannot be part of a column or table name; `kind` says what it names, for the message."""
+    check(
+        bool(name) and set(name) <= _NAME_CHARACTERS and not name[0].isdigit(),
+        f"{kind} {name!r}: names become column and table names, so use letters, digits and _ (no leading digit)",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A causal LM that scores.
+
+    Attributes:
+        path: a folder, a hub name, a `.gguf` file, or `package:NAME/FILE` for a file in an installed Python package;
+            null for a model that this experiment trains (the reference): `<root>/models/<alias>`.
+        revision: commit of a hub model; null takes the newest and records its commit.
+        dtype: dtype of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU, fixed at the first scoring.
+        document_separator: the model's pre-training end-of-document token, never a chat token; null takes the
+            tokenizer's `eos_token`, if it is not a chat token.
+        bos_token: token in front of every window. auto follows the model's tokenizer: the BOS of its pre-training, or
+            no token; none adds no token; any other value is the token itself.
+        prefix_token: token in front of a text with `context_prefix: token`; null takes the BOS, or
+            `document_separator` if there is no BOS.
+        context_prefix: none is the official arithmetic; token scores every byte (docs/scoring.md).
+        context_tokens: longest input of one forward pass, not counting a BOS.
+        window_overlap_tokens: tokens of context that consecutive windows of a longer text share.
+        trust_remote_code: whether transformers may run Python code that the model's folder contains.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    document_separator: str | None = None
+    bos_token: str = "auto"
+    prefix_token: str | None = None
+    context_prefix: Literal["none", "token"] = "none"
+    context_tokens: int = 1024
+    window_overlap_tokens: int = 256
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.context_tokens >= 2, f"context_tokens: expected at least 2, found {self.context_tokens}")
+        check(
+            0 <= self.window_overlap_tokens < self.context_tokens,
+            f"window_overlap_tokens: expected 0 to context_tokens - 1 ({self.context_tokens - 1}), "
+            f"found {self.window_overlap_tokens}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparkConfig:
+    """The Spark session of a command. A file run by spark-submit takes master and conf from spark-submit instead.
+
+    Attributes:
+        master: Spark's master URL; null is local.
+        conf: Spark settings by key.
+        schema: `schema` or `catalog.schema` in which each stage registers the root's tables, for sessions that share
+            the catalog; null registers nothing.
+    """
+
+    master: str | None = None
+    conf: dict[str, str] = dataclasses.field(default_factory=dict)
+    schema: str | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            self.schema is None or re.fullmatch(r"\w+(\.\w+)?", self.schema) is not None,
+            f"spark.schema: expected schema or catalog.schema, found {self.schema!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FieldsConfig:
+    """Names of the input's fields. The input may lack `id` and `source`; the fields in `metadata` are copied."""
+
+    id: str = "id"
+    text: str = "text"
+    source: str = "source"
+    metadata: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkingConfig:
+    """How documents become instances (the rule: `ingestion/chunking.py`).
+
+    Attributes:
+        mode: document cuts each document by itself; packed cuts runs of documents joined by separators.
+        tokenizer: alias of the model whose tokens `max_tokens` counts.
+        max_tokens: most tokens of an instance.
+        split_bytes: size of the input splits, in bytes; in mode packed each split is packed by itself.
+    """
+
+    mode: Literal["document", "packed"] = "packed"
+    tokenizer: str = "teacher"
+    max_tokens: int = 1025
+    split_bytes: int = 128 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        check(self.max_tokens >= 2, f"chunking.max_tokens: expected at least 2, found {self.max_tokens}")
+        check(self.split_bytes >= 1024, f"chunking.split_bytes: expected at least 1024, found {self.split_bytes}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Shares of documents for the splits `reference` and `heldout`, by a hash of their text; the rest is `pool`."""
+
+    reference: float = 0.05
+    heldout: float = 0.01
+
+    def __post_init__(self) -> None:
+        check(
+            self.reference >= 0 and self.heldout >= 0 and self.reference + self.heldout < 1,
+            f"split: expected shares of at least 0 that sum to less than 1, found {self.reference} + {self.heldout}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Where the input is and how it is read.
+
+    Attributes:
+        input: paths, folders or globs of files of one format, or the location of one Delta table.
+        format: auto tells the format from the file names (.jsonl[.gz|.zst], .parquet) or from a `_delta_log`.
+        fields: names of the input's fields.
+        default_source: source of documents whose input has none.
+        chunking: how documents become instances.
+        split: which documents are set aside.
+        state_partitions: partitions of the deduplication state; cannot change after the query's first start.
+        max_files_per_trigger: most files in one micro-batch.
+        max_reject_share: if a higher share of the rows is rejected, the command ends with exit code 3.
+    """
+
+    input: list[str] | str = dataclasses.field(default_factory=list)
+    format: Literal["auto", "jsonl", "parquet", "delta"] = "auto"
+    fields: FieldsConfig = dataclasses.field(default_factory=FieldsConfig)
+    default_source: str = "unknown"
+    chunking: ChunkingConfig = dataclasses.field(default_factory=ChunkingConfig)
+    split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+    state_partitions: int = 8
+    max_files_per_trigger: int = 1000
+    max_reject_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("state_partitions", "max_files_per_trigger"):
+            check(getattr(self, name) >= 1, f"ingest.{name}: expected at least 1, found {getattr(self, name)}")
+
+    @property
+    def inputs(self) -> list[str]:
+        """`input` as a list."""
+        return [self.input] if isinstance(self.input, str) else list(self.input)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How instances are scored.
+
+    Attributes:
+        models: aliases to score with; empty means all of `models`.
+        sample: share of the pool to score, chosen by a hash of the instance's id. A larger share contains a smaller
+            one, so that raising it later scores only what is missing. A proxy can rank the rest (section `proxy`).
+        workers: concurrent scorers: one per GPU; 1 on a machine without a GPU.
+        workers_per_gpu: worker processes that may hold a model on one GPU at a time; others wait. Null: no limit.
+        tokens_per_batch: most tokens of one forward pass; null takes what is best on the device.
+        compile: whether models run through torch.compile; null does so on a GPU only.
+        attention: attention backend of transformers; auto lets transformers choose.
+        max_bytes_per_trigger: size of a micro-batch, as bytes of the instances' files: 512m, 1g.
+        max_reject_share: if a higher share of (instance, model) pairs is rejected, the command ends with exit code 3.
+    """
+
+    models: list[str] = dataclasses.field(default_factory=list)
+    sample: float = 1.0
+    workers: int = 1
+    workers_per_gpu: int | None = 1
+    tokens_per_batch: int | None = None
+    compile: bool | None = None
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    max_bytes_per_trigger: str = "1g"
+    max_reject_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        check(0 < self.sample <= 1, f"score.sample: expected a share above 0 and at most 1, found {self.sample}")
+        check(
+            self.tokens_per_batch is None or self.tokens_per_batch >= 1,
+            f"score.tokens_per_batch: expected at least 1, found {self.tokens_per_batch}",
+        )
+        for name in ("workers", "workers_per_gpu"):
+            number = getattr(self, name)
+            check(number is None or number >= 1, f"score.{name}: expected at least 1, found {number}")
+        check(
+            re.fullmatch(r"\d+[bkmgt]?b?", self.max_bytes_per_trigger.lower()) is not None,
+            f"score.max_bytes_per_trigger: expected a size such as 512m or 1g, found {self.max_bytes_per_trigger!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProxyConfig:
+    """A small regressor that predicts, from the text alone, the score of instances that no model has scored.
+
+    Attributes:
+        score: SQL over `score_matrix` that the proxy predicts; null is the rule miniplm.
+        rows: approximate number of scored instances, drawn by a hash of their ids, to fit and to test the proxy. It has
+            an upper limit because a single task fits the proxy, so that every fit gives the same result.
+        heldout: share of these instances that only test the proxy.
+        features: size of the feature vector into which n-grams of words are hashed.
+    """
+
+    score: str | None = None
+    rows: int = 100_000
+    heldout: float = 0.2
+    features: int = 2**18
+
+    def __post_init__(self) -> None:
+        check(0 < self.heldout < 1, f"proxy.heldout: expected a share between 0 and 1, found {self.heldout}")
+        check(1 <= self.rows <= 10**6, f"proxy.rows: expected 1 to 1000000, found {self.rows}")
+        check(1 <= self.features <= 2**24, f"proxy.features: expected 1 to {2**24}, found {self.features}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How the streaming queries of ingest and score run.
+
+    Attributes:
+        trigger: available_now ends once all input is read; processing_time keeps running.
+        interval_seconds: how often processing_time checks for new rows.
+        stalled_seconds: a micro-batch without any progress for this long is reported.
+        metrics_port: port of the driver that serves what `miniplm status --prometheus` prints; null serves nothing.
+    """
+
+    trigger: Literal["available_now", "processing_time"] = "available_now"
+    interval_seconds: float = 10.0
+    stalled_seconds: float = 600.0
+    metrics_port: int | None = None
+
+    def __post_init__(self) -> None:
+        interval = self.interval_seconds
+        check(interval >= 0, f"stream.interval_seconds: expected at least 0, found {interval}")
+        check(self.stalled_seconds > 0, f"stream.stalled_seconds: expected more than 0, found {self.stalled_seconds}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A student's tokenizer: loaded from `path`, or a byte-level BPE trained on text of the split `pool`.
+
+    Attributes:
+        path: folder or hub name; null trains a BPE.
+        revision: commit of a hub tokenizer; null takes the newest.
+        vocab_size: size of a trained BPE, with the separator.
+        train_bytes: most text, in bytes, that the BPE is trained on.
+        document_separator: end-of-document token; the only special token of a trained BPE.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    vocab_size: int = 8192
+    train_bytes: int = 100_000_000
+    document_separator: str = "<|endoftext|>"
+
+    def __post_init__(self) -> None:
+        # The smallest BPE has the 256 bytes and the separator.
+        check(self.vocab_size >= 257, f"tokenizer vocab_size: expected at least 257, found {self.vocab_size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Token sequences for training.
+
+    Attributes:
+        sequence_length: input tokens of one training sequence.
+        shards: number of streams that are packed independently; each ends in one padded sequence.
+    """
+
+    sequence_length: int = 1024
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.sequence_length >= 2, f"sequence_length: expected at least 2, found {self.sequence_length}")
+        check(self.shards >= 1, f"pack.shards: expected at least 1, found {self.shards}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimiser and schedule; the defaults are the paper's.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_sequences: sequences in one step; `micro_batch_sequences` of them in one forward pass.
+        min_learning_rate_ratio: final learning rate over `learning_rate`.
+        warmup_steps: steps in which the learning rate rises.
+        loss: official is the mean over sequences of the mean over targets whose input is not the separator;
+            token_mean is the mean over all targets.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
+    """
+
+    steps: int = 100_000
+    batch_sequences: int = 512
+    micro_batch_sequences: int = 8
+    learning_rate: float = 6e-4
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 2000
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-6
+    weight_decay: float = 0.01
+    gradient_clip_norm: float = 1.0
+    loss: Literal["official", "token_mean"] = "official"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    log_every_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_sequences", "micro_batch_sequences", "save_every_steps", "log_every_steps"):
+            check(getattr(self, name) >= 1, f"train.{name}: expected at least 1, found {getattr(self, name)}")
+        check(
+            0 <= self.warmup_steps <= self.steps,
+            f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """A student model.
+
+    Attributes:
+        architecture: keywords of transformers' `AutoConfig`, with `model_type`.
+        corpus: name of the refined corpus that it is trained on.
+        tokenizer: name in the section `tokenizers`.
+        train: keys that are not set come from the experiment's section `train`.
+    """
+
+    architecture: dict[str, Any]
+    corpus: str
+    tokenizer: str
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The reference LM: trained once on the split `reference`, then frozen.
+
+    Attributes:
+        alias: its alias in the section `models`.
+        tokenizer: alias of the model whose tokenizer it uses.
+        architecture: keywords of transformers' `AutoConfig`, with `model_type`.
+        train: keys that are not set come from the experiment's section `train`.
+    """
+
+    alias: str = "reference"
+    tokenizer: str = "teacher"
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out loss, of at most `max_instances_per_source` instances per source (0: all of them)."""
+
+    tokens_per_batch: int = 8192
+    max_instances_per_source: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The report and its local `folder` (null: `root`, which must be local), with `examples` texts of each kind."""
+
+    folder: str | None = None
+    examples: int = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlflowConfig:
+    """MLflow. A null `tracking_uri` takes `MLFLOW_TRACKING_URI` if that is set, else SQLite in the report folder."""
+
+    tracking_uri: str | None = None
+    experiment: str = "miniplm"

@@ -1,0 +1,170 @@
+"""Checks on executors that files can be read to their ends, before the query reads them; counts rows of damaged files.
+
+Input: files. Output: a `Damage` for each file that cannot be read to its end. Compressed files (.gz, .zst) are
+decompressed once; the wanted columns of Parquet files, whose footers are checked in footers.py, are decoded once. Both
+are cheap compared with tokenizing. Plain text can always be read. A file that Python cannot open here (a storage
+without its fsspec package) is not checked; the query then fails if it is damaged. Writes nothing; a retry finds the
+same.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+from miniplm_udf.ingestion.footers import Damage, same_name
+from miniplm_udf.ingestion.parquet_columns import open_file
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from miniplm_udf.ingestion.listing import InputFile
+
+LOGGER = logging.getLogger("miniplm.ingest")
+
+_CHUNK_BYTES = 64 * 1024
+_MAX_TASKS = 1000
+_PARQUET_ROWS = 1000
+_RESULT = "path string, problem string, n_rows bigint, unchecked string"
+
+
+class _Damaged(Exception):
+    """The bytes of a file do not fit its format."""
+
+
+def damaged_files(spark: "SparkSession", files: Sequence["InputFile"], columns: Sequence[str] | None) -> list[Damage]:
+    """Reads files to their ends, each in a task of its own.
+
+    Args:
+        spark: a session.
+        files: files of one format.
+        columns: columns of Parquet files to decode; None if the files hold JSON lines, of which .gz and .zst files are
+            checked.
+
+    Returns:
+        The damaged files, in the order of their paths.
+    """
+    chosen = {file.path: file for file in files if columns is not None or file.path.endswith((".gz", ".zst"))}
+    if not chosen:
+        return []
+
+    def check_batches(batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            yield _as_batch([check_file(path, columns) for path in batch.column(0).to_pylist()])
+
+    paths = spark.createDataFrame([(path,) for path in chosen], "path string")
+    rows = paths.repartition(min(len(chosen), _MAX_TASKS)).mapInArrow(check_batches, _RESULT).collect()
+    unchecked = [row for row in rows if row.unchecked]
+    if unchecked:
+        LOGGER.warning(
+            "ingest: %d files cannot be checked before they are read; for example %s: %s",
+            len(unchecked), unchecked[0].path, unchecked[0].unchecked,
+        )  # fmt: skip
+    return [Damage(chosen[row.path], row.problem, row.n_rows) for row in sorted(rows) if row.problem]
+
+
+def _as_batch(results: Sequence[tuple[Any, ...]]) -> Any:
+    import pyarrow as pa
+
+    columns = zip(*results, strict=True) if results else [()] * 4
+    types = (pa.string(), pa.string(), pa.int64(), pa.string())
+    arrays = [pa.array(values, kind) for values, kind in zip(columns, types, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, names=["path", "problem", "n_rows", "unchecked"])
+
+
+def check_file(path: str, columns: Sequence[str] | None) -> tuple[str, str | None, int | None, str | None]:
+    """Checks one file, on an executor.
+
+    Args:
+        path: URI of the file, percent-encoded.
+        columns: as for `damaged_files`.
+
+    Returns:
+        The path; what is wrong with the file; about how many rows a damaged file holds; why it cannot be checked. The
+        last three are None if they do not apply.
+    """
+    try:
+        handle = open_file(path)
+    except (ImportError, ValueError, OSError) as error:
+        return path, None, None, f"{type(error).__name__}: {error}"
+    with handle:
+        if columns is not None:
+            return path, *_check_parquet(handle, columns)
+        chunks = _gzip_chunks if path.endswith(".gz") else _zstd_chunks
+        return path, *_check_packed(handle, chunks), None
+
+
+def _check_packed(handle: IO[bytes], chunks: Callable[[IO[bytes]], Iterator[bytes]]) -> tuple[str | None, int | None]:
+    """Decompresses a file; returns what is wrong with it and about how many lines it holds.
+
+    A damaged file is taken to hold as many lines per byte after the damage as before it; None if there is no line
+    before the damage.
+    """
+    n_lines, n_good, size = 0, 0, handle.seek(0, 2)
+    handle.seek(0)
+    try:
+        for chunk in chunks(handle):
+            n_lines, n_good = n_lines + chunk.count(b"\n"), handle.tell()
+    except _Damaged as error:
+        return f"{error}, at about byte {handle.tell()} of {size}", round(n_lines * size / max(1, n_good)) or None
+    return None, None
+
+
+def _gzip_chunks(handle: IO[bytes]) -> Iterator[bytes]:
+    """Yields the content of a gzip file, which may consist of several gzip members."""
+    yield from _unpacked(handle, lambda: zlib.decompressobj(wbits=31), zlib.error, "gzip")
+
+
+def _zstd_chunks(handle: IO[bytes]) -> Iterator[bytes]:
+    import zstandard
+
+    yield from _unpacked(handle, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError, "zstd")
+
+
+def _unpacked(handle: IO[bytes], make: Callable[[], Any], errors: type[Exception], name: str) -> Iterator[bytes]:
+    """Decompresses the members or frames of a file one after the other.
+
+    Args:
+        handle: the file.
+        make: makes a decompressor for one member.
+        errors: the errors that the decompressor raises.
+        name: name of the format, for messages.
+
+    Raises:
+        _Damaged: the bytes do not fit the format, or end too early.
+    """
+    unpacker, data = None, b""
+    try:
+        while data := data or handle.read(_CHUNK_BYTES):
+            if unpacker is None:
+                if not data.strip(b"\0"):  # padding after the last member
+                    data = b""
+                    continue
+                unpacker = make()
+            yield unpacker.decompress(data)
+            data = unpacker.unused_data if unpacker.eof else b""
+            if unpacker.eof:
+                unpacker = None
+    except errors as error:
+        raise _Damaged(f"damaged {name} data: {error}") from error
+    if unpacker is not None:
+        raise _Damaged(f"the {name} data end too early (a file that was cut)")
+
+
+def _check_parquet(handle: IO[bytes], wanted: Sequence[str]) -> tuple[str | None, int | None, str | None]:
+    """Decodes the wanted columns; returns what is wrong, the rows in the footer, and why the file cannot be checked."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n_rows = None
+    try:
+        file = pq.ParquetFile(handle, page_checksum_verification=True)
+        n_rows, names = file.metadata.num_rows, file.schema_arrow.names
+        columns = [name for name in (same_name(name, names) for name in wanted) if name is not None]
+        for _ in file.iter_batches(_PARQUET_ROWS, columns=columns):
+            pass
+    except pa.ArrowNotImplementedError as error:
+        return None, None, f"pyarrow cannot read it: {error}"
+    except (pa.ArrowException, OSError) as error:
+        return f"its pages cannot be read: {str(error).splitlines()[0]}", n_rows, None
+    return None, None, None

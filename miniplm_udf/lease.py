@@ -1,0 +1,237 @@
+"""A lease on a piece of work (a query, a run, a training), so that only one process at a time does it.
+
+Input: the URI of one small JSON file per lease, under `<root>/_leases/`. The holder renews its lease every few seconds
+by increasing a counter. Another process takes the lease if the holder has ended (on this machine) or its counter has
+not moved for 30 s on the other process's clock; otherwise it is refused with the holder's name. A holder that lost its
+lease learns it from `check`, before its next micro-batch or checkpoint. Exactly-once does not depend on leases, because
+commits carry (query_id, batch_id); leases save two processes from doing the same work, and tell the second one so. On
+the driver and in the trainer; imports no Spark.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+import fsspec
+
+from miniplm_udf import storage
+from miniplm_udf.errors import CorpusError
+
+LOGGER = logging.getLogger("miniplm.lease")
+
+_RENEW_SECONDS = 5.0
+# A holder on another machine that has not renewed for this long is considered dead.
+_PATIENCE_SECONDS = 30.0
+# If two processes take the lease of a dead holder at once, both read it again after this time: the later writer has it.
+_SETTLE_SECONDS = 0.3
+_POLL_SECONDS = 0.5
+_LOG_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaseRecord:
+    """The file of a lease.
+
+    Attributes:
+        token: random; identifies the holder.
+        renewals: how often the holder has renewed the lease.
+        pid: process id of the holder.
+        host: host name of the holder, for messages.
+        machine: host, boot and namespace within which `pid` means the same process.
+    """
+
+    token: str
+    renewals: int
+    pid: int
+    host: str
+    machine: str
+
+    @property
+    def holder(self) -> str:
+        """The process that holds the lease, for messages."""
+        return f"process {self.pid} on {self.host}"
+
+
+class Lease:
+    """The lease of one piece of work, held inside a `with` block.
+
+    Args:
+        uri: the lease's file (`layout.Root.lease`).
+        name: name of the work, for messages.
+        waits: whether to wait for a holder that is working, instead of raising.
+        what: kind of work, for messages: query, run, training.
+
+    Raises:
+        CorpusError: on entering, if another process holds the lease.
+    """
+
+    def __init__(self, uri: str, name: str, waits: bool = False, what: str = "query") -> None:
+        self._uri, self._name, self._waits, self._what = uri, name, waits, what
+        self._token = uuid.uuid4().hex
+        self._renewals = 0
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease {name}", daemon=True)
+
+    def __enter__(self) -> "Lease":
+        while not self._take():
+            pass
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._released.set()
+        self._thread.join()
+        record = read(self._uri)
+        if record is not None and record.token == self._token:
+            filesystem, path = fsspec.core.url_to_fs(self._uri)
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.rm(path)
+
+    def _take(self) -> bool:
+        """Waits for the holder, if there is one, and takes the lease; False if another process was faster."""
+        left = self._wait_for_holder()
+        if left is None and storage.is_local(self._uri):
+            if _create(Path(storage.local_path(self._uri)), json.dumps(dataclasses.asdict(self._record()))):
+                return True
+            if read(self._uri) is not None:
+                return False
+        self._write()
+        time.sleep(_SETTLE_SECONDS)
+        self.check()
+        return True
+
+    def check(self) -> None:
+        """Checks that this process still holds the lease; call it before work that only the holder may do.
+
+        Raises:
+            CorpusError: another process has the lease now.
+        """
+        record = read(self._uri)
+        if record is None or record.token != self._token:
+            by = "nobody: the file of its lease was removed" if record is None else record.holder
+            raise CorpusError(
+                f"{self._name}: this process ran the {self._what} and was given up for dead; it is run by {by} now. "
+                "Nothing is lost: all commits count, and the other process continues from there"
+            )
+
+    def _wait_for_holder(self) -> LeaseRecord | None:
+        """Returns once there is no holder: None, or the record that a holder left when it died."""
+        record = read(self._uri)
+        last_beat, since, next_log = _beat(record), time.monotonic(), time.monotonic()
+        while record is not None and not _has_ended_here(record):
+            if _beat(record) != last_beat:
+                self._refuse(record)
+                last_beat, since = _beat(record), time.monotonic()
+            if time.monotonic() - since >= _PATIENCE_SECONDS:
+                LOGGER.warning("%s: taking over from %s, which is silent", self._name, record.holder)
+                return record
+            if next_log <= time.monotonic():
+                LOGGER.info("%s: waiting for %s, which holds its lease", self._name, record.holder)
+                next_log = time.monotonic() + _LOG_SECONDS
+            time.sleep(_POLL_SECONDS)
+            record = read(self._uri)
+        return record
+
+    def _refuse(self, record: LeaseRecord) -> None:
+        if not self._waits:
+            raise CorpusError(
+                f"{self._name}: the {self._what} is run by {record.holder}; two at once would do the same work twice. "
+                "Stop that process, or let it do the work"
+            )
+
+    def _record(self) -> LeaseRecord:
+        return LeaseRecord(self._token, self._renewals, os.getpid(), socket.gethostname(), _machine())
+
+    def _write(self) -> None:
+        storage.write_json(self._uri, dataclasses.asdict(self._record()))
+
+    def _renew_for_ever(self) -> None:
+        while not self._released.wait(_RENEW_SECONDS):
+            try:
+                record = read(self._uri)
+                if record is None or record.token != self._token:
+                    return  # `check` reports it before the next micro-batch
+                self._renewals += 1
+                self._write()
+            except OSError as error:  # the storage may be unreachable for a moment
+                LOGGER.warning("%s: its lease cannot be renewed: %s", self._name, error)
+
+
+def read(uri: str) -> LeaseRecord | None:
+    """Reads the record of a lease.
+
+    Args:
+        uri: URI of the file of the lease (`Root.lease`).
+
+    Returns:
+        The record; None if nobody holds the lease, or its file is damaged.
+    """
+    try:
+        record = storage.read_json(uri) or {}
+        return LeaseRecord(**{field.name: record[field.name] for field in dataclasses.fields(LeaseRecord)})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        # Released since it was listed, half written on a storage without renaming, or damaged.
+        return None
+
+
+def _create(path: Path, text: str) -> bool:
+    """Creates the file with its text in one step; False if the file exists, or the filesystem cannot do this."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.write_text(text, encoding="utf-8")
+    try:
+        os.link(draft, path)
+    except OSError:  # FileExistsError, or a filesystem without hard links
+        return False
+    finally:
+        draft.unlink()
+    return True
+
+
+def _beat(record: LeaseRecord | None) -> tuple[str, int] | None:
+    return (record.token, record.renewals) if record else None
+
+
+def is_held(uri: str) -> bool:
+    """Whether a process holds the lease.
+
+    A holder that died on another machine counts until its lease is taken.
+
+    Args:
+        uri: URI of the file of the lease (`Root.lease`).
+    """
+    record = read(uri)
+    return record is not None and not _has_ended_here(record)
+
+
+def _has_ended_here(record: LeaseRecord) -> bool:
+    """Whether the holder was a process of this machine that has ended."""
+    if record.machine != _machine():
+        return False
+    try:
+        os.kill(record.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _machine() -> str:
+    """Identifies the host, the boot and the namespace within which a process id means the same process."""
+    host = socket.gethostname()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{host}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"{host}/{uuid.getnode():x}"

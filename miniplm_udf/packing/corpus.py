@@ -1,0 +1,307 @@
+"""Packs refined corpora, and the reference split, into tables of token sequences, one Delta version each.
+
+Inputs: `refined/<corpus>`, joined to `instances` for its text; or the split `reference` of `instances`. Output: the
+table `packed/<corpus>/<tokenizer>` (`schemas.packed`), at least one file a shard, with consecutive sequence ids over
+all shards. Owns the stored order and the recorded origin of the table; `sequences.py` says what a sequence is. A stream
+goes to a shard by a hash of its id; in a shard, streams stand in the order of another hash, whatever their source, and
+the texts of a stream in the order of their ordinals and ids. Driver; executors make the tokens. The same inputs give
+the same rows and are not packed again: a retry finds the version, or replaces the table in one commit.
+"""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miniplm_udf import schemas, storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import PackConfig
+from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.packing.tokenizers import TOKENIZER_FILE, PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
+from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store.text_join import texts_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql import DataFrame, Row, SparkSession
+
+    from miniplm_udf.packing.sequences import InstanceText, PackedSequence
+
+LOGGER = logging.getLogger("miniplm.pack")
+
+PACKING_RULE = 2  # raised when packing makes other sequences of the same text: older tables are then packed again
+# In the order of the fields of `sequences.InstanceText`.
+TEXT_COLUMNS = (
+    "stream_id", "ordinal", "text", "segment_ends", "starts_document", "ends_document", "document_ids", "start_byte",
+)  # fmt: skip
+_PACKED_DDL = "shard int, position bigint, token_ids binary, target_mask binary, n_targets int, n_new_tokens bigint"
+_ROWS_PER_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackSummary:
+    """The result of packing one corpus for one tokenizer.
+
+    Attributes:
+        path: URI of the table.
+        version: version of the table.
+        n_sequences: rows of the table.
+        n_tokens: tokens of the text with its separators, without padding.
+        n_targets: tokens that a model is trained to predict.
+        n_instances: instances that were packed.
+        skipped: whether the version was there already.
+    """
+
+    path: str
+    version: int
+    n_sequences: int
+    n_tokens: int
+    n_targets: int
+    n_instances: int
+    skipped: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The text to pack.
+
+    Attributes:
+        corpus: name of the refined corpus, or `reference`.
+        identity: versions of the tables that the text is read from; recorded with the packed version.
+        read: returns the rows (`instance_id` and TEXT_COLUMNS), and their number.
+        if_empty: message of the error that is raised if the text gives no sequence.
+    """
+
+    corpus: str
+    identity: dict[str, Any]
+    read: Callable[[], tuple["DataFrame", int]]
+    if_empty: str
+
+
+def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, tokenizer_name: str) -> PackSummary:
+    """Packs the newest version of a refined corpus for one student tokenizer.
+
+    Args:
+        spark: a session.
+        config: the experiment.
+        corpus: name of a refined corpus.
+        tokenizer_name: name in the section `tokenizers`.
+
+    Raises:
+        ConfigError: there is no such tokenizer, or its document separator is not one token.
+        CorpusError: there is no such corpus, it is empty, or some of its instances are not in `instances`.
+        ModelLoadError: the tokenizer cannot be loaded.
+    """
+    refined_uri = config.layout.refined(corpus)
+    newest = corpus_records.newest(spark, refined_uri)
+    if newest is None:
+        raise CorpusError(f"refined corpus {corpus!r}: none at {storage.redact(refined_uri)}; run the refine stage")
+    version = newest.version
+    tokenizer = ensure_tokenizer(spark, config, tokenizer_name)
+
+    def read() -> tuple["DataFrame", int]:
+        kept = tables.read(spark, refined_uri, version).select("instance_id")
+        instances = tables.read(spark, config.layout.table("instances"))
+        n_missing = tables.missing_from(kept, instances).count()
+        if n_missing:
+            raise CorpusError(
+                f"refined/{corpus} version {version}: expected all its instances in the instances table, found "
+                f"{n_missing} that are not there; refine it again"
+            )
+        n_kept = kept.count()
+        return texts_of(kept, instances, TEXT_COLUMNS, n_kept), n_kept
+
+    source = _Source(
+        corpus=corpus,
+        identity={"refined_version": version, "refined_metadata": newest.metadata},
+        read=read,
+        if_empty=f"refined/{corpus} keeps nothing: refine it again",
+    )
+    return _pack(spark, config, source, tokenizer)
+
+
+def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSummary:
+    """Packs the `reference` split, with the tokenizer of the model that the reference is compared with.
+
+    Args:
+        spark: a session.
+        config: the experiment.
+
+    Raises:
+        ConfigError: the experiment trains no reference.
+        CorpusError: nothing was ingested, or no text fell to the `reference` split.
+        ModelLoadError: the tokenizer cannot be loaded.
+    """
+    if config.reference is None:
+        raise ConfigError("reference: expected the section of a reference to train, found none")
+    uri = config.layout.table("instances")
+    rows = tables.read(spark, uri).where("split = 'reference'").select("instance_id", *TEXT_COLUMNS)
+    n_instances = rows.count()
+    source = _Source(
+        corpus="reference",
+        identity={
+            "refined_version": None,
+            "refined_metadata": None,
+            "instances_version": tables.version(spark, uri),
+        },
+        read=lambda: (rows, n_instances),
+        if_empty=f"no text of the reference split in {storage.redact(uri)}: raise ingest.split.reference "
+        f"(now {config.ingest.split.reference}) and ingest into a new root, or ingest more text",
+    )
+    if not n_instances:
+        raise CorpusError(source.if_empty)
+    return _pack(spark, config, source, ensure_model_tokenizer(spark, config, config.reference.tokenizer))
+
+
+def _pack(spark: "SparkSession", config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -> PackSummary:
+    """Packs the text, unless the newest version of the table was made from the same text by the same settings."""
+    from pyspark import StorageLevel
+
+    uri = config.layout.packed(source.corpus, tokenizer.name)
+    identity = _identity(config.pack, source, tokenizer)
+    newest = corpus_records.newest(spark, uri)
+    recorded = (newest.metadata or {}) if newest else {}
+    if newest and all(key in recorded and recorded[key] == value for key, value in identity.items()):
+        return _summary(uri, newest.version, recorded, skipped=True)
+    rows, n_instances = source.read()
+    # The counts go into the commit, so the sequences are kept until they are written.
+    sequences = _sequences(rows, config.pack, tokenizer).persist(StorageLevel.DISK_ONLY)
+    try:
+        counts = _counts_by_shard(sequences)
+        if not counts:
+            raise CorpusError(source.if_empty)
+        totals = {name: sum(row[name] for row in counts.values()) for name in ("n_sequences", "n_tokens", "n_targets")}
+        metadata = {**identity, **totals, "n_instances": n_instances}
+        table = schemas.packed(source.corpus, tokenizer.name)
+        numbered = _numbered(sequences, counts, config.pack.shards).select(*table.column_names)
+        version = tables.overwrite(numbered, uri, table, metadata)
+    finally:
+        sequences.unpersist()
+    return _summary(uri, version, metadata, skipped=False)
+
+
+def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> dict[str, Any]:
+    """Everything that decides which sequences are made; recorded in the commit."""
+    return {
+        **source.identity,
+        "corpus": source.corpus,
+        "tokenizer": tokenizer.name,
+        "tokenizer_hash": tokenizer.tokenizer_hash,
+        "document_separator_id": tokenizer.document_separator_id,
+        "sequence_length": pack.sequence_length,
+        "shards": pack.shards,
+        "packing_rule": PACKING_RULE,
+    }
+
+
+def _summary(uri: str, version: int, metadata: dict[str, Any], skipped: bool) -> PackSummary:
+    counts = {name: metadata[name] for name in ("n_sequences", "n_tokens", "n_targets", "n_instances")}
+    LOGGER.info(
+        "%s: version %d, %d sequences, %d tokens%s",
+        storage.redact(uri), version, counts["n_sequences"], counts["n_tokens"], ", unchanged" if skipped else "",
+    )  # fmt: skip
+    return PackSummary(path=uri, version=version, skipped=skipped, **counts)
+
+
+def _sequences(rows: "DataFrame", pack: PackConfig, tokenizer: PackTokenizer) -> "DataFrame":
+    """The sequences of all shards, with columns as in _PACKED_DDL; `position` counts the sequences of a shard."""
+    return _in_stored_order(rows, pack.shards).mapInArrow(_pack_function(tokenizer, pack.sequence_length), _PACKED_DDL)
+
+
+def _counts_by_shard(sequences: "DataFrame") -> dict[int, "Row"]:
+    """Sequences, targets and tokens of each shard that has any."""
+    from pyspark.sql import functions as F
+
+    counts = sequences.groupBy("shard").agg(
+        F.count("*").alias("n_sequences"),
+        F.sum("n_targets").alias("n_targets"),
+        F.sum("n_new_tokens").alias("n_tokens"),
+    )
+    return {row["shard"]: row for row in counts.collect()}
+
+
+def _numbered(sequences: "DataFrame", counts: dict[int, "Row"], shards: int) -> "DataFrame":
+    """Adds `sequence_id`: the position in the shard plus the number of sequences in the shards before it."""
+    from pyspark.sql import functions as F
+
+    starts = [0]
+    for shard in range(shards - 1):
+        starts.append(starts[-1] + (counts[shard]["n_sequences"] if shard in counts else 0))
+    start = F.element_at(F.array(*[F.lit(value).cast("bigint") for value in starts]), F.col("shard") + 1)
+    return sequences.withColumn("sequence_id", F.col("position") + start)
+
+
+def _in_stored_order(rows: "DataFrame", shards: int) -> "DataFrame":
+    """Puts shard k into partition k, in the stored order.
+
+    Instances are ordered by hashes of ids, so the order depends on the content alone. Inputs that begin alike share
+    stream ids and ordinals, so the id of the instance decides last.
+    """
+    from pyspark.sql import functions as F
+
+    def hashed(purpose: str) -> Any:
+        return F.xxhash64(F.lit(purpose), F.col("stream_id"))
+
+    placed = rows.withColumn("shard", F.pmod(hashed("shard"), F.lit(shards)).cast("int"))
+    order = (hashed("order"), "stream_id", "ordinal", "instance_id")
+    return placed.repartitionById(shards, "shard").sortWithinPartitions(*order)
+
+
+def _pack_function(
+    tokenizer: PackTokenizer, sequence_length: int
+) -> Callable[[Iterator["pa.RecordBatch"]], Iterator["pa.RecordBatch"]]:
+    """Makes the function of a task: rows of one shard in stored order to its sequences."""
+
+    def pack_shard(batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
+        from miniplm_udf.packing import sequences  # loads the tokenizer library, which a driver need not have
+
+        loaded = _load(tokenizer)
+        shard: int | None = None
+
+        def texts() -> Iterator["InstanceText"]:
+            nonlocal shard
+            for batch in batches:
+                columns = [batch.column(name).to_pylist() for name in TEXT_COLUMNS]
+                if shard is None and batch.num_rows:
+                    shard = batch.column("shard")[0].as_py()
+                for values in zip(*columns, strict=True):
+                    yield sequences.InstanceText(*values)
+
+        group: list[PackedSequence] = []
+        position = 0
+        for sequence in sequences.pack_texts(texts(), loaded, tokenizer.document_separator_id, sequence_length):
+            group.append(sequence)
+            if len(group) == _ROWS_PER_BATCH:
+                yield _to_arrow(group, shard, position)
+                position += len(group)
+                group = []
+        if group:
+            yield _to_arrow(group, shard, position)
+
+    return pack_shard
+
+
+def _load(tokenizer: PackTokenizer) -> Any:
+    from miniplm_udf.scoring.tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / TOKENIZER_FILE).write_bytes(tokenizer.content)
+        return load_tokenizer(Path(folder))
+
+
+def _to_arrow(group: list["PackedSequence"], shard: int | None, position: int) -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array([shard] * len(group), pa.int32()),
+            pa.array(range(position, position + len(group)), pa.int64()),
+            pa.array([s.token_ids.astype("<i4").tobytes() for s in group], pa.binary()),
+            pa.array([s.target_mask.tobytes() for s in group], pa.binary()),
+            pa.array([int(s.target_mask.sum()) for s in group], pa.int32()),
+            pa.array([s.n_new_tokens for s in group], pa.int64()),
+        ],
+        names=[field.split()[0] for field in _PACKED_DDL.split(", ")],
+    )

@@ -1,0 +1,147 @@
+"""The scored models on the driver: descriptions that an executor makes, kept as `<root>/models/<alias>.json`.
+
+Input: the experiment's config. Output: a `ModelDescription` for each alias. A model's dtype is settled at its first
+scoring and read from its record later, or from `scores` if the record is gone, whatever hardware resumes. Driver only;
+an executor reads the model files with torch and transformers. A rerun describes the models again and replaces the
+records.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.errors import CorpusError, ModelLoadError
+from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
+from miniplm_udf.store import tables
+from miniplm_udf.workers.remote import model_errors, run_on_executor
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+LOGGER = logging.getLogger("miniplm.score")
+
+
+def read_record(config: ExperimentConfig, alias: str) -> ModelDescription:
+    """Reads the record of a model that has been used to score.
+
+    Args:
+        config: the experiment.
+        alias: the model's alias.
+
+    Raises:
+        CorpusError: there is no record.
+    """
+    record = storage.read_json(config.layout.model_record(alias))
+    if record is None:
+        raise CorpusError(
+            f"{storage.redact(config.layout.model_record(alias))}: expected the record of model {alias}, found none; "
+            "run `miniplm score` first"
+        )
+    return ModelDescription.from_dict(record)
+
+
+def model_configs(config: ExperimentConfig) -> dict[str, ModelConfig]:
+    """Finds the models to score with.
+
+    Args:
+        config: the experiment.
+
+    Returns:
+        By alias, the model with a path that an executor understands. A model that this experiment trains gets the path
+        of its folder.
+
+    Raises:
+        ModelLoadError: a model that this experiment trains does not exist yet.
+    """
+    models = {}
+    for alias in config.scored_aliases:
+        model = config.models[alias]
+        if model.path is None:
+            folder = config.layout.model(alias)
+            if not storage.exists(storage.join(folder, "config.json")):
+                raise ModelLoadError(
+                    f"models.{alias}: expected the model that this experiment trains in {storage.redact(folder)}, "
+                    "found none; run `miniplm reference` first"
+                )
+            model = dataclasses.replace(model, path=folder)
+        models[alias] = with_absolute_path(model)
+    return models
+
+
+def describe_models(
+    spark: "SparkSession", config: ExperimentConfig, models: dict[str, ModelConfig]
+) -> dict[str, ModelDescription]:
+    """Describes the models on an executor and writes their records.
+
+    Args:
+        spark: a session.
+        config: the experiment, whose root holds the records.
+        models: the models by alias (`model_configs`).
+
+    Returns:
+        Descriptions by alias, in the order of `models`.
+
+    Raises:
+        MiniplmError: the executor's error, of the same class and with the same message.
+    """
+    dtypes = {alias: _settled_dtype(spark, config, alias) for alias in models}
+    descriptions = describe_on_executor(spark, models, dtypes)
+    for alias, description in descriptions.items():
+        storage.write_json(config.layout.model_record(alias), description.to_dict())
+        LOGGER.info("%s: prefix: %s", alias, description.prefix)
+        for warning in description.warnings:
+            LOGGER.warning("%s", warning)
+    return descriptions
+
+
+def describe_on_executor(
+    spark: "SparkSession", models: Mapping[str, ModelConfig], dtypes: Mapping[str, str | None]
+) -> dict[str, ModelDescription]:
+    """Describes models on an executor, where they will run; writes nothing.
+
+    Args:
+        spark: a session.
+        models: the models by alias, with paths that an executor understands.
+        dtypes: by alias, the dtype that was settled at the model's first scoring; None settles it for the executor.
+
+    Returns:
+        Descriptions by alias, in the order of `models`.
+
+    Raises:
+        MiniplmError: the executor's error, of the same class and with the same message.
+    """
+    return run_on_executor(
+        spark, lambda: {alias: describe_here(alias, model, dtypes[alias]) for alias, model in models.items()}
+    )
+
+
+def describe_here(alias: str, model: ModelConfig, dtype: str | None) -> ModelDescription:
+    """Describes a model on this machine, an executor; loads torch and transformers.
+
+    Raises:
+        ConfigError: a setting of the model is wrong (see `scoring.models.describe`).
+        ModelLoadError: the model cannot be found or read.
+    """
+    with model_errors(alias):
+        from miniplm_udf.scoring.models import describe
+
+        return describe(alias, model, dtype)
+
+
+def _settled_dtype(spark: "SparkSession", config: ExperimentConfig, alias: str) -> str | None:
+    """The dtype of the model's record or, if that is gone, of its newest scores; None if the config sets one."""
+    from pyspark.sql import functions as F
+
+    if config.models[alias].dtype != "auto":
+        return None
+    if record := storage.read_json(config.layout.model_record(alias)):
+        return str(record["dtype"])
+    if not tables.exists(spark, config.layout.table("scores")):
+        return None
+    scores = tables.read(spark, config.layout.table("scores")).where(F.col("model_id") == alias)
+    dtype: str | None = scores.agg(F.max_by("dtype", "scored_at")).collect()[0][0]
+    return dtype

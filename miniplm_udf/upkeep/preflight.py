@@ -1,0 +1,288 @@
+"""Checks, before a command starts, that every table named by the root's checkpoints and records exists. Driver only.
+
+Input: a config and the name of the command; output: nothing, or a `MiniplmError` that names the lost table and the
+remedy. A checkpoint records what its query has read, but not the rows that the query wrote: if a table is lost or was
+made again, the query would skip rows that exist nowhere, or fail with Delta's message. A command is refused if it needs
+a lost table (`_NEEDS`); for other lost tables a warning is logged. Queries that build their own table (the matrix, the
+proxy's table, a followed corpus) detect the loss by themselves. Reads the files of the checkpoints, the log of each
+table named there, and the rows of `corpora` and `pins`. Writes only an empty file, which it removes at once.
+"""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.layout import Root
+from miniplm_udf.store import pins, tables
+from miniplm_udf.store.delta_files import has_commits
+from miniplm_udf.streams import checkpoints
+from miniplm_udf.streams.checkpoints import Checkpoint
+from miniplm_udf.streams.offsets import end_offset
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+LOGGER = logging.getLogger("miniplm.preflight")
+
+# The queries that a command runs, by the stage in their facts.
+_SCORING = ("score", "score_matrix")
+_QUERIES = {"ingest": ("ingest",), "score": _SCORING, "proxy": ("proxy",), "stream": ("ingest", *_SCORING)}
+# The tables that a query writes, by its stage. The queries in `_REBUILT` build their tables again by themselves.
+_WRITES = {
+    "ingest": ("instances", "rejects"),
+    "score": ("scores", "rejects"),
+    "score_matrix": ("score_matrix",),
+    "proxy": ("proxy_scores",),
+}
+_REBUILT = ("score_matrix", "proxy")
+_EFFECT_OF_REMOVAL = {
+    "ingest": "`miniplm ingest` then reads the whole input again; instances that come out the same keep their scores",
+    "score": "`miniplm score` then reads all instances again, and scores those that have no score in `scores`",
+    "score_matrix": "`miniplm score` then builds the matrix again from `scores`",
+    "proxy": "`miniplm proxy` then predicts all instances again",
+}
+# The remedy for a lost table that has no copy, by the first part of its name.
+_REMEDIES = {
+    "instances": f"remove the checkpoints ingest-*: {_EFFECT_OF_REMOVAL['ingest']}",
+    "rejects": "remove the checkpoints ingest-* and score-*: `miniplm ingest` and `miniplm score` then find them again",
+    "document_keys": "ingest into a new root: without these keys a document that comes again would be packed again",
+    "scores": f"remove the checkpoints score-* and score_matrix-*: {_EFFECT_OF_REMOVAL['score']}",
+    "score_matrix": "run `miniplm score`, which builds it again from `scores`",
+    "proxy_scores": "run `miniplm proxy`, which predicts all instances again",
+    "annotations": "run `miniplm annotate`, which makes it again",
+    "corpora": "run `miniplm refine`, which records the newest version of each corpus again; older ones are forgotten",
+    "refined": "refine under another name in refine.corpora: new versions would get the numbers of the recorded ones",
+    "pinned": "`miniplm corpus unpin` the version, if nobody needs its rows",
+}
+_TEXTS = ("instances", "rejects", "document_keys")
+_READS_CORPUS = ("corpora", "instances")
+# Without corpora and pinned copies, which a user may have dropped on purpose; a command that reads one fails by itself.
+_ALL = tuple(kind for kind in _REMEDIES if kind not in ("refined", "pinned"))
+# The tables that a command needs besides those that its own queries write, by the first part of their names.
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "run": (*_TEXTS, "scores"),
+    "ingest": ("document_keys",),
+    "score": ("instances",),
+    "stream": ("document_keys",),
+    "annotate": ("instances",),
+    "reference": ("instances",),
+    "proxy": ("instances", "score_matrix"),
+    "refine": ("score_matrix",),
+    "refine --follow": ("score_matrix",),
+    "pack": ("instances",),
+    "evaluate": ("instances",),
+    "report": ("instances", "rejects", "scores", "score_matrix", "corpora"),
+    "inspect": _READS_CORPUS,
+    "export": _READS_CORPUS,
+    "corpus list": ("corpora",),
+    "corpus show": ("corpora",),
+    "corpus diff": _READS_CORPUS,
+    "corpus pin": ("corpora",),
+    "corpus restore": ("corpora",),
+    "corpus rebuild": ("corpora", "score_matrix"),
+    # A table restored from a copy later would still contain the documents.
+    "corpus take-down": _ALL,
+    # Maintenance could remove the only files that are left to recover from.
+    "maintain": _ALL,
+}
+# First words of the commands that never create a root; some of them only read it.
+_NEEDS_A_ROOT = ("corpus", "export", "inspect", "maintain")
+
+
+@dataclasses.dataclass(frozen=True)
+class LostTable:
+    """A table that existed and is gone.
+
+    Attributes:
+        name: below `tables/`.
+        named_by: the checkpoint, record or table that names it, in words.
+    """
+
+    name: str
+    named_by: str
+
+    @property
+    def kind(self) -> str:
+        """The first part of the name, e.g. `refined` for `refined/kept`."""
+        return self.name.split("/")[0]
+
+    def __str__(self) -> str:
+        return (
+            f"expected the table tables/{self.name}, which {self.named_by} names, found none; put it back from a copy, "
+            f"or {_REMEDIES[self.kind]}"
+        )
+
+
+def check(spark: "SparkSession", config: ExperimentConfig, command: str) -> None:
+    """Refuses a command whose root cannot be written, or has lost a table or record that the command needs.
+
+    Args:
+        spark: any session.
+        config: its root is checked.
+        command: a stage, or the words after `miniplm`, as in `_NEEDS`.
+
+    Raises:
+        ConfigError: the root cannot be made or written; the table to ingest is not the one ingested before.
+        CorpusError: a needed table is gone, or was made again under a query that continues; a record is gone.
+    """
+    root = config.root
+    if command.split()[0] not in _NEEDS_A_ROOT:
+        require_writable(root)
+    lost = lost_tables(spark, root)
+    if needed := [str(table) for table in lost if table.kind in _NEEDS.get(command, ())]:
+        raise CorpusError(f"root {storage.redact(root)}: {'; '.join(needed)}")
+    stages = _QUERIES.get(command, ())
+    _require_tables_of_queries(spark, root, stages)
+    for table in lost:
+        LOGGER.warning("%s", table)
+    if "ingest" in stages:
+        _require_chunking_record(spark, root)
+        _require_same_input(spark, config)
+
+
+def check_files(root: str, command: str) -> None:
+    """Refuses a command that runs without Spark if it needs a lost table that checkpoints, records or folders name.
+
+    Args:
+        root: URI of the root.
+        command: the words after `miniplm`, as in `_NEEDS`.
+
+    Raises:
+        CorpusError: a table that the command needs is gone.
+    """
+    lost = _lost(root, _named_by_files(root))
+    if needed := [str(table) for table in lost if table.kind in _NEEDS.get(command, ())]:
+        raise CorpusError(f"root {storage.redact(root)}: {'; '.join(needed)}")
+    for table in lost:
+        LOGGER.warning("%s", table)
+
+
+def lost_tables(spark: "SparkSession", root: str) -> list[LostTable]:
+    """Finds the tables that checkpoints, records and other tables of a root name, and that do not exist.
+
+    Args:
+        spark: any session.
+        root: URI of the root.
+    """
+    return _lost(root, _expected(spark, root))
+
+
+def _lost(root: str, expected: dict[str, str]) -> list[LostTable]:
+    return [LostTable(name, named_by) for name, named_by in expected.items() if not _exists(Root(root).table(name))]
+
+
+def _expected(spark: "SparkSession", root: str) -> dict[str, str]:
+    """The tables that a root has had: by name, the checkpoint, record, folder or table that names it."""
+    expected = _named_by_files(root)
+    if _exists(Root(root).table("corpora")):
+        recorded = tables.read(spark, Root(root).table("corpora")).select("name").distinct().collect()
+        expected |= {f"refined/{row[0]}": "the table tables/corpora" for row in sorted(recorded)}
+    return expected | {f"pinned/{pin.name}/{pin.version}": "the table tables/pins" for pin in pins.find(spark, root)}
+
+
+def _named_by_files(root: str) -> dict[str, str]:
+    """The tables that the checkpoints, records and folders of a root name, each with what names it."""
+    expected: dict[str, str] = {}
+    layout = Root(root)
+    queries = [query for query in checkpoints.find(root) if query.batch_id is not None]
+    for query in queries:
+        expected |= dict.fromkeys(_WRITES.get(query.stage, ()), f"the checkpoint {query.name}")
+    rules = storage.read_json(layout.chunking_record) or {}
+    # Releases that packed every copy of a document had no keys.
+    if "copies" in rules.get("chunking", {}) and any(query.stage == "ingest" for query in queries):
+        expected["document_keys"] = "the record tables/instances.json"
+    if storage.exists(layout.stage("annotate")):
+        expected["annotations"] = "the record _stages/annotate.json"
+    if names := storage.list_folder(layout.refined()):
+        expected["corpora"] = f"the table tables/refined/{names[0]}"
+    return expected
+
+
+def require_writable(root: str) -> None:
+    """Refuses a local root that cannot be made or written, with the reason that the operating system gives.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if not storage.is_local(root):
+        return
+    path = Path(storage.local_path(root))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable."):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"root {path}: expected a folder that can be made and written, found: {error.strerror or error}; choose "
+            "another folder with root=FOLDER, or have its owner permit writing"
+        ) from error
+
+
+def _require_tables_of_queries(spark: "SparkSession", root: str, stages: tuple[str, ...]) -> None:
+    """Refuses queries of these stages that have read or written a table which is gone or was made again."""
+    queries = [query for query in checkpoints.find(root) if query.stage in stages] if stages else []
+    lost = [(query, names) for query in queries if (names := set(_lost_tables_of(spark, root, query)))]
+    if lost:
+        raise CorpusError(_message(root, lost))
+
+
+def _lost_tables_of(spark: "SparkSession", root: str, query: Checkpoint) -> Iterator[str]:
+    """Names of the tables that the query has read or written and that are gone, or are now other tables."""
+    if query.batch_id is not None and query.stage not in _REBUILT:
+        yield from (name for name in _WRITES[query.stage] if not _exists(Root(root).table(name)))
+    offset = query.offset or end_offset(query.uri, 0)
+    if query.source is not None and offset is not None:
+        uri = Root(root).table(query.source)
+        source = tables.detail(spark, uri) if _exists(uri) else None
+        if source is None or source["id"] != offset.get("reservoirId", source["id"]):
+            yield query.source
+
+
+def _exists(uri: str) -> bool:
+    return has_commits(uri)
+
+
+def _message(root: str, lost: list[tuple[Checkpoint, set[str]]]) -> str:
+    names = sorted({name for _, lost_names in lost for name in lost_names})
+    folders = [storage.redact(query.uri) for query, _ in lost]
+    stages = [stage for stage in _EFFECT_OF_REMOVAL if any(query.stage == stage for query, _ in lost)]
+    return (
+        f"root {storage.redact(root)}: expected the table{'s' if len(names) > 1 else ''} "
+        f"{', '.join(f'tables/{name}' for name in names)} that its queries have read or written, found none or another "
+        f"one in its place. Put the table back from a copy; or remove {', '.join(folders)} and run again: "
+        f"{'; '.join(_EFFECT_OF_REMOVAL[stage] for stage in stages)}"
+    )
+
+
+def _require_chunking_record(spark: "SparkSession", root: str) -> None:
+    """Refuses to add to instances whose chunking rules are not recorded: the same text could be added twice."""
+    record, instances = Root(root).chunking_record, Root(root).table("instances")
+    if not storage.exists(record) and tables.exists(spark, instances) and not tables.read(spark, instances).isEmpty():
+        raise CorpusError(
+            f"record {storage.redact(record)}: expected how the instances were cut and split, found no file; put "
+            "it back from a copy, or ingest into a new root"
+        )
+
+
+def _require_same_input(spark: "SparkSession", config: ExperimentConfig) -> None:
+    """Refuses to ingest a Delta table that is not the table whose versions the checkpoint counts."""
+    query = next((query for query in checkpoints.find(config.root) if query.name == "ingest-delta"), None)
+    offset = None if query is None else query.offset or end_offset(query.uri, 0)
+    if query is None or offset is None or config.ingest.format not in ("auto", "delta"):
+        return
+    for uri in map(storage.to_uri, config.ingest.inputs):
+        is_table = tables.exists(spark, uri) and _exists(uri)
+        table = tables.detail(spark, uri) if is_table else None
+        if table is not None and table["id"] != offset["reservoirId"]:
+            raise ConfigError(
+                f"ingest.input: expected the Delta table that was ingested before (id {offset['reservoirId']}), found "
+                f"another table (id {table['id']}) at {storage.redact(uri)}: it was made again, or the config names "
+                f"another table. Put the first table back; or remove {storage.redact(query.uri)} and run again: ingest "
+                "then reads the whole table, and adds the documents that are not there yet"
+            )

@@ -1,0 +1,164 @@
+"""Where things stand: imports of the tests, the import contract, names of classes, places under a root.
+
+Reads source files alone. Each function that looks for mistakes is also given a mistake, so that no test here is always
+green.
+"""
+
+import ast
+import configparser
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("jobs", "miniplm_udf", "trainer")
+PLACES = ("tables", "_checkpoints", "models")
+
+
+def sources(*folders: str) -> dict[str, str]:
+    """Text of each Python file under folders of the repository, by its path in the repository."""
+    files = [file for folder in folders for file in (REPOSITORY / folder).rglob("*.py")]
+    return {str(file.relative_to(REPOSITORY)): file.read_text(encoding="utf-8") for file in sorted(files)}
+
+
+def imported_modules(source: str) -> set[str]:
+    """Dotted names that a source file imports, anywhere in it, and in code that it holds as a string."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "import" in node.value:
+            names |= {word.strip(";,'\"") for word in node.value.split() if word.startswith("tests.")}
+    return names
+
+
+def imports_of_tests(files: dict[str, str]) -> list[str]:
+    """Imports of a test module or of a conftest, as "file imports module"."""
+    return [
+        f"{path} imports {module}"
+        for path, source in files.items()
+        for module in sorted(imported_modules(source))
+        if any(is_test_module(".".join(module.split(".")[:n])) for n in (2, 3))
+    ]
+
+
+def is_test_module(name: str) -> bool:
+    """Whether a dotted name of two or three parts is a test module or a conftest."""
+    last = name.split(".")[-1]
+    return name.startswith("tests.") and (last == "conftest" or last.startswith("test_"))
+
+
+def test_no_test_module_is_imported() -> None:
+    files = sources("tests")
+    files.pop("tests/unit/test_house.py")  # its mistakes below are no imports
+    assert imports_of_tests(files) == []
+    mistakes = {
+        "tests/a.py": "from tests.unit.test_house import sources",
+        "tests/b.py": "from tests.unit import test_house",
+        "tests/c.py": "CODE = 'from tests.unit.test_house import sources'",
+        "tests/d.py": "from tests.spark.conftest import demo_config",
+    }
+    assert {line.split(" ")[0] for line in imports_of_tests(mistakes)} == set(mistakes)
+
+
+def test_helpers_live_in_support() -> None:
+    """Benchmarks and the fault trials are programs of their own, next to their tests."""
+    others = [
+        path
+        for path in map(Path, sources("tests"))
+        if path.parts[1] not in ("support", "bench") and path != Path("tests/faults/run.py")
+        if not path.name.startswith("test_") and path.name not in ("__init__.py", "conftest.py")
+    ]
+    assert others == []
+
+
+def rooms_without_layer(layers: str, rooms: Iterable[str]) -> list[str]:
+    """Rooms that a contract's layers do not name."""
+    named = {name.strip() for line in layers.splitlines() for name in line.split("|")}
+    return sorted(set(rooms) - named)
+
+
+def test_every_module_stands_in_the_import_contract() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    contract = setup["importlinter:contract:library"]
+    assert contract["type"] == "layers"
+    assert contract.getboolean("exhaustive"), "else import-linter passes over a room without a layer"
+    assert contract["containers"].split() == ["miniplm_udf"]
+    rooms = {path.stem for path in (REPOSITORY / "miniplm_udf").iterdir() if path.suffix == ".py" or path.is_dir()}
+    rooms -= {"__init__", "__pycache__"}
+    assert rooms_without_layer(contract["layers"], rooms) == []
+    assert rooms_without_layer("a\nb | c", ["a", "b", "d"]) == ["d"]
+    assert setup["importlinter"]["root_packages"].split() == list(PACKAGES)
+    # Files outside the packages would stand in no contract.
+    folders = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")}
+    assert folders == {*PACKAGES, "tests"}
+
+
+def shared_class_names(files: dict[str, str]) -> dict[str, list[str]]:
+    """Names of classes at the top of more than one file, with these files."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for path, source in files.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(path)
+    return {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    shared = shared_class_names(sources(*PACKAGES))
+    assert shared == {}
+    mistakes = {"a.py": "class A: ...", "b.py": "class A: ...\nclass B: ..."}
+    assert shared_class_names(mistakes) == {"A": ["a.py", "b.py"]}
+
+
+def joined_places(source: str) -> Iterator[str]:
+    """String literals with the name of a place under a root, given to a `join` or standing in an f-string or a `/`."""
+    for node in ast.walk(ast.parse(source)):
+        parts: list[ast.expr] = []
+        if isinstance(node, ast.Call) and (
+            isinstance(node.func, ast.Attribute) and node.func.attr in ("join", "joinpath")
+        ):
+            parts = node.args
+        elif isinstance(node, ast.JoinedStr):
+            parts = node.values if len(node.values) > 1 else []
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div | ast.Add):
+            parts = [node.left, node.right]
+        for part in parts:
+            if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                if isinstance(node, ast.JoinedStr):
+                    is_place = any(f"/{place}/" in f"/{part.value}" for place in PLACES) and "/" in part.value
+                else:
+                    is_place = any(place in part.value.split("/") for place in PLACES)
+                if is_place:
+                    yield f"line {node.lineno}: {part.value!r}"
+
+
+# Texts for a reader, which name a place and open nothing, and the end of a URI from a root that may have been moved.
+ALLOWED = {"jobs/summary.py", "miniplm_udf/upkeep/preflight.py", "miniplm_udf/corpora/takedown.py"}
+
+
+def test_only_the_layout_joins_places_under_a_root() -> None:
+    found = {
+        path: list(joined_places(source))
+        for path, source in sources(*PACKAGES).items()
+        if path != "miniplm_udf/layout.py" and path not in ALLOWED
+    }
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        'storage.join(root, "tables", name)',
+        'f"{root}/_checkpoints/score"',
+        'root / "models"',
+        'root + "/tables/scores"',
+    ],
+)
+def test_a_join_of_a_place_is_seen(mistake: str) -> None:
+    assert len(list(joined_places(mistake))) == 1

@@ -1,0 +1,142 @@
+"""The lease: one driver at a time, a dead one's work taken over, a driver given up for dead told so. Real processes."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from miniplm_udf import lease
+from miniplm_udf.errors import CorpusError
+from miniplm_udf.layout import Root
+from miniplm_udf.lease import Lease, is_held
+
+HOLD = """
+import sys, time
+from miniplm_udf import lease
+lease._RENEW_SECONDS = 0.1
+with lease.Lease(sys.argv[1], "score"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(lease, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.1)
+    return Root(f"file://{tmp_path}").lease("score")
+
+
+@pytest.fixture
+def holder(uri: str) -> Iterator["subprocess.Popen[str]"]:
+    made = subprocess.Popen([sys.executable, "-c", HOLD, uri], stdout=subprocess.PIPE, text=True)
+    assert made.stdout is not None
+    assert made.stdout.readline() == "held\n"
+    yield made
+    made.kill()
+    made.wait()
+
+
+def test_a_second_driver_is_refused_and_told_by_whom(uri: str, holder: "subprocess.Popen[str]") -> None:
+    with pytest.raises(CorpusError, match=rf"score: the query is run by process {holder.pid} on "), Lease(uri, "score"):
+        pass
+    assert is_held(uri)
+
+
+def test_a_killed_driver_is_succeeded_at_once(uri: str, holder: "subprocess.Popen[str]") -> None:
+    holder.kill()
+    holder.wait()
+    assert not is_held(uri)
+    start = time.monotonic()
+    with Lease(uri, "score") as mine:
+        mine.check()
+        assert is_held(uri)
+    assert time.monotonic() - start < 5
+    assert lease.read(uri) is None
+
+
+def test_who_waits_has_it_when_the_other_lets_go(uri: str) -> None:
+    first = Lease(uri, "score_matrix")
+    first.__enter__()
+    threading.Timer(1.0, first.__exit__, (None, None, None)).start()
+    with Lease(uri, "score_matrix", waits=True) as second:
+        second.check()
+
+
+def test_a_silent_driver_of_another_machine_is_taken_over_and_finds_out(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 60.0)  # as silent as one that hangs
+    with Lease(uri, "score") as first:
+        path = Path(uri.removeprefix("file://"))
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "machine": "elsewhere", "host": "elsewhere"}))
+        with Lease(uri, "score") as second:
+            second.check()
+            with pytest.raises(CorpusError, match="given up for dead; it is run by process"):
+                first.check()
+        # The second holder has released the lease, so no record is left.
+        assert lease.read(uri) is None
+
+
+@pytest.mark.parametrize("text", ["", "\0\0", "[1]", '{"token": "a"}'])
+def test_a_damaged_file_is_no_lease(uri: str, text: str) -> None:
+    path = Path(uri.removeprefix("file://"))
+    path.parent.mkdir()
+    path.write_text(text)
+    assert not is_held(uri)
+    with Lease(uri, "score") as mine:
+        mine.check()
+
+
+def test_work_of_another_kind_is_named_as_such(uri: str, holder: "subprocess.Popen[str]") -> None:
+    with pytest.raises(CorpusError, match=rf"small: the training is run by process {holder.pid} on "):
+        Lease(uri, "small", what="training").__enter__()
+
+
+def test_of_two_that_take_it_at_once_one_has_it(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.5)
+    outcomes: list[str] = []
+
+    def take() -> None:
+        try:
+            with Lease(uri, "score"):
+                outcomes.append("has it")
+                time.sleep(1.0)
+        except CorpusError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["has it", "refused"]
+
+
+def test_a_second_run_of_a_root_is_refused_by_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before any work: no JVM is started. A dry run takes no lease."""
+    from jobs import pipeline
+
+    config = tmp_path / "experiment.yaml"
+    config.write_text(f"root: {tmp_path}/root\n")
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLD, Root(f"file://{tmp_path}/root").lease("run")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert held.stdout is not None
+        assert held.stdout.readline() == "held\n"
+        assert pipeline.main(["-c", str(config)]) == 1
+        line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert f"miniplm run: the pipeline is run by process {held.pid} on " in line
+        assert pipeline.main(["-c", str(config), "--dry-run"]) == 0
+    finally:
+        held.kill()
+        held.wait()

@@ -1,0 +1,79 @@
+"""A signal ends a process with one line and 128 + its number; a second one, or a stuck end, at once. Real processes."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = """
+import signal, sys, time
+from pathlib import Path
+from jobs.command import guarded
+from miniplm_udf.lease import Lease
+
+# A command that a shell starts in the background ignores SIGINT, and so would this one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def body():
+    with Lease(sys.argv[1], "work"):
+        print("at work", flush=True)
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(float(sys.argv[2]))
+
+sys.exit(guarded(body))
+"""
+
+PARENT = """
+import sys
+from jobs import trainer_process
+from jobs.command import guarded
+
+class Popen(trainer_process.subprocess.Popen):
+    def __init__(self, line, **options):
+        child = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); time.sleep(60)"
+        super().__init__([sys.executable, "-c", child], **options)
+        print(self.pid, flush=True)
+
+trainer_process.subprocess.Popen = Popen
+sys.exit(guarded(lambda: trainer_process.run_trainer("train", "c.yaml", [])))
+"""
+
+
+def start(code: str, *arguments: str) -> "tuple[subprocess.Popen[str], str]":
+    made = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert made.stdout is not None
+    return made, made.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_one_line_and_the_lease_is_given_back(tmp_path: Path, number: signal.Signals) -> None:
+    lease = tmp_path / "lease.json"
+    command, _ = start(COMMAND, f"file://{lease}", "0")
+    assert lease.exists()
+    command.send_signal(number)
+    assert command.communicate(timeout=60)[1] == f"miniplm: stopped by {number.name}; run it again to continue\n"
+    assert command.returncode == 128 + number
+    assert not lease.exists()
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    command, _ = start(COMMAND, f"file://{tmp_path}/lease.json", "60")
+    for _ in range(2):
+        command.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    assert command.wait(30) == 128 + signal.SIGTERM
+
+
+def test_the_trainer_ends_with_its_parent() -> None:
+    command, child = start(PARENT)
+    time.sleep(0.5)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(30) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{child}").exists()

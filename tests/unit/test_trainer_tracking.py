@@ -1,0 +1,97 @@
+"""MLflow's names from free text, and a tracking store that refuses or is away: the work continues."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miniplm_udf.config.experiment import ExperimentConfig
+from trainer import tracking
+from trainer.metric_names import safe_names
+
+AWKWARD = [
+    "", ".", "..", "../x", "a/b", "a//b", "a_b", "a b", "a:b", "/", "维基", "百科", "x" * 300, "x" * 301, "Web", "web",
+    "WEB", "a\nb", "ß", "SS", " web", "web ", "\ud800", "a_b-0123456789",
+]  # fmt: skip
+
+
+def test_names_are_safe_unique_and_the_same_each_time() -> None:
+    from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
+
+    names = safe_names(AWKWARD)
+    assert set(names) == set(AWKWARD)
+    assert len({name.lower() for name in names.values()}) == len(AWKWARD)
+    for name in names.values():
+        _validate_metric_name(f"heldout_bits_per_byte/{name}")
+        assert len(f"heldout_bits_per_byte/{name}") <= MAX_ENTITY_KEY_LENGTH
+        assert name.isascii()
+    assert safe_names(reversed(AWKWARD)) == names
+    # A name that was made from one text is not the name of another.
+    made = safe_names(["a b"])["a b"]
+    assert safe_names(["a b", made])[made] != made
+    plain = ["web", "books", "C4-en_v1.2", "a_b"]
+    assert safe_names(plain) == {name: name for name in plain}
+
+
+class Refusing:
+    """Stands for the `mlflow` module: every call fails, and is counted."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.calls = error, 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: Any, **__: Any) -> None:
+            self.calls += 1
+            raise self.error
+
+        return call
+
+
+def errors() -> list[Exception]:
+    import requests
+    import sqlalchemy.exc
+    from mlflow.exceptions import MlflowException
+
+    locked = sqlalchemy.exc.OperationalError("insert", {}, Exception("database is locked"))
+    return [MlflowException("refused"), requests.exceptions.ConnectionError("away"), locked, PermissionError("disk")]
+
+
+@pytest.mark.parametrize("error", errors(), ids=lambda error: type(error).__name__)
+def test_what_mlflow_refuses_is_a_warning_and_after_three_failures_it_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    mlflow = Refusing(error)
+    run = tracking.Run("small")
+    run._mlflow = mlflow
+    run.log_params({"a": 1})
+    run.log_table("file:///t", 0, "packed/kept/bpe", "d", None)
+    for step in range(5):
+        run.log_metrics({"loss": 1.0}, step=step)
+    run.end("FINISHED")
+    assert mlflow.calls <= 3
+    assert "small: MLflow: parameters are not logged" in caplog.text
+    assert "failed 3 times in a row" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_an_error_of_ours_is_not_taken_for_mlflows() -> None:
+    run = tracking.Run("small")
+    run._mlflow = Refusing(KeyError("a fault in our code"))
+    with pytest.raises(KeyError):
+        run.log_metrics({"loss": 1.0})
+
+
+@pytest.mark.slow
+def test_a_store_that_cannot_be_opened_gives_a_run_without_an_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Set first, so that it is unset again afterwards: MLflow itself sets it.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    config = ExperimentConfig(root=str(tmp_path / "root"))
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "mlflow.db").write_bytes(b"no database" * 1000)
+    with tracking.tracked_run(config, "small", "1" * 32) as run:
+        run.log_metrics({"loss": 1.0})
+        assert run.run_id is None
+    assert "small: MLflow: the run cannot be started" in caplog.text
