@@ -16,7 +16,7 @@ import fsspec
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError, SchemaMismatchError
 from miniplm_udf.store import delta_files
-from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, needs_repair
+from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, TYPE_WIDENING, needs_repair
 
 if TYPE_CHECKING:
     from delta.tables import DeltaTableBuilder
@@ -349,6 +349,8 @@ def make_readable(spark: "SparkSession", uri: str) -> bool:
     if changed:
         properties = ", ".join(f"'{key}' = '{FILE_READER_PROPERTIES[key]}'" for key in sorted(changed))
         spark.sql(f"ALTER TABLE delta.`{uri}` SET TBLPROPERTIES ({properties})")
+    if TYPE_WIDENING in (table["tableFeatures"] or ()):
+        spark.sql(f"ALTER TABLE delta.`{uri}` DROP FEATURE {TYPE_WIDENING}")
     spark.sql(f"REORG TABLE delta.`{uri}` APPLY (PURGE)")
     return version(spark, uri) != before
 

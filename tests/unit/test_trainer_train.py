@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
-from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
 from tests.support.trainer_roots import (
     make_root,
     pack,
@@ -269,6 +269,17 @@ def test_evaluation_counts_every_byte_and_is_not_repeated(config: ExperimentConf
     del written["by_source"]["books"]["n_bytes"]
     (folder(config, "small") / "evaluation.json").write_text(json.dumps(written))
     assert not evaluation.evaluate(config)["small"].skipped
+
+
+def test_a_model_that_lost_a_weight_is_not_evaluated(config: ExperimentConfig) -> None:
+    student(config)
+    bare = load_config(write_config_without_reference(config), [])
+    file = folder(config, "small") / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "up_proj" not in name}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"1 missing \(model\.layers\.0\.mlp\.up_proj\.weight\)"):
+        evaluation.evaluate(bare)
+    assert not (folder(config, "small") / "evaluation.json").exists()
 
 
 def test_evaluation_equals_a_plain_forward_pass(config: ExperimentConfig) -> None:
