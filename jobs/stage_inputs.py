@@ -12,7 +12,7 @@ from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.config.rules import resolve
-from miniplm_udf.store.delta_files import newest_version
+from miniplm_udf.store.delta_log import newest_version
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -18,7 +18,7 @@ from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.store.delta_files import has_commits
+from miniplm_udf.store.delta_log import has_commits
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

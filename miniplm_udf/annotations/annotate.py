@@ -21,7 +21,7 @@ from miniplm_udf.config.annotate import AnnotateConfig
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -97,7 +97,7 @@ class _Annotation:
         self._uri = config.layout.table(schemas.ANNOTATIONS)
         self._table = schemas.annotations(settings.groups)
         instances_uri = config.layout.table("instances")
-        self._instances_version = tables.version(spark, instances_uri)
+        self._instances_version = delta_log.newest_version(instances_uri)
         self._pool = tables.read(spark, instances_uri, self._instances_version).where("split = 'pool'")
 
     def run(self) -> AnnotationSummary:
@@ -126,7 +126,7 @@ class _Annotation:
 
     def _write(self, evaluation: EvaluationNgrams | None, settings_json: str) -> int:
         """Commits the rows that are new; returns their number."""
-        newest = corpus_records.newest(self._spark, self._uri)
+        newest = corpus_records.newest(self._uri)
         existing = self._existing_rows(newest, settings_json)
         new, persisted = self._pool, []
         try:
@@ -218,7 +218,7 @@ class _Annotation:
     def _summary(self, evaluation: EvaluationNgrams | None, n_new: int) -> AnnotationSummary:
         from pyspark.sql import functions as F
 
-        newest = corpus_records.newest(self._spark, self._uri)
+        newest = corpus_records.newest(self._uri)
         assert newest is not None
         rows = tables.read(self._spark, self._uri)
         conditions = {group: text for group, text in _COUNTED.items() if group in self._settings.groups}

@@ -17,7 +17,7 @@ import fsspec
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
-from miniplm_udf.store import corpus_records, delta_files
+from miniplm_udf.store import corpus_records, delta_files, delta_log
 from miniplm_udf.store.pins import Pin
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def diff(root: str, before: str, after: str, n_examples: int) -> dict[str, Any]:
 def _corpora(root: str) -> list[dict[str, Any]]:
     """The rows of `corpora` by name and version; `created_at` in UTC, without a zone."""
     uri = Root(root).table("corpora")
-    if not delta_files.has_commits(uri):
+    if not delta_log.has_commits(uri):
         raise CorpusError(
             f"table {storage.redact(uri)}: expected a Delta table, found none; run the stage that writes it first"
         )
@@ -153,7 +153,7 @@ def _corpora(root: str) -> list[dict[str, Any]]:
 
 def _pins(root: str) -> list[Pin]:
     uri = Root(root).table("pins")
-    rows = _read(uri) if delta_files.has_commits(uri) else []
+    rows = _read(uri) if delta_log.has_commits(uri) else []
     return sorted((Pin(**row) for row in rows), key=lambda pin: (pin.name, pin.version))
 
 
@@ -192,7 +192,7 @@ class _Version:
 
         self.name, self.number = name, number
         layout = Root(root)
-        if not is_pinned and not delta_files.has_commits(layout.refined(name)):
+        if not is_pinned and not delta_log.has_commits(layout.refined(name)):
             raise _VersionGoneError(corpus_records.no_table_message(root, name, [number]))
         uri, version = (layout.pinned(name, number), None) if is_pinned else (layout.refined(name), number)
         try:
@@ -341,7 +341,7 @@ def _texts(root: str, ids: Collection[str]) -> dict[str, str]:
     uri = Root(root).table("instances")
     wanted = set(ids)
     texts: dict[str, str] = {}
-    if not wanted or not delta_files.has_commits(uri):
+    if not wanted or not delta_log.has_commits(uri):
         return texts
     for file in delta_files.parquet_files(uri):
         with fsspec.open(file, "rb") as handle:

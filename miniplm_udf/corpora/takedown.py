@@ -240,7 +240,7 @@ class _Removal:
         if name == "reference":
             instances = tables.read(self._spark, self._config.layout.table("instances"))
             return not self._rows_of_gone(instances.where("split = 'reference'")).isEmpty()
-        newest = corpus_records.newest(self._spark, uri)
+        newest = corpus_records.newest(uri)
         version = ((newest.metadata if newest else None) or {}).get("refined_version")
         if version is None:
             return True
@@ -254,7 +254,7 @@ class _Removal:
     def _corpus(self, name: str) -> None:
         """Commits the newest rows of a corpus without those that are gone, and removes the files of older versions."""
         uri = Root(self._root).refined(name)
-        newest = corpus_records.newest(self._spark, uri)
+        newest = corpus_records.newest(uri)
         if newest is None:
             return
         if newest.provenance is not None:

@@ -290,7 +290,7 @@ def _commit(
     """Commits rows in place of those of the newest version, unless they are the same."""
     name, from_version = provenance.corpus, derived["from_version"]
     with refine.corpus_lease(config, name):
-        newest = corpus_records.newest(spark, config.layout.refined(name))
+        newest = corpus_records.newest(config.layout.refined(name))
         present = newest.provenance if newest else None
         if newest and present and present.fingerprint == provenance.fingerprint and present.config == provenance.config:
             corpus_records.record(spark, config.root, newest.version, present)

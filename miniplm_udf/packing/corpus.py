@@ -20,7 +20,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import PackConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.packing.tokenizers import TOKENIZER_FILE, PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.text_join import texts_of
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
         ModelLoadError: the tokenizer cannot be loaded.
     """
     refined_uri = config.layout.refined(corpus)
-    newest = corpus_records.newest(spark, refined_uri)
+    newest = corpus_records.newest(refined_uri)
     if newest is None:
         raise CorpusError(f"refined corpus {corpus!r}: none at {storage.redact(refined_uri)}; run the refine stage")
     version = newest.version
@@ -144,7 +144,7 @@ def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSumma
         identity={
             "refined_version": None,
             "refined_metadata": None,
-            "instances_version": tables.version(spark, uri),
+            "instances_version": delta_log.newest_version(uri),
         },
         read=lambda: (rows, n_instances),
         if_empty=f"no text of the reference split in {storage.redact(uri)}: raise ingest.split.reference "
@@ -161,7 +161,7 @@ def _pack(spark: "SparkSession", config: ExperimentConfig, source: _Source, toke
 
     uri = config.layout.packed(source.corpus, tokenizer.name)
     identity = _identity(config.pack, source, tokenizer)
-    newest = corpus_records.newest(spark, uri)
+    newest = corpus_records.newest(uri)
     recorded = (newest.metadata or {}) if newest else {}
     if newest and all(key in recorded and recorded[key] == value for key, value in identity.items()):
         return _summary(uri, newest.version, recorded, skipped=True)

@@ -16,7 +16,7 @@ from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.store import proxy_records, tables
+from miniplm_udf.store import delta_log, proxy_records, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -132,7 +132,7 @@ def _table(
     spark: "SparkSession", config: ExperimentConfig, name: str, last_batches: dict[str, int] | None
 ) -> tuple["DataFrame", int | None]:
     uri = config.layout.table(name)
-    version = tables.version(spark, uri)
+    version = delta_log.newest_version(uri)
     if version is None and name == PROXY:
         raise CorpusError("proxy_scores: expected the predictions of a proxy, found no table; run `miniplm proxy`")
     rows = tables.read(spark, uri, version)

@@ -15,7 +15,7 @@ from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.refinement import expressions
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -61,10 +61,10 @@ def _other_tables(spark: "SparkSession", config: ExperimentConfig) -> dict[str, 
     """The tables that may be joined, with their versions; those that do not exist are left out."""
     others = {}
     uri = config.layout.table("instances")
-    if (version := tables.version(spark, uri)) is not None:
+    if (version := delta_log.newest_version(uri)) is not None:
         others[INSTANCES_VERSION] = (tables.read(spark, uri, version), version)
     uri = config.layout.table(schemas.ANNOTATIONS)
-    if (newest := corpus_records.newest(spark, uri)) is not None:
+    if (newest := corpus_records.newest(uri)) is not None:
         # Maintenance changes no row, and may have removed the files of the version before it: read its version.
         others[ANNOTATIONS_VERSION] = (tables.read(spark, uri, newest.base), newest.version)
     return others

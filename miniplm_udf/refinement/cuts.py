@@ -180,7 +180,7 @@ def read_counts(spark: "SparkSession", uri: str, config: str, query_id: str) -> 
     Returns:
         The counts; empty ones if there is no table, or its counts are for another config or matrix.
     """
-    empty = Counted(config, query_id, -1, {}, corpus_records.newest(spark, uri))
+    empty = Counted(config, query_id, -1, {}, corpus_records.newest(uri))
     if empty.on is None:
         return empty
     rows = tables.read(spark, uri, empty.on.base).collect()

@@ -24,7 +24,7 @@ from miniplm_udf.refinement import cuts, fingerprints, refine
 from miniplm_udf.refinement.cuts import BucketCut, Counted, Counts
 from miniplm_udf.refinement.selection import UNUSABLE, is_finite
 from miniplm_udf.revision import code_revision
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
 from miniplm_udf.streams.query import Query
@@ -98,7 +98,7 @@ class Follower(Query):
         # A micro-batch has only the matrix's columns: other columns are refused here, before a full refinement.
         matrix = tables.read(self._spark, self._matrix_uri)
         refine.candidate_rows(matrix, self._config, self._name, self._corpus)
-        newest = corpus_records.newest(self._spark, self._uri)
+        newest = corpus_records.newest(self._uri)
         if newest is not None and newest.provenance is not None and self._can_continue(newest.provenance):
             # Repair: the previous run may have died before it recorded this version.
             corpus_records.record(self._spark, self._config.root, newest.version, newest.provenance)
@@ -154,7 +154,7 @@ class Follower(Query):
         if kept:
             through = max(row["through"] for row in sums)
             inputs = {
-                "matrix_version": tables.version(spark, self._matrix_uri),
+                "matrix_version": delta_log.newest_version(self._matrix_uri),
                 "last_batches": {self._matrix_query: max(through, included)},
             }
             extended = extended_provenance(newest.version, provenance, after.counts, cut, kept, inputs)
@@ -165,7 +165,7 @@ class Follower(Query):
             tables.compact(spark, self._uri, through)
 
     def _newest(self, spark: "SparkSession") -> tuple[corpus_records.Newest, corpus_records.Provenance]:
-        newest = corpus_records.newest(spark, self._uri)
+        newest = corpus_records.newest(self._uri)
         provenance = newest.provenance if newest else None
         if newest is None or provenance is None or not self._can_continue(provenance):
             raise CorpusError(
@@ -290,7 +290,7 @@ def followed_version(spark: "SparkSession", config: ExperimentConfig, name: str)
         name: of the corpus.
     """
     uri = config.layout.refined(name)
-    newest = corpus_records.newest(spark, uri)
+    newest = corpus_records.newest(uri)
     assert newest is not None
     provenance = newest.provenance
     assert provenance is not None

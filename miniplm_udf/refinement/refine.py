@@ -122,7 +122,7 @@ def corpus_lease(config: ExperimentConfig, name: str) -> Lease:
 def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, corpus: CorpusConfig) -> RefinedVersion:
     uri = config.layout.refined(name)
     # Read before the matrix: this version of the matrix then has all rows that the newest version of the corpus has.
-    newest = corpus_records.newest(spark, uri)
+    newest = corpus_records.newest(uri)
     scored = candidates.read_candidates(spark, config, corpus)
     check_tokenizers(config, f"refine.corpora.{name}.score", str(corpus.score))
     joined, other_inputs = with_instances(spark, config, scored.rows, str(corpus.where), str(corpus.score))

@@ -20,7 +20,7 @@ from miniplm_udf.refinement import candidates
 from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
 from miniplm_udf.schemas import SCORE_STAGE
-from miniplm_udf.store import tables
+from miniplm_udf.store import delta_log, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -209,7 +209,7 @@ def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[Ta
     packed = {f"packed/{student.corpus}/{student.tokenizer}" for student in config.students.values()}
     for name in names + sorted(packed):
         uri = config.layout.table(name)
-        version = tables.version(spark, uri)
+        version = delta_log.newest_version(uri)
         if version is not None:
             n_rows = tables.read(spark, uri).count()
             yield TableFacts(name=name, uri=storage.redact(uri), version=version, n_rows=n_rows)

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
-from miniplm_udf.store import pins, tables
+from miniplm_udf.store import delta_log, pins, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -30,8 +30,6 @@ _RECORDED_APART = ("followed", "derived", "cuts", "diagnostics")
 MAINTENANCE = (
     "OPTIMIZE", "REORG", "REMOVE COLUMN MAPPING", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UPGRADE PROTOCOL",
 )  # fmt: skip
-# Commits that are read first: maintenance is rare, so the newest other commit is nearly always among them.
-_LOOK_BACK = 16
 # Words in Spark's and Delta's errors about a version or files that no longer exist.
 _GONE = re.compile(
     r"DELTA_\w*(VERSION|TIME_TRAVEL|LOG_FILE|TRUNCATED)|VersionNotFound|time travel"
@@ -107,28 +105,21 @@ class Newest:
             return None
 
 
-def newest(spark: "SparkSession", uri: str) -> Newest | None:
-    """The newest state of a table; None if there is no table. The cost does not grow with the number of versions.
+def newest(uri: str) -> Newest | None:
+    """The newest state of a table; None if there is no table. Reads the log from its end, so only a few commits.
 
     Args:
-        spark: any session.
         uri: location of the table.
 
     Raises:
         CorpusError: the log holds only maintenance.
     """
-    from delta.tables import DeltaTable
-
-    if not tables.exists(spark, uri):
+    base = delta_log.newest_version(uri)
+    if base is None:
         return None
-    table = DeltaTable.forPath(spark, uri)
-    for history in (table.history(_LOOK_BACK), table.history()):
-        rows = history.select("version", "operation", "userMetadata").orderBy("version", ascending=False).collect()
-        for row in rows:
-            if row["operation"] not in MAINTENANCE:
-                return Newest(
-                    rows[0]["version"], row["version"], json.loads(row["userMetadata"]) if row["userMetadata"] else None
-                )
+    for commit in delta_log.commits(uri):
+        if commit.operation not in MAINTENANCE:
+            return Newest(base, commit.version, commit.metadata())
     raise CorpusError(
         f"table {storage.redact(uri)}: expected a commit that wrote rows in its log, found only maintenance; restore "
         "the log from a copy, or move the folder away and run again"
@@ -163,7 +154,7 @@ def commit(
         write(frame, uri, table, metadata=metadata, query_id=_COMMITS, batch_id=number)
     except tables.conflicts() as error:
         raise _overtaken(uri) from error
-    state = newest(frame.sparkSession, uri)
+    state = newest(uri)
     if state is None or state.metadata != json.loads(json.dumps(metadata)):
         raise _overtaken(uri)
     return state.version

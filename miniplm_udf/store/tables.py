@@ -15,8 +15,8 @@ import fsspec
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError, SchemaMismatchError
-from miniplm_udf.store import delta_files
 from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, TYPE_WIDENING, needs_repair
+from miniplm_udf.store.delta_log import has_commits, newest_version
 
 if TYPE_CHECKING:
     from delta.tables import DeltaTableBuilder
@@ -55,7 +55,7 @@ def create(spark: "SparkSession", uri: str, table: schemas.Table, properties: Ma
     from delta.tables import DeltaTable
     from pyspark.errors import AnalysisException
 
-    if exists(spark, uri) and delta_files.has_commits(uri):
+    if exists(spark, uri) and has_commits(uri):
         return
     session = _without_defaults(spark)
     try:
@@ -79,9 +79,9 @@ def _without_defaults(spark: "SparkSession") -> "SparkSession":
     """A new session without defaults for the properties of new tables, because a table's own properties cannot
     override a default `feature.NAME`."""
     session = spark.newSession()
-    for row in session.sql("SET").collect():
-        if row["key"].startswith(_TABLE_DEFAULTS):
-            session.conf.unset(row["key"])
+    for key in session.conf.getAll:
+        if key.startswith(_TABLE_DEFAULTS):
+            session.conf.unset(key)
     return session
 
 
@@ -148,15 +148,6 @@ def long_scans(spark: "SparkSession") -> Iterator[None]:
         yield
     finally:
         spark.conf.set(key, before)
-
-
-def version(spark: "SparkSession", uri: str) -> int | None:
-    """The newest version of the table; None if there is no table."""
-    from delta.tables import DeltaTable
-
-    if not exists(spark, uri):
-        return None
-    return int(DeltaTable.forPath(spark, uri).history(1).select("version").collect()[0][0])
 
 
 def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
@@ -246,11 +237,10 @@ def overwrite(
     Returns:
         The version of the commit.
     """
-    spark = frame.sparkSession
-    _set_columns(spark, uri, table)
+    _set_columns(frame.sparkSession, uri, table)
     writer = _writer(frame, table, metadata, query_id, batch_id).mode("overwrite")
     writer.save(uri)
-    return int(version(spark, uri) or 0)
+    return newest_version(uri) or 0
 
 
 def conflicts() -> tuple[type[Exception], ...]:
@@ -343,7 +333,7 @@ def make_readable(spark: "SparkSession", uri: str) -> bool:
     table = detail(spark, uri)
     if table is None or not needs_repair(table["tableFeatures"] or (), table["properties"]):
         return False
-    before = version(spark, uri)
+    before = newest_version(uri)
     # Only properties that differ: setting the mode of column mapping makes Delta rewrite all files.
     changed = {key for key, value in FILE_READER_PROPERTIES.items() if table["properties"].get(key, value) != value}
     if changed:
@@ -352,7 +342,7 @@ def make_readable(spark: "SparkSession", uri: str) -> bool:
     if TYPE_WIDENING in (table["tableFeatures"] or ()):
         spark.sql(f"ALTER TABLE delta.`{uri}` DROP FEATURE {TYPE_WIDENING}")
     spark.sql(f"REORG TABLE delta.`{uri}` APPLY (PURGE)")
-    return version(spark, uri) != before
+    return newest_version(uri) != before
 
 
 def delete_matching(spark: "SparkSession", uri: str, ids: "DataFrame", key: str = "instance_id") -> None:
@@ -369,22 +359,6 @@ def delete_matching(spark: "SparkSession", uri: str, ids: "DataFrame", key: str 
 
     target = DeltaTable.forPath(spark, uri).alias("t")
     target.merge(ids.alias("s"), f"t.{key} = s.{key}").whenMatchedDelete().execute()
-
-
-def user_metadata(spark: "SparkSession", uri: str, at: int | None = None) -> dict[str, Any] | None:
-    """Reads and parses the `userMetadata` of a commit; None if it has none, or is no longer in the log.
-
-    Args:
-        spark: any session.
-        uri: location of the table, which must exist.
-        at: version of the commit; None takes the newest.
-    """
-    from delta.tables import DeltaTable
-
-    history = DeltaTable.forPath(spark, uri).history().select("version", "userMetadata")
-    wanted = version(spark, uri) if at is None else at
-    rows = history.where(history.version == wanted).collect()
-    return json.loads(rows[0][1]) if rows and rows[0][1] else None
 
 
 def missing_from(frame: "DataFrame", others: "DataFrame", key: str | list[str] = "instance_id") -> "DataFrame":

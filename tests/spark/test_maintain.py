@@ -38,7 +38,7 @@ def rewrite(spark: Any, config: ExperimentConfig, times: int) -> None:
     """New versions of the corpus, with another row less each."""
     uri = config.layout.refined("kept")
     for _ in range(times):
-        newest = corpus_records.newest(spark, uri)
+        newest = corpus_records.newest(uri)
         assert newest is not None
         assert newest.provenance is not None
         rows = tables.read(spark, uri)

@@ -23,7 +23,7 @@ from miniplm_udf.packing import sequences
 from miniplm_udf.packing.corpus import pack_corpus, pack_reference
 from miniplm_udf.packing.tokenizers import ensure_tokenizer
 from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
-from miniplm_udf.store import tables
+from miniplm_udf.store import delta_log, tables
 from tests.support.tiny_models import SEPARATOR, make_model_folder
 
 LENGTH = 16
@@ -136,7 +136,7 @@ def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, co
     assert order != sorted(order), "streams stand in the order of a hash"
     assert spark.read.format("delta").load(found["path"]).schema == schemas.packed("kept", "bpe").spark_schema()
 
-    metadata = tables.user_metadata(spark, found["path"])
+    metadata = next(delta_log.commits(found["path"])).metadata()
     assert metadata is not None
     assert metadata["refined_version"] == version
     assert metadata["refined_metadata"] == {"threshold": 0.25, "n": len(kept)}
@@ -237,7 +237,7 @@ def test_the_reference_is_packed_with_the_tokenizer_of_its_model(spark: Any, con
     assert sorted(text[i : i + len(OTHERS[0]["text"])] for i in range(0, len(text), len(OTHERS[0]["text"]))) == [
         row["text"] for row in OTHERS if row["split"] == "reference"
     ]
-    metadata = tables.user_metadata(spark, found["path"])
+    metadata = next(delta_log.commits(found["path"])).metadata()
     assert metadata is not None
     assert metadata["refined_version"] is None
     assert metadata["tokenizer_hash"] == tokenizer_hash(model)

@@ -79,7 +79,7 @@ def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: World) ->
     }
     assert {(row["takedown_id"], row["reason"]) for row in world.rows("takedowns")} == {(ASKED.id, ASKED.reason)}
 
-    newest = corpus_records.newest(spark, config.layout.refined("kept"))
+    newest = corpus_records.newest(config.layout.refined("kept"))
     assert newest is not None
     assert newest.provenance is not None
     assert newest.provenance.n_instances == before - len(gone)
