@@ -15,6 +15,7 @@ import fsspec
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError, SchemaMismatchError
+from miniplm_udf.store import delta_files
 from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, TYPE_WIDENING, needs_repair
 from miniplm_udf.store.delta_log import has_commits, newest_version
 
@@ -310,16 +311,40 @@ def vacuum(spark: "SparkSession", uri: str, retain_hours: float, is_logged: bool
     Returns:
         The number of removed files.
     """
+    before = _files_on_disk(uri)
+    if _has_only_listed_files(uri, before):
+        return 0
     session = spark.newSession()
     session.conf.set("spark.databricks.delta.retentionDurationCheck.enabled", "false")
     session.conf.set("spark.databricks.delta.vacuum.logging.enabled", str(is_logged).lower())
     # Number of tasks that list the files: 10,000 by default, but each of our tables is one folder.
     session.conf.set("spark.sql.sources.parallelPartitionDiscovery.parallelism", spark.sparkContext.defaultParallelism)
     statement = f"VACUUM delta.`{uri}` RETAIN {retain_hours:.6f} HOURS"
-    n_files = session.sql(f"{statement} DRY RUN").count()
-    if n_files and not dry_run:
-        session.sql(statement).collect()
-    return n_files
+    # What is not logged needs no look beforehand; a logged vacuum that removes nothing would add two commits.
+    if dry_run or is_logged:
+        n_files = session.sql(f"{statement} DRY RUN").count()
+        if dry_run or not n_files:
+            return n_files
+    session.sql(statement).collect()
+    return len(before - _files_on_disk(uri))
+
+
+def _files_on_disk(uri: str) -> set[str]:
+    """The names of a table's data files, listed by its log or not; as pyarrow opens them."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    names = filesystem.find(path)
+    # Vacuum leaves the log alone, and what is hidden, such as the checksums that Hadoop writes on a local disk.
+    return {name for name in names if "/_delta_log/" not in name and not name.rpartition("/")[2].startswith(".")}
+
+
+def _has_only_listed_files(uri: str, on_disk: set[str]) -> bool:
+    """Whether every data file on disk is one of the newest version, so that a vacuum has nothing to remove."""
+    try:
+        listed = delta_files.parquet_files(uri)
+    except CorpusError:  # files of deletion vectors are not listed
+        return False
+    filesystem, _ = fsspec.core.url_to_fs(uri)
+    return on_disk <= {filesystem._strip_protocol(name) for name in listed}
 
 
 def make_readable(spark: "SparkSession", uri: str) -> bool:
