@@ -23,6 +23,7 @@ from jobs.session import command_session
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.corpora import listing
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.storage import Json
 from miniplm_udf.upkeep import preflight
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _with_spark(word: str, work: Work) -> Callable[[ExperimentConfig, argparse.N
     return run
 
 
-def _takes(*names: str, **options: dict[str, Any]) -> Callable[[argparse.ArgumentParser], None]:
+def _takes(*names: str, **options: Json) -> Callable[[argparse.ArgumentParser], None]:
     """Adds versions as positional arguments, and further options (`_` stands for `-`)."""
 
     def add(parser: argparse.ArgumentParser) -> None:

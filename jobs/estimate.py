@@ -11,18 +11,18 @@ that more rows would be rejected than `max_reject_share` allows. A rerun samples
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from jobs.command import Command, exit_code
 from jobs.session import spark_session
 from jobs.text import plain, table
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.storage import Json
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def run(config: ExperimentConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(config: ExperimentConfig, arguments: argparse.Namespace) -> Json:
     """Makes the estimate in a session of its own.
 
     Args:
@@ -59,7 +59,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--mfu: expected a share of at most 1, found {arguments.mfu}")
 
 
-def text(result: dict[str, Any]) -> str:
+def text(result: Json) -> str:
     """Formats the estimate for a terminal.
 
     Args:
@@ -68,7 +68,7 @@ def text(result: dict[str, Any]) -> str:
     return "\n\n".join([_corpus_lines(result), _model_lines(result), _cost_lines(result), _reject_lines(result)])
 
 
-def _corpus_lines(result: dict[str, Any]) -> str:
+def _corpus_lines(result: Json) -> str:
     corpus, sample = result["corpus"], result["sample"]
     splits = ", ".join(f"{split} {n:,}" for split, n in corpus["by_split"].items())
     return "\n".join(
@@ -81,7 +81,7 @@ def _corpus_lines(result: dict[str, Any]) -> str:
     )
 
 
-def _model_lines(result: dict[str, Any]) -> str:
+def _model_lines(result: Json) -> str:
     gpus, models, training = result["gpus"], result["models"], result["reference_training"]
     rows = [
         (
@@ -105,7 +105,7 @@ def _model_lines(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cost_lines(result: dict[str, Any]) -> str:
+def _cost_lines(result: Json) -> str:
     stage, tables = result["score"], result["tables"]
     return "\n".join(
         [
@@ -117,7 +117,7 @@ def _cost_lines(result: dict[str, Any]) -> str:
     )
 
 
-def _reject_lines(result: dict[str, Any]) -> str:
+def _reject_lines(result: Json) -> str:
     lines = []
     for stage, part in result["rejects"].items():
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(part["reasons"].items())) or "none"
@@ -139,7 +139,7 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Json:
     _check(arguments)
     return run(config, arguments)
 

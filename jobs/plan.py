@@ -7,13 +7,13 @@ plan of a stage that reads them says that it runs if they have changed. Writes n
 import datetime
 import enum
 from collections.abc import Sequence
-from typing import Any
 
 from jobs.records import read_record
 from jobs.stages import Options, Stage
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.storage import Json
 
 
 class _Outcome(enum.Enum):
@@ -94,7 +94,7 @@ def _outcome(
     return _Outcome.SKIPPED, f": unchanged since it finished ({finished})"
 
 
-def _finished(record: dict[str, Any]) -> str:
+def _finished(record: Json) -> str:
     seconds = f"{record['seconds']:.0f} s"
     if (at := record.get("finished_at")) is None:
         return seconds

@@ -13,11 +13,12 @@ from jobs.text import plain
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import DamagedRecordError
+from miniplm_udf.storage import Json
 
 _KEYS = {"fingerprint", "summary", "seconds"}
 
 
-def read_record(config: ExperimentConfig, stage: str) -> dict[str, Any] | None:
+def read_record(config: ExperimentConfig, stage: str) -> Json | None:
     """Reads the record of a stage.
 
     Args:
@@ -30,7 +31,7 @@ def read_record(config: ExperimentConfig, stage: str) -> dict[str, Any] | None:
     Raises:
         DamagedRecordError: the file is not a record.
     """
-    record: dict[str, Any] | None = storage.read_json(config.layout.stage(stage))
+    record: Json | None = storage.read_json(config.layout.stage(stage))
     if record is not None and not (isinstance(record, dict) and record.keys() >= _KEYS):
         raise DamagedRecordError(
             f"record {storage.redact(config.layout.stage(stage))}: expected {sorted(_KEYS)}, found something else; "
@@ -58,7 +59,7 @@ def write_record(config: ExperimentConfig, stage: str, fingerprint: str, summary
     storage.write_json(config.layout.stage(stage), json.loads(json.dumps(record, default=str)))
 
 
-def summary_of(config: ExperimentConfig, stage: str) -> dict[str, Any]:
+def summary_of(config: ExperimentConfig, stage: str) -> Json:
     """Reads the summary in the record of a stage.
 
     Args:

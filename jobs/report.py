@@ -10,18 +10,19 @@ Writes: report.html in the report folder, and the artifacts of the MLflow run "c
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.summary import build_summary, write_summary
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.lease import Lease
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
     """Writes summary.json of the stages that have run so far, and the report.
 
     Args:

@@ -23,6 +23,7 @@ from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import progress
+from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files
 from trainer.data import open_delta, read_tokenizer_info
 from trainer.metric_names import safe_names
@@ -57,7 +58,7 @@ class HeldOut:
         fingerprint: hash of their ids, 32 hexadecimal digits.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[Json]
     fingerprint: str
 
     @property
@@ -122,7 +123,7 @@ def evaluate(config: ExperimentConfig) -> dict[str, EvaluateResult]:
         return {target.name: _evaluate_model(config, target, training, heldout) for target, training in trainings}
 
 
-def plan(config: ExperimentConfig) -> dict[str, Any]:
+def plan(config: ExperimentConfig) -> Json:
     """Returns the plan of `evaluate` for a dry run; writes nothing.
 
     Args:
@@ -197,7 +198,7 @@ def _dataset(paths: list[str]) -> Any:
     return ds.dataset(inner, format="parquet", filesystem=filesystem)
 
 
-def _bounded(rows: Iterable[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+def _bounded(rows: Iterable[Json], limit: int) -> list[Json]:
     """The first `limit` rows of each source; all rows if the limit is not above 0."""
     counts: collections.Counter[str] = collections.Counter()
     kept = []
@@ -317,7 +318,7 @@ def _make_scorer(config: ExperimentConfig, model_config: ModelConfig, descriptio
     return Scorer(model, tokenizer, description, config.evaluate.tokens_per_batch, device)
 
 
-def _slices(rows: Sequence[dict[str, Any]], size: int) -> Iterable[Sequence[dict[str, Any]]]:
+def _slices(rows: Sequence[Json], size: int) -> Iterable[Sequence[Json]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 

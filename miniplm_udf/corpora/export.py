@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import hashlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -31,6 +31,7 @@ from miniplm_udf.lease import Lease
 from miniplm_udf.progress import watched_tasks
 from miniplm_udf.refinement.fingerprints import fingerprint_of, row_hash
 from miniplm_udf.revision import code_revision
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, pins, tables
 from miniplm_udf.store.text_join import MOST_ROWS_PER_PART, texts_of
 
@@ -104,8 +105,8 @@ class Manifest:
     threshold: float
     fingerprint: str
     model_revisions: dict[str, str]
-    config: dict[str, Any]
-    inputs: dict[str, Any]
+    config: Json
+    inputs: Json
     refined_by: str
     columns: dict[str, str]
     files: list[ExportedFile]

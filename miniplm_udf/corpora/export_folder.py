@@ -10,12 +10,12 @@ import contextlib
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
 from miniplm_udf import storage
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.storage import Json
 
 MANIFEST = "manifest.json"
 # The value of `kind` in a manifest.
@@ -49,7 +49,7 @@ def check_free(target: str, overwrite: bool) -> None:
         )
 
 
-def manifest_of(target: str) -> dict[str, Any] | None:
+def manifest_of(target: str) -> Json | None:
     """The manifest of the export in a folder; None if the folder has none."""
     manifest = None
     with contextlib.suppress(ValueError):  # another program's file with that name

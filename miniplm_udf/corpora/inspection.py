@@ -21,6 +21,7 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.refinement import expressions
 from miniplm_udf.refinement.selection import is_finite
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, tables
 from miniplm_udf.store.text_join import texts_of
 
@@ -81,7 +82,7 @@ class Inspection:
     threshold: float
     order: str
     n_matching: int
-    rows: list[dict[str, Any]]
+    rows: list[Json]
 
 
 def inspect(spark: "SparkSession", root: str, address: str, question: Question) -> Inspection:
@@ -262,7 +263,7 @@ def _value_of_source(by_source: dict[Any, float]) -> "Column":
     return F.create_map(*(F.lit(value) for pair in by_source.items() for value in pair))[F.col("source")]
 
 
-def _texts(spark: "SparkSession", root: str, ids: list[str], n_characters: int) -> dict[str, dict[str, Any]]:
+def _texts(spark: "SparkSession", root: str, ids: list[str], n_characters: int) -> dict[str, Json]:
     """By id, the beginning of an instance's text and its origin; an instance that does not exist is left out."""
     from pyspark.sql import functions as F
 

@@ -17,6 +17,7 @@ import fsspec
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_files
 from miniplm_udf.store.pins import Pin
 
@@ -53,7 +54,7 @@ def find(root: str, address: str) -> tuple[str, int]:
     return name, int(corpus_records.choose_version(_corpora(root), name, version)["version"])
 
 
-def listing(root: str) -> list[dict[str, Any]]:
+def listing(root: str) -> list[Json]:
     """Lists all versions by name and number.
 
     Args:
@@ -76,7 +77,7 @@ def listing(root: str) -> list[dict[str, Any]]:
     return versions
 
 
-def show(root: str, address: str) -> dict[str, Any]:
+def show(root: str, address: str) -> Json:
     """Reads the full provenance of a version, and counts its rows by source.
 
     Args:
@@ -100,7 +101,7 @@ def show(root: str, address: str) -> dict[str, Any]:
         return {**provenance, "by_source": None}
 
 
-def diff(root: str, before: str, after: str, n_examples: int) -> dict[str, Any]:
+def diff(root: str, before: str, after: str, n_examples: int) -> Json:
     """Compares two versions, of one corpus or of two, by instance ids.
 
     Args:
@@ -140,7 +141,7 @@ def diff(root: str, before: str, after: str, n_examples: int) -> dict[str, Any]:
     }
 
 
-def _corpora(root: str) -> list[dict[str, Any]]:
+def _corpora(root: str) -> list[Json]:
     """The rows of `corpora` by name and version; `created_at` in UTC, without a zone."""
     uri = Root(root).table("corpora")
     if not delta_files.has_commits(uri):
@@ -157,12 +158,12 @@ def _pins(root: str) -> list[Pin]:
     return sorted((Pin(**row) for row in rows), key=lambda pin: (pin.name, pin.version))
 
 
-def _read(uri: str) -> list[dict[str, Any]]:
+def _read(uri: str) -> list[Json]:
     """All rows of a small table."""
     import pyarrow.parquet as pq
     from deltalake.exceptions import DeltaError
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     try:
         for file in delta_files.parquet_files(uri):
             with fsspec.open(file, "rb") as handle:
@@ -311,7 +312,7 @@ class _Rows:
             for source, n_instances in sorted(self._instances.items())
         }
 
-    def with_texts(self, texts: dict[str, str]) -> list[dict[str, Any]]:
+    def with_texts(self, texts: dict[str, str]) -> list[Json]:
         return [
             {
                 "instance_id": row.instance_id,

@@ -8,7 +8,7 @@ that it is done. refine.py chooses rows and pins.py copies them. Driver only.
 
 import dataclasses
 import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
@@ -18,6 +18,7 @@ from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.refinement import candidates, fingerprints, refine
 from miniplm_udf.refinement.columns import with_instances
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, pins, tables, takedowns
 from miniplm_udf.store.pins import Pin
 
@@ -285,7 +286,7 @@ def recounted(provenance: corpus_records.Provenance, rows: "DataFrame") -> corpu
 
 def _commit(
     spark: "SparkSession", config: ExperimentConfig, rows: "DataFrame", provenance: corpus_records.Provenance,
-    derived: dict[str, Any],
+    derived: Json,
 ) -> DerivedVersion:  # fmt: skip
     """Commits rows in place of those of the newest version, unless they are the same."""
     name, from_version = provenance.corpus, derived["from_version"]
@@ -301,7 +302,7 @@ def _commit(
 
 def commit_derived(
     spark: "SparkSession", config: ExperimentConfig, rows: "DataFrame", provenance: corpus_records.Provenance,
-    newest: corpus_records.Newest | None, derived: dict[str, Any],
+    newest: corpus_records.Newest | None, derived: Json,
 ) -> int:  # fmt: skip
     """Commits rows that come from an earlier version, and records the new version. The caller holds the corpus's lease.
 

@@ -29,6 +29,7 @@ from miniplm_udf.ingestion.documents import (
     instance_id,
     reject_id,
 )
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -241,7 +242,7 @@ class Output:
         self._schema, self._spec_hash = schema, spec_hash
         self._stream_ids: dict[tuple[str, str], str] = {}
         self._n_bytes = 0
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Json] = []
 
     @property
     def is_full(self) -> bool:

@@ -12,7 +12,7 @@ after a kill fits again. Driver only, under the proxy's lease; the JVM does the 
 import dataclasses
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
@@ -24,6 +24,7 @@ from miniplm_udf.proxy import features, quality
 from miniplm_udf.refinement import candidates, expressions, fingerprints, refine
 from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.revision import code_revision
+from miniplm_udf.storage import Json
 from miniplm_udf.store import proxy_records, tables
 from miniplm_udf.store.proxy_records import ProxyRecord
 
@@ -81,7 +82,7 @@ def _has_model(config: ExperimentConfig, record: ProxyRecord) -> bool:
     return storage.exists(proxy_records.model_uri(config.root, record.revision))
 
 
-def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> dict[str, Any]:
+def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> Json:
     """Everything but the rows that a fit depends on (`ProxyRecord.identity`)."""
     assert config.proxy is not None
     tokens = refine.tokens_column(config, CorpusConfig())
@@ -98,7 +99,7 @@ def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> dict[str, 
     }
 
 
-def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: dict[str, Any]) -> "DataFrame":
+def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: Json) -> "DataFrame":
     """instance_id, source, score, n_tokens, n_bytes, is_heldout of the drawn rows, and `n_scored`, the same in each."""
     from pyspark.sql import functions as F
     from pyspark.sql.types import NumericType
@@ -121,7 +122,7 @@ def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: dict[str, An
     )  # fmt: skip
 
 
-def _description(drawn: "DataFrame", inputs: dict[str, Any]) -> dict[str, Any]:
+def _description(drawn: "DataFrame", inputs: Json) -> Json:
     """The record of the drawn rows (`ProxyRecord.fitted_on`).
 
     Raises:
@@ -148,8 +149,8 @@ def _description(drawn: "DataFrame", inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fit(
-    spark: "SparkSession", config: ExperimentConfig, drawn: "DataFrame", revision: str, identity: dict[str, Any],
-    fitted_on: dict[str, Any],
+    spark: "SparkSession", config: ExperimentConfig, drawn: "DataFrame", revision: str, identity: Json,
+    fitted_on: Json,
 ) -> ProxyRecord:  # fmt: skip
     from pyspark import StorageLevel
 
@@ -189,7 +190,7 @@ def _with_features(spark: "SparkSession", config: ExperimentConfig, drawn: "Data
     return described.repartition(1).sortWithinPartitions("instance_id")
 
 
-def _solve(rows: "DataFrame", n_rows: int) -> tuple["LinearRegressionModel", dict[str, Any]]:
+def _solve(rows: "DataFrame", n_rows: int) -> tuple["LinearRegressionModel", Json]:
     from pyspark.ml.regression import LinearRegression
     from pyspark.sql import functions as F
 

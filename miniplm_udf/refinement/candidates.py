@@ -10,12 +10,13 @@ and one row; writes nothing.
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.storage import Json
 from miniplm_udf.store import proxy_records, tables
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Candidates:
     """
 
     rows: "DataFrame"
-    inputs: dict[str, Any]
+    inputs: Json
 
 
 def read_candidates(
@@ -62,7 +63,7 @@ def read_candidates(
         return Candidates(matrix, {"matrix_version": matrix_version, "last_batches": _last_batches(matrix)})
     predicted, version = _table(spark, config, PROXY, last_batches)
     rows = with_matrix(predicted, matrix, str(corpus.where), str(corpus.score))
-    inputs: dict[str, Any] = {"proxy_version": version, "last_batches": _last_batches(predicted)}
+    inputs: Json = {"proxy_version": version, "last_batches": _last_batches(predicted)}
     if rows is not predicted:
         inputs["matrix_version"] = matrix_version
         inputs["last_batches"] |= _last_batches(matrix)

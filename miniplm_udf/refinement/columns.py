@@ -15,6 +15,7 @@ from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.refinement import expressions
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, tables
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ INSTANCES_VERSION, ANNOTATIONS_VERSION = "instances_version", "annotations_versi
 
 def with_instances(
     spark: "SparkSession", config: ExperimentConfig, matrix: "DataFrame", *texts: str
-) -> tuple["DataFrame", dict[str, Any]]:
+) -> tuple["DataFrame", Json]:
     """Joins `instances` and `annotations` to the candidates, as far as the expressions name their columns.
 
     Args:
@@ -49,7 +50,7 @@ def with_instances(
         if set(names) <= others.keys():
             rows = expressions.joined(matrix, *(others[name][0] for name in names))
             if expressions.resolves(rows, *texts):
-                inputs: dict[str, Any] = {name: others[name][1] for name in names}
+                inputs: Json = {name: others[name][1] for name in names}
                 if ANNOTATIONS_VERSION in names:
                     inputs["annotated_by"] = _settings_of_annotations(matrix, others[ANNOTATIONS_VERSION][0])
                 return rows, inputs

@@ -11,12 +11,13 @@ changes a selection. Driver only; a retry counts again.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.config.rules import is_random
 from miniplm_udf.refinement.selection import is_finite, score_bucket
+from miniplm_udf.storage import Json
 from miniplm_udf.store import proxy_records, tables
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def length_bucket() -> "Column":
 
 def diagnose(
     spark: "SparkSession", config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame", sums: "Sequence[Row]"
-) -> dict[str, Any]:
+) -> Json:
     """Computes all diagnostics, after the selection.
 
     Args:

@@ -24,6 +24,7 @@ from miniplm_udf.refinement import cuts, fingerprints, refine
 from miniplm_udf.refinement.cuts import BucketCut, Counted, Counts
 from miniplm_udf.refinement.selection import UNUSABLE, is_finite
 from miniplm_udf.revision import code_revision
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, tables
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
@@ -59,7 +60,7 @@ class FollowedVersion:
     n_candidates: int
     n_instances: int
     n_tokens: int
-    followed: dict[str, Any] | None
+    followed: Json | None
 
 
 class Follower(Query):
@@ -220,7 +221,7 @@ class Follower(Query):
 
 def extended_provenance(
     version: int, earlier: corpus_records.Provenance, counts: Counts, cut: BucketCut, kept: "Sequence[Row]",
-    inputs: dict[str, Any],
+    inputs: Json,
 ) -> corpus_records.Provenance:  # fmt: skip
     """The provenance of a version that has the rows of an earlier version and the new rows of the kept buckets.
 

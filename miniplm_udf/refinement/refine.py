@@ -17,7 +17,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas
 from miniplm_udf.config import rules
@@ -32,6 +32,7 @@ from miniplm_udf.refinement.keep import SelectionCuts, choose
 from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.revision import code_revision
 from miniplm_udf.scores.models import read_record
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, tables
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class RefinedVersion:
     n_instances: int
     n_tokens: int
     kept_share_by_source: dict[str, float]
-    diagnostics: dict[str, Any]
+    diagnostics: Json
     skipped: bool
 
 
@@ -85,7 +86,7 @@ class VersionInputs:
     config: ExperimentConfig
     name: str
     corpus: CorpusConfig
-    inputs: dict[str, Any]
+    inputs: Json
     revisions: dict[str, str]
 
 
@@ -166,7 +167,7 @@ def _summary(uri: str, version: int, provenance: corpus_records.Provenance, skip
     )
 
 
-def _is_full_refinement(provenance: corpus_records.Provenance, plain: dict[str, Any], inputs: dict[str, Any]) -> bool:
+def _is_full_refinement(provenance: corpus_records.Provenance, plain: Json, inputs: Json) -> bool:
     """Whether a version is the full refinement, by this config, of the same matrix rows and the same annotations."""
     was_refined = provenance.followed is None and provenance.derived is None
     same_inputs = all(provenance.inputs.get(key) == inputs.get(key) for key in ("last_batches", ANNOTATIONS_VERSION))
@@ -254,7 +255,7 @@ def check_tokenizers(config: ExperimentConfig, place: str, score: str) -> None:
         )
 
 
-def plain_config(config: ExperimentConfig, corpus: CorpusConfig) -> dict[str, Any]:
+def plain_config(config: ExperimentConfig, corpus: CorpusConfig) -> Json:
     """Returns everything in the config that a corpus depends on, as the provenance records it.
 
     Args:

@@ -22,6 +22,7 @@ from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.errors import ConfigError, ScoringError
 from miniplm_udf.scores.models import describe_on_executor
 from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
+from miniplm_udf.storage import Json
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.messages import SCORE_REQUEST_SCHEMA, ddl
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
@@ -85,7 +86,7 @@ def nll_udf(
     return arrow_udf(nll_arrow(factory, ends_document), NLL_DDL, ArrowUDFType.SCALAR_ITER)
 
 
-def _model_config(model: str, settings: dict[str, Any]) -> ModelConfig:
+def _model_config(model: str, settings: Json) -> ModelConfig:
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "path"]
     for name in settings:
         if name not in names:

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
+from miniplm_udf.storage import Json
 from miniplm_udf.store import pins, tables
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class Provenance:
     """
 
     corpus: str
-    config: dict[str, Any]
-    inputs: dict[str, Any]
+    config: Json
+    inputs: Json
     model_revisions: dict[str, str]
     threshold: float
     n_candidates: int
@@ -78,10 +79,10 @@ class Provenance:
     fingerprint: str
     code_revision: str
     kept_share_by_source: dict[str, float]
-    followed: dict[str, Any] | None = None
-    cuts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    derived: dict[str, Any] | None = None
+    followed: Json | None = None
+    cuts: Json = dataclasses.field(default_factory=dict)
+    diagnostics: Json = dataclasses.field(default_factory=dict)
+    derived: Json | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Newest:
 
     base: int
     version: int
-    metadata: dict[str, Any] | None
+    metadata: Json | None
 
     @property
     def provenance(self) -> Provenance | None:
@@ -136,7 +137,7 @@ def newest(spark: "SparkSession", uri: str) -> Newest | None:
 
 
 def commit(
-    frame: "DataFrame", uri: str, table: schemas.Table, metadata: dict[str, Any], on: Newest | None, replaces: bool
+    frame: "DataFrame", uri: str, table: schemas.Table, metadata: Json, on: Newest | None, replaces: bool
 ) -> int:
     """Replaces the rows or appends rows, in one commit on top of the state `on`.
 
@@ -181,7 +182,7 @@ def list_corpora(spark: "SparkSession", root: str) -> "DataFrame":
     return tables.read(spark, Root(root).table("corpora")).orderBy("name", "version")
 
 
-def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None = None) -> dict[str, Any]:
+def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None = None) -> Json:
     """The row of `corpora` of a version, with its JSON parsed.
 
     Args:
@@ -195,7 +196,7 @@ def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     return parsed(choose_version(rows, name, version))
 
 
-def choose_version(rows: Sequence[Mapping[str, Any]], name: str, version: int | None = None) -> dict[str, Any]:
+def choose_version(rows: Sequence[Mapping[str, Any]], name: str, version: int | None = None) -> Json:
     """Chooses the row of one version among the rows of `corpora`.
 
     Args:
@@ -221,7 +222,7 @@ def choose_version(rows: Sequence[Mapping[str, Any]], name: str, version: int | 
     return dict(chosen[-1])
 
 
-def parsed(row: Mapping[str, Any]) -> dict[str, Any]:
+def parsed(row: Mapping[str, Any]) -> Json:
     """A row of `corpora` as plain data, its JSON parsed."""
     return {**row, "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])}
 
@@ -353,7 +354,7 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
     for key in _RECORDED_APART:
         if value := getattr(provenance, key):
             inputs[key] = value
-    values: dict[str, Any] = {
+    values: Json = {
         "name": provenance.corpus,
         "version": version,
         "config": json.dumps(provenance.config, sort_keys=True),

@@ -8,10 +8,10 @@ that the proxy ranks. A revision is a hash of everything that the fit depends on
 """
 
 import dataclasses
-from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.layout import Root
+from miniplm_udf.storage import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class ProxyRecord:
     """
 
     revision: str
-    identity: dict[str, Any]
-    fitted_on: dict[str, Any]
+    identity: Json
+    fitted_on: Json
     tokens_per_byte: float
     tokens_per_byte_of: dict[str, float]
-    quality: dict[str, Any]
-    solver: dict[str, Any]
+    quality: Json
+    solver: Json
     warnings: list[str]
     code_revision: str
 

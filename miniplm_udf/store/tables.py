@@ -9,12 +9,13 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fsspec
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError, SchemaMismatchError
+from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files
 from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, TYPE_WIDENING, needs_repair
 
@@ -188,7 +189,7 @@ def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
 
 def append(
     frame: "DataFrame", uri: str, table: schemas.Table, query_id: str | None = None, batch_id: int | None = None,
-    metadata: dict[str, Any] | None = None,
+    metadata: Json | None = None,
 ) -> None:  # fmt: skip
     """Appends a frame; with (query_id, batch_id), Delta drops a second write under the same pair.
 
@@ -220,7 +221,7 @@ def append(
 
 
 def _writer(
-    frame: "DataFrame", table: schemas.Table, metadata: dict[str, Any] | None, query_id: str | None,
+    frame: "DataFrame", table: schemas.Table, metadata: Json | None, query_id: str | None,
     batch_id: int | None,
 ) -> "DataFrameWriter":  # fmt: skip
     """A writer of the declared columns. With (query_id, batch_id), Delta drops a second write under the same pair."""
@@ -233,7 +234,7 @@ def _writer(
 
 
 def overwrite(
-    frame: "DataFrame", uri: str, table: schemas.Table, metadata: dict[str, Any] | None = None,
+    frame: "DataFrame", uri: str, table: schemas.Table, metadata: Json | None = None,
     query_id: str | None = None, batch_id: int | None = None,
 ) -> int:  # fmt: skip
     """Replaces the table's rows in one commit.
@@ -371,7 +372,7 @@ def delete_matching(spark: "SparkSession", uri: str, ids: "DataFrame", key: str 
     target.merge(ids.alias("s"), f"t.{key} = s.{key}").whenMatchedDelete().execute()
 
 
-def user_metadata(spark: "SparkSession", uri: str, at: int | None = None) -> dict[str, Any] | None:
+def user_metadata(spark: "SparkSession", uri: str, at: int | None = None) -> Json | None:
     """Reads and parses the `userMetadata` of a commit; None if it has none, or is no longer in the log.
 
     Args:

@@ -8,11 +8,13 @@ data. Driver only.
 
 from typing import TYPE_CHECKING, Any
 
+from miniplm_udf.storage import Json
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) -> int:
+def rows_behind(spark: "SparkSession", uri: str, offset: Json | None) -> int:
     """Counts the rows that were appended and not read yet.
 
     Args:
