@@ -13,7 +13,7 @@ from miniplm_udf.proxy.costs import FlopCounts, flops
 from miniplm_udf.scores.models import read_record
 from miniplm_udf.storage import Json
 from miniplm_udf.store import proxy_records, tables
-from miniplm_udf.store.proxy_records import ProxyRecord
+from miniplm_udf.store.proxy_records import FittedRows, ProxyRecord
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -44,7 +44,7 @@ class ProxyReport:
 
     revision: str
     path: str
-    fitted_on: Json
+    fitted_on: FittedRows
     heldout: Json
     rows: PoolRows
     flops: FlopCounts

@@ -17,8 +17,8 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.config.rules import is_random
 from miniplm_udf.refinement.selection import is_finite, score_bucket
-from miniplm_udf.storage import Json
 from miniplm_udf.store import proxy_records, tables
+from miniplm_udf.store.provenance import Diagnostics
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, Row, SparkSession
@@ -39,7 +39,7 @@ def length_bucket() -> "Column":
 
 def diagnose(
     spark: "SparkSession", config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame", sums: "Sequence[Row]"
-) -> Json:
+) -> Diagnostics:
     """Computes all diagnostics, after the selection.
 
     Args:
@@ -49,26 +49,21 @@ def diagnose(
         rows: the candidates.
         sums: sums over them by `source` and `length`: n_rows, n_unusable, n_negative, n_kept.
 
-    Returns:
-        `negative_share`: the share, of candidates with a finite score, with a score below 0.
-        `spearman_with_reference_loss` and `spearman_error`: the correlation of the score with the reference's mean
-        loss, and its largest possible error; None if there is no reference, or the order is random.
-        `kept_share_by_length`: by range of tokens, e.g. "32-63". `rejects`: rows by reason. `notes`: sentences.
     """
     usable = sum(row["n_rows"] - row["n_unusable"] for row in sums)
     alias = config.reference.alias if config.reference else corpus.aliases.get("reference", "reference")
     has_loss = f"{alias}_nll_mean" in rows.columns and not is_random(corpus)
     correlation = rank_correlation(rows, f"{alias}_nll_mean") if has_loss else None
-    diagnostics = {
+    proxy = proxy_records.read(config.root) if corpus.is_of_proxy else None
+    proxy_warnings = proxy.warnings if proxy else []
+    return {
         "negative_share": sum(row["n_negative"] for row in sums) / usable if usable else None,
         "spearman_with_reference_loss": correlation[0] if correlation else None,
         "spearman_error": correlation[1] if correlation else None,
         "kept_share_by_length": kept_share_by_length(sums),
         "rejects": rejects(spark, config),
+        "notes": [*notes(config, corpus, alias, correlation, sums), *proxy_warnings],
     }
-    proxy = proxy_records.read(config.root) if corpus.is_of_proxy else None
-    proxy_warnings = proxy.warnings if proxy else []
-    return {**diagnostics, "notes": [*notes(config, corpus, alias, correlation, sums), *proxy_warnings]}
 
 
 def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:

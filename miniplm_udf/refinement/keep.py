@@ -27,7 +27,7 @@ from miniplm_udf.refinement.selection import (
     is_finite,
     keep_condition,
 )
-from miniplm_udf.storage import Json
+from miniplm_udf.store.provenance import PlainCuts
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -77,7 +77,7 @@ class SelectionCuts:
         columns = "cut_source string, down_to_score double, down_to_id string, below_score double, below_id string"
         return rows.sparkSession.createDataFrame(values, columns)
 
-    def plain(self) -> Json:
+    def plain(self) -> PlainCuts:
         """The cuts as the provenance holds them.
 
         Returns:

@@ -22,13 +22,12 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from miniplm_udf.report.histogram import Histogram
 from miniplm_udf.report.queries import SourceShare
 from miniplm_udf.report.students import StudentFacts
-from miniplm_udf.storage import Json
 
 KEPT, DROPPED, CUT, INK = "#0072B2", "#C9CED6", "#D55E00", "#3B4252"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 
-_STYLE: Json = {
+_STYLE: dict[str, object] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "axes.formatter.use_mathtext": False,

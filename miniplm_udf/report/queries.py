@@ -20,8 +20,10 @@ from miniplm_udf.refinement import candidates
 from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
 from miniplm_udf.schemas import SCORE_STAGE
+from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.storage import Json
 from miniplm_udf.store import tables
+from miniplm_udf.store.provenance import Diagnostics, VersionTables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -133,7 +135,7 @@ class CorpusFacts:
 
     name: str
     uri: str
-    record: Json
+    record: TableRow
     config: Json
     inputs: Json
     score: Histogram
@@ -149,9 +151,9 @@ class CorpusFacts:
         return str(self.config.get("select", {}).get("rule", "top_ratio"))
 
     @property
-    def diagnostics(self) -> Json:
+    def diagnostics(self) -> Diagnostics:
         """Diagnostics of the refinement; empty for a followed corpus."""
-        diagnostics: Json = self.inputs.get("diagnostics", {})
+        diagnostics: Diagnostics = self.inputs.get("diagnostics", {})
         return diagnostics
 
     @property
@@ -226,14 +228,14 @@ def corpora(spark: "SparkSession", config: ExperimentConfig) -> list[CorpusFacts
     uri = config.layout.table("corpora")
     if not tables.exists(spark, uri):
         return []
-    newest: dict[str, Json] = {}
+    newest: dict[str, TableRow] = {}
     for row in tables.read(spark, uri).orderBy("version").collect():
         newest[row["name"]] = row.asDict()
     order = [*config.refine.corpora, *sorted(newest)]
     return [_corpus(spark, config, newest[name]) for name in dict.fromkeys(order) if name in newest]
 
 
-def _corpus(spark: "SparkSession", config: ExperimentConfig, record: Json) -> CorpusFacts:
+def _corpus(spark: "SparkSession", config: ExperimentConfig, record: TableRow) -> CorpusFacts:
     name = record["name"]
     resolved, inputs = json.loads(record["config"]), json.loads(record["inputs"])
     if (
@@ -268,8 +270,8 @@ def _corpus(spark: "SparkSession", config: ExperimentConfig, record: Json) -> Co
 
 
 def _candidates(
-    spark: "SparkSession", config: ExperimentConfig, record: Json, resolved: Json,
-    inputs: Json, notes: list[str],
+    spark: "SparkSession", config: ExperimentConfig, record: TableRow, resolved: Json,
+    inputs: VersionTables, notes: list[str],
 ) -> "DataFrame":  # fmt: skip
     """The rows that the corpus was chosen from: instance_id, source, n_tokens, score, `<alias>_nll_mean`, kept."""
     from pyspark.sql import functions as F

@@ -10,15 +10,17 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
+from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.storage import Json
 from miniplm_udf.store import pins, tables
+from miniplm_udf.store.provenance import Provenance
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -38,51 +40,6 @@ _GONE = re.compile(
     r"DELTA_\w*(VERSION|TIME_TRAVEL|LOG_FILE|TRUNCATED)|VersionNotFound|time travel"
     r"|FileNotFound|FILE_NOT_EXIST|does not exist|READ_FILE"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Describes a version of a corpus and where it came from: the `userMetadata` of its commit.
-
-    Attributes:
-        corpus: name of the corpus.
-        config: the resolved corpus config.
-        inputs: `matrix_version` (`proxy_version` if a proxy ranks the corpus), and `last_batches`: for each query id in
-            that table, the newest micro-batch that the version includes.
-        model_revisions: by alias.
-        threshold: the lowest kept score.
-        n_candidates: pool rows that passed `where`; `candidate_tokens` are their tokens.
-        n_unscorable: candidates whose score is null, NaN or infinite, which are never kept. None: no longer known.
-        n_instances: rows kept; `n_tokens` are their tokens.
-        fingerprint: hash of the kept ids and scores, independent of order.
-        code_revision: version of this package that refined.
-        kept_share_by_source: share of the candidates that was kept; empty for a followed version.
-        cuts: the last kept rows, by source (`keep.SelectionCuts.plain`); empty for a followed version.
-        diagnostics: results of `diagnostics.diagnose`; empty for a followed version.
-        followed: None for a full refinement, which is exact. Otherwise `since_version`, the full refinement that rows
-            were appended to since; `n_appended`, the rows that this version appended; and `cut`, which chose them
-            (`cuts.BucketCut`).
-        derived: None for a version that was refined or followed. Otherwise `from_version`, the version that the rows,
-            the config and the inputs come from, and `by`: restore, rebuild or take-down (with its `takedown_id`).
-    """
-
-    corpus: str
-    config: Json
-    inputs: Json
-    model_revisions: dict[str, str]
-    threshold: float
-    n_candidates: int
-    candidate_tokens: int
-    n_unscorable: int | None
-    n_instances: int
-    n_tokens: int
-    fingerprint: str
-    code_revision: str
-    kept_share_by_source: dict[str, float]
-    followed: Json | None = None
-    cuts: Json = dataclasses.field(default_factory=dict)
-    diagnostics: Json = dataclasses.field(default_factory=dict)
-    derived: Json | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +153,7 @@ def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     return parsed(choose_version(rows, name, version))
 
 
-def choose_version(rows: Sequence[Mapping[str, Any]], name: str, version: int | None = None) -> Json:
+def choose_version(rows: Sequence[TableRow], name: str, version: int | None = None) -> TableRow:
     """Chooses the row of one version among the rows of `corpora`.
 
     Args:
@@ -219,10 +176,10 @@ def choose_version(rows: Sequence[Mapping[str, Any]], name: str, version: int | 
             f"corpus {name!r}, version {'newest' if version is None else version}: expected one of the corpora {names}"
             f"{versions}; run `miniplm refine` to make one"
         )
-    return dict(chosen[-1])
+    return chosen[-1]
 
 
-def parsed(row: Mapping[str, Any]) -> Json:
+def parsed(row: TableRow) -> Json:
     """A row of `corpora` as plain data, its JSON parsed."""
     return {**row, "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])}
 
@@ -323,7 +280,7 @@ def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> 
         CorpusError: there is no such corpus or version.
     """
     row = show_corpus(spark, root, name, version)
-    inputs = dict(row["inputs"])
+    inputs: Any = dict(row["inputs"])
     revisions = inputs.pop("model_revisions", {})
     apart = {key: inputs.pop(key) for key in _RECORDED_APART if key in inputs}
     counts = ("threshold", "n_candidates", "candidate_tokens", "n_instances", "n_tokens", "fingerprint")
@@ -354,7 +311,7 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
     for key in _RECORDED_APART:
         if value := getattr(provenance, key):
             inputs[key] = value
-    values: Json = {
+    values: TableRow = {
         "name": provenance.corpus,
         "version": version,
         "config": json.dumps(provenance.config, sort_keys=True),
