@@ -15,13 +15,12 @@ from jobs.stage_runner import stage_main
 from jobs.stages import Options
 from jobs.trainer_process import run_trainer
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> Json:
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, list[str]]:
     """Evaluates all students.
 
     Args:

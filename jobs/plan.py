@@ -8,12 +8,11 @@ import datetime
 import enum
 from collections.abc import Sequence
 
-from jobs.records import read_record
+from jobs.records import StageRecord, read_record
 from jobs.stages import Options, Stage
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.storage import Json
 
 
 class _Outcome(enum.Enum):
@@ -94,7 +93,7 @@ def _outcome(
     return _Outcome.SKIPPED, f": unchanged since it finished ({finished})"
 
 
-def _finished(record: Json) -> str:
+def _finished(record: StageRecord) -> str:
     seconds = f"{record['seconds']:.0f} s"
     if (at := record.get("finished_at")) is None:
         return seconds

@@ -16,13 +16,12 @@ from jobs.stage_runner import stage_main
 from jobs.summary import build_summary, write_summary
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.lease import Lease
-from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
+def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, str | float]:
     """Writes summary.json of the stages that have run so far, and the report.
 
     Args:

@@ -181,7 +181,7 @@ def evaluate_inputs(config: ExperimentConfig) -> list[Any]:
 def report_inputs(config: ExperimentConfig) -> list[Any]:
     """The section `report`, and when the stages before it finished."""
     records = [read_record(config, stage) for stage in ("ingest", "score", "refine", "train", "evaluate")]
-    return [to_dict(config.report), [(record or {}).get("finished_at") for record in records]]
+    return [to_dict(config.report), [record.get("finished_at") if record else None for record in records]]
 
 
 def model_files(config: ExperimentConfig, file: str) -> list[str]:

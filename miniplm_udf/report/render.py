@@ -22,7 +22,7 @@ from miniplm_udf.report import figures, queries
 from miniplm_udf.report import students as students_module
 from miniplm_udf.report.queries import CorpusFacts
 from miniplm_udf.report.students import StudentFacts
-from miniplm_udf.storage import Json
+from miniplm_udf.report.summary import PipelineSummary
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -31,7 +31,7 @@ LOGGER = logging.getLogger("miniplm.report")
 _NONE = "–"
 
 
-def build_report(spark: "SparkSession", config: ExperimentConfig, summary: Json) -> Path:
+def build_report(spark: "SparkSession", config: ExperimentConfig, summary: PipelineSummary) -> Path:
     """Writes the report of an experiment and logs it to MLflow.
 
     Args:
@@ -58,7 +58,7 @@ def build_report(spark: "SparkSession", config: ExperimentConfig, summary: Json)
 
 
 def render(
-    config: ExperimentConfig, summary: Json, overview: queries.Overview, corpora: list[CorpusFacts],
+    config: ExperimentConfig, summary: PipelineSummary, overview: queries.Overview, corpora: list[CorpusFacts],
     students: list[StudentFacts],
 ) -> str:  # fmt: skip
     """Renders the report as one HTML page.

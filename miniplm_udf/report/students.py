@@ -17,6 +17,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random, resolve
 from miniplm_udf.errors import mlflow_errors
+from miniplm_udf.report.summary import PipelineSummary
 from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _curve(config: ExperimentConfig, run_id: str | None) -> list[tuple[int, floa
     return sorted({point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}.items())
 
 
-def log_comparison(config: ExperimentConfig, report: Path, summary: Json) -> str | None:
+def log_comparison(config: ExperimentConfig, report: Path, summary: PipelineSummary) -> str | None:
     """Puts the report and the summary into MLflow, as artifacts of the run "comparison" of this root.
 
     Args:
