@@ -13,7 +13,7 @@ import contextlib
 import getpass
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ from jobs.session import command_session
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.corpora import listing
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.storage import Json
 from miniplm_udf.upkeep import preflight
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _with_spark(word: str, work: Work) -> Callable[[ExperimentConfig, argparse.N
     return run
 
 
-def _takes(*names: str, **options: Json) -> Callable[[argparse.ArgumentParser], None]:
+def _takes(*names: str, **options: Mapping[str, Any]) -> Callable[[argparse.ArgumentParser], None]:
     """Adds versions as positional arguments, and further options (`_` stands for `-`)."""
 
     def add(parser: argparse.ArgumentParser) -> None:

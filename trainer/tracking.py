@@ -210,7 +210,7 @@ class Run:
         self.set_tags({key: str(value) for key, value in tags.items() if value is not None})
         self._log("the lineage is not logged", lambda: self._mlflow.log_dict(lineage, "lineage.json"))
 
-    def set_tags(self, tags: Json) -> None:
+    def set_tags(self, tags: dict[str, str]) -> None:
         """Sets tags of the run.
 
         Args:

@@ -36,8 +36,8 @@ from miniplm_udf.ingestion.inputs import find_inputs
 from miniplm_udf.ingestion.packed import packed_sample
 from miniplm_udf.ingestion.query import chunking_model, executor_tokenizer_hash
 from miniplm_udf.ingestion.splits import INSTANCE, REJECT, ChunkingSpec, make_ingest_function, output_spark_schema
+from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.scoring.description import with_absolute_path
-from miniplm_udf.storage import Json
 from miniplm_udf.workers.remote import run_over_rows
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class _CutSample:
         rejects: rejected rows, by reason.
     """
 
-    instances: list[Json]
+    instances: list[TableRow]
     rejects: dict[str, int]
 
     @property
@@ -69,7 +69,7 @@ class _CutSample:
         return sum(row["starts_document"] + len(row["segment_ends"]) for row in self.instances)
 
     @property
-    def pool(self) -> list[Json]:
+    def pool(self) -> list[TableRow]:
         """The instances that would be scored."""
         return [row for row in self.instances if row["split"] == "pool"]
 

@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from miniplm_udf import errors
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig, TrainConfig
+from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.flops import forward_flops
 from miniplm_udf.storage import Json
@@ -122,7 +123,7 @@ def measure_model(request: MeasureRequest, batches: Iterator[pa.RecordBatch]) ->
         return _measure(request, rows)
 
 
-def _measure(request: MeasureRequest, rows: list[Json]) -> Measured:
+def _measure(request: MeasureRequest, rows: list[TableRow]) -> Measured:
     from miniplm_udf.scoring.models import describe
 
     with _model(request) as config:
@@ -212,7 +213,7 @@ class _TokenCounts:
     rejects: dict[str, int]
 
 
-def _count(config: ModelConfig, description: ModelDescription, rows: list[Json]) -> _TokenCounts:
+def _count(config: ModelConfig, description: ModelDescription, rows: list[TableRow]) -> _TokenCounts:
     from miniplm_udf.scoring.inputs import TextEncoder, TextTokenizer
     from miniplm_udf.scoring.models import model_folder
     from miniplm_udf.scoring.results import Failure
@@ -271,7 +272,7 @@ class _Timing:
     warnings: list[str]
 
 
-def _time(config: ModelConfig, description: ModelDescription, request: MeasureRequest, rows: list[Json]) -> _Timing:
+def _time(config: ModelConfig, description: ModelDescription, request: MeasureRequest, rows: list[TableRow]) -> _Timing:
     """Loads the model, scores one batch twice, then a random part of the other instances for about `seconds`.
 
     Raises:
@@ -298,13 +299,13 @@ def _time(config: ModelConfig, description: ModelDescription, request: MeasureRe
     return _Timing(start_seconds, rate, tokens, [] if request.architecture is not None else scorer.warnings)
 
 
-def _first_bytes(rows: list[Json], n_bytes: int) -> list[Json]:
+def _first_bytes(rows: list[TableRow], n_bytes: int) -> list[TableRow]:
     """Returns the first rows whose texts together have `n_bytes`; at least one row."""
     sizes = itertools.accumulate(len(row["text"].encode("utf-8")) for row in rows)
     return rows[: 1 + sum(1 for size in sizes if size < n_bytes)]
 
 
-def _score(scorer: Any, rows: list[Json]) -> tuple[int, float]:
+def _score(scorer: Any, rows: list[TableRow]) -> tuple[int, float]:
     """Scores rows; returns the scored tokens and the seconds."""
     started = time.perf_counter()
     results = scorer.score(*([row[name] for row in rows] for name in ("text", "segment_ends", "ends_document")))

@@ -29,7 +29,6 @@ from miniplm_udf.ingestion.documents import (
     instance_id,
     reject_id,
 )
-from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -242,7 +241,7 @@ class Output:
         self._schema, self._spec_hash = schema, spec_hash
         self._stream_ids: dict[tuple[str, str], str] = {}
         self._n_bytes = 0
-        self.rows: list[Json] = []
+        self.rows: list[dict[str, object]] = []
 
     @property
     def is_full(self) -> bool:

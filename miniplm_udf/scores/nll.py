@@ -12,7 +12,7 @@ does. The driver needs no torch: an executor describes the model, once. A retrie
 import dataclasses
 import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,7 +22,6 @@ from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.errors import ConfigError, ScoringError
 from miniplm_udf.scores.models import describe_on_executor
 from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
-from miniplm_udf.storage import Json
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.messages import SCORE_REQUEST_SCHEMA, ddl
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
@@ -86,7 +85,7 @@ def nll_udf(
     return arrow_udf(nll_arrow(factory, ends_document), NLL_DDL, ArrowUDFType.SCALAR_ITER)
 
 
-def _model_config(model: str, settings: Json) -> ModelConfig:
+def _model_config(model: str, settings: Mapping[str, Any]) -> ModelConfig:
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "path"]
     for name in settings:
         if name not in names:

@@ -7,13 +7,12 @@ torch and transformers inside the functions. A retry loads the model again.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.weights import Tensor, tensors
-from miniplm_udf.storage import Json
 
 _SHOWN = 3
 # Prefixes that torch.compile, DDP, FSDP and activation checkpointing put into the names of weights.
@@ -63,7 +62,7 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
     return model
 
 
-def check_report(where: str, model: Any, report: Json) -> None:
+def check_report(where: str, model: Any, report: Mapping[str, Any]) -> None:
     """Refuses a model whose loading report names a missing, unexpected or mismatched weight.
 
     transformers leaves out of the report what is accounted for: tied weights, and the tensors that the architecture

@@ -8,7 +8,7 @@ as a whole and outlives its driver: only the lease tells whether the query runs 
 import dataclasses
 import datetime
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import fsspec
@@ -168,7 +168,7 @@ _GAUGES: dict[str, tuple[str, Callable[[QueryStatus], float | None]]] = {
     "miniplm_last_seen_timestamp_seconds": ("when the driver last wrote the status", lambda s: _epoch(s.seen_at)),
     "miniplm_stalled_seconds": ("seconds without progress in the running micro-batch", lambda s: s.stalled_seconds),
 }
-_MODEL_GAUGES: dict[str, tuple[str, Callable[[QueryStatus], Json]]] = {
+_MODEL_GAUGES: dict[str, tuple[str, Callable[[QueryStatus], Mapping[str, float]]]] = {
     "miniplm_tokens": ("tokens scored since the command began", lambda s: s.tokens),
     "miniplm_tokens_per_second": (
         "tokens per second of the newest micro-batch that scored",
