@@ -70,7 +70,7 @@ def _check_heldout(config: ExperimentConfig, ingested: Json) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the pipeline and prints its summary."""
+    """Runs `miniplm run` and returns its exit code; `argv` defaults to the arguments of the process."""
     parser = make_parser("run", __doc__)
     add_config_arguments(parser)
     add_retrain_argument(parser)

@@ -182,7 +182,11 @@ def _job_with_options(name: str) -> Run:
 
 
 def add_retrain_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--retrain-reference`."""
+    """Adds `--retrain-reference`.
+
+    Args:
+        parser: the parser of `miniplm run` or of the stage `reference`.
+    """
     parser.add_argument(
         "--retrain-reference", action="store_true", help="train the reference again; its scores are then made again"
     )

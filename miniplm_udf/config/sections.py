@@ -16,13 +16,13 @@ _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises a `ConfigError` with the message, unless the condition holds."""
+    """Raises a `ConfigError` with the `message`, unless the `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def check_name(kind: str, name: str) -> None:
-    """Refuses a name that cannot be part of a column or table name; `kind` says what it names, for the message."""
+    """Refuses a `name` that cannot be part of a column or table name; `kind` says what it names, for the message."""
     check(
         bool(name) and set(name) <= _NAME_CHARACTERS and not name[0].isdigit(),
         f"{kind} {name!r}: names become column and table names, so use letters, digits and _ (no leading digit)",

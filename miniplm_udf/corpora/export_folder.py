@@ -50,7 +50,11 @@ def check_free(target: str, overwrite: bool) -> None:
 
 
 def manifest_of(target: str) -> Json | None:
-    """The manifest of the export in a folder; None if the folder has none."""
+    """Reads the manifest of the export in a folder; None if the folder has none.
+
+    Args:
+        target: URI of the folder, which need not exist.
+    """
     manifest = None
     with contextlib.suppress(ValueError):  # another program's file with that name
         manifest = storage.read_json(storage.join(target, MANIFEST))

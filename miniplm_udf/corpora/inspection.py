@@ -221,6 +221,9 @@ class _Search:
 def cuts_of(provenance: Provenance) -> dict[str | None, list[float]]:
     """The scores of a version's cuts.
 
+    Args:
+        provenance: of the version. A followed version has one cut; one without recorded cuts, its threshold.
+
     Returns:
         By source, or under None for all sources together: one score, or two for a band.
     """

@@ -243,6 +243,11 @@ def recorded_candidates(
 def recorded_config(root: str, name: str, recorded: Provenance) -> tuple[ExperimentConfig, CorpusConfig]:
     """The part of the experiment that a version depends on, and its resolved corpus config, from the provenance.
 
+    Args:
+        root: URI of the root, for the config.
+        name: of the corpus.
+        recorded: the provenance of the version.
+
     Raises:
         CorpusError: another release of this code wrote the record.
     """

@@ -172,6 +172,10 @@ def split_of(text: str, shares: SplitConfig) -> str:
 
     Held-out texts come from the bottom of [0, 1), the reference's from the top: a share that grows takes texts from
     `pool` only, and no text moves between the other two splits.
+
+    Args:
+        text: the document's text; runs of whitespace count as one space.
+        shares: shares of the splits `heldout` and `reference`, 0 to 1.
     """
     normalised = " ".join(text.split()).encode("utf-8")
     position = int.from_bytes(hashlib.blake2b(normalised, digest_size=8).digest(), "big") / 2**64
@@ -185,6 +189,10 @@ def find_field(row: Json, name: str) -> Any:
 
     A key that is spelled like the name comes first. Otherwise dots in the name go into nested objects: `meta.set` is
     the field `set` of `meta`.
+
+    Args:
+        row: the object, parsed.
+        name: name of the field, perhaps with dots.
     """
     if name in row:
         return row[name]

@@ -120,7 +120,11 @@ def tokenizer_folder(model: ModelConfig) -> Path:
 
 
 def load_encode(folder: Path) -> Encode:
-    """Loads the tokenizer in a folder as an `Encode`."""
+    """Loads the tokenizer in a folder as an `Encode`.
+
+    Args:
+        folder: a local folder with a tokenizer.json.
+    """
     from miniplm_udf.scoring.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)

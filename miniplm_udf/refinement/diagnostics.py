@@ -67,7 +67,11 @@ def diagnose(
 
 
 def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:
-    """The share of the candidates that was kept, by range of tokens."""
+    """The share of the candidates that was kept, 0 to 1, by range of tokens, e.g. "32-63".
+
+    Args:
+        sums: as in `diagnose`.
+    """
     by_length: dict[int, tuple[int, int]] = {}
     for row in sums:
         n_kept, n_rows = by_length.get(row["length"], (0, 0))
@@ -124,7 +128,12 @@ def notes(
 
 
 def rank_correlation(rows: "DataFrame", loss: str) -> tuple[float, float] | None:
-    """Spearman's correlation of `score` with a column of losses, and a bound on its error; None as in `spearman`."""
+    """Spearman's correlation of `score` with a column of losses, and a bound on its error; None as in `spearman`.
+
+    Args:
+        rows: the candidates; rows without a finite score or without a loss are left out.
+        loss: name of the column, nats per token.
+    """
     from pyspark.sql import functions as F
 
     joint = (

@@ -135,7 +135,15 @@ def _overtaken(uri: str) -> CorpusError:
 
 
 def list_corpora(spark: "SparkSession", root: str) -> "DataFrame":
-    """The table `corpora`: all versions of all corpora, sorted by name and version."""
+    """The table `corpora`: all versions of all corpora, sorted by name and version.
+
+    Args:
+        spark: any session.
+        root: path or URI of the root.
+
+    Raises:
+        CorpusError: there is no such table.
+    """
     return tables.read(spark, Root(root).table("corpora")).orderBy("name", "version")
 
 
@@ -143,6 +151,8 @@ def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     """The row of `corpora` of a version, with its JSON parsed.
 
     Args:
+        spark: any session.
+        root: path or URI of the root.
         name: of the corpus.
         version: None takes the newest.
 
@@ -180,7 +190,11 @@ def choose_version(rows: Sequence[TableRow], name: str, version: int | None = No
 
 
 def parsed(row: TableRow) -> Json:
-    """A row of `corpora` as plain data, its JSON parsed."""
+    """A row of `corpora` as plain data, its JSON parsed.
+
+    Args:
+        row: the row, whose `config` and `inputs` are JSON texts.
+    """
     return {**row, "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])}
 
 
@@ -233,6 +247,9 @@ def read_corpus(spark: "SparkSession", root: str, name: str, version: int | None
 def with_files(rows: "DataFrame") -> "DataFrame":
     """Returns the frame after checking that its files exist, because Spark logs a trace for each missing file.
 
+    Args:
+        rows: a frame that reads files.
+
     Raises:
         FileNotFoundError: a file is missing.
     """
@@ -243,13 +260,17 @@ def with_files(rows: "DataFrame") -> "DataFrame":
 
 
 def is_gone(error: Exception) -> bool:
-    """Whether a read failed because the version or its files no longer exist."""
+    """Whether a read failed because the version or its files no longer exist.
+
+    Args:
+        error: any error of Spark, Delta or `with_files`.
+    """
     return bool(_GONE.search(str(error)))
 
 
 @contextlib.contextmanager
 def readable(name: str, version: int) -> Iterator[None]:
-    """Turns Spark's and Delta's errors about a missing version, raised in the block, into a `CorpusError`.
+    """Turns errors of the block that say that the `version` of the corpus `name` is missing into a `CorpusError`.
 
     Raises:
         CorpusError: the version is gone.
@@ -265,7 +286,7 @@ def readable(name: str, version: int) -> Iterator[None]:
 
 
 def gone_message(name: str, version: int) -> str:
-    """Says that the rows of a version are gone, and how to make them again."""
+    """Says that the rows of a `version` of the corpus `name` are gone, and how to make them again."""
     return (
         f"corpus {name!r}, version {version}: expected its files, found that they are gone: a version that is not "
         "pinned is kept until maintenance or a take-down removes it; `miniplm corpus rebuild` makes its rows again"
@@ -275,6 +296,12 @@ def gone_message(name: str, version: int) -> str:
 def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> Provenance:
     """A version's provenance from its row of `corpora`, which outlives the log. `n_unscorable` and
     `kept_share_by_source` are not in the row, so they are None and empty.
+
+    Args:
+        spark: any session.
+        root: path or URI of the root.
+        name: of the corpus.
+        version: its number.
 
     Raises:
         CorpusError: there is no such corpus or version.
@@ -298,7 +325,17 @@ def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> 
 
 
 def record(spark: "SparkSession", root: str, version: int, provenance: Provenance) -> bool:
-    """Adds the row of a version to `corpora`, unless the version has a row; returns whether a row was added."""
+    """Adds the row of a version to `corpora`, unless the version has a row.
+
+    Args:
+        spark: any session.
+        root: path or URI of the root.
+        version: number of the version.
+        provenance: becomes the row.
+
+    Returns:
+        Whether a row was added.
+    """
     from pyspark.sql import functions as F
 
     tables.create(spark, Root(root).table("corpora"), schemas.CORPORA)
@@ -333,6 +370,11 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
 def require_unrecorded(spark: "SparkSession", root: str, name: str) -> None:
     """Refuses to create the table of a corpus whose versions are recorded: new versions would get the same numbers.
 
+    Args:
+        spark: any session.
+        root: path or URI of the root.
+        name: of the corpus.
+
     Raises:
         CorpusError: `corpora` has rows of the corpus.
     """
@@ -344,7 +386,7 @@ def require_unrecorded(spark: "SparkSession", root: str, name: str) -> None:
 
 
 def no_table_message(root: str, name: str, versions: list[int]) -> str:
-    """Says that the table of a corpus is gone, although `corpora` records versions."""
+    """Says that the table of the corpus `name` is gone from `root`, although `corpora` records its `versions`."""
     return (
         f"table {storage.redact(Root(root).refined(name))}: expected the versions {versions} that tables/corpora "
         "records, found no table; put it back from a copy, or refine under another name in refine.corpora: new "

@@ -83,6 +83,8 @@ def add(spark: "SparkSession", root: str, pin: Pin, rows: "DataFrame", metadata:
     """Copies a version's rows, and then adds the row of the pin.
 
     Args:
+        spark: any session.
+        root: path or URI of the root.
         pin: the row.
         rows: the version's rows, as in `refined/<name>`.
         metadata: the version's provenance, which becomes the `userMetadata` of the copy.

@@ -94,7 +94,7 @@ def _remove_log_without_commits(uri: str) -> None:
 
 
 def detail(spark: "SparkSession", uri: str) -> "Row | None":
-    """Delta's description of a table (`id`, `numFiles`, `properties`, ...); None if there is no table."""
+    """Delta's description of the table at `uri` (`id`, `numFiles`, `properties`, ...); None if there is no table."""
     from delta.tables import DeltaTable
 
     return DeltaTable.forPath(spark, uri).detail().collect()[0] if exists(spark, uri) else None
@@ -152,7 +152,7 @@ def long_scans(spark: "SparkSession") -> Iterator[None]:
 
 
 def version(spark: "SparkSession", uri: str) -> int | None:
-    """The newest version of the table; None if there is no table."""
+    """The newest version of the table at `uri`; None if there is no table."""
     from delta.tables import DeltaTable
 
     if not exists(spark, uri):
@@ -161,7 +161,7 @@ def version(spark: "SparkSession", uri: str) -> int | None:
 
 
 def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
-    """Selects the declared columns in order and checks their types. Delta checks nullability when it writes.
+    """Selects the columns of `frame` that `table` declares, and checks their types; Delta checks their nullability.
 
     Raises:
         SchemaMismatchError: a column is missing, is not declared, or has another type.
@@ -336,7 +336,7 @@ def vacuum(spark: "SparkSession", uri: str, retain_hours: float, is_logged: bool
 def make_readable(spark: "SparkSession", uri: str) -> bool:
     """Switches off the features in `delta_features`, and rewrites the files so that they hold exactly the table's rows.
 
-    No row changes, and streams that read the table do not notice it. The old files stay until a vacuum.
+    No row of the table at `uri` changes, and streams that read it do not notice. The old files stay until a vacuum.
 
     Returns:
         Whether files were rewritten or properties changed.

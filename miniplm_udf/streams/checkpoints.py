@@ -138,6 +138,7 @@ def needed_from(spark: "SparkSession", table_uri: str, checkpoint: Checkpoint) -
 
     Args:
         table_uri: the source of the query.
+        checkpoint: of the query.
 
     Returns:
         The version; files that commits up to it have replaced are not wanted any more. None: no file is wanted.

@@ -209,7 +209,7 @@ class ScorerSlot:
 
     @deaths.setter
     def deaths(self, n: int) -> None:
-        """Writes the number of deaths into the slot's file, with the keys of the task's models."""
+        """Writes the number `n` of deaths into the slot's file, with the keys of the task's models."""
         self._file.truncate(0)
         self._file.write(json.dumps({"keys": self._keys, "deaths": n}))
         self._file.flush()
