@@ -11,12 +11,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from miniplm_udf import stopping
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import EXIT_DONE, MiniplmError
 from miniplm_udf.progress import configure_logging
+from miniplm_udf.storage import Json
 
 LOGGER = logging.getLogger("miniplm.trainer")
 _TRAIN = """Trains models on their packed tables and writes <root>/models/NAME/. A model that is finished with the same
@@ -88,7 +88,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace) -> Json:
     """Runs the command; returns the JSON object for stdout."""
     config: ExperimentConfig = load_config(arguments.config, arguments.overrides)
     # Imported here, so that --help and config errors come at once: torch and transformers take seconds to import.

@@ -25,6 +25,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files, delta_log
 
 LOGGER = logging.getLogger("miniplm.trainer.data")
@@ -86,7 +87,7 @@ def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
         raise CorpusError(f"the Delta table {shown} cannot be read{at}: {error}") from error
 
 
-def user_metadata(uri: str, version: int) -> dict[str, Any] | None:
+def user_metadata(uri: str, version: int) -> Json | None:
     """Returns the parsed `userMetadata` of the newest commit that has it, up to a version; else None.
 
     Args:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.storage import Json
 
 # Keys that transformers 5 accepts and moves into `rope_parameters` of the config.
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
@@ -46,7 +47,7 @@ def _check_keys(where: str, config_class: type[PretrainedConfig], keys: list[str
 
 
 def model_config(
-    architecture: dict[str, Any],
+    architecture: Json,
     *,
     where: str,
     vocab_size: int,

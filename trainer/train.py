@@ -26,6 +26,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.errors import ConfigError, MiniplmError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import progress
+from miniplm_udf.storage import Json
 from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import World, process_group
@@ -320,7 +321,7 @@ def _save_model(training: _Training, files: TokenizerFiles, record: TrainingReco
         check_auto_tokenizer(folder, target.name)
 
 
-def plan(config: ExperimentConfig, target: Target) -> dict[str, Any]:
+def plan(config: ExperimentConfig, target: Target) -> Json:
     """Returns the plan of `train` for a dry run. Trains and writes nothing.
 
     Args:
@@ -335,7 +336,7 @@ def plan(config: ExperimentConfig, target: Target) -> dict[str, Any]:
         CorpusError: the packed table exists, but cannot be trained on.
     """
     sequences = target.train.steps * target.train.batch_sequences
-    facts: dict[str, Any] = {
+    facts: Json = {
         "name": target.name,
         "reads": [
             storage.redact(config.layout.table(target.packed_table)),

@@ -11,7 +11,7 @@ of the run and no row, and the next run does it again. One driver annotates at a
 import dataclasses
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas
 from miniplm_udf.annotations import contamination, duplicates, language, packages, quality
@@ -21,6 +21,7 @@ from miniplm_udf.config.annotate import AnnotateConfig
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class AnnotationSummary:
     languages: dict[str, int] | None = None
     evaluation: EvaluationCounts | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain data, without the groups that the config does not have."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 

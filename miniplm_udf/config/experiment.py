@@ -44,6 +44,7 @@ from miniplm_udf.config.sections import (
 )
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.layout import Root
+from miniplm_udf.storage import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +230,7 @@ def _unshared(value: Any) -> Any:
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
-def _inherit_train(raw: dict[str, Any]) -> None:
+def _inherit_train(raw: Json) -> None:
     """Gives each student's and the reference's `train` the keys of the experiment's `train` that it does not set."""
     shared = raw.get("train") or {}
     owners = [raw["reference"]] if raw.get("reference") else []
@@ -279,7 +280,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         raise ConfigError(f"config {path}: {cause or error}") from error
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Json:
     """Returns a config as plain data, as provenance records it.
 
     Args:

@@ -7,21 +7,22 @@ Sections of annotation and refinement are in annotate.py and refine.py. Imports 
 
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.storage import Json
 
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises a `ConfigError` with the message, unless the condition holds."""
+    """Raises a `ConfigError` with the `message`, unless the `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def check_name(kind: str, name: str) -> None:
-    """Refuses a name that cannot be part of a column or table name; `kind` says what it names, for the message."""
+    """Refuses a `name` that cannot be part of a column or table name; `kind` says what it names, for the message."""
     check(
         bool(name) and set(name) <= _NAME_CHARACTERS and not name[0].isdigit(),
         f"{kind} {name!r}: names become column and table names, so use letters, digits and _ (no leading digit)",
@@ -352,7 +353,7 @@ class StudentConfig:
         train: keys that are not set come from the experiment's section `train`.
     """
 
-    architecture: dict[str, Any]
+    architecture: Json
     corpus: str
     tokenizer: str
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -371,7 +372,7 @@ class ReferenceConfig:
 
     alias: str = "reference"
     tokenizer: str = "teacher"
-    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    architecture: Json = dataclasses.field(default_factory=dict)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
 

@@ -22,6 +22,7 @@ import fsspec
 from miniplm_udf import storage
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.ingestion.footers import Footer, ParquetColumn, same_name
+from miniplm_udf.schemas.types import TableRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -168,7 +169,7 @@ def make_reader(fields: FieldsConfig) -> Callable[[Iterator["pa.RecordBatch"]], 
     return read
 
 
-def _read_split(place: dict[str, Any], n_rows: int, fields: FieldsConfig) -> Iterator["pa.RecordBatch"]:
+def _read_split(place: TableRow, n_rows: int, fields: FieldsConfig) -> Iterator["pa.RecordBatch"]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -216,7 +217,7 @@ def row_groups(metadata: Any, start: int, end: int) -> list[int]:
     return numbers
 
 
-def _with_place(batch: "pa.RecordBatch", place: dict[str, Any]) -> "pa.RecordBatch":
+def _with_place(batch: "pa.RecordBatch", place: TableRow) -> "pa.RecordBatch":
     import pyarrow as pa
 
     for name, value in place.items():

@@ -20,6 +20,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import PackConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.packing.tokenizers import TOKENIZER_FILE, PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.text_join import texts_of
 
@@ -75,7 +76,7 @@ class _Source:
     """
 
     corpus: str
-    identity: dict[str, Any]
+    identity: Json
     read: Callable[[], tuple["DataFrame", int]]
     if_empty: str
 
@@ -182,7 +183,7 @@ def _pack(spark: "SparkSession", config: ExperimentConfig, source: _Source, toke
     return _summary(uri, version, metadata, skipped=False)
 
 
-def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> dict[str, Any]:
+def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> Json:
     """Everything that decides which sequences are made; recorded in the commit."""
     return {
         **source.identity,
@@ -196,7 +197,7 @@ def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> di
     }
 
 
-def _summary(uri: str, version: int, metadata: dict[str, Any], skipped: bool) -> PackSummary:
+def _summary(uri: str, version: int, metadata: Json, skipped: bool) -> PackSummary:
     counts = {name: metadata[name] for name in ("n_sequences", "n_tokens", "n_targets", "n_instances")}
     LOGGER.info(
         "%s: version %d, %d sequences, %d tokens%s",

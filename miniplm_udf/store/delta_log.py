@@ -11,11 +11,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
 from miniplm_udf import storage
+from miniplm_udf.storage import Json
 
 # The names of a commit and of a checkpoint in a table's log begin with their version.
 _LOG_FILE = re.compile(r"(\d{20})\.(json$|checkpoint\.)")
@@ -37,7 +37,7 @@ class Commit:
     user_metadata: str | None
     metrics: Mapping[str, str]
 
-    def metadata(self) -> dict[str, Any] | None:
+    def metadata(self) -> Json | None:
         """Parses `user_metadata`, for commits of this project; None if there is none."""
         return json.loads(self.user_metadata) if self.user_metadata else None
 
@@ -120,7 +120,7 @@ def read_commit(uri: str, version: int) -> Commit | None:
         with fsspec.open(storage.join(uri, "_delta_log", f"{version:020}.json"), "r", encoding="utf-8") as lines:
             # One action a line; the commit's own is the first, unless another program than Spark wrote it.
             actions = (json.loads(line) for line in lines if line.strip())
-            said: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+            said: Json = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
     except FileNotFoundError:
         return None
     return Commit(

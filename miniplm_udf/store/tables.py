@@ -9,12 +9,13 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fsspec
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError, SchemaMismatchError
+from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files
 from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, TYPE_WIDENING, needs_repair
 from miniplm_udf.store.delta_log import has_commits, newest_version
@@ -94,7 +95,7 @@ def _remove_log_without_commits(uri: str) -> None:
 
 
 def detail(spark: "SparkSession", uri: str) -> "Row | None":
-    """Delta's description of a table (`id`, `numFiles`, `properties`, ...); None if there is no table."""
+    """Delta's description of the table at `uri` (`id`, `numFiles`, `properties`, ...); None if there is no table."""
     from delta.tables import DeltaTable
 
     return DeltaTable.forPath(spark, uri).detail().collect()[0] if exists(spark, uri) else None
@@ -152,7 +153,7 @@ def long_scans(spark: "SparkSession") -> Iterator[None]:
 
 
 def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
-    """Selects the declared columns in order and checks their types. Delta checks nullability when it writes.
+    """Selects the columns of `frame` that `table` declares, and checks their types; Delta checks their nullability.
 
     Raises:
         SchemaMismatchError: a column is missing, is not declared, or has another type.
@@ -180,7 +181,7 @@ def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
 
 def append(
     frame: "DataFrame", uri: str, table: schemas.Table, query_id: str | None = None, batch_id: int | None = None,
-    metadata: dict[str, Any] | None = None,
+    metadata: Json | None = None,
 ) -> None:  # fmt: skip
     """Appends a frame; with (query_id, batch_id), Delta drops a second write under the same pair.
 
@@ -212,7 +213,7 @@ def append(
 
 
 def _writer(
-    frame: "DataFrame", table: schemas.Table, metadata: dict[str, Any] | None, query_id: str | None,
+    frame: "DataFrame", table: schemas.Table, metadata: Json | None, query_id: str | None,
     batch_id: int | None,
 ) -> "DataFrameWriter":  # fmt: skip
     """A writer of the declared columns. With (query_id, batch_id), Delta drops a second write under the same pair."""
@@ -225,7 +226,7 @@ def _writer(
 
 
 def overwrite(
-    frame: "DataFrame", uri: str, table: schemas.Table, metadata: dict[str, Any] | None = None,
+    frame: "DataFrame", uri: str, table: schemas.Table, metadata: Json | None = None,
     query_id: str | None = None, batch_id: int | None = None,
 ) -> int:  # fmt: skip
     """Replaces the table's rows in one commit.
@@ -350,7 +351,7 @@ def _has_only_listed_files(uri: str, on_disk: set[str]) -> bool:
 def make_readable(spark: "SparkSession", uri: str) -> bool:
     """Switches off the features in `delta_features`, and rewrites the files so that they hold exactly the table's rows.
 
-    No row changes, and streams that read the table do not notice it. The old files stay until a vacuum.
+    No row of the table at `uri` changes, and streams that read it do not notice. The old files stay until a vacuum.
 
     Returns:
         Whether files were rewritten or properties changed.

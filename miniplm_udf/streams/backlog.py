@@ -7,15 +7,16 @@ data. Driver only.
 """
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_log
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) -> int:
+def rows_behind(spark: "SparkSession", uri: str, offset: Json | None) -> int:
     """Counts the rows that were appended and not read yet.
 
     Args:

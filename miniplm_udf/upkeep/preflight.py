@@ -207,6 +207,9 @@ def _named_by_files(root: str) -> dict[str, str]:
 def require_writable(root: str) -> None:
     """Refuses a local root that cannot be made or written, with the reason that the operating system gives.
 
+    Args:
+        root: path or URI of the root; one that is not local passes.
+
     Raises:
         ConfigError: it cannot be written.
     """

@@ -16,6 +16,7 @@ from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION
 from miniplm_udf.refinement.fingerprints import fingerprint_of, sums_of
 from miniplm_udf.schemas import CORPORA, PINS
 from miniplm_udf.store import corpus_records, delta_log, pins, tables, takedowns
+from miniplm_udf.store.provenance import VersionTables
 from miniplm_udf.upkeep.checks import TABLES, Check, CheckedRoot, examples_of, none, unique
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _has_batches(checked: CheckedRoot, source: str, batches: dict[str, int]) -> 
     return source in present and bool(batches) and set(batches) <= queries
 
 
-def _rows_with_columns(checked: CheckedRoot, score: str, source: str, inputs: dict[str, Any]) -> "DataFrame | None":
+def _rows_with_columns(checked: CheckedRoot, score: str, source: str, inputs: VersionTables) -> "DataFrame | None":
     """The candidates with the columns that the score names; None if the annotations have changed since."""
     rows = checked.table(source)
     if source == candidates.PROXY:

@@ -147,7 +147,7 @@ def test_what_would_be_rejected_is_exit_code_3(
     (folder / "a.jsonl").write_text("\n".join([json.dumps({"text": text}) for text in GOOD] + ["{bad"] * 30) + "\n")
     config = config_of(tmp_path / "root", teacher, folder)
     monkeypatch.setattr(command, "load_config", lambda path, overrides: config)
-    monkeypatch.setattr(job, "run", lambda config, arguments: run(spark, config))
+    monkeypatch.setattr(job, "run", lambda config, arguments: estimate(spark, config, 8_000_000, Gpus()))
     assert job.main(["-c", "x.yaml"]) == 3
     shown = capsys.readouterr().out
     assert "invalid_json 30)  more than max_reject_share (5.00%)" in shown
