@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from miniplm_udf.config.sections import TrainConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from trainer.distributed import World
 from trainer.loss import target_nll, target_weights

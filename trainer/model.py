@@ -89,7 +89,8 @@ def model_config(
         raise ConfigError(f"{where}: {config_class.__name__} refuses these values: {error}") from error
     if config.vocab_size < vocab_size:
         raise ConfigError(
-            f"{where}.vocab_size: expected at least {vocab_size}, the tokenizer's size, found {config.vocab_size}"
+            f"{where}.vocab_size: expected at least {vocab_size}, the tokenizer's size, found {config.vocab_size}; "
+            "raise it, remove the key to take the tokenizer's size, or choose the tokenizer that the model was made for"
         )
     if getattr(config, "max_position_embeddings", max_positions) < max_positions:
         raise ConfigError(

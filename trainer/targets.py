@@ -9,7 +9,7 @@ import difflib
 from typing import Any
 
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
-from miniplm_udf.config.sections import TrainConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError
 
 # These keys do not change the result of a training, so a run resumes and a finished model stays when they change.

@@ -25,7 +25,8 @@ from typing import Any
 import pyarrow as pa
 
 from miniplm_udf import errors
-from miniplm_udf.config.sections import ModelConfig, ScoreConfig, TrainConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.flops import forward_flops
 from miniplm_udf.workers.messages import SCORE_REQUEST_SCHEMA

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from miniplm_udf.config.sections import TrainConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.trainer_roots import FAMILIES, LLAMA
 from trainer.checkpoint import Checkpoints, SavedState
