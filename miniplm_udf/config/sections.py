@@ -288,10 +288,13 @@ class PackConfig:
 
     Attributes:
         sequence_length: input tokens of one training sequence.
-        shards: number of streams that are packed independently; each ends in one padded sequence.
+        sequences: packed fills each sequence with the texts that follow each other in the stored order; instance makes
+            a sequence of each instance and pads it, as the official code does (docs/training.md).
+        shards: number of streams that are packed independently; each ends in one padded sequence if they are packed.
     """
 
     sequence_length: int = 1024
+    sequences: Literal["packed", "instance"] = "packed"
     shards: int = 1
 
     def __post_init__(self) -> None:
