@@ -63,6 +63,8 @@ class Target:
         train = dataclasses.asdict(self.train)
         for key in _NOT_IN_FINGERPRINT:
             del train[key]
+        if not self.train.document_masks:  # models of versions without this key stay finished
+            del train["document_masks"]
         return fingerprint(
             self.architecture,
             train,

@@ -22,6 +22,7 @@ class TrainConfig:
         warmup_steps: steps in which the learning rate rises.
         loss: official is the mean over sequences of the mean over targets whose input is not the separator;
             token_mean is the mean over all targets.
+        document_masks: whether tokens see only their own document in a sequence; false as in the paper.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
         save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
     """
@@ -38,6 +39,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     gradient_clip_norm: float = 1.0
     loss: Literal["official", "token_mean"] = "official"
+    document_masks: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
