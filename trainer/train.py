@@ -31,7 +31,7 @@ from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import World, process_group
 from trainer.document_masks import check_follows_positions
 from trainer.loop import Loop, StepMeasures, make_optimizer
-from trainer.model import build_model, model_config, n_parameters
+from trainer.model import build_model, choose_scan, model_config, n_parameters
 from trainer.records import TRAINING_FILE, TrainingRecord, TrainResult, read_training
 from trainer.targets import Target
 from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer, read_tokenizer_files
@@ -214,6 +214,7 @@ def _new_training(config: ExperimentConfig, target: Target, inputs: _Inputs, wor
     # The cache of keys and values is for generation only; the saved config switches it on again.
     if hasattr(architecture, "use_cache"):
         architecture.use_cache = False
+    choose_scan(architecture, target.architecture, world.device, where=target.where)
     model: torch.nn.Module = build_model(architecture, where=target.where, seed=target.train.seed)
     model.to(world.device)
     if target.train.document_masks:

@@ -100,7 +100,7 @@ def test_the_trainer_checks_the_model_before_it_trains(tmp_path: Path) -> None:
     make_root(tmp_path)
     config = load_config(
         write_config(tmp_path, tmp_path / "root", document_masks=True),
-        [f"students.small.architecture={FAMILIES['mamba']}"],
+        [f"students.small.architecture={FAMILIES['mamba'] | {'use_mambapy': False}}"],
     )
     with pytest.raises(ConfigError, match=r"found students\.small\.architecture"):
         train(config, student_target(config, "small"))
