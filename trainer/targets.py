@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
-from miniplm_udf.config.sections import TrainConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.storage import Json
 
@@ -63,6 +63,8 @@ class Target:
         train = dataclasses.asdict(self.train)
         for key in _NOT_IN_FINGERPRINT:
             del train[key]
+        if not self.train.document_masks:  # models of versions without this key stay finished
+            del train["document_masks"]
         return fingerprint(
             self.architecture,
             train,

@@ -30,8 +30,9 @@ from miniplm_udf.storage import Json
 from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import World, process_group
+from trainer.document_masks import check_follows_positions
 from trainer.loop import Loop, StepMeasures, make_optimizer
-from trainer.model import build_model, model_config, n_parameters
+from trainer.model import build_model, choose_scan, model_config, n_parameters
 from trainer.records import TRAINING_FILE, TrainingRecord, TrainResult, read_training
 from trainer.targets import Target
 from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer, read_tokenizer_files
@@ -75,7 +76,8 @@ def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) ->
         The model's record, and whether the training was skipped.
 
     Raises:
-        ConfigError: the architecture cannot be built, or several nodes train under a root that they do not share.
+        ConfigError: the architecture cannot be built or trained as the config says, or several nodes train under a
+            root that they do not share.
         CorpusError: the packed table is missing, empty, or packed with another tokenizer; or another process trains
             this model; or every checkpoint is damaged.
         MiniplmError: the loss or the gradient is not finite.
@@ -213,8 +215,11 @@ def _new_training(config: ExperimentConfig, target: Target, inputs: _Inputs, wor
     # The cache of keys and values is for generation only; the saved config switches it on again.
     if hasattr(architecture, "use_cache"):
         architecture.use_cache = False
+    choose_scan(architecture, target.architecture, world.device, where=target.where)
     model: torch.nn.Module = build_model(architecture, where=target.where, seed=target.train.seed)
     model.to(world.device)
+    if target.train.document_masks:
+        check_follows_positions(model, architecture.vocab_size, target.where)
     optimizer = make_optimizer(model, target.train)
     folder = checkpoint_folder(config.layout.checkpoint(f"train/{target.name}"))
     checkpoints = Checkpoints(folder, inputs.fingerprint, target.train.keep_checkpoints)

@@ -25,7 +25,8 @@ from typing import Any
 import pyarrow as pa
 
 from miniplm_udf import errors
-from miniplm_udf.config.sections import ModelConfig, ScoreConfig, TrainConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.flops import forward_flops

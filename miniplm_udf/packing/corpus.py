@@ -163,7 +163,8 @@ def _pack(spark: "SparkSession", config: ExperimentConfig, source: _Source, toke
     uri = config.layout.packed(source.corpus, tokenizer.name)
     identity = _identity(config.pack, source, tokenizer)
     newest = corpus_records.newest(uri)
-    recorded = (newest.metadata or {}) if newest else {}
+    # Tables of earlier versions do not say how their sequences were made: all were packed.
+    recorded = {"sequences": "packed", **((newest.metadata or {}) if newest else {})}
     if newest and all(key in recorded and recorded[key] == value for key, value in identity.items()):
         return _summary(uri, newest.version, recorded, skipped=True)
     rows, n_instances = source.read()
@@ -192,6 +193,7 @@ def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> Js
         "tokenizer_hash": tokenizer.tokenizer_hash,
         "document_separator_id": tokenizer.document_separator_id,
         "sequence_length": pack.sequence_length,
+        "sequences": pack.sequences,
         "shards": pack.shards,
         "packing_rule": PACKING_RULE,
     }
@@ -208,7 +210,7 @@ def _summary(uri: str, version: int, metadata: Json, skipped: bool) -> PackSumma
 
 def _sequences(rows: "DataFrame", pack: PackConfig, tokenizer: PackTokenizer) -> "DataFrame":
     """The sequences of all shards, with columns as in _PACKED_DDL; `position` counts the sequences of a shard."""
-    return _in_stored_order(rows, pack.shards).mapInArrow(_pack_function(tokenizer, pack.sequence_length), _PACKED_DDL)
+    return _in_stored_order(rows, pack.shards).mapInArrow(_pack_function(tokenizer, pack), _PACKED_DDL)
 
 
 def _counts_by_shard(sequences: "DataFrame") -> dict[int, "Row"]:
@@ -251,7 +253,7 @@ def _in_stored_order(rows: "DataFrame", shards: int) -> "DataFrame":
 
 
 def _pack_function(
-    tokenizer: PackTokenizer, sequence_length: int
+    tokenizer: PackTokenizer, settings: PackConfig
 ) -> Callable[[Iterator["pa.RecordBatch"]], Iterator["pa.RecordBatch"]]:
     """Makes the function of a task: rows of one shard in stored order to its sequences."""
 
@@ -259,6 +261,7 @@ def _pack_function(
         from miniplm_udf.packing import sequences  # loads the tokenizer library, which a driver need not have
 
         loaded = _load(tokenizer)
+        make = sequences.pack_instances if settings.sequences == "instance" else sequences.pack_texts
         shard: int | None = None
 
         def texts() -> Iterator["InstanceText"]:
@@ -272,7 +275,7 @@ def _pack_function(
 
         group: list[PackedSequence] = []
         position = 0
-        for sequence in sequences.pack_texts(texts(), loaded, tokenizer.document_separator_id, sequence_length):
+        for sequence in make(texts(), loaded, tokenizer.document_separator_id, settings.sequence_length):
             group.append(sequence)
             if len(group) == _ROWS_PER_BATCH:
                 yield _to_arrow(group, shard, position)

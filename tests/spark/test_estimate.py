@@ -17,11 +17,10 @@ from miniplm_udf.config.sections import (
     IngestConfig,
     ModelConfig,
     PackConfig,
-    ReferenceConfig,
     ScoreConfig,
     SplitConfig,
-    TrainConfig,
 )
+from miniplm_udf.config.training import ReferenceConfig, TrainConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.estimate import estimate as estimate_module
 from miniplm_udf.estimate.estimate import estimate

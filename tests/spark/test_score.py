@@ -392,7 +392,7 @@ def test_models_that_are_not_there(spark: Any, tmp_path: Path, models: dict[str,
     write_instances(spark, config, texts(1))
     with pytest.raises(ModelLoadError, match="nowhere"):
         score.run(spark, config)
-    from miniplm_udf.config.sections import ReferenceConfig
+    from miniplm_udf.config.training import ReferenceConfig
 
     untrained = ExperimentConfig(
         root=str(tmp_path / "root"), models={"teacher": models["teacher"], "ref": ModelConfig()},

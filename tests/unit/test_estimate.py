@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from jobs import estimate as job
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import IngestConfig, ModelConfig, ScoreConfig, TrainConfig
+from miniplm_udf.config.sections import IngestConfig, ModelConfig, ScoreConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
 from miniplm_udf.estimate import estimate, measure
 from miniplm_udf.estimate.results import Gpus, ModelEstimate

@@ -17,6 +17,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
 from tests.support.trainer_roots import (
+    FAMILIES,
     make_root,
     pack,
     packed_metadata,
@@ -107,6 +108,20 @@ def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: Exp
     again = student(other)
     assert (again["skipped"], again["packed_version"]) == (False, 1)
     assert student(other, retrain=True)["skipped"] is False
+
+
+def test_a_mamba_student_trains_with_a_parallel_scan_or_not_at_all(
+    config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mamba = load_config(write_config(tmp_path, tmp_path / "root"), [f"students.small.architecture={FAMILIES['mamba']}"])
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.model._is_installed", lambda package: False)
+        with pytest.raises(ConfigError, match=r"^students\.small\.architecture: expected a parallel scan"):
+            student(mamba)
+    pytest.importorskip("mambapy", reason="the extra train has mambapy")
+    assert student(mamba)["final_loss"] > 0
+    # A model that is loaded again, to be evaluated for example, has the same scan.
+    assert json.loads((folder(mamba, "small") / "config.json").read_text())["use_mambapy"] is True
 
 
 def test_the_reference_is_frozen(config: ExperimentConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
