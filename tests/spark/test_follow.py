@@ -428,6 +428,7 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_made(
     assert not tables.exists(spark, world.uri)
 
 
+@pytest.mark.slow
 def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     rules = {

@@ -176,6 +176,7 @@ def test_a_score_that_words_do_not_tell_is_said_to_be_out_of_reach(
     assert any("worthless here" in note for note in refined["diagnostics"]["notes"])
 
 
+@pytest.mark.slow
 def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
     spark: Any, copied: ExperimentConfig
 ) -> None:

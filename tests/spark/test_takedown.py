@@ -154,6 +154,7 @@ def test_new_tables_have_no_feature_that_files_do_not_show(spark: Any, tmp_path:
         assert found["properties"]["delta.enableDeletionVectors"] == "false"
 
 
+@pytest.mark.slow
 def test_it_goes_from_the_files_of_tables_with_deletion_vectors(spark: Any, world: World) -> None:
     config, features = world.config, ("instances", "scores", "score_matrix", "refined/kept", "pinned/kept/1")
     for name in features:
