@@ -83,7 +83,7 @@ def test_user_metadata_as_spark_writes_it(tmp_path: Path) -> None:
 
 
 def test_metadata_is_found_under_every_name(tmp_path: Path) -> None:
-    """delta-rs lists no commit of a table whose path it has to encode."""
+    """delta-rs lists no commit of a table whose path has a `#`."""
     place = tmp_path / "ä b#c"
     write_packed(place, *sequences(1), {"corpus": "here"})
     assert user_metadata(f"file://{place}", 0) == {"corpus": "here"}
