@@ -188,11 +188,11 @@ def test_with_sequences_instance_each_instance_is_a_sequence(spark: Any, config:
     assert not pack_corpus(spark, packed_again, "kept", "bpe").skipped
 
 
-def test_a_table_of_an_earlier_version_counts_as_packed(spark: Any, config: ExperimentConfig):
+def test_a_table_of_an_earlier_version_counts_as_packed(spark: Any, config: ExperimentConfig) -> None:
     write_instances(spark, config, POOL)
     write_refined(spark, config, POOL)
     summary = pack_corpus(spark, config, "kept", "bpe")
-    metadata = tables.user_metadata(spark, summary.path)
+    metadata = next(delta_log.commits(summary.path)).metadata()
     assert metadata is not None
     assert metadata.pop("sequences") == "packed"
     rows = spark.read.format("delta").load(summary.path).localCheckpoint()
