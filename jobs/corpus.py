@@ -13,7 +13,7 @@ import contextlib
 import getpass
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ def _with_spark(word: str, work: Work) -> Callable[[ExperimentConfig, argparse.N
     return run
 
 
-def _takes(*names: str, **options: dict[str, Any]) -> Callable[[argparse.ArgumentParser], None]:
+def _takes(*names: str, **options: Mapping[str, Any]) -> Callable[[argparse.ArgumentParser], None]:
     """Adds versions as positional arguments, and further options (`_` stands for `-`)."""
 
     def add(parser: argparse.ArgumentParser) -> None:

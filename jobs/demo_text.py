@@ -9,15 +9,15 @@ miniplm_udf/ingestion/demo_text.py says which text is taken, and why a second ru
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jobs.command import guarded, make_parser
 from jobs.text import as_json
 from miniplm_udf.errors import EXIT_DONE
 from miniplm_udf.ingestion.demo_text import write_demo_text
+from miniplm_udf.storage import Json
 
 
-def run(to: Path, scale: float = 1.0) -> dict[str, Any]:
+def run(to: Path, scale: float = 1.0) -> Json:
     """Writes the text.
 
     Args:

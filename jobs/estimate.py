@@ -11,18 +11,18 @@ that more rows would be rejected than `max_reject_share` allows. A rerun samples
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from jobs.command import Command, exit_code
+from jobs.command import Command
 from jobs.session import spark_session
-from jobs.text import plain, table
+from jobs.text import table
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import ConfigError
+from miniplm_udf.errors import EXIT_DONE, EXIT_TOO_MANY_REJECTS, ConfigError
+from miniplm_udf.estimate.results import Estimate, Gpus
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def run(config: ExperimentConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(config: ExperimentConfig, arguments: argparse.Namespace) -> Estimate:
     """Makes the estimate in a session of its own.
 
     Args:
@@ -30,14 +30,13 @@ def run(config: ExperimentConfig, arguments: argparse.Namespace) -> dict[str, An
         arguments: the options --gpus, --mfu, --gpu-tflops and --sample-bytes.
 
     Returns:
-        The result of `miniplm_udf.estimate.estimate.estimate`, as plain data.
+        The estimate.
     """
     from miniplm_udf.estimate.estimate import estimate
-    from miniplm_udf.estimate.results import Gpus
 
     gpus = Gpus(arguments.gpus, arguments.mfu, arguments.gpu_tflops)
     with spark_session(config, "miniplm estimate") as spark:
-        return dict(plain(estimate(spark, config, arguments.sample_bytes, gpus)))
+        return estimate(spark, config, arguments.sample_bytes, gpus)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +58,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--mfu: expected a share of at most 1, found {arguments.mfu}")
 
 
-def text(result: dict[str, Any]) -> str:
+def text(result: Estimate) -> str:
     """Formats the estimate for a terminal.
 
     Args:
@@ -68,62 +67,62 @@ def text(result: dict[str, Any]) -> str:
     return "\n\n".join([_corpus_lines(result), _model_lines(result), _cost_lines(result), _reject_lines(result)])
 
 
-def _corpus_lines(result: dict[str, Any]) -> str:
-    corpus, sample = result["corpus"], result["sample"]
-    splits = ", ".join(f"{split} {n:,}" for split, n in corpus["by_split"].items())
+def _corpus_lines(result: Estimate) -> str:
+    corpus, sample = result.corpus, result.sample
+    splits = ", ".join(f"{split} {n:,}" for split, n in corpus.by_split.items())
     return "\n".join(
         [
-            f"corpus      {_si(corpus['input_bytes'])}B in {corpus['files']:,} files, {_si(corpus['text_bytes'])}B of "
-            f"text, {corpus['documents']:,} documents, {corpus['instances']:,} instances ({splits})",
-            f"sample      {sample['share']:.2%} of the corpus: {sample['rows']:,} rows from {sample['files_tried']} "
-            f"files, read and measured in {sample['seconds']:.0f} s",
+            f"corpus      {_si(corpus.input_bytes)}B in {corpus.files:,} files, {_si(corpus.text_bytes)}B of "
+            f"text, {corpus.documents:,} documents, {corpus.instances:,} instances ({splits})",
+            f"sample      {sample.share:.2%} of the corpus: {sample.rows:,} rows from {sample.files_tried} "
+            f"files, read and measured in {sample.seconds:.0f} s",
         ]
     )
 
 
-def _model_lines(result: dict[str, Any]) -> str:
-    gpus, models, training = result["gpus"], result["models"], result["reference_training"]
+def _model_lines(result: Estimate) -> str:
+    gpus, models, training = result.gpus, result.models, result.reference_training
     rows = [
         (
-            alias, _si(model["parameters"]), _si(model["tokens"]), _si(model["flops"]),
-            f"{model['tokens_per_second']:,.0f}", _time(model["seconds"]), _time(model["gpu_seconds"]),
-            "measured with fresh weights: it is not trained yet" if model["fresh_weights"] else "",
+            alias, _si(model.parameters), _si(model.tokens), _si(model.flops),
+            f"{model.tokens_per_second:,.0f}", _time(model.seconds), _time(model.gpu_seconds),
+            "measured with fresh weights: it is not trained yet" if model.fresh_weights else "",
         )
         for alias, model in models.items()
     ]  # fmt: skip
     if training:
-        numbers = (_si(training["tokens"]), _si(training["flops"]), f"{training['tokens_per_second']:,.0f}")
-        times = (_time(training["seconds"]), _time(training["gpu_seconds"]))
+        numbers = (_si(training.tokens), _si(training.flops), f"{training.tokens_per_second:,.0f}")
+        times = (_time(training.seconds), _time(training.gpu_seconds))
         rows.append(("(training)", "", *numbers, *times, "of the reference"))
-    devices = ", ".join(sorted({f"{model['device']} {model['dtype']}" for model in models.values()}))
+    devices = ", ".join(sorted({f"{model.device} {model.dtype}" for model in models.values()}))
     lines = [
         table(("model", "parameters", "tokens", "FLOPs", "tokens/s", "here", "GPUs", ""), rows),
-        f"here: {devices}; GPUs: {gpus['n']} x {gpus['tflops']:g} TFLOP/s at {gpus['mfu']:.0%}",
+        f"here: {devices}; GPUs: {gpus.n} x {gpus.tflops:g} TFLOP/s at {gpus.mfu:.0%}",
     ]
-    lines += [f"prefix      {alias}: {model['prefix']}" for alias, model in models.items()]
+    lines += [f"prefix      {alias}: {model.prefix}" for alias, model in models.items()]
     lines.append("FLOPs = 2 x parameters x tokens + 2 x layers x attention width x sum of window^2; training: 3 times")
     return "\n".join(lines)
 
 
-def _cost_lines(result: dict[str, Any]) -> str:
-    stage, tables = result["score"], result["tables"]
+def _cost_lines(result: Estimate) -> str:
+    stage, tables = result.score, result.tables
     return "\n".join(
         [
-            f"score       {_time(stage['stage_seconds'])} here: models {_time(stage['model_seconds'])} by "
-            f"{stage['workers']} worker(s), loading {_time(stage['start_seconds'])}, Spark about "
-            f"{_time(stage['spark_seconds'])}; {_time(stage['gpu_seconds'])} on those GPUs",
+            f"score       {_time(stage.stage_seconds)} here: models {_time(stage.model_seconds)} by "
+            f"{stage.workers} worker(s), loading {_time(stage.start_seconds)}, Spark about "
+            f"{_time(stage.spark_seconds)}; {_time(stage.gpu_seconds)} on those GPUs",
             f"tables      scores {_si(tables['scores'])}B, score_matrix {_si(tables['score_matrix'])}B",
         ]
     )
 
 
-def _reject_lines(result: dict[str, Any]) -> str:
+def _reject_lines(result: Estimate) -> str:
     lines = []
-    for stage, part in result["rejects"].items():
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(part["reasons"].items())) or "none"
-        limit = f"  more than max_reject_share ({part['max_share']:.2%})" if part["too_many"] else ""
-        lines.append(f"rejects     {stage}: {part['share']:.2%} of {part['of']:,} ({reasons}){limit}")
-    warnings = [warning for model in result["models"].values() for warning in model["warnings"]]
+    for stage, part in result.rejects.items():
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(part.reasons.items())) or "none"
+        limit = f"  more than max_reject_share ({part.max_share:.2%})" if part.too_many else ""
+        lines.append(f"rejects     {stage}: {part.share:.2%} of {part.of:,} ({reasons}){limit}")
+    warnings = [warning for model in result.models.values() for warning in model.warnings]
     return "\n".join([*lines, *(f"warning     {warning}" for warning in warnings)])
 
 
@@ -139,9 +138,13 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Estimate:
     _check(arguments)
     return run(config, arguments)
+
+
+def _exit_code(result: Estimate) -> int:
+    return EXIT_TOO_MANY_REJECTS if result.too_many_rejects else EXIT_DONE
 
 
 def _plan(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
@@ -156,7 +159,7 @@ def _plan(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
 
 COMMAND = Command(
     name="estimate", description=__doc__, run=_run, text=text, add_arguments=_add_arguments, plan=_plan,
-    exit_code=exit_code,
+    exit_code=_exit_code,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ numbers to the models' MLflow runs. An unchanged evaluation is left as it is, so
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.stages import Options
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, list[str]]:
     """Evaluates all students.
 
     Args:

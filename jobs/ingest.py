@@ -10,17 +10,18 @@ work is in `miniplm_udf.ingestion.splits` (executors) and `miniplm_udf.ingestion
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.text import plain
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
     """Ingests all new input.
 
     Args:
@@ -32,7 +33,7 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
     """
     from miniplm_udf.ingestion.query import ingest
 
-    summary: dict[str, Any] = plain(ingest(spark, config))
+    summary: Json = plain(ingest(spark, config))
     return summary
 
 

@@ -52,9 +52,10 @@ def _row(number: int, row: Mapping[str, Any]) -> str:
 
 
 def visible(shown: str) -> str:
-    """The text with control characters written as escapes, which a terminal would obey instead of showing.
+    """Writes control characters as escapes, because a terminal would obey them instead of showing them.
 
-    Line breaks and tabs stay as they are.
+    Args:
+        shown: any text; its line breaks and tabs stay as they are.
     """
 
     def is_shown(character: str) -> bool:

@@ -12,19 +12,20 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.lease import Lease
 from miniplm_udf.packing.corpus import pack_corpus, pack_reference
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
     """Packs each (corpus, tokenizer) that a student trains on, once.
 
     Args:
@@ -49,7 +50,7 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
     }
 
 
-def run_reference(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+def run_reference(spark: "SparkSession", config: ExperimentConfig) -> Json:
     """Packs the reference split for the training of the reference.
 
     Args:

@@ -11,7 +11,6 @@ Submit: `miniplm run -c conf/demo.yaml [--dry-run] [--retrain-reference] [key=va
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from jobs import plan, records
 from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
@@ -22,6 +21,7 @@ from jobs.summary import build_summary, summary_text, write_summary
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError, CorpusError
 from miniplm_udf.lease import Lease
+from miniplm_udf.storage import Json
 from miniplm_udf.upkeep import preflight
 
 LOGGER = logging.getLogger("miniplm.jobs")
@@ -59,7 +59,7 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
     return highest
 
 
-def _check_heldout(config: ExperimentConfig, ingested: dict[str, Any]) -> None:
+def _check_heldout(config: ExperimentConfig, ingested: Json) -> None:
     """Refuses, before hours of training, a corpus that leaves nothing to evaluate on."""
     if not ingested["by_split"].get("heldout"):
         raise CorpusError(
@@ -70,7 +70,7 @@ def _check_heldout(config: ExperimentConfig, ingested: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the pipeline and prints its summary."""
+    """Runs `miniplm run` and returns its exit code; `argv` defaults to the arguments of the process."""
     parser = make_parser("run", __doc__)
     add_config_arguments(parser)
     add_retrain_argument(parser)

@@ -7,9 +7,8 @@ plan of a stage that reads them says that it runs if they have changed. Writes n
 import datetime
 import enum
 from collections.abc import Sequence
-from typing import Any
 
-from jobs.records import read_record
+from jobs.records import StageRecord, read_record
 from jobs.stages import Options, Stage
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -94,7 +93,7 @@ def _outcome(
     return _Outcome.SKIPPED, f": unchanged since it finished ({finished})"
 
 
-def _finished(record: dict[str, Any]) -> str:
+def _finished(record: StageRecord) -> str:
     seconds = f"{record['seconds']:.0f} s"
     if (at := record.get("finished_at")) is None:
         return seconds

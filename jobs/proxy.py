@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.stages import Options
@@ -23,6 +23,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.proxy import fit, predict
 from miniplm_udf.proxy.report import report
+from miniplm_udf.storage import Json
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.proxy")
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> Json:
     """Fits the proxy, unless one of this config exists, and predicts the instances that have no prediction yet.
 
     Args:
@@ -53,12 +54,12 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None
     for warning in record.warnings:
         LOGGER.warning("%s", warning)
     QueryRunner(spark, config.root, config.stream).run([predict.PredictionQuery(spark, config, record)])
-    summary: dict[str, Any] = plain(report(spark, config, record))
+    summary: Json = plain(report(spark, config, record))
     LOGGER.info("%s", text(summary))
     return {**summary, "seconds": round(time.monotonic() - start, 3)}
 
 
-def text(summary: dict[str, Any]) -> str:
+def text(summary: Json) -> str:
     """Formats the proxy's report on one line.
 
     Args:

@@ -7,17 +7,34 @@ stage may be skipped is decided in `stages.py`.
 
 import json
 import time
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from jobs.text import plain
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import DamagedRecordError
+from miniplm_udf.storage import Json
 
 _KEYS = {"fingerprint", "summary", "seconds"}
 
 
-def read_record(config: ExperimentConfig, stage: str) -> dict[str, Any] | None:
+class StageRecord(TypedDict):
+    """The record of a stage that has finished.
+
+    Attributes:
+        fingerprint: of the stage's config and inputs, taken before it ran.
+        summary: what the stage returned, perhaps in an earlier release, as plain data.
+        seconds: how long it ran.
+        finished_at: seconds since 1970; absent in a record of an earlier release.
+    """
+
+    fingerprint: str
+    summary: Json
+    seconds: float
+    finished_at: NotRequired[float]
+
+
+def read_record(config: ExperimentConfig, stage: str) -> StageRecord | None:
     """Reads the record of a stage.
 
     Args:
@@ -25,12 +42,12 @@ def read_record(config: ExperimentConfig, stage: str) -> dict[str, Any] | None:
         stage: name of the stage.
 
     Returns:
-        `fingerprint`, `summary`, `seconds`, `finished_at` (seconds since 1970); None if the stage never finished.
+        The record; None if the stage never finished.
 
     Raises:
         DamagedRecordError: the file is not a record.
     """
-    record: dict[str, Any] | None = storage.read_json(config.layout.stage(stage))
+    record: StageRecord | None = storage.read_json(config.layout.stage(stage))
     if record is not None and not (isinstance(record, dict) and record.keys() >= _KEYS):
         raise DamagedRecordError(
             f"record {storage.redact(config.layout.stage(stage))}: expected {sorted(_KEYS)}, found something else; "
@@ -49,7 +66,7 @@ def write_record(config: ExperimentConfig, stage: str, fingerprint: str, summary
         summary: what it returned, a dataclass or plain data.
         seconds: how long it ran.
     """
-    record = {
+    record: StageRecord = {
         "fingerprint": fingerprint,
         "summary": plain(summary),
         "seconds": round(seconds, 3),
@@ -58,7 +75,7 @@ def write_record(config: ExperimentConfig, stage: str, fingerprint: str, summary
     storage.write_json(config.layout.stage(stage), json.loads(json.dumps(record, default=str)))
 
 
-def summary_of(config: ExperimentConfig, stage: str) -> dict[str, Any]:
+def summary_of(config: ExperimentConfig, stage: str) -> Json:
     """Reads the summary in the record of a stage.
 
     Args:
@@ -71,4 +88,5 @@ def summary_of(config: ExperimentConfig, stage: str) -> dict[str, Any]:
     Raises:
         DamagedRecordError: the file is not a record.
     """
-    return (read_record(config, stage) or {}).get("summary") or {}
+    record = read_record(config, stage)
+    return (record["summary"] if record else None) or {}

@@ -10,18 +10,19 @@ changed; `--retrain-reference` trains it again.
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.stages import Options
 from jobs.trainer_process import run_trainer
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> Json:
     """Packs the reference split and trains the reference on it.
 
     Args:

@@ -13,7 +13,7 @@ the matrix). Needs no GPU: change a ratio and run again. A retry continues after
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.stages import Options
@@ -22,13 +22,14 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.refinement.follow import Follower, followed_version
 from miniplm_udf.refinement.refine import refine
+from miniplm_udf.storage import Json
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> Json:
     """Refines all corpora; with the option `follow`, follows them instead (`follow`).
 
     Args:
@@ -54,7 +55,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None
     }
 
 
-def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str] = ()) -> dict[str, Any]:
+def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str] = ()) -> Json:
     """Follows corpora: appends newly scored rows above the cut; with processing_time, until it is asked to stop.
 
     Args:

@@ -10,7 +10,7 @@ Writes: report.html in the report folder, and the artifacts of the MLflow run "c
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.summary import build_summary, write_summary
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, str | float]:
     """Writes summary.json of the stages that have run so far, and the report.
 
     Args:

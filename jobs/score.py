@@ -13,7 +13,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.session import new_run_id
 from jobs.stage_runner import stage_main
@@ -21,15 +21,14 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.scores.plan import ScorerFactory
 from miniplm_udf.scores.run import prepare
 from miniplm_udf.scores.summary import summarize
+from miniplm_udf.storage import Json
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(
-    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None
-) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None) -> Json:
     """Scores the pool and brings the matrix up to date; with processing_time, until it is asked to stop.
 
     Args:

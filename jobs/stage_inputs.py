@@ -12,7 +12,8 @@ from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.config.rules import resolve
-from miniplm_udf.store.delta_files import newest_version
+from miniplm_udf.storage import Json
+from miniplm_udf.store.delta_log import newest_version
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -104,7 +105,7 @@ def score_inputs(config: ExperimentConfig) -> list[Any]:
     ]
 
 
-def with_earlier_rates(earlier: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+def with_earlier_rates(earlier: Json, summary: Json) -> Json:
     """Keeps the rates of the last scoring: a run that found nothing to score has no rate.
 
     Args:
@@ -180,7 +181,7 @@ def evaluate_inputs(config: ExperimentConfig) -> list[Any]:
 def report_inputs(config: ExperimentConfig) -> list[Any]:
     """The section `report`, and when the stages before it finished."""
     records = [read_record(config, stage) for stage in ("ingest", "score", "refine", "train", "evaluate")]
-    return [to_dict(config.report), [(record or {}).get("finished_at") for record in records]]
+    return [to_dict(config.report), [record.get("finished_at") if record else None for record in records]]
 
 
 def model_files(config: ExperimentConfig, file: str) -> list[str]:

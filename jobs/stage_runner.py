@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs import plan, records
 from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
@@ -18,6 +18,7 @@ from jobs.stages import Options, Stage, stage_named
 from jobs.text import as_json, plain
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError
+from miniplm_udf.storage import Json
 from miniplm_udf.store.catalog import register_tables
 from miniplm_udf.upkeep import preflight
 
@@ -59,9 +60,7 @@ def must_run(stage: Stage, spark: "SparkSession", config: ExperimentConfig, opti
     return False
 
 
-def execute(
-    stage: Stage, spark: "SparkSession", config: ExperimentConfig, options: Options | None = None
-) -> dict[str, Any]:
+def execute(stage: Stage, spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> Json:
     """Runs a stage and writes its record, unless it is a service.
 
     Args:
@@ -85,7 +84,7 @@ def execute(
     # A schema that has another root's tables is refused before any work.
     _register(spark, config)
     start = time.monotonic()
-    summary: dict[str, Any] = plain(stage.run(spark, config, options))
+    summary: Json = plain(stage.run(spark, config, options))
     seconds = time.monotonic() - start
     _register(spark, config)
     if not is_service:

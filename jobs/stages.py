@@ -18,7 +18,8 @@ from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.store.delta_files import has_commits
+from miniplm_udf.storage import Json
+from miniplm_udf.store.delta_log import has_commits
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -111,8 +112,8 @@ class Stage:
     is_frozen: bool = False
     require: Callable[[ExperimentConfig], None] = lambda config: None
     is_service: Callable[[Options], bool] = lambda options: False
-    with_earlier: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda earlier, summary: summary
-    last_line: Callable[[dict[str, Any]], str] = lambda summary: ""
+    with_earlier: Callable[[Json, Json], Json] = lambda earlier, summary: summary
+    last_line: Callable[[Json], str] = lambda summary: ""
     check: Callable[[ExperimentConfig], object] = lambda config: None
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
@@ -181,7 +182,11 @@ def _job_with_options(name: str) -> Run:
 
 
 def add_retrain_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--retrain-reference`."""
+    """Adds `--retrain-reference`.
+
+    Args:
+        parser: the parser of `miniplm run` or of the stage `reference`.
+    """
     parser.add_argument(
         "--retrain-reference", action="store_true", help="train the reference again; its scores are then made again"
     )

@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.session import new_run_id
 from jobs.stage_runner import stage_main
@@ -24,6 +24,7 @@ from miniplm_udf.ingestion.query import IngestQuery, find_new_inputs
 from miniplm_udf.scores.plan import ScorerFactory
 from miniplm_udf.scores.run import prepare
 from miniplm_udf.scores.summary import summarize
+from miniplm_udf.storage import Json
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.jobs")
 
 
-def run(
-    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None
-) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None) -> Json:
     """Runs until it is asked to stop.
 
     Args:

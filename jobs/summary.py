@@ -5,31 +5,30 @@ are public, and lines of text. A rerun that skipped everything gives the same su
 """
 
 import shlex
-from typing import Any
 
 from jobs.records import read_record
 from jobs.stages import STAGES
 from jobs.text import table
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.report.summary import PipelineSummary, ProxyNumbers
+from miniplm_udf.storage import Json
 
 _HELDOUT = ("heldout_nats_per_token", "heldout_bits_per_byte")
 
 
-def build_summary(config: ExperimentConfig) -> dict[str, Any]:
+def build_summary(config: ExperimentConfig) -> PipelineSummary:
     """Counts, rates and seconds of all stages that have run, and the students' held-out numbers.
 
     Args:
         config: the experiment.
 
     Returns:
-        `instances`, `rejected` (all stages), `scored` (per model alias), `proxy` (`predicted`, held-out `spearman`;
-        null without a proxy), `kept` (per corpus), `tokens_per_second` (per model alias, at its last scoring),
-        `refined` (per corpus: `path`, `version`), `students` (per name), `seconds` (per stage, its last run).
+        The summary, with all its keys.
     """
     records = {stage.name: record for stage in STAGES if (record := read_record(config, stage.name))}
     names = ("ingest", "score", "proxy", "refine")
-    ingest, score, proxy, refine = (records.get(name, {}).get("summary", {}) for name in names)
+    ingest, score, proxy, refine = (records[name]["summary"] if name in records else {} for name in names)
     evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
     return {
         "instances": ingest.get("instances", 0),
@@ -48,7 +47,7 @@ def build_summary(config: ExperimentConfig) -> dict[str, Any]:
     }
 
 
-def write_summary(config: ExperimentConfig, summary: dict[str, Any]) -> None:
+def write_summary(config: ExperimentConfig, summary: PipelineSummary) -> None:
     """Writes the summary as `summary.json` in the report folder.
 
     Args:
@@ -58,7 +57,7 @@ def write_summary(config: ExperimentConfig, summary: dict[str, Any]) -> None:
     storage.write_json(str(config.report_folder() / "summary.json"), summary)
 
 
-def summary_text(config: ExperimentConfig, summary: dict[str, Any]) -> str:
+def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
     """Formats the summary for a terminal.
 
     Args:
@@ -104,12 +103,12 @@ def mlflow_command(config: ExperimentConfig) -> str:
     return shlex.join(["mlflow", "ui", "--backend-store-uri", storage.redact(config.mlflow_uri())])
 
 
-def _predicted(proxy: dict[str, Any]) -> str:
+def _predicted(proxy: ProxyNumbers) -> str:
     rho = proxy["spearman"]
     return f"{proxy['predicted']:,} (Spearman on held-out instances {'none' if rho is None else format(rho, '.3f')})"
 
 
-def _speeds(config: ExperimentConfig, summary: dict[str, Any], stage: str) -> str:
+def _speeds(config: ExperimentConfig, summary: PipelineSummary, stage: str) -> str:
     """`NAME RATE` for each model that the stage ran, in tokens per second."""
     if stage == "score":
         rates = {alias: rate for alias, rate in summary["tokens_per_second"].items() if rate}
@@ -122,6 +121,6 @@ def _speeds(config: ExperimentConfig, summary: dict[str, Any], stage: str) -> st
     return ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
 
 
-def _model_file(config: ExperimentConfig, name: str, file: str) -> dict[str, Any] | None:
-    record: dict[str, Any] | None = storage.read_json(config.layout.model(name, file))
+def _model_file(config: ExperimentConfig, name: str, file: str) -> Json | None:
+    record: Json | None = storage.read_json(config.layout.model(name, file))
     return record

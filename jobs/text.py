@@ -32,7 +32,11 @@ def table(head: Sequence[str] | None, rows: Sequence[Sequence[Any]], indent: str
 
 
 def cell(value: Any) -> str:
-    """Formats one value as `table` shows it."""
+    """Formats one value as `table` shows it.
+
+    Args:
+        value: a number, a text or None; any other value is shown as `str` formats it.
+    """
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)

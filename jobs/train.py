@@ -9,7 +9,7 @@ is; after a kill, the same command continues from the last checkpoint.
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.stages import Options
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, Any]:
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, dict[str, str]]:
     """Trains all students.
 
     Args:

@@ -18,6 +18,9 @@ import fsspec
 
 from miniplm_udf.errors import ConfigError, DamagedRecordError
 
+Json = dict[str, Any]
+"""A JSON object without declared keys: of a file, a log or another program, or about to be written or printed."""
+
 # A file name may contain a colon (2024-01-01T10:00), so a scheme must be followed by a slash.
 _URI = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+:/|file:|package:)")
 # Characters that an engine reads as something else than a name: globs, backticks and ${variables} (Spark and Delta),

@@ -12,13 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import stopping
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.refine import parse_tokens
 from miniplm_udf.errors import EXIT_DONE, MiniplmError
 from miniplm_udf.progress import configure_logging
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from trainer.scaling_command import ScalingOptions
@@ -141,7 +142,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace) -> Json:
     """Runs the command; returns the JSON object for stdout."""
     config: ExperimentConfig = load_config(arguments.config, arguments.overrides)
     # Imported here, so that --help and config errors come at once: torch and transformers take seconds to import.

@@ -15,12 +15,12 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.storage import Json
 
 LOGGER = logging.getLogger("miniplm.trainer.checkpoint")
 
@@ -196,7 +196,7 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _damage(path: Path, state: dict[str, Any] | None) -> str | None:
+def _damage(path: Path, state: Json | None) -> str | None:
     """Returns the problem with a checkpoint's files, or None if they are unchanged since the save."""
     if state is None:
         return "state.json is missing or cannot be read"
@@ -249,7 +249,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Json | None:
     """The JSON object in a file, or None if the file is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

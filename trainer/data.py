@@ -25,7 +25,8 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.store import delta_files
+from miniplm_udf.storage import Json
+from miniplm_udf.store import delta_files, delta_log
 
 LOGGER = logging.getLogger("miniplm.trainer.data")
 _CACHE_BYTES = 1 << 30
@@ -86,20 +87,15 @@ def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
         raise CorpusError(f"the Delta table {shown} cannot be read{at}: {error}") from error
 
 
-def user_metadata(table: DeltaTable) -> dict[str, Any] | None:
-    """Returns the parsed `userMetadata` of the newest commit that has it, up to the table's version; else None.
+def user_metadata(uri: str, version: int) -> Json | None:
+    """Returns the parsed `userMetadata` of the newest commit that has it, up to a version; else None.
 
     Args:
-        table: the table, loaded at any version.
+        uri: URI of the table.
+        version: the newest commit that counts.
     """
-    # delta-rs lists all commits, and numbers them downwards from the loaded version: only right at the newest version.
-    newest = DeltaTable(table.table_uri)
-    behind = newest.version() - table.version()
-    for commit in newest.history()[behind:]:
-        if commit.get("userMetadata"):
-            metadata = json.loads(commit["userMetadata"])
-            return metadata if isinstance(metadata, dict) else None
-    return None
+    metadata = next((found for commit in delta_log.commits(uri, version) if (found := commit.metadata())), None)
+    return metadata if isinstance(metadata, dict) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +140,7 @@ class PackedSequences:
             sequence_length,
         )
         self.shown = f"{storage.redact(uri)} (version {self.version})"
-        self.metadata = user_metadata(table)
+        self.metadata = user_metadata(uri, self.version)
         self._vocab_size = tokenizer.vocab_size
         self._check_metadata(tokenizer)
         self._groups = _row_groups(delta_files.files_of(table, uri))

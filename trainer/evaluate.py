@@ -15,7 +15,7 @@ import logging
 import math
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
@@ -23,6 +23,7 @@ from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import progress
+from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files
 from trainer.data import open_delta, read_tokenizer_info
 from trainer.metric_names import safe_names
@@ -48,16 +49,27 @@ _METHOD = 1  # raise it when the meaning of a number changes: models are then ev
 _TEXTS_AT_ONCE = 256
 
 
+class HeldOutRow(TypedDict):
+    """A held-out instance: the columns of `instances` that are read."""
+
+    instance_id: str
+    source: str
+    text: str
+    segment_ends: list[int]
+    ends_document: bool
+    n_bytes: int
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """The held-out instances.
 
     Attributes:
-        rows: one dict per instance (columns of `instances`), sorted by `instance_id`.
+        rows: one per instance, sorted by `instance_id`.
         fingerprint: hash of their ids, 32 hexadecimal digits.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[HeldOutRow]
     fingerprint: str
 
     @property
@@ -122,7 +134,7 @@ def evaluate(config: ExperimentConfig) -> dict[str, EvaluateResult]:
         return {target.name: _evaluate_model(config, target, training, heldout) for target, training in trainings}
 
 
-def plan(config: ExperimentConfig) -> dict[str, Any]:
+def plan(config: ExperimentConfig) -> Json:
     """Returns the plan of `evaluate` for a dry run; writes nothing.
 
     Args:
@@ -166,14 +178,7 @@ def read_heldout(config: ExperimentConfig) -> HeldOut:
 
     uri = config.layout.table("instances")
     paths = delta_files.files_of(open_delta(uri, None, "ingest"), uri)
-    columns = [
-        "instance_id",
-        "source",
-        "text",
-        "segment_ends",
-        "ends_document",
-        "n_bytes",
-    ]
+    columns = list(HeldOutRow.__annotations__)
     table = _dataset(paths).to_table(columns=columns, filter=ds.field("split") == "heldout") if paths else None
     if table is None or table.num_rows == 0:
         raise CorpusError(
@@ -197,7 +202,7 @@ def _dataset(paths: list[str]) -> Any:
     return ds.dataset(inner, format="parquet", filesystem=filesystem)
 
 
-def _bounded(rows: Iterable[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+def _bounded(rows: Iterable[HeldOutRow], limit: int) -> list[HeldOutRow]:
     """The first `limit` rows of each source; all rows if the limit is not above 0."""
     counts: collections.Counter[str] = collections.Counter()
     kept = []
@@ -283,7 +288,8 @@ def _score(
     by_source: dict[str, Totals] = collections.defaultdict(Totals)
     with progress(f"evaluate {target.name}", total=heldout.n_bytes, unit="byte") as shown:
         for rows in _slices(heldout.rows, _TEXTS_AT_ONCE):
-            results = scorer.score(*([row[key] for row in rows] for key in ("text", "segment_ends", "ends_document")))
+            texts, segment_ends = [row["text"] for row in rows], [row["segment_ends"] for row in rows]
+            results = scorer.score(texts, segment_ends, [row["ends_document"] for row in rows])
             for row, result in zip(rows, results, strict=True):
                 if isinstance(result, Score):
                     for totals in (overall, by_source[row["source"]]):
@@ -317,7 +323,7 @@ def _make_scorer(config: ExperimentConfig, model_config: ModelConfig, descriptio
     return Scorer(model, tokenizer, description, config.evaluate.tokens_per_batch, device)
 
 
-def _slices(rows: Sequence[dict[str, Any]], size: int) -> Iterable[Sequence[dict[str, Any]]]:
+def _slices(rows: Sequence[HeldOutRow], size: int) -> Iterable[Sequence[HeldOutRow]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from miniplm_udf.config.sections import TrainConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from trainer.distributed import World
+from trainer.document_masks import document_positions
 from trainer.loss import target_nll, target_weights
 from trainer.order import batch_rows, rank_rows
 from trainer.schedule import learning_rate
@@ -92,7 +93,8 @@ class Loop:
     """Trains one model.
 
     Args:
-        model: a model on `world.device` whose forward pass takes `input_ids` and returns `.logits`.
+        model: a model on `world.device` whose forward pass takes `input_ids` and returns `.logits`; with
+            `document_masks`, a model that `check_follows_positions` accepts.
         optimizer: the optimiser of the model's weights.
         sequences: the training data.
         config: settings of the optimiser and the schedule.
@@ -199,6 +201,8 @@ class Loop:
             mask: 1 where a position has a target, (B, L).
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        masks = self.config.document_masks
+        positions = document_positions(inputs, mask, self.separator_id) if masks else None
         weights, count = target_weights(inputs, mask, self.separator_id, self.config.loss)
         count = self.world.sum(count)
         if not count > 0:
@@ -209,7 +213,9 @@ class Loop:
             part = slice(start, start + self.config.micro_batch_sequences)
             with self._sync(last=start == starts[-1]):
                 with _autocast(self.config, self.world.device):
-                    logits = self.model(input_ids=inputs[part]).logits
+                    # A cache would keep transformers from building the mask.
+                    extra = {} if positions is None else {"position_ids": positions[part], "use_cache": False}
+                    logits = self.model(input_ids=inputs[part], **extra).logits
                 loss = (target_nll(logits, targets[part]) * weights[part]).sum() / count.float()
                 (loss * self.world.size).backward()  # DDP takes the mean over ranks; the batch needs the sum
             total += loss.detach()

@@ -2,10 +2,12 @@
 
 Input: `AutoConfig` keywords with `model_type`. Output: a torch module in fp32 on the CPU. Owns the checks (unknown
 model type, unknown key, vocabulary or context too small) and the defaults that come from the data: vocabulary and
-special tokens from the tokenizer, longest input from the packed sequences. Reads and writes no file.
+special tokens from the tokenizer, longest input from the packed sequences. Chooses the implementation of Mamba's scan.
+Reads and writes no file.
 """
 
 import difflib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -13,9 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.storage import Json
 
 # Keys that transformers 5 accepts and moves into `rope_parameters` of the config.
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+# Packages with the CUDA kernels of Mamba, by the names of their modules.
+_KERNELS = ("mamba_ssm", "causal_conv1d")
 
 
 def _config_class(where: str, model_type: Any) -> type[PretrainedConfig]:
@@ -46,7 +51,7 @@ def _check_keys(where: str, config_class: type[PretrainedConfig], keys: list[str
 
 
 def model_config(
-    architecture: dict[str, Any],
+    architecture: Json,
     *,
     where: str,
     vocab_size: int,
@@ -89,7 +94,8 @@ def model_config(
         raise ConfigError(f"{where}: {config_class.__name__} refuses these values: {error}") from error
     if config.vocab_size < vocab_size:
         raise ConfigError(
-            f"{where}.vocab_size: expected at least {vocab_size}, the tokenizer's size, found {config.vocab_size}"
+            f"{where}.vocab_size: expected at least {vocab_size}, the tokenizer's size, found {config.vocab_size}; "
+            "raise it, remove the key to take the tokenizer's size, or choose the tokenizer that the model was made for"
         )
     if getattr(config, "max_position_embeddings", max_positions) < max_positions:
         raise ConfigError(
@@ -97,6 +103,38 @@ def model_config(
             f"sequence_length or the model's context_tokens), found {config.max_position_embeddings}"
         )
     return config
+
+
+def choose_scan(config: PretrainedConfig, architecture: Json, device: torch.device, *, where: str) -> None:
+    """Chooses a parallel scan for a Mamba, in place: CUDA kernels where they can run, else the package mambapy.
+
+    transformers takes the kernels by itself, and otherwise a loop over the tokens, whose time grows with the square of
+    their number (docs/training.md). Other model types stay as they are, and so does `use_mambapy: false`.
+
+    Args:
+        config: from `model_config`.
+        architecture: the keywords that the config was made from.
+        device: where the model will train.
+        where: config key of the architecture, for the message.
+
+    Raises:
+        ConfigError: only the loop over the tokens can run here.
+    """
+    if not hasattr(config, "use_mambapy") or architecture.get("use_mambapy") is False:
+        return
+    if device.type == "cuda" and all(map(_is_installed, _KERNELS)):
+        return
+    if not _is_installed("mambapy"):
+        raise ConfigError(
+            f"{where}: expected a parallel scan for model type {config.model_type}, found only transformers' loop over "
+            "the tokens, which is too slow to train with; install mambapy (`pip install mambapy`; the extra `train` "
+            "has it), or on a GPU mamba-ssm and causal-conv1d; use_mambapy: false in the architecture takes the loop"
+        )
+    config.use_mambapy = True
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def build_model(config: PretrainedConfig, *, where: str, seed: int) -> PreTrainedModel:

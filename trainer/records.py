@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.storage import Json
 
 TRAINING_FILE = "training.json"
 EVALUATION_FILE = "evaluation.json"
@@ -59,7 +60,7 @@ class TrainingRecord:
     manifest_hash: str
     fingerprint: str
     config_fingerprint: str
-    lineage: dict[str, Any] | None
+    lineage: Json | None
     tokenizer_hash: str | None = None
     tokenizer_file_hash: str | None = None
 
@@ -112,7 +113,7 @@ class TrainResult:
     record: TrainingRecord | None
     skipped: bool
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         """The record's keys, and `skipped`."""
         keys = {"name": self.name} if self.record is None else dataclasses.asdict(self.record)
         return {**keys, "skipped": self.skipped}
@@ -125,7 +126,7 @@ class EvaluateResult:
     evaluation: Evaluation
     skipped: bool
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         """The evaluation's keys, and `skipped`."""
         return {**dataclasses.asdict(self.evaluation), "skipped": self.skipped}
 

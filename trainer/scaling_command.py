@@ -8,12 +8,12 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random, resolve
-from trainer.scaling import COVERAGE, ScalingFit, compute_saved, extrapolate, fit_law
+from miniplm_udf.storage import Json
+from trainer.scaling import COVERAGE, Estimate, ScalingFit, compute_saved, extrapolate, fit_law
 from trainer.scaling_runs import StudentRuns, read_runs
 from trainer.targets import student_target
 
@@ -52,7 +52,7 @@ class _Study:
     fit: ScalingFit
 
 
-def plan(config: ExperimentConfig, options: ScalingOptions) -> dict[str, Any]:
+def plan(config: ExperimentConfig, options: ScalingOptions) -> Json:
     """Returns the plan of the command for a dry run; opens no store and writes nothing.
 
     Args:
@@ -71,7 +71,7 @@ def plan(config: ExperimentConfig, options: ScalingOptions) -> dict[str, Any]:
     }
 
 
-def scaling(config: ExperimentConfig, options: ScalingOptions) -> dict[str, Any]:
+def scaling(config: ExperimentConfig, options: ScalingOptions) -> Json:
     """Fits, extrapolates and compares the laws of students.
 
     Args:
@@ -127,7 +127,7 @@ def _baseline(config: ExperimentConfig, options: ScalingOptions, studies: dict[s
     return same_size[0] if same_size and name not in random else None
 
 
-def _law(study: _Study, options: ScalingOptions) -> dict[str, Any]:
+def _law(study: _Study, options: ScalingOptions) -> Json:
     runs, fit = study.runs, study.fit
     return {
         "n_parameters": runs.n_parameters,
@@ -150,7 +150,7 @@ def _law(study: _Study, options: ScalingOptions) -> dict[str, Any]:
     }
 
 
-def _saved(study: _Study, baseline: _Study, options: ScalingOptions) -> dict[str, Any]:
+def _saved(study: _Study, baseline: _Study, options: ScalingOptions) -> Json:
     """The compute that a student saves at the loss of the baseline's largest run, and at those of longer trainings."""
     if reason := _not_comparable(study, baseline, options.metric):
         return {"baseline": baseline.runs.name, "not_comparable": reason, "at": []}
@@ -183,7 +183,7 @@ def _not_comparable(study: _Study, baseline: _Study, metric: str) -> str | None:
     return None
 
 
-def _with_ends(key: str, estimate: Any) -> dict[str, float | None]:
+def _with_ends(key: str, estimate: Estimate) -> dict[str, float | None]:
     ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
     return {f"{key}{end}": _rounded(value) for end, value in ends.items()}
 

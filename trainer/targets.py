@@ -6,11 +6,11 @@ config. Reads no file.
 
 import dataclasses
 import difflib
-from typing import Any
 
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
-from miniplm_udf.config.sections import TrainConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.storage import Json
 
 # These keys do not change the result of a training, so a run resumes and a finished model stays when they change.
 # Another micro-batch size adds up the same batch in another order.
@@ -42,7 +42,7 @@ class Target:
     where: str
     corpus: str
     tokenizer: str
-    architecture: dict[str, Any]
+    architecture: Json
     train: TrainConfig
     sequence_length: int
     max_positions: int
@@ -63,6 +63,8 @@ class Target:
         train = dataclasses.asdict(self.train)
         for key in _NOT_IN_FINGERPRINT:
             del train[key]
+        if not self.train.document_masks:  # models of versions without this key stay finished
+            del train["document_masks"]
         return fingerprint(
             self.architecture,
             train,

@@ -19,6 +19,7 @@ from typing import Any
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import mlflow_errors
+from miniplm_udf.storage import Json
 from trainer.metric_names import safe_names
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
@@ -134,7 +135,7 @@ class Run:
         if self._mlflow is not None:
             self._try(problem, call)
 
-    def log_params(self, params: dict[str, Any]) -> None:
+    def log_params(self, params: Json) -> None:
         """Logs the parameters of a new run; nested keys are joined with dots.
 
         A run that continues keeps its parameters, because MLflow does not let them change.
@@ -159,7 +160,7 @@ class Run:
         for part in _parts(metrics, _METRICS_A_CALL):
             self._log("metrics are not logged", functools.partial(self._metrics, part, step))
 
-    def _params(self, part: dict[str, Any]) -> None:
+    def _params(self, part: Json) -> None:
         self._mlflow.log_params(part)
 
     def _metrics(self, part: dict[str, float], step: int | None) -> None:
@@ -171,7 +172,7 @@ class Run:
         version: int,
         name: str,
         digest: str,
-        metadata: dict[str, Any] | None,
+        metadata: Json | None,
     ) -> None:
         """Logs the packed table as dataset input and as tags, and its lineage as the artifact `lineage.json`.
 
@@ -209,7 +210,7 @@ class Run:
         self.set_tags({key: str(value) for key, value in tags.items() if value is not None})
         self._log("the lineage is not logged", lambda: self._mlflow.log_dict(lineage, "lineage.json"))
 
-    def set_tags(self, tags: dict[str, Any]) -> None:
+    def set_tags(self, tags: dict[str, str]) -> None:
         """Sets tags of the run.
 
         Args:
@@ -235,15 +236,15 @@ def tracked_run(config: ExperimentConfig, name: str, run_id: str | None = None) 
         run.end("FINISHED" if sys.exc_info()[0] is None else "FAILED")
 
 
-def _parts(values: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+def _parts(values: Json, size: int) -> Iterator[Json]:
     """Splits a dict into dicts of at most `size` entries."""
     names = list(values)
     return ({name: values[name] for name in names[i : i + size]} for i in range(0, len(names), size))
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Json, prefix: str = "") -> Json:
     """Nested dicts as one dict whose keys are joined with dots."""
-    flat: dict[str, Any] = {}
+    flat: Json = {}
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

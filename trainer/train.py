@@ -26,11 +26,13 @@ from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.errors import ConfigError, MiniplmError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import progress
+from miniplm_udf.storage import Json
 from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import World, process_group
+from trainer.document_masks import check_follows_positions
 from trainer.loop import Loop, StepMeasures, make_optimizer
-from trainer.model import build_model, model_config, n_parameters
+from trainer.model import build_model, choose_scan, model_config, n_parameters
 from trainer.records import TRAINING_FILE, TrainingRecord, TrainResult, read_training
 from trainer.targets import Target
 from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer, read_tokenizer_files
@@ -74,7 +76,8 @@ def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) ->
         The model's record, and whether the training was skipped.
 
     Raises:
-        ConfigError: the architecture cannot be built, or several nodes train under a root that they do not share.
+        ConfigError: the architecture cannot be built or trained as the config says, or several nodes train under a
+            root that they do not share.
         CorpusError: the packed table is missing, empty, or packed with another tokenizer; or another process trains
             this model; or every checkpoint is damaged.
         MiniplmError: the loss or the gradient is not finite.
@@ -212,8 +215,11 @@ def _new_training(config: ExperimentConfig, target: Target, inputs: _Inputs, wor
     # The cache of keys and values is for generation only; the saved config switches it on again.
     if hasattr(architecture, "use_cache"):
         architecture.use_cache = False
+    choose_scan(architecture, target.architecture, world.device, where=target.where)
     model: torch.nn.Module = build_model(architecture, where=target.where, seed=target.train.seed)
     model.to(world.device)
+    if target.train.document_masks:
+        check_follows_positions(model, architecture.vocab_size, target.where)
     optimizer = make_optimizer(model, target.train)
     folder = checkpoint_folder(config.layout.checkpoint(f"train/{target.name}"))
     checkpoints = Checkpoints(folder, inputs.fingerprint, target.train.keep_checkpoints)
@@ -320,7 +326,7 @@ def _save_model(training: _Training, files: TokenizerFiles, record: TrainingReco
         check_auto_tokenizer(folder, target.name)
 
 
-def plan(config: ExperimentConfig, target: Target) -> dict[str, Any]:
+def plan(config: ExperimentConfig, target: Target) -> Json:
     """Returns the plan of `train` for a dry run. Trains and writes nothing.
 
     Args:
@@ -335,7 +341,7 @@ def plan(config: ExperimentConfig, target: Target) -> dict[str, Any]:
         CorpusError: the packed table exists, but cannot be trained on.
     """
     sequences = target.train.steps * target.train.batch_sequences
-    facts: dict[str, Any] = {
+    facts: Json = {
         "name": target.name,
         "reads": [
             storage.redact(config.layout.table(target.packed_table)),

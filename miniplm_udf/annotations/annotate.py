@@ -11,7 +11,7 @@ of the run and no row, and the next run does it again. One driver annotates at a
 import dataclasses
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas
 from miniplm_udf.annotations import contamination, duplicates, language, packages, quality
@@ -21,7 +21,8 @@ from miniplm_udf.config.annotate import AnnotateConfig
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.storage import Json
+from miniplm_udf.store import corpus_records, delta_log, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -62,7 +63,7 @@ class AnnotationSummary:
     languages: dict[str, int] | None = None
     evaluation: EvaluationCounts | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain data, without the groups that the config does not have."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
@@ -97,7 +98,7 @@ class _Annotation:
         self._uri = config.layout.table(schemas.ANNOTATIONS)
         self._table = schemas.annotations(settings.groups)
         instances_uri = config.layout.table("instances")
-        self._instances_version = tables.version(spark, instances_uri)
+        self._instances_version = delta_log.newest_version(instances_uri)
         self._pool = tables.read(spark, instances_uri, self._instances_version).where("split = 'pool'")
 
     def run(self) -> AnnotationSummary:
@@ -126,7 +127,7 @@ class _Annotation:
 
     def _write(self, evaluation: EvaluationNgrams | None, settings_json: str) -> int:
         """Commits the rows that are new; returns their number."""
-        newest = corpus_records.newest(self._spark, self._uri)
+        newest = corpus_records.newest(self._uri)
         existing = self._existing_rows(newest, settings_json)
         new, persisted = self._pool, []
         try:
@@ -218,7 +219,7 @@ class _Annotation:
     def _summary(self, evaluation: EvaluationNgrams | None, n_new: int) -> AnnotationSummary:
         from pyspark.sql import functions as F
 
-        newest = corpus_records.newest(self._spark, self._uri)
+        newest = corpus_records.newest(self._uri)
         assert newest is not None
         rows = tables.read(self._spark, self._uri)
         conditions = {group: text for group, text in _COUNTED.items() if group in self._settings.groups}

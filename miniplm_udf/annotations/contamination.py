@@ -188,7 +188,11 @@ def _record_of(line: bytes) -> tuple[list[str], str | None] | None:
 
 
 def strings_of(record: Any) -> Iterator[str]:
-    """All strings of a JSON value in their plain form, in order; the keys of objects are left out."""
+    """Yields all strings of a JSON value in their plain form, in order; the keys of objects are left out.
+
+    Args:
+        record: a parsed JSON value of any type.
+    """
     waiting = [record]
     while waiting:
         value = waiting.pop()

@@ -30,7 +30,14 @@ UInt64s = np.ndarray[Any, np.dtype[np.uint64]]
 
 @functools.cache
 def bands_of(threshold: float) -> tuple[int, int]:
-    """The number of bands, and of minima in each, for a threshold of Jaccard similarity."""
+    """Chooses how a signature is cut into bands, so that few pairs above a threshold are missed.
+
+    Args:
+        threshold: Jaccard similarity, 0 to 1, from which on a pair should be found.
+
+    Returns:
+        The number of bands, and the number of minima in each; together at most N_HASHES minima.
+    """
     for rows in range(N_HASHES, 1, -1):
         bands = N_HASHES // rows
         if p_shared(threshold, bands, rows) >= RECALL_AT_THRESHOLD:
@@ -39,7 +46,13 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def p_shared(jaccard: float, bands: int, rows: int) -> float:
-    """Probability that two sets with this Jaccard similarity share a bucket."""
+    """Computes the probability, 0 to 1, that two sets share a bucket: all minima of at least one band are equal.
+
+    Args:
+        jaccard: Jaccard similarity of the sets, 0 to 1.
+        bands: number of bands.
+        rows: minima in each band.
+    """
     return float(1 - (1 - jaccard**rows) ** bands)
 
 

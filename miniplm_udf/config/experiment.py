@@ -1,10 +1,10 @@
 """Reads one experiment, a YAML file, into an `ExperimentConfig` of sections (sections.py), and checks it.
 
 Input: a YAML file and dotted overrides (`ingest.input=/texts/*.jsonl`). Output: an `ExperimentConfig`. jsonargparse
-makes the dataclasses and checks types; this module refuses unknown keys, lets each `train` inherit, and checks the
-links between sections. Other functions take these dataclasses, never a dict. Two environment variables count:
-MLFLOW_TRACKING_URI (`mlflow_uri`) and MINIPLM_CACHE (storage.py). Imports nothing
-heavy at module level, and jsonargparse only inside `load_config`.
+makes the dataclasses and checks types; this module refuses unknown keys and checks the links between sections;
+student_models.py fills in the keys that models inherit. Other functions take these dataclasses, never a dict. Two
+environment variables count: MLFLOW_TRACKING_URI (`mlflow_uri`) and MINIPLM_CACHE (storage.py). Imports nothing heavy at
+module level, and jsonargparse only inside `load_config`.
 """
 
 import dataclasses
@@ -31,19 +31,19 @@ from miniplm_udf.config.sections import (
     ModelConfig,
     PackConfig,
     ProxyConfig,
-    ReferenceConfig,
     ReportConfig,
     ScoreConfig,
     SparkConfig,
     StreamConfig,
-    StudentConfig,
     TokenizerConfig,
-    TrainConfig,
     check,
     check_name,
 )
+from miniplm_udf.config.student_models import fill_in
+from miniplm_udf.config.training import ReferenceConfig, StudentConfig, TrainConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.layout import Root
+from miniplm_udf.storage import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,15 +229,6 @@ def _unshared(value: Any) -> Any:
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
-def _inherit_train(raw: dict[str, Any]) -> None:
-    """Gives each student's and the reference's `train` the keys of the experiment's `train` that it does not set."""
-    shared = raw.get("train") or {}
-    owners = [raw["reference"]] if raw.get("reference") else []
-    owners += [student for student in (raw.get("students") or {}).values() if isinstance(student, dict)]
-    for owner in owners:
-        owner["train"] = {**shared, **(owner.get("train") or {})}
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads an experiment.
 
@@ -265,7 +256,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     raw = {key: value for key, value in raw.items() if value is not None}
     _check_keys(raw, ExperimentConfig)
     check(bool(raw.get("root")), "root: where the tables go; set it in the file or as root=PATH")
-    _inherit_train(raw)
+    fill_in(raw)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--experiment", type=ExperimentConfig)
     try:
@@ -279,7 +270,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         raise ConfigError(f"config {path}: {cause or error}") from error
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Json:
     """Returns a config as plain data, as provenance records it.
 
     Args:

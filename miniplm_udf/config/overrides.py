@@ -12,9 +12,10 @@ import typing
 from typing import Any, Literal
 
 from miniplm_udf.config.sections import check
+from miniplm_udf.storage import Json
 
 
-def apply_override(raw: dict[str, Any], override: str, owner: type) -> None:
+def apply_override(raw: Json, override: str, owner: type) -> None:
     """Sets one `a.b.c=value`.
 
     Args:

@@ -11,9 +11,9 @@ import dataclasses
 import functools
 import importlib.resources
 from collections.abc import Mapping
-from typing import Any
 
 from miniplm_udf.config.refine import CorpusConfig, SelectConfig
+from miniplm_udf.storage import Json
 
 # The rule of a corpus whose config has neither a rule nor a score, and the score of a corpus that a proxy ranks.
 DEFAULT = "miniplm"
@@ -40,7 +40,7 @@ class Rule:
     source: str
     models: dict[str, str]
     score: str
-    select: dict[str, Any] | None = None
+    select: Json | None = None
     notes: str | None = None
 
     def sql(self, aliases: Mapping[str, str], seed: int = 0) -> str:

@@ -2,12 +2,12 @@
 
 Owns the keys, their defaults (the paper's recipe, arXiv 2410.17215) and the checks of single sections; no other module
 has defaults. A section does not know another one: `experiment.ExperimentConfig` checks the links between sections.
-Sections of annotation and refinement are in annotate.py and refine.py. Imports nothing heavy.
+Sections of annotation, refinement and training are in annotate.py, refine.py and training.py. Imports nothing heavy.
 """
 
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from miniplm_udf.errors import ConfigError
 
@@ -15,13 +15,13 @@ _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises a `ConfigError` with the message, unless the condition holds."""
+    """Raises a `ConfigError` with the `message`, unless the `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def check_name(kind: str, name: str) -> None:
-    """Refuses a name that cannot be part of a column or table name; `kind` says what it names, for the message."""
+    """Refuses a `name` that cannot be part of a column or table name; `kind` says what it names, for the message."""
     check(
         bool(name) and set(name) <= _NAME_CHARACTERS and not name[0].isdigit(),
         f"{kind} {name!r}: names become column and table names, so use letters, digits and _ (no leading digit)",
@@ -288,91 +288,18 @@ class PackConfig:
 
     Attributes:
         sequence_length: input tokens of one training sequence.
-        shards: number of streams that are packed independently; each ends in one padded sequence.
+        sequences: packed fills each sequence with the texts that follow each other in the stored order; instance makes
+            a sequence of each instance and pads it, as the official code does (docs/training.md).
+        shards: number of streams that are packed independently; each ends in one padded sequence if they are packed.
     """
 
     sequence_length: int = 1024
+    sequences: Literal["packed", "instance"] = "packed"
     shards: int = 1
 
     def __post_init__(self) -> None:
         check(self.sequence_length >= 2, f"sequence_length: expected at least 2, found {self.sequence_length}")
         check(self.shards >= 1, f"pack.shards: expected at least 1, found {self.shards}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Optimiser and schedule; the defaults are the paper's.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_sequences: sequences in one step; `micro_batch_sequences` of them in one forward pass.
-        min_learning_rate_ratio: final learning rate over `learning_rate`.
-        warmup_steps: steps in which the learning rate rises.
-        loss: official is the mean over sequences of the mean over targets whose input is not the separator;
-            token_mean is the mean over all targets.
-        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
-        save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
-    """
-
-    steps: int = 100_000
-    batch_sequences: int = 512
-    micro_batch_sequences: int = 8
-    learning_rate: float = 6e-4
-    min_learning_rate_ratio: float = 0.1
-    warmup_steps: int = 2000
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
-    adam_eps: float = 1e-6
-    weight_decay: float = 0.01
-    gradient_clip_norm: float = 1.0
-    loss: Literal["official", "token_mean"] = "official"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    save_every_steps: int = 1000
-    keep_checkpoints: int = 2
-    log_every_steps: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_sequences", "micro_batch_sequences", "save_every_steps", "log_every_steps"):
-            check(getattr(self, name) >= 1, f"train.{name}: expected at least 1, found {getattr(self, name)}")
-        check(
-            0 <= self.warmup_steps <= self.steps,
-            f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StudentConfig:
-    """A student model.
-
-    Attributes:
-        architecture: keywords of transformers' `AutoConfig`, with `model_type`.
-        corpus: name of the refined corpus that it is trained on.
-        tokenizer: name in the section `tokenizers`.
-        train: keys that are not set come from the experiment's section `train`.
-    """
-
-    architecture: dict[str, Any]
-    corpus: str
-    tokenizer: str
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
-    """The reference LM: trained once on the split `reference`, then frozen.
-
-    Attributes:
-        alias: its alias in the section `models`.
-        tokenizer: alias of the model whose tokenizer it uses.
-        architecture: keywords of transformers' `AutoConfig`, with `model_type`.
-        train: keys that are not set come from the experiment's section `train`.
-    """
-
-    alias: str = "reference"
-    tokenizer: str = "teacher"
-    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

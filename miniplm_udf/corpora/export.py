@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import hashlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -31,7 +31,9 @@ from miniplm_udf.lease import Lease
 from miniplm_udf.progress import watched_tasks
 from miniplm_udf.refinement.fingerprints import fingerprint_of, row_hash
 from miniplm_udf.revision import code_revision
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, pins, tables
+from miniplm_udf.store.provenance import Provenance, VersionTables
 from miniplm_udf.store.text_join import MOST_ROWS_PER_PART, texts_of
 
 if TYPE_CHECKING:
@@ -104,8 +106,8 @@ class Manifest:
     threshold: float
     fingerprint: str
     model_revisions: dict[str, str]
-    config: dict[str, Any]
-    inputs: dict[str, Any]
+    config: Json
+    inputs: VersionTables
     refined_by: str
     columns: dict[str, str]
     files: list[ExportedFile]
@@ -124,7 +126,7 @@ class _ExportedVersion:
 
     name: str
     number: int
-    provenance: corpus_records.Provenance
+    provenance: Provenance
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -225,9 +227,7 @@ def _counted() -> "list[Column]":
     return [value.alias(name) for value, name in zip(values, COUNTED, strict=True)]
 
 
-def _check(
-    version: _ExportedVersion, expected: "corpus_records.Provenance | pins.Pin", files: list[WrittenFile]
-) -> None:
+def _check(version: _ExportedVersion, expected: "Provenance | pins.Pin", files: list[WrittenFile]) -> None:
     n_rows = sum(file.n_rows for file in files)
     if n_rows != expected.n_instances:
         raise CorpusError(

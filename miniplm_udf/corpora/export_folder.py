@@ -10,12 +10,12 @@ import contextlib
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
 from miniplm_udf import storage
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.storage import Json
 
 MANIFEST = "manifest.json"
 # The value of `kind` in a manifest.
@@ -49,8 +49,12 @@ def check_free(target: str, overwrite: bool) -> None:
         )
 
 
-def manifest_of(target: str) -> dict[str, Any] | None:
-    """The manifest of the export in a folder; None if the folder has none."""
+def manifest_of(target: str) -> Json | None:
+    """Reads the manifest of the export in a folder; None if the folder has none.
+
+    Args:
+        target: URI of the folder, which need not exist.
+    """
     manifest = None
     with contextlib.suppress(ValueError):  # another program's file with that name
         manifest = storage.read_json(storage.join(target, MANIFEST))

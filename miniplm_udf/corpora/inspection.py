@@ -21,7 +21,9 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.refinement import expressions
 from miniplm_udf.refinement.selection import is_finite
+from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store.provenance import Provenance
 from miniplm_udf.store.text_join import texts_of
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ class Inspection:
     threshold: float
     order: str
     n_matching: int
-    rows: list[dict[str, Any]]
+    rows: list[TableRow]
 
 
 def inspect(spark: "SparkSession", root: str, address: str, question: Question) -> Inspection:
@@ -141,7 +143,7 @@ class _Search:
     root: str
     name: str
     version: int
-    provenance: corpus_records.Provenance
+    provenance: Provenance
     question: Question
 
     def side(self) -> "DataFrame":
@@ -216,8 +218,11 @@ class _Search:
         return CorpusError(f"{self.name}@{self.version}: expected {wanted}, found none; {of_side}")
 
 
-def cuts_of(provenance: corpus_records.Provenance) -> dict[str | None, list[float]]:
+def cuts_of(provenance: Provenance) -> dict[str | None, list[float]]:
     """The scores of a version's cuts.
+
+    Args:
+        provenance: of the version. A followed version has one cut; one without recorded cuts, its threshold.
 
     Returns:
         By source, or under None for all sources together: one score, or two for a band.
@@ -232,7 +237,7 @@ def cuts_of(provenance: corpus_records.Provenance) -> dict[str | None, list[floa
     }
 
 
-def cut_distance(provenance: corpus_records.Provenance) -> "Column":
+def cut_distance(provenance: Provenance) -> "Column":
     """Makes the column that tells how far a row is from the cut.
 
     Args:
@@ -262,7 +267,7 @@ def _value_of_source(by_source: dict[Any, float]) -> "Column":
     return F.create_map(*(F.lit(value) for pair in by_source.items() for value in pair))[F.col("source")]
 
 
-def _texts(spark: "SparkSession", root: str, ids: list[str], n_characters: int) -> dict[str, dict[str, Any]]:
+def _texts(spark: "SparkSession", root: str, ids: list[str], n_characters: int) -> dict[str, TableRow]:
     """By id, the beginning of an instance's text and its origin; an instance that does not exist is left out."""
     from pyspark.sql import functions as F
 

@@ -10,20 +10,47 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import fsspec
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
-from miniplm_udf.store import corpus_records, delta_files
+from miniplm_udf.schemas.types import TableRow
+from miniplm_udf.storage import Json
+from miniplm_udf.store import corpus_records, delta_files, delta_log
 from miniplm_udf.store.pins import Pin
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# {source: {"n_instances": ..., "n_tokens": ...}}
 Counts = dict[str, dict[str, int]]
+
+
+class ShownInstance(TypedDict):
+    """An example of an added or removed row; `text` has at most 240 characters, None if there is no such instance."""
+
+    instance_id: str
+    source: str
+    score: float
+    text: str | None
+
+
+# `from` and `to` are NAME@NUMBER. The first word is Python's, so no class statement can declare it.
+VersionDifference = TypedDict(
+    "VersionDifference",
+    {
+        "from": str,
+        "to": str,
+        "added": Counts,
+        "removed": Counts,
+        "both": Counts,
+        "added_examples": list[ShownInstance],
+        "removed_examples": list[ShownInstance],
+    },
+)
 
 _TEXT_CHARACTERS = 240
 _BATCH_ROWS = 65_536
@@ -53,7 +80,7 @@ def find(root: str, address: str) -> tuple[str, int]:
     return name, int(corpus_records.choose_version(_corpora(root), name, version)["version"])
 
 
-def listing(root: str) -> list[dict[str, Any]]:
+def listing(root: str) -> list[TableRow]:
     """Lists all versions by name and number.
 
     Args:
@@ -67,7 +94,7 @@ def listing(root: str) -> list[dict[str, Any]]:
         CorpusError: there is no table `corpora`.
     """
     tags = {(pin.name, pin.version): pin.tag or "yes" for pin in _pins(root)}
-    versions = []
+    versions: list[TableRow] = []
     for row in _corpora(root):
         inputs = json.loads(row["inputs"])
         made_by = (inputs.get("derived") or {}).get("by") or ("follow" if inputs.get("followed") else "refine")
@@ -76,7 +103,7 @@ def listing(root: str) -> list[dict[str, Any]]:
     return versions
 
 
-def show(root: str, address: str) -> dict[str, Any]:
+def show(root: str, address: str) -> Json:
     """Reads the full provenance of a version, and counts its rows by source.
 
     Args:
@@ -100,7 +127,7 @@ def show(root: str, address: str) -> dict[str, Any]:
         return {**provenance, "by_source": None}
 
 
-def diff(root: str, before: str, after: str, n_examples: int) -> dict[str, Any]:
+def diff(root: str, before: str, after: str, n_examples: int) -> VersionDifference:
     """Compares two versions, of one corpus or of two, by instance ids.
 
     Args:
@@ -109,9 +136,7 @@ def diff(root: str, before: str, after: str, n_examples: int) -> dict[str, Any]:
         n_examples: texts to show of the added and of the removed rows, those with the highest scores.
 
     Returns:
-        `from`, `to`; `added`, `removed` and `both`, each {source: {n_instances, n_tokens}}; `added_examples` and
-        `removed_examples`: instance_id, source, score, text (its first 240 characters; None if there is no such
-        instance).
+        The counts of added, removed and common rows by source, and examples.
 
     Raises:
         CorpusError: there is no such version, its rows are gone, or its files cannot be read without Spark.
@@ -140,10 +165,10 @@ def diff(root: str, before: str, after: str, n_examples: int) -> dict[str, Any]:
     }
 
 
-def _corpora(root: str) -> list[dict[str, Any]]:
+def _corpora(root: str) -> list[TableRow]:
     """The rows of `corpora` by name and version; `created_at` in UTC, without a zone."""
     uri = Root(root).table("corpora")
-    if not delta_files.has_commits(uri):
+    if not delta_log.has_commits(uri):
         raise CorpusError(
             f"table {storage.redact(uri)}: expected a Delta table, found none; run the stage that writes it first"
         )
@@ -153,16 +178,16 @@ def _corpora(root: str) -> list[dict[str, Any]]:
 
 def _pins(root: str) -> list[Pin]:
     uri = Root(root).table("pins")
-    rows = _read(uri) if delta_files.has_commits(uri) else []
+    rows = _read(uri) if delta_log.has_commits(uri) else []
     return sorted((Pin(**row) for row in rows), key=lambda pin: (pin.name, pin.version))
 
 
-def _read(uri: str) -> list[dict[str, Any]]:
+def _read(uri: str) -> list[TableRow]:
     """All rows of a small table."""
     import pyarrow.parquet as pq
     from deltalake.exceptions import DeltaError
 
-    rows: list[dict[str, Any]] = []
+    rows: list[TableRow] = []
     try:
         for file in delta_files.parquet_files(uri):
             with fsspec.open(file, "rb") as handle:
@@ -192,7 +217,7 @@ class _Version:
 
         self.name, self.number = name, number
         layout = Root(root)
-        if not is_pinned and not delta_files.has_commits(layout.refined(name)):
+        if not is_pinned and not delta_log.has_commits(layout.refined(name)):
             raise _VersionGoneError(corpus_records.no_table_message(root, name, [number]))
         uri, version = (layout.pinned(name, number), None) if is_pinned else (layout.refined(name), number)
         try:
@@ -311,7 +336,7 @@ class _Rows:
             for source, n_instances in sorted(self._instances.items())
         }
 
-    def with_texts(self, texts: dict[str, str]) -> list[dict[str, Any]]:
+    def with_texts(self, texts: dict[str, str]) -> list[ShownInstance]:
         return [
             {
                 "instance_id": row.instance_id,
@@ -341,7 +366,7 @@ def _texts(root: str, ids: Collection[str]) -> dict[str, str]:
     uri = Root(root).table("instances")
     wanted = set(ids)
     texts: dict[str, str] = {}
-    if not wanted or not delta_files.has_commits(uri):
+    if not wanted or not delta_log.has_commits(uri):
         return texts
     for file in delta_files.parquet_files(uri):
         with fsspec.open(file, "rb") as handle:

@@ -22,6 +22,7 @@ from miniplm_udf.corpora import versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.store import corpus_records, pins, tables, takedowns
+from miniplm_udf.store.provenance import DerivedFrom
 from miniplm_udf.store.takedowns import WHOLE, Takedown
 from miniplm_udf.streams import checkpoints
 
@@ -240,7 +241,7 @@ class _Removal:
         if name == "reference":
             instances = tables.read(self._spark, self._config.layout.table("instances"))
             return not self._rows_of_gone(instances.where("split = 'reference'")).isEmpty()
-        newest = corpus_records.newest(self._spark, uri)
+        newest = corpus_records.newest(uri)
         version = ((newest.metadata if newest else None) or {}).get("refined_version")
         if version is None:
             return True
@@ -254,7 +255,7 @@ class _Removal:
     def _corpus(self, name: str) -> None:
         """Commits the newest rows of a corpus without those that are gone, and removes the files of older versions."""
         uri = Root(self._root).refined(name)
-        newest = corpus_records.newest(self._spark, uri)
+        newest = corpus_records.newest(uri)
         if newest is None:
             return
         if newest.provenance is not None:
@@ -264,7 +265,7 @@ class _Removal:
         if self._record(f"refined/{name}", self._rows_of_gone(rows)):
             recorded = newest.provenance or corpus_records.provenance_of(self._spark, self._root, name, newest.version)
             remaining = tables.missing_from(rows, self.gone)
-            derived = {"by": "take-down", "from_version": newest.version, "takedown_id": self._takedown.id}
+            derived: DerivedFrom = {"by": "take-down", "from_version": newest.version, "takedown_id": self._takedown.id}
             provenance = versions.recounted(recorded, remaining)
             versions.commit_derived(self._spark, self._config, remaining, provenance, newest, derived)
         self._vacuum(f"refined/{name}", is_logged=True)

@@ -8,7 +8,7 @@ that it is done. refine.py chooses rows and pins.py copies them. Driver only.
 
 import dataclasses
 import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
@@ -20,6 +20,7 @@ from miniplm_udf.refinement import candidates, fingerprints, refine
 from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.store import corpus_records, pins, tables, takedowns
 from miniplm_udf.store.pins import Pin
+from miniplm_udf.store.provenance import DerivedFrom, Provenance
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -195,7 +196,7 @@ def rebuild(spark: "SparkSession", config: ExperimentConfig, address: str, dry_r
 
 
 def _version_inputs(
-    spark: "SparkSession", root: str, name: str, version: int, recorded: corpus_records.Provenance
+    spark: "SparkSession", root: str, name: str, version: int, recorded: Provenance
 ) -> tuple[refine.VersionInputs, "DataFrame"]:
     """The inputs that decided the rows of a version, and its candidates."""
     if recorded.followed is not None:
@@ -208,7 +209,7 @@ def _version_inputs(
 
 
 def recorded_candidates(
-    spark: "SparkSession", root: str, name: str, version: int, recorded: corpus_records.Provenance
+    spark: "SparkSession", root: str, name: str, version: int, recorded: Provenance
 ) -> tuple[ExperimentConfig, CorpusConfig, "DataFrame"]:
     """The candidates that a version was chosen from, as the tables were then.
 
@@ -226,7 +227,7 @@ def recorded_candidates(
         CorpusError: the matrix was built again since; or another release of this code wrote the record.
     """
     config, corpus = recorded_config(root, name, recorded)
-    wanted: dict[str, int] = recorded.inputs["last_batches"]
+    wanted = recorded.inputs["last_batches"]
     scored = candidates.read_candidates(spark, config, corpus, wanted)
     present = scored.inputs["last_batches"]
     if not set(wanted) <= present.keys():
@@ -239,8 +240,13 @@ def recorded_candidates(
     return config, corpus, refine.candidate_rows(joined, config, name, corpus)
 
 
-def recorded_config(root: str, name: str, recorded: corpus_records.Provenance) -> tuple[ExperimentConfig, CorpusConfig]:
+def recorded_config(root: str, name: str, recorded: Provenance) -> tuple[ExperimentConfig, CorpusConfig]:
     """The part of the experiment that a version depends on, and its resolved corpus config, from the provenance.
+
+    Args:
+        root: URI of the root, for the config.
+        name: of the corpus.
+        recorded: the provenance of the version.
 
     Raises:
         CorpusError: another release of this code wrote the record.
@@ -260,7 +266,7 @@ def recorded_config(root: str, name: str, recorded: corpus_records.Provenance) -
     return ExperimentConfig(root=root, models=scored, refine=refined, proxy=proxy), corpus
 
 
-def recounted(provenance: corpus_records.Provenance, rows: "DataFrame") -> corpus_records.Provenance:
+def recounted(provenance: Provenance, rows: "DataFrame") -> Provenance:
     """Replaces the counts, the threshold and the fingerprint of a provenance by those of other rows; runs one pass.
 
     Args:
@@ -284,13 +290,13 @@ def recounted(provenance: corpus_records.Provenance, rows: "DataFrame") -> corpu
 
 
 def _commit(
-    spark: "SparkSession", config: ExperimentConfig, rows: "DataFrame", provenance: corpus_records.Provenance,
-    derived: dict[str, Any],
+    spark: "SparkSession", config: ExperimentConfig, rows: "DataFrame", provenance: Provenance,
+    derived: DerivedFrom,
 ) -> DerivedVersion:  # fmt: skip
     """Commits rows in place of those of the newest version, unless they are the same."""
     name, from_version = provenance.corpus, derived["from_version"]
     with refine.corpus_lease(config, name):
-        newest = corpus_records.newest(spark, config.layout.refined(name))
+        newest = corpus_records.newest(config.layout.refined(name))
         present = newest.provenance if newest else None
         if newest and present and present.fingerprint == provenance.fingerprint and present.config == provenance.config:
             corpus_records.record(spark, config.root, newest.version, present)
@@ -300,8 +306,8 @@ def _commit(
 
 
 def commit_derived(
-    spark: "SparkSession", config: ExperimentConfig, rows: "DataFrame", provenance: corpus_records.Provenance,
-    newest: corpus_records.Newest | None, derived: dict[str, Any],
+    spark: "SparkSession", config: ExperimentConfig, rows: "DataFrame", provenance: Provenance,
+    newest: corpus_records.Newest | None, derived: DerivedFrom,
 ) -> int:  # fmt: skip
     """Commits rows that come from an earlier version, and records the new version. The caller holds the corpus's lease.
 
@@ -325,7 +331,7 @@ def commit_derived(
     return version
 
 
-def _derived(version: int, from_version: int, provenance: corpus_records.Provenance, skipped: bool) -> DerivedVersion:
+def _derived(version: int, from_version: int, provenance: Provenance, skipped: bool) -> DerivedVersion:
     return DerivedVersion(
         name=provenance.corpus,
         version=version,

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -36,6 +36,7 @@ from miniplm_udf.ingestion.inputs import find_inputs
 from miniplm_udf.ingestion.packed import packed_sample
 from miniplm_udf.ingestion.query import chunking_model, executor_tokenizer_hash
 from miniplm_udf.ingestion.splits import INSTANCE, REJECT, ChunkingSpec, make_ingest_function, output_spark_schema
+from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.scoring.description import with_absolute_path
 from miniplm_udf.workers.remote import run_over_rows
 
@@ -60,7 +61,7 @@ class _CutSample:
         rejects: rejected rows, by reason.
     """
 
-    instances: list[dict[str, Any]]
+    instances: list[TableRow]
     rejects: dict[str, int]
 
     @property
@@ -68,7 +69,7 @@ class _CutSample:
         return sum(row["starts_document"] + len(row["segment_ends"]) for row in self.instances)
 
     @property
-    def pool(self) -> list[dict[str, Any]]:
+    def pool(self) -> list[TableRow]:
         """The instances that would be scored."""
         return [row for row in self.instances if row["split"] == "pool"]
 

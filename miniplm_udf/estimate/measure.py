@@ -25,9 +25,12 @@ from typing import Any
 import pyarrow as pa
 
 from miniplm_udf import errors
-from miniplm_udf.config.sections import ModelConfig, ScoreConfig, TrainConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig
+from miniplm_udf.config.training import TrainConfig
+from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.flops import forward_flops
+from miniplm_udf.storage import Json
 from miniplm_udf.workers.messages import SCORE_REQUEST_SCHEMA
 from miniplm_udf.workers.model_scorers import ModelScorerFactory, assigned_device
 from miniplm_udf.workers.remote import model_errors
@@ -60,7 +63,7 @@ class MeasureRequest:
     dtype: str | None
     score: ScoreConfig
     seconds: float
-    architecture: dict[str, Any] | None = None
+    architecture: Json | None = None
     tokenizer: ModelConfig | None = None
     train: TrainConfig | None = None
     sequence_length: int = 0
@@ -121,7 +124,7 @@ def measure_model(request: MeasureRequest, batches: Iterator[pa.RecordBatch]) ->
         return _measure(request, rows)
 
 
-def _measure(request: MeasureRequest, rows: list[dict[str, Any]]) -> Measured:
+def _measure(request: MeasureRequest, rows: list[TableRow]) -> Measured:
     from miniplm_udf.scoring.models import describe
 
     with _model(request) as config:
@@ -211,7 +214,7 @@ class _TokenCounts:
     rejects: dict[str, int]
 
 
-def _count(config: ModelConfig, description: ModelDescription, rows: list[dict[str, Any]]) -> _TokenCounts:
+def _count(config: ModelConfig, description: ModelDescription, rows: list[TableRow]) -> _TokenCounts:
     from miniplm_udf.scoring.inputs import TextEncoder, TextTokenizer
     from miniplm_udf.scoring.models import model_folder
     from miniplm_udf.scoring.results import Failure
@@ -270,9 +273,7 @@ class _Timing:
     warnings: list[str]
 
 
-def _time(
-    config: ModelConfig, description: ModelDescription, request: MeasureRequest, rows: list[dict[str, Any]]
-) -> _Timing:
+def _time(config: ModelConfig, description: ModelDescription, request: MeasureRequest, rows: list[TableRow]) -> _Timing:
     """Loads the model, scores one batch twice, then a random part of the other instances for about `seconds`.
 
     Raises:
@@ -299,13 +300,13 @@ def _time(
     return _Timing(start_seconds, rate, tokens, [] if request.architecture is not None else scorer.warnings)
 
 
-def _first_bytes(rows: list[dict[str, Any]], n_bytes: int) -> list[dict[str, Any]]:
+def _first_bytes(rows: list[TableRow], n_bytes: int) -> list[TableRow]:
     """Returns the first rows whose texts together have `n_bytes`; at least one row."""
     sizes = itertools.accumulate(len(row["text"].encode("utf-8")) for row in rows)
     return rows[: 1 + sum(1 for size in sizes if size < n_bytes)]
 
 
-def _score(scorer: Any, rows: list[dict[str, Any]]) -> tuple[int, float]:
+def _score(scorer: Any, rows: list[TableRow]) -> tuple[int, float]:
     """Scores rows; returns the scored tokens and the seconds."""
     started = time.perf_counter()
     results = scorer.score(*([row[name] for row in rows] for name in ("text", "segment_ends", "ends_document")))

@@ -95,7 +95,11 @@ def list_files(roots: dict[str, Path]) -> dict[str, Path]:
 
 
 def kind_of(file_id: str) -> str | None:
-    """The kind of a file: readmes, licences, source_code or data_files; None for other files."""
+    """The kind of a file: readmes, licences, source_code or data_files; None for other files.
+
+    Args:
+        file_id: the file's path below its installation folder.
+    """
     path = PurePosixPath(file_id)
     in_metadata = any(part.endswith((".dist-info", ".egg-info")) for part in path.parts[:-1])
     if path.name in _METADATA_NAMES and in_metadata:
@@ -161,7 +165,15 @@ _SOURCES: dict[str, tuple[str, Reader]] = {
 
 
 def documents_of(source: str, files: dict[str, Path]) -> Iterator[Document]:
-    """Yields the usable documents of a source, in the order of a hash of the id of their file."""
+    """Yields the usable documents of a source, in the order of a hash of the id of their file.
+
+    Args:
+        source: name of the source, a key of `_SOURCES`.
+        files: all files by id; those of another kind are not read.
+
+    Yields:
+        The document's id, and its text of MIN_DOCUMENT_BYTES to MAX_DOCUMENT_BYTES UTF-8 bytes.
+    """
     kind, reader = _SOURCES[source]
     chosen = sorted((file_id for file_id in files if kind_of(file_id) == kind), key=lambda f: _hash(f"{source}\0{f}"))
     for file_id in chosen:

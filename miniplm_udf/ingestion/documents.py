@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from miniplm_udf.config.sections import FieldsConfig, SplitConfig
+from miniplm_udf.storage import Json
 
 REJECT_REASONS = (
     "invalid_utf8",
@@ -51,7 +52,7 @@ def _number(literal: str) -> float | Unrepresentable:
     return value if math.isfinite(value) else Unrepresentable(literal)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) < len(pairs):
         key = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -171,6 +172,10 @@ def split_of(text: str, shares: SplitConfig) -> str:
 
     Held-out texts come from the bottom of [0, 1), the reference's from the top: a share that grows takes texts from
     `pool` only, and no text moves between the other two splits.
+
+    Args:
+        text: the document's text; runs of whitespace count as one space.
+        shares: shares of the splits `heldout` and `reference`, 0 to 1.
     """
     normalised = " ".join(text.split()).encode("utf-8")
     position = int.from_bytes(hashlib.blake2b(normalised, digest_size=8).digest(), "big") / 2**64
@@ -179,11 +184,15 @@ def split_of(text: str, shares: SplitConfig) -> str:
     return "reference" if position >= 1 - shares.reference else "pool"
 
 
-def find_field(row: dict[str, Any], name: str) -> Any:
+def find_field(row: Json, name: str) -> Any:
     """The value of a field of a JSON object, or ABSENT.
 
     A key that is spelled like the name comes first. Otherwise dots in the name go into nested objects: `meta.set` is
     the field `set` of `meta`.
+
+    Args:
+        row: the object, parsed.
+        name: name of the field, perhaps with dots.
     """
     if name in row:
         return row[name]
@@ -195,7 +204,7 @@ def find_field(row: dict[str, Any], name: str) -> Any:
     return ABSENT
 
 
-def field_names(row: dict[str, Any]) -> Iterator[str]:
+def field_names(row: Json) -> Iterator[str]:
     """Lists all names that `find_field` finds in a JSON object.
 
     Args:
@@ -277,7 +286,7 @@ class DocumentReader:
             return Reject("invalid_utf8", f"byte {error.start} of a column: {error.reason}", text)
         return self._document(decoded, names[0], names[1], metadata if self.fields.metadata else None, text)
 
-    def _from_row(self, row: dict[str, Any], line: bytes) -> Document | Reject:
+    def _from_row(self, row: Json, line: bytes) -> Document | Reject:
         text = find_field(row, self.fields.text)
         if text is None or text is ABSENT:
             found = f"found {sorted(row)[:20]}" if text is ABSENT else "found null"

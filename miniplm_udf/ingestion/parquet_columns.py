@@ -13,7 +13,7 @@ import decimal
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -22,6 +22,7 @@ import fsspec
 from miniplm_udf import storage
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.ingestion.footers import Footer, ParquetColumn, same_name
+from miniplm_udf.schemas.types import TableRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -168,7 +169,7 @@ def make_reader(fields: FieldsConfig) -> Callable[[Iterator["pa.RecordBatch"]], 
     return read
 
 
-def _read_split(place: dict[str, Any], n_rows: int, fields: FieldsConfig) -> Iterator["pa.RecordBatch"]:
+def _read_split(place: TableRow, n_rows: int, fields: FieldsConfig) -> Iterator["pa.RecordBatch"]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -216,7 +217,7 @@ def row_groups(metadata: Any, start: int, end: int) -> list[int]:
     return numbers
 
 
-def _with_place(batch: "pa.RecordBatch", place: dict[str, Any]) -> "pa.RecordBatch":
+def _with_place(batch: "pa.RecordBatch", place: TableRow) -> "pa.RecordBatch":
     import pyarrow as pa
 
     for name, value in place.items():
@@ -248,7 +249,10 @@ def converted(batch: "pa.RecordBatch", columns: dict[str, str], fields: FieldsCo
 
 
 def _plain(array: "pa.Array") -> list[Any]:
-    """Python values; strings as bytes, because they may not be UTF-8; nanoseconds are cut to microseconds."""
+    """Python values; strings as bytes, because they may not be UTF-8; nanoseconds are cut to microseconds.
+
+    Single floats have their own shortest digits (0.1, not 0.10000000149011612), except inside lists and structs.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -259,6 +263,10 @@ def _plain(array: "pa.Array") -> list[Any]:
         return list(array.cast(pa.large_binary()).to_pylist())
     if pa.types.is_timestamp(kind) and kind.unit == "ns":
         array = pc.cast(array, pa.timestamp("us", kind.tz), safe=False)
+    if pa.types.is_float32(kind):
+        array = array.cast(pa.string()).cast(pa.float64())
+    if pa.types.is_map(kind):  # a list of pairs; without one, an empty object
+        return [{} if v == [] else v for v in array.to_pylist()]
     return [_Binary(v) if isinstance(v, bytes) else v for v in array.to_pylist()]
 
 
@@ -276,6 +284,8 @@ def _as_bytes(value: Any) -> bytes | None:
         return b"true" if value else b"false"
     if isinstance(value, decimal.Decimal):
         return format(value, "f").encode()
+    if isinstance(value, float):
+        return _float_text(value).encode()
     if isinstance(value, datetime.datetime):
         return _utc(value).isoformat(" ").rstrip("0" if value.microsecond else "").encode()
     return str(value).encode()
@@ -285,22 +295,43 @@ def _utc(value: datetime.datetime) -> datetime.datetime:
     return value if value.tzinfo is None else value.astimezone(datetime.UTC).replace(tzinfo=None)
 
 
+def _float_text(value: float) -> str:
+    """A number as Java writes it: 0.001, 1.0E7, NaN, Infinity."""
+    if value - value != 0:
+        return {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}[str(value)]
+    if value == 0 or 1e-3 <= abs(value) < 1e7:
+        return repr(value)
+    sign, digits, exponent = decimal.Decimal(repr(value)).normalize().as_tuple()
+    rest = "".join(map(str, digits[1:])) or "0"
+    return f"{'-' * sign}{digits[0]}.{rest}E{int(exponent) + len(digits) - 1}"
+
+
 def _json(value: Any) -> str:
-    """Compact JSON without null fields, as Spark's `to_json`."""
-    return json.dumps(_json_value(value), ensure_ascii=False, separators=(",", ":"))
-
-
-def _json_value(value: Any) -> Any:
+    """Compact JSON as Spark's `to_json`: structs without null fields, numbers that are no JSON as strings."""
     if isinstance(value, dict):
-        return {key: _json_value(inner) for key, inner in value.items() if inner is not None}
+        return _object((key, inner) for key, inner in value.items() if inner is not None)
+    if isinstance(value, list) and value and isinstance(value[0], tuple):  # a map, whose null values are kept
+        return _object(value)
     if isinstance(value, list):
-        return [_json_value(inner) for inner in value]
+        return f"[{','.join(map(_json, value))}]"
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    if isinstance(value, float) and value - value == 0:
+        return _float_text(value)
+    return json.dumps(_json_scalar(value), ensure_ascii=False)
+
+
+def _object(pairs: Iterable[tuple[Any, Any]]) -> str:
+    return f"{{{','.join(f'{_json(str(key))}:{_json(value)}' for key, value in pairs)}}}"
+
+
+def _json_scalar(value: Any) -> Any:
     if isinstance(value, _Binary):
         return base64.b64encode(value).decode()
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, float) and value - value != 0:
-        return {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}[str(value)]
+    if isinstance(value, float):
+        return _float_text(value)
     if isinstance(value, datetime.datetime):
-        return _utc(value).isoformat(timespec="microseconds" if value.microsecond % 1000 else "milliseconds") + "Z"
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+        return _utc(value).isoformat(timespec="milliseconds") + ("" if value.tzinfo is None else "Z")
+    return value if isinstance(value, str | int | bool | None) else str(value)

@@ -13,7 +13,7 @@ import datetime
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -26,6 +26,7 @@ from miniplm_udf.ingestion.parquet_columns import reads_all, wanted_columns
 from miniplm_udf.ingestion.readability import damaged_files
 from miniplm_udf.ingestion.survey import survey_parquet
 from miniplm_udf.ingestion.taken import TakenFile, batch_files, finished_batch, record_sizes, taken_files
+from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.store import tables
 from miniplm_udf.streams.query import checkpoint_query_id
 
@@ -185,7 +186,7 @@ class Quarantine:
             for d in damaged
         ]
 
-    def _row(self, damage: Damage) -> dict[str, Any]:
+    def _row(self, damage: Damage) -> TableRow:
         rows = "" if damage.n_rows is None else f"; rows: {max(1, damage.n_rows)}"
         has_started = storage.exists(storage.join(self._checkpoint_uri, "metadata"))
         return {

@@ -38,6 +38,7 @@ from miniplm_udf.ingestion.summary import (
 )
 from miniplm_udf.ingestion.taken import TakenFile, changed_since, finished_batch, taken_files
 from miniplm_udf.scoring.description import with_absolute_path
+from miniplm_udf.storage import Json
 from miniplm_udf.store import tables, takedowns
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
@@ -172,7 +173,7 @@ def _record_rules(spark: "SparkSession", config: ExperimentConfig, spec: Chunkin
     storage.write_json(record, rules)
 
 
-def _rules_differ(config: ExperimentConfig, recorded: dict[str, Any], rules: dict[str, dict[str, Any]]) -> str:
+def _rules_differ(config: ExperimentConfig, recorded: Json, rules: dict[str, Json]) -> str:
     changes = [
         f"{section}.{key}: {recorded.get(section, {}).get(key)!r} there, {value!r} now"
         for section, values in rules.items()

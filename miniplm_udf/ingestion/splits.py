@@ -120,7 +120,11 @@ def tokenizer_folder(model: ModelConfig) -> Path:
 
 
 def load_encode(folder: Path) -> Encode:
-    """Loads the tokenizer in a folder as an `Encode`."""
+    """Loads the tokenizer in a folder as an `Encode`.
+
+    Args:
+        folder: a local folder with a tokenizer.json.
+    """
     from miniplm_udf.scoring.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -241,7 +245,7 @@ class Output:
         self._schema, self._spec_hash = schema, spec_hash
         self._stream_ids: dict[tuple[str, str], str] = {}
         self._n_bytes = 0
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, object]] = []
 
     @property
     def is_full(self) -> bool:

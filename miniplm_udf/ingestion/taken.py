@@ -114,7 +114,11 @@ def record_sizes(checkpoint_uri: str, batch_id: int, sizes: Mapping[str, int]) -
 
 
 def recorded_sizes(checkpoint_uri: str) -> dict[str, int]:
-    """The recorded sizes of all taken files, in bytes, by plain path."""
+    """The recorded sizes of all taken files, in bytes, by plain path.
+
+    Args:
+        checkpoint_uri: the checkpoint folder of the ingest query.
+    """
     folder = _sizes_folder(checkpoint_uri)
     sizes: dict[str, int] = {}
     for number in _numbers(folder):

@@ -20,7 +20,8 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import PackConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.packing.tokenizers import TOKENIZER_FILE, PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.storage import Json
+from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.text_join import texts_of
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class _Source:
     """
 
     corpus: str
-    identity: dict[str, Any]
+    identity: Json
     read: Callable[[], tuple["DataFrame", int]]
     if_empty: str
 
@@ -95,7 +96,7 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
         ModelLoadError: the tokenizer cannot be loaded.
     """
     refined_uri = config.layout.refined(corpus)
-    newest = corpus_records.newest(spark, refined_uri)
+    newest = corpus_records.newest(refined_uri)
     if newest is None:
         raise CorpusError(f"refined corpus {corpus!r}: none at {storage.redact(refined_uri)}; run the refine stage")
     version = newest.version
@@ -144,7 +145,7 @@ def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSumma
         identity={
             "refined_version": None,
             "refined_metadata": None,
-            "instances_version": tables.version(spark, uri),
+            "instances_version": delta_log.newest_version(uri),
         },
         read=lambda: (rows, n_instances),
         if_empty=f"no text of the reference split in {storage.redact(uri)}: raise ingest.split.reference "
@@ -161,8 +162,9 @@ def _pack(spark: "SparkSession", config: ExperimentConfig, source: _Source, toke
 
     uri = config.layout.packed(source.corpus, tokenizer.name)
     identity = _identity(config.pack, source, tokenizer)
-    newest = corpus_records.newest(spark, uri)
-    recorded = (newest.metadata or {}) if newest else {}
+    newest = corpus_records.newest(uri)
+    # Tables of earlier versions do not say how their sequences were made: all were packed.
+    recorded = {"sequences": "packed", **((newest.metadata or {}) if newest else {})}
     if newest and all(key in recorded and recorded[key] == value for key, value in identity.items()):
         return _summary(uri, newest.version, recorded, skipped=True)
     rows, n_instances = source.read()
@@ -182,7 +184,7 @@ def _pack(spark: "SparkSession", config: ExperimentConfig, source: _Source, toke
     return _summary(uri, version, metadata, skipped=False)
 
 
-def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> dict[str, Any]:
+def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> Json:
     """Everything that decides which sequences are made; recorded in the commit."""
     return {
         **source.identity,
@@ -191,12 +193,13 @@ def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> di
         "tokenizer_hash": tokenizer.tokenizer_hash,
         "document_separator_id": tokenizer.document_separator_id,
         "sequence_length": pack.sequence_length,
+        "sequences": pack.sequences,
         "shards": pack.shards,
         "packing_rule": PACKING_RULE,
     }
 
 
-def _summary(uri: str, version: int, metadata: dict[str, Any], skipped: bool) -> PackSummary:
+def _summary(uri: str, version: int, metadata: Json, skipped: bool) -> PackSummary:
     counts = {name: metadata[name] for name in ("n_sequences", "n_tokens", "n_targets", "n_instances")}
     LOGGER.info(
         "%s: version %d, %d sequences, %d tokens%s",
@@ -207,7 +210,7 @@ def _summary(uri: str, version: int, metadata: dict[str, Any], skipped: bool) ->
 
 def _sequences(rows: "DataFrame", pack: PackConfig, tokenizer: PackTokenizer) -> "DataFrame":
     """The sequences of all shards, with columns as in _PACKED_DDL; `position` counts the sequences of a shard."""
-    return _in_stored_order(rows, pack.shards).mapInArrow(_pack_function(tokenizer, pack.sequence_length), _PACKED_DDL)
+    return _in_stored_order(rows, pack.shards).mapInArrow(_pack_function(tokenizer, pack), _PACKED_DDL)
 
 
 def _counts_by_shard(sequences: "DataFrame") -> dict[int, "Row"]:
@@ -250,7 +253,7 @@ def _in_stored_order(rows: "DataFrame", shards: int) -> "DataFrame":
 
 
 def _pack_function(
-    tokenizer: PackTokenizer, sequence_length: int
+    tokenizer: PackTokenizer, settings: PackConfig
 ) -> Callable[[Iterator["pa.RecordBatch"]], Iterator["pa.RecordBatch"]]:
     """Makes the function of a task: rows of one shard in stored order to its sequences."""
 
@@ -258,6 +261,7 @@ def _pack_function(
         from miniplm_udf.packing import sequences  # loads the tokenizer library, which a driver need not have
 
         loaded = _load(tokenizer)
+        make = sequences.pack_instances if settings.sequences == "instance" else sequences.pack_texts
         shard: int | None = None
 
         def texts() -> Iterator["InstanceText"]:
@@ -271,7 +275,7 @@ def _pack_function(
 
         group: list[PackedSequence] = []
         position = 0
-        for sequence in sequences.pack_texts(texts(), loaded, tokenizer.document_separator_id, sequence_length):
+        for sequence in make(texts(), loaded, tokenizer.document_separator_id, settings.sequence_length):
             group.append(sequence)
             if len(group) == _ROWS_PER_BATCH:
                 yield _to_arrow(group, shard, position)

@@ -13,6 +13,9 @@ dropped. The same texts give the same bytes, so a retry repeats them.
 A token is no target if the token before it does not stand before it in the corpus: between texts that are not adjacent,
 unless one document ends there and another begins. Nor is the padding of the last sequence, which consists of
 separators.
+
+With `pack.sequences: instance`, each instance is packed by itself: its text begins a sequence, and padding ends it.
+Padding stands at the end, so the tokens of the text have the positions 0, 1, ... and see no padding.
 """
 
 import dataclasses
@@ -199,6 +202,27 @@ def fill_sequences(
         padded = np.concatenate([ids, np.full(n_padding, padding_id, dtype=np.int32)])
         mask = np.concatenate([flags[1:], np.zeros(n_padding, dtype=np.uint8)])
         yield PackedSequence(padded, mask, len(ids) - n_shared)
+
+
+def pack_instances(
+    texts: Iterable[InstanceText], tokenizer: Tokenizer, separator_id: int, sequence_length: int
+) -> Iterator[PackedSequence]:
+    """Makes sequences that each hold one instance. Memory does not grow with the number of texts.
+
+    Args:
+        texts: texts in any order; none is joined with another.
+        tokenizer: the tokenizer.
+        separator_id: id of the document separator, which is also the padding.
+        sequence_length: L.
+
+    Yields:
+        One padded sequence for each text of at most L + 1 tokens, its separators included. A longer text, which another
+        tokenizer than the one that cut it may make, continues in further sequences; the official code drops its end.
+
+    Source: the official implementation of arXiv 2410.17215 (`LMDataset.collate`).
+    """
+    for text in texts:
+        yield from pack_texts([text], tokenizer, separator_id, sequence_length)
 
 
 def pack_texts(

@@ -10,9 +10,9 @@ seconds.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from miniplm_udf.scoring.flops import forward_flops
+from miniplm_udf.store.proxy_records import Solver
 
 _PREDICT_FLOPS, _FIT_FLOPS = 5.0, 4.0
 
@@ -42,7 +42,7 @@ class FlopCounts:
 
 
 def flops(
-    models: Sequence[tuple[int, int]], scored_bytes: int, pool: Mapping[str, int], solver: Mapping[str, Any],
+    models: Sequence[tuple[int, int]], scored_bytes: int, pool: Mapping[str, int], solver: Solver,
     n_fitted: int,
 ) -> FlopCounts:  # fmt: skip
     """Counts the operations of both ways.
@@ -51,7 +51,7 @@ def flops(
         models: (parameters, scored tokens) of each model.
         scored_bytes: UTF-8 bytes of the scored texts.
         pool: `n_rows`, `n_bytes` and `estimated_tokens` of the whole pool.
-        solver: `n_grams` per instance, and `iterations` of the fit.
+        solver: the work of the fit.
         n_fitted: rows that the proxy was fitted on.
     """
     on_scored = sum(forward_flops(parameters, 0, 0, [n_tokens]) for parameters, n_tokens in models)

@@ -12,7 +12,7 @@ after a kill fits again. Driver only, under the proxy's lease; the JVM does the 
 import dataclasses
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
@@ -25,7 +25,8 @@ from miniplm_udf.refinement import candidates, expressions, fingerprints, refine
 from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.revision import code_revision
 from miniplm_udf.store import proxy_records, tables
-from miniplm_udf.store.proxy_records import ProxyRecord
+from miniplm_udf.store.provenance import VersionTables
+from miniplm_udf.store.proxy_records import FittedRows, ProxyRecord, ProxySettings
 
 if TYPE_CHECKING:
     from pyspark.ml.regression import LinearRegressionModel
@@ -81,7 +82,7 @@ def _has_model(config: ExperimentConfig, record: ProxyRecord) -> bool:
     return storage.exists(proxy_records.model_uri(config.root, record.revision))
 
 
-def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> dict[str, Any]:
+def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> ProxySettings:
     """Everything but the rows that a fit depends on (`ProxyRecord.identity`)."""
     assert config.proxy is not None
     tokens = refine.tokens_column(config, CorpusConfig())
@@ -98,7 +99,7 @@ def _identity(config: ExperimentConfig, revisions: dict[str, str]) -> dict[str, 
     }
 
 
-def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: dict[str, Any]) -> "DataFrame":
+def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: ProxySettings) -> "DataFrame":
     """instance_id, source, score, n_tokens, n_bytes, is_heldout of the drawn rows, and `n_scored`, the same in each."""
     from pyspark.sql import functions as F
     from pyspark.sql.types import NumericType
@@ -121,7 +122,7 @@ def _drawn(config: ExperimentConfig, matrix: "DataFrame", identity: dict[str, An
     )  # fmt: skip
 
 
-def _description(drawn: "DataFrame", inputs: dict[str, Any]) -> dict[str, Any]:
+def _description(drawn: "DataFrame", inputs: VersionTables) -> FittedRows:
     """The record of the drawn rows (`ProxyRecord.fitted_on`).
 
     Raises:
@@ -143,13 +144,18 @@ def _description(drawn: "DataFrame", inputs: dict[str, Any]) -> dict[str, Any]:
             "(score.sample), or draw more (proxy.rows, proxy.heldout)"
         )
     digest = fingerprints.fingerprint_of([(sums["xor"] or 0, sums["sum"] or 0)], int(sums["n_kept"]))
-    counts = {"n_scored": int(sums["n_scored"]), "n_fitted": n_fitted, "n_heldout": n_heldout}
-    return {**inputs, **counts, "fingerprint": digest}
+    return {
+        **inputs,
+        "n_scored": int(sums["n_scored"]),
+        "n_fitted": n_fitted,
+        "n_heldout": n_heldout,
+        "fingerprint": digest,
+    }
 
 
 def _fit(
-    spark: "SparkSession", config: ExperimentConfig, drawn: "DataFrame", revision: str, identity: dict[str, Any],
-    fitted_on: dict[str, Any],
+    spark: "SparkSession", config: ExperimentConfig, drawn: "DataFrame", revision: str, identity: ProxySettings,
+    fitted_on: FittedRows,
 ) -> ProxyRecord:  # fmt: skip
     from pyspark import StorageLevel
 
@@ -157,7 +163,7 @@ def _fit(
     start = time.monotonic()
     rows = _with_features(spark, config, drawn).persist(StorageLevel.DISK_ONLY)
     try:
-        model, solver = _solve(rows.where("not is_heldout"), fitted_on["n_fitted"])
+        model, iterations, n_grams = _solve(rows.where("not is_heldout"), fitted_on["n_fitted"])
         predicted = model.transform(rows.where("is_heldout")).select("instance_id", "score", "prediction").toArrow()
         model.write().overwrite().save(proxy_records.model_uri(config.root, revision))
     finally:
@@ -171,7 +177,7 @@ def _fit(
         tokens_per_byte=overall,
         tokens_per_byte_of=by_source,
         quality=dataclasses.asdict(heldout),
-        solver={**solver, "seconds": round(time.monotonic() - start, 3)},
+        solver={"iterations": iterations, "n_grams": n_grams, "seconds": round(time.monotonic() - start, 3)},
         warnings=quality.warnings(heldout),
         code_revision=code_revision(),
     )
@@ -189,7 +195,8 @@ def _with_features(spark: "SparkSession", config: ExperimentConfig, drawn: "Data
     return described.repartition(1).sortWithinPartitions("instance_id")
 
 
-def _solve(rows: "DataFrame", n_rows: int) -> tuple["LinearRegressionModel", dict[str, Any]]:
+def _solve(rows: "DataFrame", n_rows: int) -> tuple["LinearRegressionModel", int, float]:
+    """The fitted model, the number of iterations, and the mean number of distinct n-grams per row."""
     from pyspark.ml.regression import LinearRegression
     from pyspark.sql import functions as F
 
@@ -208,7 +215,7 @@ def _solve(rows: "DataFrame", n_rows: int) -> tuple["LinearRegressionModel", dic
     iterations = int(model.summary.totalIterations)
     if iterations >= _MAX_ITERATIONS:
         LOGGER.info("proxy: the fit stopped after %d iterations, which is the limit", iterations)
-    return model, {"iterations": iterations, "n_grams": float(n_grams)}
+    return model, iterations, float(n_grams)
 
 
 def _tokens_per_byte(drawn: "DataFrame") -> tuple[float, dict[str, float]]:

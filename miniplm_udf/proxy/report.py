@@ -5,14 +5,15 @@ also written to `<root>/proxy/report.json`. Adds up narrow columns; reads no tex
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.proxy.costs import FlopCounts, flops
 from miniplm_udf.scores.models import read_record
+from miniplm_udf.storage import Json
 from miniplm_udf.store import proxy_records, tables
-from miniplm_udf.store.proxy_records import ProxyRecord
+from miniplm_udf.store.proxy_records import FittedRows, ProxyRecord
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -43,8 +44,8 @@ class ProxyReport:
 
     revision: str
     path: str
-    fitted_on: dict[str, Any]
-    heldout: dict[str, Any]
+    fitted_on: FittedRows
+    heldout: Json
     rows: PoolRows
     flops: FlopCounts
     fit_seconds: float

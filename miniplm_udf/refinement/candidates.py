@@ -10,13 +10,14 @@ and one row; writes nothing.
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.store import proxy_records, tables
+from miniplm_udf.store import delta_log, proxy_records, tables
+from miniplm_udf.store.provenance import VersionTables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -30,12 +31,11 @@ class Candidates:
 
     Attributes:
         rows: with `query_id` and `batch_id` of their own table.
-        inputs: for the provenance: `matrix_version` or `proxy_version` or both, and `last_batches`, the newest
-            micro-batch of each query id in the tables.
+        inputs: for the provenance: the versions of the tables, and their newest micro-batches.
     """
 
     rows: "DataFrame"
-    inputs: dict[str, Any]
+    inputs: VersionTables
 
 
 def read_candidates(
@@ -62,7 +62,7 @@ def read_candidates(
         return Candidates(matrix, {"matrix_version": matrix_version, "last_batches": _last_batches(matrix)})
     predicted, version = _table(spark, config, PROXY, last_batches)
     rows = with_matrix(predicted, matrix, str(corpus.where), str(corpus.score))
-    inputs: dict[str, Any] = {"proxy_version": version, "last_batches": _last_batches(predicted)}
+    inputs: VersionTables = {"proxy_version": version, "last_batches": _last_batches(predicted)}
     if rows is not predicted:
         inputs["matrix_version"] = matrix_version
         inputs["last_batches"] |= _last_batches(matrix)
@@ -132,7 +132,7 @@ def _table(
     spark: "SparkSession", config: ExperimentConfig, name: str, last_batches: dict[str, int] | None
 ) -> tuple["DataFrame", int | None]:
     uri = config.layout.table(name)
-    version = tables.version(spark, uri)
+    version = delta_log.newest_version(uri)
     if version is None and name == PROXY:
         raise CorpusError("proxy_scores: expected the predictions of a proxy, found no table; run `miniplm proxy`")
     rows = tables.read(spark, uri, version)

@@ -15,7 +15,8 @@ from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.refinement import expressions
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
+from miniplm_udf.store.provenance import VersionTables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -25,7 +26,7 @@ INSTANCES_VERSION, ANNOTATIONS_VERSION = "instances_version", "annotations_versi
 
 def with_instances(
     spark: "SparkSession", config: ExperimentConfig, matrix: "DataFrame", *texts: str
-) -> tuple["DataFrame", dict[str, Any]]:
+) -> tuple["DataFrame", VersionTables]:
     """Joins `instances` and `annotations` to the candidates, as far as the expressions name their columns.
 
     Args:
@@ -49,8 +50,11 @@ def with_instances(
         if set(names) <= others.keys():
             rows = expressions.joined(matrix, *(others[name][0] for name in names))
             if expressions.resolves(rows, *texts):
-                inputs: dict[str, Any] = {name: others[name][1] for name in names}
+                inputs = VersionTables()
+                if INSTANCES_VERSION in names:
+                    inputs["instances_version"] = others[INSTANCES_VERSION][1]
                 if ANNOTATIONS_VERSION in names:
+                    inputs["annotations_version"] = others[ANNOTATIONS_VERSION][1]
                     inputs["annotated_by"] = _settings_of_annotations(matrix, others[ANNOTATIONS_VERSION][0])
                 return rows, inputs
     _refuse_unannotated(rows, texts)
@@ -61,10 +65,10 @@ def _other_tables(spark: "SparkSession", config: ExperimentConfig) -> dict[str, 
     """The tables that may be joined, with their versions; those that do not exist are left out."""
     others = {}
     uri = config.layout.table("instances")
-    if (version := tables.version(spark, uri)) is not None:
+    if (version := delta_log.newest_version(uri)) is not None:
         others[INSTANCES_VERSION] = (tables.read(spark, uri, version), version)
     uri = config.layout.table(schemas.ANNOTATIONS)
-    if (newest := corpus_records.newest(spark, uri)) is not None:
+    if (newest := corpus_records.newest(uri)) is not None:
         # Maintenance changes no row, and may have removed the files of the version before it: read its version.
         others[ANNOTATIONS_VERSION] = (tables.read(spark, uri, newest.base), newest.version)
     return others

@@ -80,6 +80,9 @@ def bucket_number(score: "Column") -> "Column":
 
     `lower_edge` is its inverse. Stored counts depend on this function, so it stays as it is; `selection.score_bucket`
     is faster, and serves single passes whose counts are not stored.
+
+    Args:
+        score: a column of doubles.
     """
     from pyspark.sql import functions as F
 
@@ -89,7 +92,11 @@ def bucket_number(score: "Column") -> "Column":
 
 
 def lower_edge(bucket: int) -> float:
-    """The score at which a bucket begins."""
+    """The score at which a bucket begins.
+
+    Args:
+        bucket: as `bucket_number` gives it.
+    """
     return math.copysign(math.expm1(abs(bucket) / BUCKETS_PER_E) / _UNITS, bucket)
 
 
@@ -180,7 +187,7 @@ def read_counts(spark: "SparkSession", uri: str, config: str, query_id: str) -> 
     Returns:
         The counts; empty ones if there is no table, or its counts are for another config or matrix.
     """
-    empty = Counted(config, query_id, -1, {}, corpus_records.newest(spark, uri))
+    empty = Counted(config, query_id, -1, {}, corpus_records.newest(uri))
     if empty.on is None:
         return empty
     rows = tables.read(spark, uri, empty.on.base).collect()

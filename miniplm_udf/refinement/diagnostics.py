@@ -11,13 +11,14 @@ changes a selection. Driver only; a retry counts again.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.config.rules import is_random
 from miniplm_udf.refinement.selection import is_finite, score_bucket
 from miniplm_udf.store import proxy_records, tables
+from miniplm_udf.store.provenance import Diagnostics
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, Row, SparkSession
@@ -38,7 +39,7 @@ def length_bucket() -> "Column":
 
 def diagnose(
     spark: "SparkSession", config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame", sums: "Sequence[Row]"
-) -> dict[str, Any]:
+) -> Diagnostics:
     """Computes all diagnostics, after the selection.
 
     Args:
@@ -48,30 +49,29 @@ def diagnose(
         rows: the candidates.
         sums: sums over them by `source` and `length`: n_rows, n_unusable, n_negative, n_kept.
 
-    Returns:
-        `negative_share`: the share, of candidates with a finite score, with a score below 0.
-        `spearman_with_reference_loss` and `spearman_error`: the correlation of the score with the reference's mean
-        loss, and its largest possible error; None if there is no reference, or the order is random.
-        `kept_share_by_length`: by range of tokens, e.g. "32-63". `rejects`: rows by reason. `notes`: sentences.
     """
     usable = sum(row["n_rows"] - row["n_unusable"] for row in sums)
     alias = config.reference.alias if config.reference else corpus.aliases.get("reference", "reference")
     has_loss = f"{alias}_nll_mean" in rows.columns and not is_random(corpus)
     correlation = rank_correlation(rows, f"{alias}_nll_mean") if has_loss else None
-    diagnostics = {
+    proxy = proxy_records.read(config.root) if corpus.is_of_proxy else None
+    proxy_warnings = proxy.warnings if proxy else []
+    return {
         "negative_share": sum(row["n_negative"] for row in sums) / usable if usable else None,
         "spearman_with_reference_loss": correlation[0] if correlation else None,
         "spearman_error": correlation[1] if correlation else None,
         "kept_share_by_length": kept_share_by_length(sums),
         "rejects": rejects(spark, config),
+        "notes": [*notes(config, corpus, alias, correlation, sums), *proxy_warnings],
     }
-    proxy = proxy_records.read(config.root) if corpus.is_of_proxy else None
-    proxy_warnings = proxy.warnings if proxy else []
-    return {**diagnostics, "notes": [*notes(config, corpus, alias, correlation, sums), *proxy_warnings]}
 
 
 def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:
-    """The share of the candidates that was kept, by range of tokens."""
+    """The share of the candidates that was kept, 0 to 1, by range of tokens, e.g. "32-63".
+
+    Args:
+        sums: as in `diagnose`.
+    """
     by_length: dict[int, tuple[int, int]] = {}
     for row in sums:
         n_kept, n_rows = by_length.get(row["length"], (0, 0))
@@ -128,7 +128,12 @@ def notes(
 
 
 def rank_correlation(rows: "DataFrame", loss: str) -> tuple[float, float] | None:
-    """Spearman's correlation of `score` with a column of losses, and a bound on its error; None as in `spearman`."""
+    """Spearman's correlation of `score` with a column of losses, and a bound on its error; None as in `spearman`.
+
+    Args:
+        rows: the candidates; rows without a finite score or without a loss are left out.
+        loss: name of the column, nats per token.
+    """
     from pyspark.sql import functions as F
 
     joint = (

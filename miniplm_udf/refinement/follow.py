@@ -24,7 +24,8 @@ from miniplm_udf.refinement import cuts, fingerprints, refine
 from miniplm_udf.refinement.cuts import BucketCut, Counted, Counts
 from miniplm_udf.refinement.selection import UNUSABLE, is_finite
 from miniplm_udf.revision import code_revision
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
+from miniplm_udf.store.provenance import FollowedFrom, Provenance, VersionTables
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
 from miniplm_udf.streams.query import Query
@@ -59,7 +60,7 @@ class FollowedVersion:
     n_candidates: int
     n_instances: int
     n_tokens: int
-    followed: dict[str, Any] | None
+    followed: FollowedFrom | None
 
 
 class Follower(Query):
@@ -98,7 +99,7 @@ class Follower(Query):
         # A micro-batch has only the matrix's columns: other columns are refused here, before a full refinement.
         matrix = tables.read(self._spark, self._matrix_uri)
         refine.candidate_rows(matrix, self._config, self._name, self._corpus)
-        newest = corpus_records.newest(self._spark, self._uri)
+        newest = corpus_records.newest(self._uri)
         if newest is not None and newest.provenance is not None and self._can_continue(newest.provenance):
             # Repair: the previous run may have died before it recorded this version.
             corpus_records.record(self._spark, self._config.root, newest.version, newest.provenance)
@@ -153,8 +154,8 @@ class Follower(Query):
         )  # fmt: skip
         if kept:
             through = max(row["through"] for row in sums)
-            inputs = {
-                "matrix_version": tables.version(spark, self._matrix_uri),
+            inputs: VersionTables = {
+                "matrix_version": delta_log.newest_version(self._matrix_uri),
                 "last_batches": {self._matrix_query: max(through, included)},
             }
             extended = extended_provenance(newest.version, provenance, after.counts, cut, kept, inputs)
@@ -164,8 +165,8 @@ class Follower(Query):
             corpus_records.record(spark, self._config.root, version, extended)
             tables.compact(spark, self._uri, through)
 
-    def _newest(self, spark: "SparkSession") -> tuple[corpus_records.Newest, corpus_records.Provenance]:
-        newest = corpus_records.newest(spark, self._uri)
+    def _newest(self, spark: "SparkSession") -> tuple[corpus_records.Newest, Provenance]:
+        newest = corpus_records.newest(self._uri)
         provenance = newest.provenance if newest else None
         if newest is None or provenance is None or not self._can_continue(provenance):
             raise CorpusError(
@@ -183,7 +184,7 @@ class Follower(Query):
             cuts.write_counts(spark, self._cuts_uri, self._name, after, cut)
         return after, cut
 
-    def _can_continue(self, provenance: corpus_records.Provenance) -> bool:
+    def _can_continue(self, provenance: Provenance) -> bool:
         """Whether a version is of this config and matrix, and was refined or followed."""
         is_same_config = provenance.config == self._plain_config
         return is_same_config and self._matrix_query in provenance.inputs["last_batches"] and provenance.derived is None
@@ -219,9 +220,9 @@ class Follower(Query):
 
 
 def extended_provenance(
-    version: int, earlier: corpus_records.Provenance, counts: Counts, cut: BucketCut, kept: "Sequence[Row]",
-    inputs: dict[str, Any],
-) -> corpus_records.Provenance:  # fmt: skip
+    version: int, earlier: Provenance, counts: Counts, cut: BucketCut, kept: "Sequence[Row]",
+    inputs: VersionTables,
+) -> Provenance:  # fmt: skip
     """The provenance of a version that has the rows of an earlier version and the new rows of the kept buckets.
 
     Args:
@@ -290,7 +291,7 @@ def followed_version(spark: "SparkSession", config: ExperimentConfig, name: str)
         name: of the corpus.
     """
     uri = config.layout.refined(name)
-    newest = corpus_records.newest(spark, uri)
+    newest = corpus_records.newest(uri)
     assert newest is not None
     provenance = newest.provenance
     assert provenance is not None

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf.config.refine import SelectConfig, parse_tokens
 from miniplm_udf.errors import CorpusError
@@ -27,6 +27,7 @@ from miniplm_udf.refinement.selection import (
     is_finite,
     keep_condition,
 )
+from miniplm_udf.store.provenance import PlainCuts
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -76,7 +77,7 @@ class SelectionCuts:
         columns = "cut_source string, down_to_score double, down_to_id string, below_score double, below_id string"
         return rows.sparkSession.createDataFrame(values, columns)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> PlainCuts:
         """The cuts as the provenance holds them.
 
         Returns:

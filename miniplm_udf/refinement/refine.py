@@ -17,7 +17,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas
 from miniplm_udf.config import rules
@@ -32,7 +32,9 @@ from miniplm_udf.refinement.keep import SelectionCuts, choose
 from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.revision import code_revision
 from miniplm_udf.scores.models import read_record
+from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store.provenance import Diagnostics, Provenance, VersionTables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -66,7 +68,7 @@ class RefinedVersion:
     n_instances: int
     n_tokens: int
     kept_share_by_source: dict[str, float]
-    diagnostics: dict[str, Any]
+    diagnostics: Diagnostics
     skipped: bool
 
 
@@ -85,7 +87,7 @@ class VersionInputs:
     config: ExperimentConfig
     name: str
     corpus: CorpusConfig
-    inputs: dict[str, Any]
+    inputs: VersionTables
     revisions: dict[str, str]
 
 
@@ -122,12 +124,12 @@ def corpus_lease(config: ExperimentConfig, name: str) -> Lease:
 def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, corpus: CorpusConfig) -> RefinedVersion:
     uri = config.layout.refined(name)
     # Read before the matrix: this version of the matrix then has all rows that the newest version of the corpus has.
-    newest = corpus_records.newest(spark, uri)
+    newest = corpus_records.newest(uri)
     scored = candidates.read_candidates(spark, config, corpus)
     check_tokenizers(config, f"refine.corpora.{name}.score", str(corpus.score))
     joined, other_inputs = with_instances(spark, config, scored.rows, str(corpus.where), str(corpus.score))
     rows = candidate_rows(joined, config, name, corpus)
-    inputs = {**scored.inputs, **other_inputs}
+    inputs = scored.inputs | other_inputs
     provenance = newest.provenance if newest else None
     if newest and provenance:
         # Repair: the previous run may have died before it recorded this version.
@@ -144,7 +146,7 @@ def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, corpus: 
     return _summary(uri, version, provenance, skipped)
 
 
-def _summary(uri: str, version: int, provenance: corpus_records.Provenance, skipped: bool) -> RefinedVersion:
+def _summary(uri: str, version: int, provenance: Provenance, skipped: bool) -> RefinedVersion:
     """Logs a version, and describes it."""
     LOGGER.info(
         "refine: %s: version %d%s, %d of %d instances kept, %d of %d tokens, threshold %.6g",
@@ -166,7 +168,7 @@ def _summary(uri: str, version: int, provenance: corpus_records.Provenance, skip
     )
 
 
-def _is_full_refinement(provenance: corpus_records.Provenance, plain: dict[str, Any], inputs: dict[str, Any]) -> bool:
+def _is_full_refinement(provenance: Provenance, plain: Json, inputs: VersionTables) -> bool:
     """Whether a version is the full refinement, by this config, of the same matrix rows and the same annotations."""
     was_refined = provenance.followed is None and provenance.derived is None
     same_inputs = all(provenance.inputs.get(key) == inputs.get(key) for key in ("last_batches", ANNOTATIONS_VERSION))
@@ -254,7 +256,7 @@ def check_tokenizers(config: ExperimentConfig, place: str, score: str) -> None:
         )
 
 
-def plain_config(config: ExperimentConfig, corpus: CorpusConfig) -> dict[str, Any]:
+def plain_config(config: ExperimentConfig, corpus: CorpusConfig) -> Json:
     """Returns everything in the config that a corpus depends on, as the provenance records it.
 
     Args:
@@ -267,7 +269,7 @@ def plain_config(config: ExperimentConfig, corpus: CorpusConfig) -> dict[str, An
 @contextlib.contextmanager
 def chosen_rows(
     spark: "SparkSession", version_inputs: VersionInputs, rows: "DataFrame"
-) -> Iterator[tuple["DataFrame", corpus_records.Provenance]]:
+) -> Iterator[tuple["DataFrame", Provenance]]:
     """Chooses the rows of a version. Writes no table.
 
     Args:
@@ -297,7 +299,7 @@ def chosen_rows(
 
 
 def commit(
-    config: ExperimentConfig, kept: "DataFrame", n_kept: int, provenance: corpus_records.Provenance,
+    config: ExperimentConfig, kept: "DataFrame", n_kept: int, provenance: Provenance,
     newest: corpus_records.Newest | None, replaces: bool,
 ) -> int:  # fmt: skip
     """Writes rows as a new version of `refined/<name>`.
@@ -329,7 +331,7 @@ def commit(
 
 def _provenance(
     spark: "SparkSession", version_inputs: VersionInputs, rows: "DataFrame", cuts: SelectionCuts
-) -> corpus_records.Provenance:
+) -> Provenance:
     """The provenance of the version: counts, threshold and fingerprint of the rows to keep, from one pass."""
     config, corpus = version_inputs.config, version_inputs.corpus
     sums = _sums_by_source_and_length(rows, cuts)
@@ -342,7 +344,7 @@ def _provenance(
         )
     if n_unusable:
         LOGGER.warning("refine: %s: %d of %d candidates have no finite score", version_inputs.name, n_unusable, n_rows)
-    return corpus_records.Provenance(
+    return Provenance(
         corpus=version_inputs.name,
         config=plain_config(config, corpus),
         inputs=version_inputs.inputs,

@@ -27,7 +27,7 @@ KEPT, DROPPED, CUT, INK = "#0072B2", "#C9CED6", "#D55E00", "#3B4252"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[str, object] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "axes.formatter.use_mathtext": False,

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
 from miniplm_udf.config import rules
@@ -20,7 +20,10 @@ from miniplm_udf.refinement import candidates
 from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
 from miniplm_udf.schemas import SCORE_STAGE
-from miniplm_udf.store import tables
+from miniplm_udf.schemas.types import TableRow
+from miniplm_udf.storage import Json
+from miniplm_udf.store import delta_log, tables
+from miniplm_udf.store.provenance import Diagnostics, VersionTables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -67,7 +70,7 @@ class Overview:
     instances_by_split: dict[str, int]
     rejects: list[RejectCount]
     scored: dict[str, int]
-    models: dict[str, dict[str, Any]]
+    models: dict[str, Json]
     tables: list[TableFacts]
 
     @property
@@ -132,9 +135,9 @@ class CorpusFacts:
 
     name: str
     uri: str
-    record: dict[str, Any]
-    config: dict[str, Any]
-    inputs: dict[str, Any]
+    record: TableRow
+    config: Json
+    inputs: Json
     score: Histogram
     nll_means: dict[str, Histogram]
     sources: list[SourceShare]
@@ -148,9 +151,9 @@ class CorpusFacts:
         return str(self.config.get("select", {}).get("rule", "top_ratio"))
 
     @property
-    def diagnostics(self) -> dict[str, Any]:
+    def diagnostics(self) -> Diagnostics:
         """Diagnostics of the refinement; empty for a followed corpus."""
-        diagnostics: dict[str, Any] = self.inputs.get("diagnostics", {})
+        diagnostics: Diagnostics = self.inputs.get("diagnostics", {})
         return diagnostics
 
     @property
@@ -183,7 +186,7 @@ def overview(spark: "SparkSession", config: ExperimentConfig) -> Overview:
     )
 
 
-def _rejects(spark: "SparkSession", config: ExperimentConfig, models: dict[str, dict[str, Any]]) -> list[RejectCount]:
+def _rejects(spark: "SparkSession", config: ExperimentConfig, models: dict[str, Json]) -> list[RejectCount]:
     if not tables.exists(spark, config.layout.table("rejects")):
         return []
     labels = {SCORE_STAGE + record["model_revision"]: f"score, {alias}" for alias, record in models.items()}
@@ -194,7 +197,7 @@ def _rejects(spark: "SparkSession", config: ExperimentConfig, models: dict[str, 
     ]
 
 
-def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, dict[str, Any]]) -> dict[str, int]:
+def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, Json]) -> dict[str, int]:
     """Rows in `scores` by alias, of the present revision."""
     if not tables.exists(spark, config.layout.table("scores")):
         return {}
@@ -209,7 +212,7 @@ def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[Ta
     packed = {f"packed/{student.corpus}/{student.tokenizer}" for student in config.students.values()}
     for name in names + sorted(packed):
         uri = config.layout.table(name)
-        version = tables.version(spark, uri)
+        version = delta_log.newest_version(uri)
         if version is not None:
             n_rows = tables.read(spark, uri).count()
             yield TableFacts(name=name, uri=storage.redact(uri), version=version, n_rows=n_rows)
@@ -225,14 +228,14 @@ def corpora(spark: "SparkSession", config: ExperimentConfig) -> list[CorpusFacts
     uri = config.layout.table("corpora")
     if not tables.exists(spark, uri):
         return []
-    newest: dict[str, dict[str, Any]] = {}
+    newest: dict[str, TableRow] = {}
     for row in tables.read(spark, uri).orderBy("version").collect():
         newest[row["name"]] = row.asDict()
     order = [*config.refine.corpora, *sorted(newest)]
     return [_corpus(spark, config, newest[name]) for name in dict.fromkeys(order) if name in newest]
 
 
-def _corpus(spark: "SparkSession", config: ExperimentConfig, record: dict[str, Any]) -> CorpusFacts:
+def _corpus(spark: "SparkSession", config: ExperimentConfig, record: TableRow) -> CorpusFacts:
     name = record["name"]
     resolved, inputs = json.loads(record["config"]), json.loads(record["inputs"])
     if (
@@ -267,8 +270,8 @@ def _corpus(spark: "SparkSession", config: ExperimentConfig, record: dict[str, A
 
 
 def _candidates(
-    spark: "SparkSession", config: ExperimentConfig, record: dict[str, Any], resolved: dict[str, Any],
-    inputs: dict[str, Any], notes: list[str],
+    spark: "SparkSession", config: ExperimentConfig, record: TableRow, resolved: Json,
+    inputs: VersionTables, notes: list[str],
 ) -> "DataFrame":  # fmt: skip
     """The rows that the corpus was chosen from: instance_id, source, n_tokens, score, `<alias>_nll_mean`, kept."""
     from pyspark.sql import functions as F

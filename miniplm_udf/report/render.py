@@ -22,6 +22,7 @@ from miniplm_udf.report import figures, queries
 from miniplm_udf.report import students as students_module
 from miniplm_udf.report.queries import CorpusFacts
 from miniplm_udf.report.students import StudentFacts
+from miniplm_udf.report.summary import PipelineSummary
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -30,7 +31,7 @@ LOGGER = logging.getLogger("miniplm.report")
 _NONE = "–"
 
 
-def build_report(spark: "SparkSession", config: ExperimentConfig, summary: dict[str, Any]) -> Path:
+def build_report(spark: "SparkSession", config: ExperimentConfig, summary: PipelineSummary) -> Path:
     """Writes the report of an experiment and logs it to MLflow.
 
     Args:
@@ -57,7 +58,7 @@ def build_report(spark: "SparkSession", config: ExperimentConfig, summary: dict[
 
 
 def render(
-    config: ExperimentConfig, summary: dict[str, Any], overview: queries.Overview, corpora: list[CorpusFacts],
+    config: ExperimentConfig, summary: PipelineSummary, overview: queries.Overview, corpora: list[CorpusFacts],
     students: list[StudentFacts],
 ) -> str:  # fmt: skip
     """Renders the report as one HTML page.

@@ -11,12 +11,14 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random, resolve
 from miniplm_udf.errors import mlflow_errors
+from miniplm_udf.report.summary import PipelineSummary
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,8 +40,8 @@ class StudentFacts:
     corpus: str
     tokenizer: str
     is_random: bool
-    training: dict[str, Any]
-    evaluation: dict[str, Any]
+    training: Json
+    evaluation: Json
     curve: list[tuple[int, float]]
 
     @property
@@ -166,7 +168,7 @@ def _curve(config: ExperimentConfig, run_id: str | None) -> list[tuple[int, floa
     return sorted({point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}.items())
 
 
-def log_comparison(config: ExperimentConfig, report: Path, summary: dict[str, Any]) -> str | None:
+def log_comparison(config: ExperimentConfig, report: Path, summary: PipelineSummary) -> str | None:
     """Puts the report and the summary into MLflow, as artifacts of the run "comparison" of this root.
 
     Args:

@@ -6,11 +6,15 @@ makes their schema, so the trainer needs no Spark. On the driver, on executors a
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql.types import StructType
+
+TableRow = Mapping[str, Any]
+"""A row of a table, or of a frame made from one: values by name of the column. The table declares names and types."""
 
 # Types of a column, also as `list<TYPE>`, by Arrow's names; the values are Spark's names.
 _SPARK_TYPES = {

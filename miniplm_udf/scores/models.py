@@ -122,6 +122,11 @@ def describe_on_executor(
 def describe_here(alias: str, model: ModelConfig, dtype: str | None) -> ModelDescription:
     """Describes a model on this machine, an executor; loads torch and transformers.
 
+    Args:
+        alias: the model's alias.
+        model: its config.
+        dtype: the dtype that was settled at its first scoring; None settles it for this machine.
+
     Raises:
         ConfigError: a setting of the model is wrong (see `scoring.models.describe`).
         ModelLoadError: the model cannot be found or read.

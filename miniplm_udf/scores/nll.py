@@ -12,7 +12,7 @@ does. The driver needs no torch: an executor describes the model, once. A retrie
 import dataclasses
 import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -85,7 +85,7 @@ def nll_udf(
     return arrow_udf(nll_arrow(factory, ends_document), NLL_DDL, ArrowUDFType.SCALAR_ITER)
 
 
-def _model_config(model: str, settings: dict[str, Any]) -> ModelConfig:
+def _model_config(model: str, settings: Mapping[str, Any]) -> ModelConfig:
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "path"]
     for name in settings:
         if name not in names:

@@ -24,7 +24,7 @@ from miniplm_udf.schemas import SCORE_STAGE
 from miniplm_udf.scores.gpus import scoring_profile
 from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.store import batch_range, tables
+from miniplm_udf.store import batch_range, delta_log, tables
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
 from miniplm_udf.streams.offsets import end_offset, is_behind
@@ -114,7 +114,7 @@ class ScoringQuery(Query):
 
     def source(self) -> "DataFrame":
         # This driver holds the lease, so no other query can have scored rows that are added from now on.
-        self._history.begin(tables.version(self._spark, self._plan.instances_uri) or 0)
+        self._history.begin(delta_log.newest_version(self._plan.instances_uri) or 0)
         reader = self._spark.readStream.format("delta")
         reader = reader.option("maxBytesPerTrigger", self._config.max_bytes_per_trigger)
         # Only a take-down changes existing rows.

@@ -66,6 +66,13 @@ def causal_mask(
 
     Ignores `allow_is_causal_skip`: a compiled model never allows it, because its input might be packed sequences, and
     here it never is. A model that needs the mask for another reason shows in `improve_attention`.
+
+    Args:
+        batch_size: sequences in the batch.
+        q_length: queries, in tokens.
+        kv_length: keys, in tokens; more than the queries if keys are cached.
+        attention_mask: which tokens are no padding, shape (B, T) bool; None: all of them.
+        local_size: tokens that a sliding window holds; None: no window.
     """
     if attention_mask is None and q_length == kv_length and (local_size is None or kv_length < local_size):
         return None
@@ -85,6 +92,15 @@ def blocked_attention(
 
     Axes: H query heads in K groups of G, each group with one key head; d the size of a head. Anything but plain causal
     attention in a short window is left to transformers' `sdpa`.
+
+    Args:
+        module: the attention layer.
+        query_BHTd: queries, shape (B, H, T, d).
+        key_BKTd: keys, shape (B, K, T, d).
+        value_BKTd: values, shape (B, K, T, size of a value).
+        attention_mask: None for plain causal attention.
+        dropout: share of the weights that is dropped, used by transformers' `sdpa` alone.
+        scaling: factor of the products of queries and keys; None: 1 / sqrt(d).
 
     Returns:
         The result, shape (B, T, H, d), as transformers expects it, and None in place of the attention weights.

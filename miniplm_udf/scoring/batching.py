@@ -14,6 +14,7 @@ import torch
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.head import Head
+from miniplm_udf.storage import Json
 
 # Tokens in the sequences of the test: short, and of different lengths.
 _TEST_LENGTHS = (5, 12, 21)
@@ -62,7 +63,7 @@ def length_limit(model: Any, context_tokens: int) -> int | None:
     return limits.pop() if limits else None
 
 
-def _rope_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rope_parameters(config: Any) -> Iterator[tuple[str, Json]]:
     """The type and the parameters of each rotary embedding of a model; each type of layer may have its own."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for group in (parameters, *parameters.values()):

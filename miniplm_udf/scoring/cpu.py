@@ -88,7 +88,11 @@ def _has_bfloat16() -> bool:
 
 
 def pack_linears(model: Any) -> None:
-    """Packs the linear layers of a model in place, except its output layer, which `head.Head` cuts into tiles."""
+    """Packs the linear layers of a model in place, except its output layer, which `head.Head` cuts into tiles.
+
+    Args:
+        model: a causal LM of transformers on the CPU.
+    """
     output = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

@@ -6,11 +6,12 @@ changes a score. Reads no model files: `models.describe` does, on an executor; t
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import fingerprint
 from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.storage import Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,12 +81,12 @@ class ModelDescription:
         """Tokens of the longest forward pass: a window, and the BOS in front."""
         return self.context_tokens + (0 if self.bos_token_id is None else 1)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Returns the fields as plain values for a JSON record; `from_dict` reads them back."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "ModelDescription":
+    def from_dict(cls, plain: Json) -> "ModelDescription":
         """Makes the description from the JSON of a record; ignores keys of a later version.
 
         Args:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from miniplm_udf.errors import ModelLoadError
+from miniplm_udf.storage import Json
 
 # Architectures whose conversion a test compares with the original weights; others might permute a matrix unnoticed.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -53,7 +54,7 @@ class GgufFile(NamedTuple):
     """
 
     path: Path
-    metadata: dict[str, Any]
+    metadata: Json
     tensors: dict[str, int]
     rope_factors: list[float] | None
 
@@ -153,7 +154,7 @@ def _shown(config_value: Any) -> str:
     return "its config has no such value" if config_value is None else f"its config says {config_value}"
 
 
-def _implied(file: GgufFile, config: Any) -> dict[str, Any]:
+def _implied(file: GgufFile, config: Any) -> Json:
     """The values that llama.cpp assumes for facts that the file does not state."""
     width, heads = file.fact("embedding_length"), file.fact("attention.head_count")
     head = file.fact("attention.key_length") or width // heads
@@ -176,9 +177,9 @@ def _attribute(config: Any, key: str) -> Any:
     return next((getattr(config, name) for name in _ATTRIBUTES.get(key, ()) if hasattr(config, name)), None)
 
 
-def _rope(config: Any, layers: str = "full_attention") -> dict[str, Any]:
+def _rope(config: Any, layers: str = "full_attention") -> Json:
     """The rotary parameters of a kind of layer."""
-    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    parameters: Json = getattr(config, "rope_parameters", None) or {}
     inner = parameters.get(layers)
     return dict(inner) if isinstance(inner, dict) else parameters
 
@@ -244,7 +245,7 @@ def _equal(stated: Any, config_value: Any) -> bool:
 # --- facts that transformers drops and this module adds to the config ---
 
 
-def carried(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+def carried(file: GgufFile, config: Json) -> Json:
     """The keys of the config that the conversion by transformers leaves at their defaults, with the file's values.
 
     Args:
@@ -257,7 +258,7 @@ def carried(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ModelLoadError: the factors of the rotary frequencies follow no formula that a config can name.
     """
-    changes: dict[str, Any] = {}
+    changes: Json = {}
     rope = _llama3_rope(file, config) or _linear_rope(file, config)
     if rope is not None:
         changes["rope_parameters"] = rope
@@ -273,7 +274,7 @@ def _gemma_scalar(file: GgufFile) -> int:
     return width // heads if largest else int(file.fact("attention.key_length") or width // heads)
 
 
-def _llama3_rope(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
+def _llama3_rope(file: GgufFile, config: Json) -> Json | None:
     """The rotary parameters that give the factors of `rope_freqs.weight`; None if these change nothing.
 
     The tensor divides the frequency of each pair of dimensions. It must equal Llama 3's formula (low and high frequency
@@ -300,12 +301,12 @@ def _llama3_rope(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | Non
     )
 
 
-def _linear_rope(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
+def _linear_rope(file: GgufFile, config: Json) -> Json | None:
     """The rotary parameters with positions divided by a factor, in every layer or in those with full attention."""
     factor = file.fact("rope.scaling.factor")
     if file.fact("rope.scaling.type") != "linear" or factor in (None, 1.0):
         return None
-    parameters: dict[str, Any] = config.get("rope_parameters") or {}
+    parameters: Json = config.get("rope_parameters") or {}
     full = parameters.get("full_attention")
     scaling = {"rope_type": "linear", "factor": factor}
     return parameters | ({"full_attention": full | scaling} if isinstance(full, dict) else scaling)

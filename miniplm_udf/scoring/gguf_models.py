@@ -19,6 +19,7 @@ from miniplm_udf.scoring import gguf_facts, gguf_tokenizers
 from miniplm_udf.scoring.loading import check_report
 from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE, load_tokenizer
 from miniplm_udf.scoring.weights import SOURCE_FILE, sha256_of
+from miniplm_udf.storage import Json
 
 # Part of the folder's name: increase it when the content of the folder changes.
 _LAYOUT = 3
@@ -101,7 +102,7 @@ def _write_tokenizer(file: gguf_facts.GgufFile, folder: Path) -> None:
         gguf_tokenizers.check_tokenizer(file, load_tokenizer(folder))
 
 
-def _write_weights(file: gguf_facts.GgufFile, folder: Path) -> dict[str, Any]:
+def _write_weights(file: gguf_facts.GgufFile, folder: Path) -> Json:
     """Writes model.safetensors; returns the content of config.json."""
     import torch
     from safetensors.torch import save_file
@@ -120,12 +121,12 @@ def _write_weights(file: gguf_facts.GgufFile, folder: Path) -> dict[str, Any]:
     # save_pretrained refuses a model from a GGUF. Like it, named_parameters() gives a tied weight once.
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config: dict[str, Any] = model.config.to_dict()
+    config: Json = model.config.to_dict()
     config.pop("quantization_config", None)
     return config | {"architectures": [type(model).__name__], "dtype": "float32"}
 
 
-def _record(file: gguf_facts.GgufFile) -> dict[str, Any]:
+def _record(file: gguf_facts.GgufFile) -> Json:
     file_type = file.metadata.get("general.file_type")
     return {
         "file": file.path.name,

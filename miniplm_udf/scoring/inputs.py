@@ -137,7 +137,12 @@ class TextTokenizer:
         return [item if isinstance(item, Failure) else _joined(item, encoded) for item in cut]
 
     def bytes_behind(self, piece: EncodedPiece, token_id: int) -> int:
-        """UTF-8 bytes of a piece's tokens that directly follow a token with this id. Rare, so it encodes again."""
+        """Counts the UTF-8 bytes of the tokens that directly follow a certain token. Rare, so it encodes again.
+
+        Args:
+            piece: an encoded piece of text.
+            token_id: id of the token.
+        """
         behind = np.flatnonzero(piece.ids[:-1] == token_id) + 1
         if len(behind) == 0:
             return 0

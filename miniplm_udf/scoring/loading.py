@@ -7,7 +7,7 @@ torch and transformers inside the functions. A retry loads the model again.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def load_causal_lm(folder: Path, **options: Any) -> Any:
     return model
 
 
-def check_report(where: str, model: Any, report: dict[str, Any]) -> None:
+def check_report(where: str, model: Any, report: Mapping[str, Any]) -> None:
     """Refuses a model whose loading report names a missing, unexpected or mismatched weight.
 
     transformers leaves out of the report what is accounted for: tied weights, and the tensors that the architecture

@@ -25,6 +25,7 @@ from miniplm_udf.scoring.prefix import find_prefix, in_words
 from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_hash
 from miniplm_udf.scoring.tokenizer_checks import check_every_byte, lost_differences, tokenizer_warnings
 from miniplm_udf.scoring.weights import SOURCE_FILE, n_parameters, weight_files, weights_hash
+from miniplm_udf.storage import Json
 
 __all__ = ["ModelDescription", "describe", "load_model", "model_folder"]
 
@@ -225,7 +226,7 @@ def _check_context(alias: str, config: ModelConfig, architecture: Any, n_prefix:
         )
 
 
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
+def _tokenizer_config(folder: Path) -> Json:
     path = folder / "tokenizer_config.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 

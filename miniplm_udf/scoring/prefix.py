@@ -9,7 +9,6 @@ Input: a local model folder. Output: a `Prefix` with the reason in words. Execut
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -17,6 +16,7 @@ from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE
 from miniplm_udf.scoring.weights import SOURCE_FILE
+from miniplm_udf.storage import Json
 
 AUTO, NONE = "auto", "none"
 
@@ -133,7 +133,7 @@ def _template_tokens(folder: Path) -> list[str]:
     return []
 
 
-def _before_text(processor: dict[str, Any]) -> list[str]:
+def _before_text(processor: Json) -> list[str]:
     tokens: list[str] = []
     for part in processor["single"]:
         if "SpecialToken" not in part:
@@ -147,5 +147,5 @@ def _token_of(tokenizer: Tokenizer, number: int) -> str | None:
     return None if token is None else str(token)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -11,12 +11,12 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.tokenizer_checks import is_repeatable
+from miniplm_udf.storage import Json
 
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_FILE = "training.json"
@@ -108,7 +108,7 @@ def without_additions(content: bytes) -> bytes:
     """
     settings = json.loads(content)
     adds = Tokenizer.from_buffer(content).post_processor
-    changes: dict[str, Any] = {name: None for name in ("truncation", "padding") if settings.get(name) is not None}
+    changes: Json = {name: None for name in ("truncation", "padding") if settings.get(name) is not None}
     if adds is not None and adds.num_special_tokens_to_add(False) > 0:
         changes["post_processor"] = _without_templates(settings["post_processor"])
     sampling = {name: None for name in _SAMPLING if settings["model"].get(name)}
@@ -119,7 +119,7 @@ def without_additions(content: bytes) -> bytes:
     return json.dumps(settings | changes, ensure_ascii=False, indent=2).encode("utf-8")
 
 
-def _without_templates(processor: dict[str, Any]) -> dict[str, Any] | None:
+def _without_templates(processor: Json) -> Json | None:
     """The byte-level parts of a post-processor, which move offsets only; None if it has none."""
     if processor["type"] == "Sequence":
         kept = [part for part in map(_without_templates, processor["processors"]) if part is not None]

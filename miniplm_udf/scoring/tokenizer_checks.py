@@ -55,7 +55,11 @@ def lost_differences(tokenizer: Tokenizer) -> list[str]:
 
 
 def special_tokens_read(tokenizer: Tokenizer) -> list[str]:
-    """The special tokens into which a tokenizer turns ordinary text that spells them."""
+    """The special tokens into which a tokenizer turns ordinary text that spells them.
+
+    Args:
+        tokenizer: any tokenizer.
+    """
     added = tokenizer.get_added_tokens_decoder()
     return [
         token.content

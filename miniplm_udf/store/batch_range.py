@@ -9,7 +9,7 @@ numbers are wrong and the condition is true for all rows: slower, with the same 
 from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas
-from miniplm_udf.store import tables
+from miniplm_udf.store import delta_log, tables
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -29,12 +29,12 @@ def create_scores(spark: "SparkSession", scores_uri: str, instances_uri: str) ->
     Raises:
         CorpusError: the folder at `scores_uri` holds files, but no log.
     """
-    instances = tables.detail(spark, instances_uri)
-    properties = {} if instances is None else {_INSTANCES: instances["id"]}
+    instances = delta_log.identity(instances_uri)
+    properties = {} if instances is None else {_INSTANCES: instances.id}
     tables.create(spark, scores_uri, schemas.SCORES, properties)
 
 
-def holds(spark: "SparkSession", scores_uri: str, instances_uri: str) -> bool:
+def holds(scores_uri: str, instances_uri: str) -> bool:
     """Whether `scores` was created for this table of instances, so that its `instance_batch_id` are valid.
 
     Args:
@@ -45,8 +45,8 @@ def holds(spark: "SparkSession", scores_uri: str, instances_uri: str) -> bool:
     Returns:
         False if either table does not exist.
     """
-    scores, instances = tables.detail(spark, scores_uri), tables.detail(spark, instances_uri)
-    return scores is not None and instances is not None and scores["properties"].get(_INSTANCES) == instances["id"]
+    scores, instances = delta_log.identity(scores_uri), delta_log.identity(instances_uri)
+    return scores is not None and instances is not None and scores.properties.get(_INSTANCES) == instances.id
 
 
 def condition(ids: "DataFrame", scores_uri: str, instances_uri: str) -> "Column":
@@ -59,7 +59,7 @@ def condition(ids: "DataFrame", scores_uri: str, instances_uri: str) -> "Column"
     """
     from pyspark.sql import functions as F
 
-    if not holds(ids.sparkSession, scores_uri, instances_uri):
+    if not holds(scores_uri, instances_uri):
         return F.lit(True)
     batch = F.col(schemas.INSTANCE_BATCH_ID.name)
     first, last = ids.agg(F.min(batch), F.max(batch)).collect()[0]

@@ -10,14 +10,17 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
-from miniplm_udf.store import pins, tables
+from miniplm_udf.schemas.types import TableRow
+from miniplm_udf.storage import Json
+from miniplm_udf.store import delta_log, pins, tables
+from miniplm_udf.store.provenance import Provenance
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -30,58 +33,11 @@ _RECORDED_APART = ("followed", "derived", "cuts", "diagnostics")
 MAINTENANCE = (
     "OPTIMIZE", "REORG", "REMOVE COLUMN MAPPING", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UPGRADE PROTOCOL",
 )  # fmt: skip
-# Commits that are read first: maintenance is rare, so the newest other commit is nearly always among them.
-_LOOK_BACK = 16
 # Words in Spark's and Delta's errors about a version or files that no longer exist.
 _GONE = re.compile(
     r"DELTA_\w*(VERSION|TIME_TRAVEL|LOG_FILE|TRUNCATED)|VersionNotFound|time travel"
     r"|FileNotFound|FILE_NOT_EXIST|does not exist|READ_FILE"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Describes a version of a corpus and where it came from: the `userMetadata` of its commit.
-
-    Attributes:
-        corpus: name of the corpus.
-        config: the resolved corpus config.
-        inputs: `matrix_version` (`proxy_version` if a proxy ranks the corpus), and `last_batches`: for each query id in
-            that table, the newest micro-batch that the version includes.
-        model_revisions: by alias.
-        threshold: the lowest kept score.
-        n_candidates: pool rows that passed `where`; `candidate_tokens` are their tokens.
-        n_unscorable: candidates whose score is null, NaN or infinite, which are never kept. None: no longer known.
-        n_instances: rows kept; `n_tokens` are their tokens.
-        fingerprint: hash of the kept ids and scores, independent of order.
-        code_revision: version of this package that refined.
-        kept_share_by_source: share of the candidates that was kept; empty for a followed version.
-        cuts: the last kept rows, by source (`keep.SelectionCuts.plain`); empty for a followed version.
-        diagnostics: results of `diagnostics.diagnose`; empty for a followed version.
-        followed: None for a full refinement, which is exact. Otherwise `since_version`, the full refinement that rows
-            were appended to since; `n_appended`, the rows that this version appended; and `cut`, which chose them
-            (`cuts.BucketCut`).
-        derived: None for a version that was refined or followed. Otherwise `from_version`, the version that the rows,
-            the config and the inputs come from, and `by`: restore, rebuild or take-down (with its `takedown_id`).
-    """
-
-    corpus: str
-    config: dict[str, Any]
-    inputs: dict[str, Any]
-    model_revisions: dict[str, str]
-    threshold: float
-    n_candidates: int
-    candidate_tokens: int
-    n_unscorable: int | None
-    n_instances: int
-    n_tokens: int
-    fingerprint: str
-    code_revision: str
-    kept_share_by_source: dict[str, float]
-    followed: dict[str, Any] | None = None
-    cuts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    derived: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +52,7 @@ class Newest:
 
     base: int
     version: int
-    metadata: dict[str, Any] | None
+    metadata: Json | None
 
     @property
     def provenance(self) -> Provenance | None:
@@ -107,28 +63,21 @@ class Newest:
             return None
 
 
-def newest(spark: "SparkSession", uri: str) -> Newest | None:
-    """The newest state of a table; None if there is no table. The cost does not grow with the number of versions.
+def newest(uri: str) -> Newest | None:
+    """The newest state of a table; None if there is no table. Reads the log from its end, so only a few commits.
 
     Args:
-        spark: any session.
         uri: location of the table.
 
     Raises:
         CorpusError: the log holds only maintenance.
     """
-    from delta.tables import DeltaTable
-
-    if not tables.exists(spark, uri):
+    base = delta_log.newest_version(uri)
+    if base is None:
         return None
-    table = DeltaTable.forPath(spark, uri)
-    for history in (table.history(_LOOK_BACK), table.history()):
-        rows = history.select("version", "operation", "userMetadata").orderBy("version", ascending=False).collect()
-        for row in rows:
-            if row["operation"] not in MAINTENANCE:
-                return Newest(
-                    rows[0]["version"], row["version"], json.loads(row["userMetadata"]) if row["userMetadata"] else None
-                )
+    for commit in delta_log.commits(uri):
+        if commit.operation not in MAINTENANCE:
+            return Newest(base, commit.version, commit.metadata())
     raise CorpusError(
         f"table {storage.redact(uri)}: expected a commit that wrote rows in its log, found only maintenance; restore "
         "the log from a copy, or move the folder away and run again"
@@ -136,7 +85,7 @@ def newest(spark: "SparkSession", uri: str) -> Newest | None:
 
 
 def commit(
-    frame: "DataFrame", uri: str, table: schemas.Table, metadata: dict[str, Any], on: Newest | None, replaces: bool
+    frame: "DataFrame", uri: str, table: schemas.Table, metadata: Json, on: Newest | None, replaces: bool
 ) -> int:
     """Replaces the rows or appends rows, in one commit on top of the state `on`.
 
@@ -163,7 +112,7 @@ def commit(
         write(frame, uri, table, metadata=metadata, query_id=_COMMITS, batch_id=number)
     except tables.conflicts() as error:
         raise _overtaken(uri) from error
-    state = newest(frame.sparkSession, uri)
+    state = newest(uri)
     if state is None or state.metadata != json.loads(json.dumps(metadata)):
         raise _overtaken(uri)
     return state.version
@@ -177,14 +126,24 @@ def _overtaken(uri: str) -> CorpusError:
 
 
 def list_corpora(spark: "SparkSession", root: str) -> "DataFrame":
-    """The table `corpora`: all versions of all corpora, sorted by name and version."""
+    """The table `corpora`: all versions of all corpora, sorted by name and version.
+
+    Args:
+        spark: any session.
+        root: path or URI of the root.
+
+    Raises:
+        CorpusError: there is no such table.
+    """
     return tables.read(spark, Root(root).table("corpora")).orderBy("name", "version")
 
 
-def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None = None) -> dict[str, Any]:
+def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None = None) -> Json:
     """The row of `corpora` of a version, with its JSON parsed.
 
     Args:
+        spark: any session.
+        root: path or URI of the root.
         name: of the corpus.
         version: None takes the newest.
 
@@ -195,7 +154,7 @@ def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     return parsed(choose_version(rows, name, version))
 
 
-def choose_version(rows: Sequence[Mapping[str, Any]], name: str, version: int | None = None) -> dict[str, Any]:
+def choose_version(rows: Sequence[TableRow], name: str, version: int | None = None) -> TableRow:
     """Chooses the row of one version among the rows of `corpora`.
 
     Args:
@@ -218,11 +177,15 @@ def choose_version(rows: Sequence[Mapping[str, Any]], name: str, version: int | 
             f"corpus {name!r}, version {'newest' if version is None else version}: expected one of the corpora {names}"
             f"{versions}; run `miniplm refine` to make one"
         )
-    return dict(chosen[-1])
+    return chosen[-1]
 
 
-def parsed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `corpora` as plain data, its JSON parsed."""
+def parsed(row: TableRow) -> Json:
+    """A row of `corpora` as plain data, its JSON parsed.
+
+    Args:
+        row: the row, whose `config` and `inputs` are JSON texts.
+    """
     return {**row, "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])}
 
 
@@ -275,6 +238,9 @@ def read_corpus(spark: "SparkSession", root: str, name: str, version: int | None
 def with_files(rows: "DataFrame") -> "DataFrame":
     """Returns the frame after checking that its files exist, because Spark logs a trace for each missing file.
 
+    Args:
+        rows: a frame that reads files.
+
     Raises:
         FileNotFoundError: a file is missing.
     """
@@ -285,13 +251,17 @@ def with_files(rows: "DataFrame") -> "DataFrame":
 
 
 def is_gone(error: Exception) -> bool:
-    """Whether a read failed because the version or its files no longer exist."""
+    """Whether a read failed because the version or its files no longer exist.
+
+    Args:
+        error: any error of Spark, Delta or `with_files`.
+    """
     return bool(_GONE.search(str(error)))
 
 
 @contextlib.contextmanager
 def readable(name: str, version: int) -> Iterator[None]:
-    """Turns Spark's and Delta's errors about a missing version, raised in the block, into a `CorpusError`.
+    """Turns errors of the block that say that the `version` of the corpus `name` is missing into a `CorpusError`.
 
     Raises:
         CorpusError: the version is gone.
@@ -307,7 +277,7 @@ def readable(name: str, version: int) -> Iterator[None]:
 
 
 def gone_message(name: str, version: int) -> str:
-    """Says that the rows of a version are gone, and how to make them again."""
+    """Says that the rows of a `version` of the corpus `name` are gone, and how to make them again."""
     return (
         f"corpus {name!r}, version {version}: expected its files, found that they are gone: a version that is not "
         "pinned is kept until maintenance or a take-down removes it; `miniplm corpus rebuild` makes its rows again"
@@ -318,11 +288,17 @@ def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> 
     """A version's provenance from its row of `corpora`, which outlives the log. `n_unscorable` and
     `kept_share_by_source` are not in the row, so they are None and empty.
 
+    Args:
+        spark: any session.
+        root: path or URI of the root.
+        name: of the corpus.
+        version: its number.
+
     Raises:
         CorpusError: there is no such corpus or version.
     """
     row = show_corpus(spark, root, name, version)
-    inputs = dict(row["inputs"])
+    inputs: Any = dict(row["inputs"])
     revisions = inputs.pop("model_revisions", {})
     apart = {key: inputs.pop(key) for key in _RECORDED_APART if key in inputs}
     counts = ("threshold", "n_candidates", "candidate_tokens", "n_instances", "n_tokens", "fingerprint")
@@ -340,7 +316,17 @@ def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> 
 
 
 def record(spark: "SparkSession", root: str, version: int, provenance: Provenance) -> bool:
-    """Adds the row of a version to `corpora`, unless the version has a row; returns whether a row was added."""
+    """Adds the row of a version to `corpora`, unless the version has a row.
+
+    Args:
+        spark: any session.
+        root: path or URI of the root.
+        version: number of the version.
+        provenance: becomes the row.
+
+    Returns:
+        Whether a row was added.
+    """
     from pyspark.sql import functions as F
 
     tables.create(spark, Root(root).table("corpora"), schemas.CORPORA)
@@ -353,7 +339,7 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
     for key in _RECORDED_APART:
         if value := getattr(provenance, key):
             inputs[key] = value
-    values: dict[str, Any] = {
+    values: TableRow = {
         "name": provenance.corpus,
         "version": version,
         "config": json.dumps(provenance.config, sort_keys=True),
@@ -375,6 +361,11 @@ def record(spark: "SparkSession", root: str, version: int, provenance: Provenanc
 def require_unrecorded(spark: "SparkSession", root: str, name: str) -> None:
     """Refuses to create the table of a corpus whose versions are recorded: new versions would get the same numbers.
 
+    Args:
+        spark: any session.
+        root: path or URI of the root.
+        name: of the corpus.
+
     Raises:
         CorpusError: `corpora` has rows of the corpus.
     """
@@ -386,7 +377,7 @@ def require_unrecorded(spark: "SparkSession", root: str, name: str) -> None:
 
 
 def no_table_message(root: str, name: str, versions: list[int]) -> str:
-    """Says that the table of a corpus is gone, although `corpora` records versions."""
+    """Says that the table of the corpus `name` is gone from `root`, although `corpora` records its `versions`."""
     return (
         f"table {storage.redact(Root(root).refined(name))}: expected the versions {versions} that tables/corpora "
         "records, found no table; put it back from a copy, or refine under another name in refine.corpora: new "

@@ -26,6 +26,8 @@ FILE_READER_PROPERTIES = {
     "delta.enableChangeDataFeed": "false",
 }
 _VECTORS = "deletionVectors"
+# Switching off its property converts neither the files nor the schema; `DROP FEATURE` does.
+TYPE_WIDENING = "typeWidening"
 
 
 def needs_repair(features: Collection[str], properties: Mapping[str, str]) -> bool:
@@ -35,7 +37,7 @@ def needs_repair(features: Collection[str], properties: Mapping[str, str]) -> bo
         features: names that the table's protocol lists (`tableFeatures`).
         properties: the table's properties.
     """
-    return _VECTORS in features or any(
+    return not {_VECTORS, TYPE_WIDENING}.isdisjoint(features) or any(
         properties.get(key, value) != value for key, value in FILE_READER_PROPERTIES.items()
     )
 

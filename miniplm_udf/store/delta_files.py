@@ -9,50 +9,15 @@ delta-rs is used only for the list of files: its own Arrow readers abort the int
 are percent-encoded, so that pyarrow does not find the files of a root with a space or an umlaut.
 """
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from miniplm_udf import storage
 from miniplm_udf.store.delta_features import refuse_unreadable_features
+from miniplm_udf.store.delta_log import encoded
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
-
-# The names of a commit and of a checkpoint in a table's log begin with their version.
-_LOG_FILE = re.compile(r"(\d{20})\.(json$|checkpoint\.)")
-
-
-def has_commits(uri: str) -> bool:
-    """Whether the folder has a Delta log with a commit.
-
-    Args:
-        uri: path or URI of the table.
-    """
-    log = storage.join(uri, "_delta_log")
-    # Either the first commit is there, or a checkpoint of the log, after which Delta may have removed that commit.
-    return any(storage.exists(storage.join(log, name)) for name in (f"{0:020}.json", "_last_checkpoint"))
-
-
-def newest_version(uri: str) -> int | None:
-    """Finds the newest version of a Delta table: on a local disk by the names in its log, else by delta-rs.
-
-    delta-rs lists a log from its last checkpoint on; the log of a busy table has a hundred thousand names.
-
-    Args:
-        uri: path or URI of the table.
-
-    Returns:
-        The version; None if there is no table.
-    """
-    if not storage.is_local(uri):
-        from deltalake import DeltaTable
-
-        return DeltaTable(uri).version() if has_commits(uri) else None
-    names = storage.list_folder(storage.join(uri, "_delta_log"))
-    versions = [int(match[1]) for name in names if (match := _LOG_FILE.match(name))]
-    return max(versions, default=None)
 
 
 def parquet_files(uri: str, version: int | None = None) -> list[str]:
@@ -85,9 +50,7 @@ def open_table(uri: str, version: int | None = None) -> "DeltaTable":
     """
     from deltalake import DeltaTable
 
-    # Our file: URIs are not percent-encoded, like Hadoop's; delta-rs expects them encoded.
-    location = Path(storage.local_path(storage.to_uri(uri))).as_uri() if storage.is_local(uri) else uri
-    table = DeltaTable(location, version=version)
+    table = DeltaTable(encoded(uri), version=version)
     refuse_unreadable_features(table, storage.redact(uri))
     return table
 

@@ -9,10 +9,11 @@ without rows, and the command can be run again. `verify` checks the copies.
 
 import dataclasses
 import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.layout import Root
+from miniplm_udf.storage import Json
 from miniplm_udf.store import tables
 
 if TYPE_CHECKING:
@@ -78,10 +79,12 @@ def read(spark: "SparkSession", root: str, name: str, version: int) -> "DataFram
     return tables.read(spark, Root(root).pinned(name, version))
 
 
-def add(spark: "SparkSession", root: str, pin: Pin, rows: "DataFrame", metadata: dict[str, Any]) -> None:
+def add(spark: "SparkSession", root: str, pin: Pin, rows: "DataFrame", metadata: Json) -> None:
     """Copies a version's rows, and then adds the row of the pin.
 
     Args:
+        spark: any session.
+        root: path or URI of the root.
         pin: the row.
         rows: the version's rows, as in `refined/<name>`.
         metadata: the version's provenance, which becomes the `userMetadata` of the copy.

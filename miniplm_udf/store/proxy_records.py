@@ -8,10 +8,68 @@ that the proxy ranks. A revision is a hash of everything that the fit depends on
 """
 
 import dataclasses
-from typing import Any
+from typing import TypedDict
 
 from miniplm_udf import storage
 from miniplm_udf.layout import Root
+from miniplm_udf.storage import Json
+from miniplm_udf.store.provenance import VersionTables
+
+
+class ProxySettings(TypedDict):
+    """Everything but the rows that a fit depends on.
+
+    Attributes:
+        score: SQL over the matrix, which the proxy predicts.
+        where: SQL over the matrix; rows that do not pass are not drawn.
+        tokens_of: alias of the model whose tokens are counted.
+        rows: about how many scored instances are drawn.
+        heldout: share of the drawn rows that is held out, 0 to 1.
+        features: size of a text's feature vector.
+        n_grams: version of the rule that makes this vector.
+        ridge: weight of the penalty, in rows.
+        model_revisions: by alias.
+    """
+
+    score: str
+    where: str
+    tokens_of: str
+    rows: int
+    heldout: float
+    features: int
+    n_grams: int
+    ridge: float
+    model_revisions: dict[str, str]
+
+
+class FittedRows(VersionTables):
+    """The rows that a proxy was fitted on, and the state of the matrix that they were drawn from.
+
+    Attributes:
+        n_scored: rows of the matrix that pass `where` and have a finite score.
+        n_fitted: drawn rows that the proxy was fitted to.
+        n_heldout: drawn rows that it was judged on.
+        fingerprint: hash of the ids and scores of the drawn rows.
+    """
+
+    n_scored: int
+    n_fitted: int
+    n_heldout: int
+    fingerprint: str
+
+
+class Solver(TypedDict):
+    """The work of a fit.
+
+    Attributes:
+        iterations: steps of the solver.
+        n_grams: mean number of distinct n-grams per instance.
+        seconds: how long the fit took.
+    """
+
+    iterations: int
+    n_grams: float
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,24 +78,23 @@ class ProxyRecord:
 
     Attributes:
         revision: 32 hex digits over `identity` and the fingerprint of the rows.
-        identity: the settings: score, where, rows, heldout, features, n-grams, tokens_of, model_revisions.
-        fitted_on: `matrix_version`, `last_batches` of the matrix, its candidates `n_scored`, the numbers
-            `n_fitted` and `n_heldout` of the rows drawn from them, and the `fingerprint` of the drawn rows.
+        identity: the settings.
+        fitted_on: the rows.
         tokens_per_byte: tokens of the model `tokens_of` per UTF-8 byte, over all drawn rows.
         tokens_per_byte_of: the same by source.
-        quality: on the held-out rows (`proxy.quality.judge`).
-        solver: `iterations`, `n_grams` (mean number of distinct n-grams per instance), `seconds`.
+        quality: on the held-out rows: a `proxy.quality.Quality` as plain data.
+        solver: the work of the fit.
         warnings: sentences to read before a corpus is refined with this proxy.
         code_revision: version of this package that fitted it.
     """
 
     revision: str
-    identity: dict[str, Any]
-    fitted_on: dict[str, Any]
+    identity: ProxySettings
+    fitted_on: FittedRows
     tokens_per_byte: float
     tokens_per_byte_of: dict[str, float]
-    quality: dict[str, Any]
-    solver: dict[str, Any]
+    quality: Json
+    solver: Solver
     warnings: list[str]
     code_revision: str
 

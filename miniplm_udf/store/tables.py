@@ -9,14 +9,16 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fsspec
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError, SchemaMismatchError
+from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files
-from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, needs_repair
+from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, TYPE_WIDENING, needs_repair
+from miniplm_udf.store.delta_log import has_commits, newest_version
 
 if TYPE_CHECKING:
     from delta.tables import DeltaTableBuilder
@@ -55,7 +57,7 @@ def create(spark: "SparkSession", uri: str, table: schemas.Table, properties: Ma
     from delta.tables import DeltaTable
     from pyspark.errors import AnalysisException
 
-    if exists(spark, uri) and delta_files.has_commits(uri):
+    if exists(spark, uri) and has_commits(uri):
         return
     session = _without_defaults(spark)
     try:
@@ -79,9 +81,9 @@ def _without_defaults(spark: "SparkSession") -> "SparkSession":
     """A new session without defaults for the properties of new tables, because a table's own properties cannot
     override a default `feature.NAME`."""
     session = spark.newSession()
-    for row in session.sql("SET").collect():
-        if row["key"].startswith(_TABLE_DEFAULTS):
-            session.conf.unset(row["key"])
+    for key in session.conf.getAll:
+        if key.startswith(_TABLE_DEFAULTS):
+            session.conf.unset(key)
     return session
 
 
@@ -93,7 +95,7 @@ def _remove_log_without_commits(uri: str) -> None:
 
 
 def detail(spark: "SparkSession", uri: str) -> "Row | None":
-    """Delta's description of a table (`id`, `numFiles`, `properties`, ...); None if there is no table."""
+    """Delta's description of the table at `uri` (`id`, `numFiles`, `properties`, ...); None if there is no table."""
     from delta.tables import DeltaTable
 
     return DeltaTable.forPath(spark, uri).detail().collect()[0] if exists(spark, uri) else None
@@ -150,17 +152,8 @@ def long_scans(spark: "SparkSession") -> Iterator[None]:
         spark.conf.set(key, before)
 
 
-def version(spark: "SparkSession", uri: str) -> int | None:
-    """The newest version of the table; None if there is no table."""
-    from delta.tables import DeltaTable
-
-    if not exists(spark, uri):
-        return None
-    return int(DeltaTable.forPath(spark, uri).history(1).select("version").collect()[0][0])
-
-
 def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
-    """Selects the declared columns in order and checks their types. Delta checks nullability when it writes.
+    """Selects the columns of `frame` that `table` declares, and checks their types; Delta checks their nullability.
 
     Raises:
         SchemaMismatchError: a column is missing, is not declared, or has another type.
@@ -188,7 +181,7 @@ def conform(frame: "DataFrame", table: schemas.Table) -> "DataFrame":
 
 def append(
     frame: "DataFrame", uri: str, table: schemas.Table, query_id: str | None = None, batch_id: int | None = None,
-    metadata: dict[str, Any] | None = None,
+    metadata: Json | None = None,
 ) -> None:  # fmt: skip
     """Appends a frame; with (query_id, batch_id), Delta drops a second write under the same pair.
 
@@ -220,7 +213,7 @@ def append(
 
 
 def _writer(
-    frame: "DataFrame", table: schemas.Table, metadata: dict[str, Any] | None, query_id: str | None,
+    frame: "DataFrame", table: schemas.Table, metadata: Json | None, query_id: str | None,
     batch_id: int | None,
 ) -> "DataFrameWriter":  # fmt: skip
     """A writer of the declared columns. With (query_id, batch_id), Delta drops a second write under the same pair."""
@@ -233,7 +226,7 @@ def _writer(
 
 
 def overwrite(
-    frame: "DataFrame", uri: str, table: schemas.Table, metadata: dict[str, Any] | None = None,
+    frame: "DataFrame", uri: str, table: schemas.Table, metadata: Json | None = None,
     query_id: str | None = None, batch_id: int | None = None,
 ) -> int:  # fmt: skip
     """Replaces the table's rows in one commit.
@@ -246,11 +239,10 @@ def overwrite(
     Returns:
         The version of the commit.
     """
-    spark = frame.sparkSession
-    _set_columns(spark, uri, table)
+    _set_columns(frame.sparkSession, uri, table)
     writer = _writer(frame, table, metadata, query_id, batch_id).mode("overwrite")
     writer.save(uri)
-    return int(version(spark, uri) or 0)
+    return newest_version(uri) or 0
 
 
 def conflicts() -> tuple[type[Exception], ...]:
@@ -320,22 +312,46 @@ def vacuum(spark: "SparkSession", uri: str, retain_hours: float, is_logged: bool
     Returns:
         The number of removed files.
     """
+    before = _files_on_disk(uri)
+    if _has_only_listed_files(uri, before):
+        return 0
     session = spark.newSession()
     session.conf.set("spark.databricks.delta.retentionDurationCheck.enabled", "false")
     session.conf.set("spark.databricks.delta.vacuum.logging.enabled", str(is_logged).lower())
     # Number of tasks that list the files: 10,000 by default, but each of our tables is one folder.
     session.conf.set("spark.sql.sources.parallelPartitionDiscovery.parallelism", spark.sparkContext.defaultParallelism)
     statement = f"VACUUM delta.`{uri}` RETAIN {retain_hours:.6f} HOURS"
-    n_files = session.sql(f"{statement} DRY RUN").count()
-    if n_files and not dry_run:
-        session.sql(statement).collect()
-    return n_files
+    # What is not logged needs no look beforehand; a logged vacuum that removes nothing would add two commits.
+    if dry_run or is_logged:
+        n_files = session.sql(f"{statement} DRY RUN").count()
+        if dry_run or not n_files:
+            return n_files
+    session.sql(statement).collect()
+    return len(before - _files_on_disk(uri))
+
+
+def _files_on_disk(uri: str) -> set[str]:
+    """The names of a table's data files, listed by its log or not; as pyarrow opens them."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    names = filesystem.find(path)
+    # Vacuum leaves the log alone, and what is hidden, such as the checksums that Hadoop writes on a local disk.
+    return {name for name in names if "/_delta_log/" not in name and not name.rpartition("/")[2].startswith(".")}
+
+
+def _has_only_listed_files(uri: str, on_disk: set[str]) -> bool:
+    """Whether every data file on disk is one of the newest version, so that a vacuum has nothing to remove."""
+    try:
+        listed = delta_files.parquet_files(uri)
+    except CorpusError:  # files of deletion vectors are not listed
+        return False
+    filesystem, _ = fsspec.core.url_to_fs(uri)
+    return on_disk <= {filesystem._strip_protocol(name) for name in listed}
 
 
 def make_readable(spark: "SparkSession", uri: str) -> bool:
     """Switches off the features in `delta_features`, and rewrites the files so that they hold exactly the table's rows.
 
-    No row changes, and streams that read the table do not notice it. The old files stay until a vacuum.
+    No row of the table at `uri` changes, and streams that read it do not notice. The old files stay until a vacuum.
 
     Returns:
         Whether files were rewritten or properties changed.
@@ -343,14 +359,16 @@ def make_readable(spark: "SparkSession", uri: str) -> bool:
     table = detail(spark, uri)
     if table is None or not needs_repair(table["tableFeatures"] or (), table["properties"]):
         return False
-    before = version(spark, uri)
+    before = newest_version(uri)
     # Only properties that differ: setting the mode of column mapping makes Delta rewrite all files.
     changed = {key for key, value in FILE_READER_PROPERTIES.items() if table["properties"].get(key, value) != value}
     if changed:
         properties = ", ".join(f"'{key}' = '{FILE_READER_PROPERTIES[key]}'" for key in sorted(changed))
         spark.sql(f"ALTER TABLE delta.`{uri}` SET TBLPROPERTIES ({properties})")
+    if TYPE_WIDENING in (table["tableFeatures"] or ()):
+        spark.sql(f"ALTER TABLE delta.`{uri}` DROP FEATURE {TYPE_WIDENING}")
     spark.sql(f"REORG TABLE delta.`{uri}` APPLY (PURGE)")
-    return version(spark, uri) != before
+    return newest_version(uri) != before
 
 
 def delete_matching(spark: "SparkSession", uri: str, ids: "DataFrame", key: str = "instance_id") -> None:
@@ -367,22 +385,6 @@ def delete_matching(spark: "SparkSession", uri: str, ids: "DataFrame", key: str 
 
     target = DeltaTable.forPath(spark, uri).alias("t")
     target.merge(ids.alias("s"), f"t.{key} = s.{key}").whenMatchedDelete().execute()
-
-
-def user_metadata(spark: "SparkSession", uri: str, at: int | None = None) -> dict[str, Any] | None:
-    """Reads and parses the `userMetadata` of a commit; None if it has none, or is no longer in the log.
-
-    Args:
-        spark: any session.
-        uri: location of the table, which must exist.
-        at: version of the commit; None takes the newest.
-    """
-    from delta.tables import DeltaTable
-
-    history = DeltaTable.forPath(spark, uri).history().select("version", "userMetadata")
-    wanted = version(spark, uri) if at is None else at
-    rows = history.where(history.version == wanted).collect()
-    return json.loads(rows[0][1]) if rows and rows[0][1] else None
 
 
 def missing_from(frame: "DataFrame", others: "DataFrame", key: str | list[str] = "instance_id") -> "DataFrame":

@@ -88,6 +88,8 @@ def add(spark: "SparkSession", root: str, takedown: Takedown, table: str, rows: 
     """Records the rows that will be removed from a table.
 
     Args:
+        spark: any session.
+        root: path or URI of the root.
         takedown: the command.
         table: name of the table, or `DOCUMENTS`.
         rows: columns `key` and `n_rows`.

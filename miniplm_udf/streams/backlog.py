@@ -6,13 +6,17 @@ means the whole table at that version. Spark itself reports no backlog for a Del
 data. Driver only.
 """
 
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import TYPE_CHECKING
+
+from miniplm_udf.storage import Json
+from miniplm_udf.store import delta_log
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) -> int:
+def rows_behind(spark: "SparkSession", uri: str, offset: Json | None) -> int:
     """Counts the rows that were appended and not read yet.
 
     Args:
@@ -22,28 +26,19 @@ def rows_behind(spark: "SparkSession", uri: str, offset: dict[str, Any] | None) 
     Returns:
         A number of rows; in a version that is partly read, the rows are taken as spread evenly over its files.
     """
-    from delta.tables import DeltaTable
-
     if offset is None:
         return spark.read.format("delta").load(uri).count()
     at, is_start = int(offset["reservoirVersion"]), bool(offset["isStartingVersion"])
-    log = DeltaTable.forPath(spark, uri)
-    # Only as far back as the offset: Delta reads the history commit by commit, and it grows with every micro-batch.
-    newest = int(log.history(1).select("version").collect()[0][0])
+    # Only as far back as the offset: the log grows with every micro-batch.
+    unread = itertools.takewhile(lambda commit: commit.version >= at, delta_log.commits(uri))
     # A MERGE or DELETE reports the rows that it copies as output; streams skip these commits.
-    history = log.history(max(1, newest - at + 1)).where(f"version >= {at} and operation not in ('MERGE', 'DELETE')")
-    appended = {row["version"]: row for row in history.select("version", "operationMetrics").collect()}
-    behind = sum(_metric(row, "numOutputRows") for version, row in appended.items() if version > at)
+    appended = {commit.version: commit for commit in unread if commit.operation not in ("MERGE", "DELETE")}
+    behind = sum(commit.metric("numOutputRows") for version, commit in appended.items() if version > at)
     if is_start:
         table = spark.read.format("delta").option("versionAsOf", at).load(uri)
         n_rows, n_files = table.count(), len(table.inputFiles())
     else:
-        row = appended.get(at)
-        n_rows, n_files = (_metric(row, "numOutputRows"), _metric(row, "numFiles")) if row is not None else (0, 0)
+        commit = appended.get(at)
+        n_rows, n_files = (commit.metric("numOutputRows"), commit.metric("numFiles")) if commit else (0, 0)
     n_read = max(0, int(offset["index"]) + 1)
     return behind + (round(n_rows * max(0, n_files - n_read) / n_files) if n_files else 0)
-
-
-def _metric(row: Any, name: str) -> int:
-    # A commit that adds no rows (table creation, compaction, properties) has no such metric.
-    return int((row["operationMetrics"] or {}).get(name, 0))

@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fsspec
 
@@ -20,6 +20,7 @@ from miniplm_udf import layout, storage
 from miniplm_udf.errors import CorpusError, DamagedRecordError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease
+from miniplm_udf.storage import Json
 from miniplm_udf.streams import facts
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
@@ -50,7 +51,7 @@ class Checkpoint:
     name: str
     id: str
     batch_id: int | None
-    offset: dict[str, Any] | None
+    offset: Json | None
     facts: QueryFacts
 
     @property
@@ -137,6 +138,7 @@ def needed_from(spark: "SparkSession", table_uri: str, checkpoint: Checkpoint) -
 
     Args:
         table_uri: the source of the query.
+        checkpoint: of the query.
 
     Returns:
         The version; files that commits up to it have replaced are not wanted any more. None: no file is wanted.

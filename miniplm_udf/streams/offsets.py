@@ -5,16 +5,16 @@ writes `offsets/<batch>` with the offset at which it ends; a replay reads the sa
 """
 
 import json
-from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.storage import Json
 
 # Lines of an offsets file: a version, the query's settings, and one line per source.
 _SOURCE_LINE = 2
 
 
-def end_offset(checkpoint_uri: str, batch_id: int) -> dict[str, Any] | None:
+def end_offset(checkpoint_uri: str, batch_id: int) -> Json | None:
     """The offset at which a micro-batch ends; None if no micro-batch of that number was begun.
 
     Args:
@@ -28,7 +28,7 @@ def end_offset(checkpoint_uri: str, batch_id: int) -> dict[str, Any] | None:
     if batch_id < 0 or not storage.exists(uri):
         return None
     try:
-        offset: dict[str, Any] = json.loads(storage.read_text(uri).splitlines()[_SOURCE_LINE])
+        offset: Json = json.loads(storage.read_text(uri).splitlines()[_SOURCE_LINE])
     except (ValueError, IndexError) as error:
         raise CorpusError(
             f"checkpoint {storage.redact(checkpoint_uri)}: expected the offsets of micro-batch {batch_id}, found a "
@@ -37,7 +37,7 @@ def end_offset(checkpoint_uri: str, batch_id: int) -> dict[str, Any] | None:
     return offset
 
 
-def is_behind(offset: dict[str, Any] | None, version: int) -> bool:
+def is_behind(offset: Json | None, version: int) -> bool:
     """Whether a stream at `offset` of a Delta table may still read rows that the table had at `version`.
 
     Args:

@@ -122,6 +122,7 @@ def belongs_to_checkpoint(spark: "SparkSession", uri: str, table: schemas.Table,
     Args:
         uri: a table that one query at a time writes; an empty table belongs to no checkpoint.
         table: its declaration.
+        checkpoint_uri: the checkpoint folder of the query.
     """
     try:
         query_id, rows = checkpoint_query_id(spark, checkpoint_uri), tables.read(spark, uri)

@@ -24,6 +24,7 @@ from miniplm_udf.errors import ConfigError, MiniplmError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease
 from miniplm_udf.stopping import Stopped
+from miniplm_udf.storage import Json
 from miniplm_udf.streams import facts
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.query import Query, StartAgain, checkpoint_query_id
@@ -71,7 +72,7 @@ class _Running:
         self.query, self.leases = query, leases
         self.failures: list[MiniplmError] = []
         self.busy = False
-        self.events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
         self.handle: StreamingQuery | None = None
         self.status = QueryStatus(
             query=query.name, lease=query.facts.lease, run_id=run_id, backlog_unit=query.backlog_unit,
@@ -262,7 +263,7 @@ class QueryRunner:
                     self._add(running, progress)
         return ended
 
-    def _add(self, running: _Running, progress: dict[str, Any]) -> None:
+    def _add(self, running: _Running, progress: Json) -> None:
         end = progress["sources"][0]["endOffset"]
         running.offset = json.loads(end) if isinstance(end, str) else end
         running.status.add_batch(
@@ -341,7 +342,7 @@ class QueryRunner:
             thread.join()
 
 
-def _listener(events: dict[str, "queue.SimpleQueue[dict[str, Any] | None]"]) -> "StreamingQueryListener":
+def _listener(events: dict[str, "queue.SimpleQueue[Json | None]"]) -> "StreamingQueryListener":
     """A listener that puts each query's progress, and None at its end, into the query's queue (by query name)."""
     from pyspark.sql.streaming import StreamingQueryListener
 

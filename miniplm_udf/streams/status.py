@@ -8,14 +8,15 @@ as a whole and outlives its driver: only the lease tells whether the query runs 
 import dataclasses
 import datetime
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import fsspec
 
 from miniplm_udf import storage
 from miniplm_udf.errors import DamagedRecordError
 from miniplm_udf.layout import Root
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -144,9 +145,7 @@ def read_all(root: str) -> list[QueryStatus]:
     records = []
     for name in sorted(filesystem.ls(path, detail=False)):
         if str(name).endswith(".json") and not str(name).rsplit("/", 1)[-1].startswith("."):
-            plain: dict[str, Any] = (
-                storage.read_json(storage.join(Root(root).status(), str(name).rsplit("/", 1)[-1])) or {}
-            )
+            plain: Json = storage.read_json(storage.join(Root(root).status(), str(name).rsplit("/", 1)[-1])) or {}
             try:
                 records.append(QueryStatus(**{key: value for key, value in dict(plain).items() if key in fields}))
             except TypeError as error:
@@ -169,7 +168,7 @@ _GAUGES: dict[str, tuple[str, Callable[[QueryStatus], float | None]]] = {
     "miniplm_last_seen_timestamp_seconds": ("when the driver last wrote the status", lambda s: _epoch(s.seen_at)),
     "miniplm_stalled_seconds": ("seconds without progress in the running micro-batch", lambda s: s.stalled_seconds),
 }
-_MODEL_GAUGES: dict[str, tuple[str, Callable[[QueryStatus], dict[str, Any]]]] = {
+_MODEL_GAUGES: dict[str, tuple[str, Callable[[QueryStatus], Mapping[str, float]]]] = {
     "miniplm_tokens": ("tokens scored since the command began", lambda s: s.tokens),
     "miniplm_tokens_per_second": (
         "tokens per second of the newest micro-batch that scored",

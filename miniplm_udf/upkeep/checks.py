@@ -6,11 +6,12 @@ the last stage to the first, so the origin of a row is in the tables that were r
 """
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
 from miniplm_udf.layout import Root
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams.checkpoints import Checkpoint
 
@@ -50,7 +51,7 @@ class CheckedRoot:
     def __init__(self, spark: "SparkSession", root: str) -> None:
         self.spark, self.root = spark, storage.to_uri(root)
         self.queries = list(checkpoints.find(self.root))
-        self.versions = {name: tables.version(spark, self.uri(name)) for name in TABLES}
+        self.versions = {name: delta_log.newest_version(self.uri(name)) for name in TABLES}
 
     def uri(self, name: str) -> str:
         """Returns the URI of the table `name`."""
@@ -96,13 +97,10 @@ class CheckedRoot:
         A version that only merged or removed rows adds no unread row, so the newest such version is taken: the files of
         earlier ones may have been vacuumed.
         """
-        from delta.tables import DeltaTable
-
-        history = DeltaTable.forPath(self.spark, self.uri(name)).history().where(f"version >= {begun}")
-        for row in history.select("version", "operation").orderBy("version").collect():
-            if row["operation"] not in (*corpus_records.MAINTENANCE, "MERGE", "DELETE"):
-                return int(row["version"]) - 1
-        return int(self.versions[name] or 0)
+        read, newest = (*corpus_records.MAINTENANCE, "MERGE", "DELETE"), self.versions[name] or 0
+        since = itertools.takewhile(lambda commit: commit.version >= begun, delta_log.commits(self.uri(name)))
+        unread = [commit.version for commit in since if commit.operation not in read]
+        return unread[-1] - 1 if unread else newest
 
 
 def examples_of(frame: "DataFrame", key: str) -> tuple[str, ...]:

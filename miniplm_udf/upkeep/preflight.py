@@ -19,8 +19,8 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root
-from miniplm_udf.store import pins, tables
-from miniplm_udf.store.delta_files import has_commits
+from miniplm_udf.store import delta_log, pins, tables
+from miniplm_udf.store.delta_log import has_commits
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams.checkpoints import Checkpoint
 from miniplm_udf.streams.offsets import end_offset
@@ -138,7 +138,7 @@ def check(spark: "SparkSession", config: ExperimentConfig, command: str) -> None
     if needed := [str(table) for table in lost if table.kind in _NEEDS.get(command, ())]:
         raise CorpusError(f"root {storage.redact(root)}: {'; '.join(needed)}")
     stages = _QUERIES.get(command, ())
-    _require_tables_of_queries(spark, root, stages)
+    _require_tables_of_queries(root, stages)
     for table in lost:
         LOGGER.warning("%s", table)
     if "ingest" in stages:
@@ -207,6 +207,9 @@ def _named_by_files(root: str) -> dict[str, str]:
 def require_writable(root: str) -> None:
     """Refuses a local root that cannot be made or written, with the reason that the operating system gives.
 
+    Args:
+        root: path or URI of the root; one that is not local passes.
+
     Raises:
         ConfigError: it cannot be written.
     """
@@ -224,23 +227,23 @@ def require_writable(root: str) -> None:
         ) from error
 
 
-def _require_tables_of_queries(spark: "SparkSession", root: str, stages: tuple[str, ...]) -> None:
+def _require_tables_of_queries(root: str, stages: tuple[str, ...]) -> None:
     """Refuses queries of these stages that have read or written a table which is gone or was made again."""
     queries = [query for query in checkpoints.find(root) if query.stage in stages] if stages else []
-    lost = [(query, names) for query in queries if (names := set(_lost_tables_of(spark, root, query)))]
+    lost = [(query, names) for query in queries if (names := set(_lost_tables_of(root, query)))]
     if lost:
         raise CorpusError(_message(root, lost))
 
 
-def _lost_tables_of(spark: "SparkSession", root: str, query: Checkpoint) -> Iterator[str]:
+def _lost_tables_of(root: str, query: Checkpoint) -> Iterator[str]:
     """Names of the tables that the query has read or written and that are gone, or are now other tables."""
     if query.batch_id is not None and query.stage not in _REBUILT:
         yield from (name for name in _WRITES[query.stage] if not _exists(Root(root).table(name)))
     offset = query.offset or end_offset(query.uri, 0)
     if query.source is not None and offset is not None:
         uri = Root(root).table(query.source)
-        source = tables.detail(spark, uri) if _exists(uri) else None
-        if source is None or source["id"] != offset.get("reservoirId", source["id"]):
+        source = delta_log.identity(uri)
+        if source is None or source.id != offset.get("reservoirId", source.id):
             yield query.source
 
 

@@ -168,7 +168,7 @@ def _unlike(checked: CheckedRoot, scores: "DataFrame", instances: "DataFrame") -
     from pyspark.sql import functions as F
 
     pairs = {"source": "source", "split": "split", "content_hash": "content_hash", "text_bytes": "n_bytes"}
-    if batch_range.holds(checked.spark, checked.uri("scores"), checked.uri("instances")):
+    if batch_range.holds(checked.uri("scores"), checked.uri("instances")):
         pairs["instance_batch_id"] = "batch_id"
     originals = instances.select("instance_id", *(F.col(name).alias(f"of_{copy}") for copy, name in pairs.items()))
     differs = reduce(lambda left, right: left | right, (F.col(copy) != F.col(f"of_{copy}") for copy in pairs))

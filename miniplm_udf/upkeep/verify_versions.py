@@ -15,7 +15,8 @@ from miniplm_udf.refinement import candidates, expressions
 from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION
 from miniplm_udf.refinement.fingerprints import fingerprint_of, sums_of
 from miniplm_udf.schemas import CORPORA, PINS
-from miniplm_udf.store import corpus_records, pins, tables, takedowns
+from miniplm_udf.store import corpus_records, delta_log, pins, tables, takedowns
+from miniplm_udf.store.provenance import VersionTables
 from miniplm_udf.upkeep.checks import TABLES, Check, CheckedRoot, examples_of, none, unique
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _version(checked: CheckedRoot, row: Any, is_newest: bool, may_be_gone: bool)
     except Exception as error:
         if not corpus_records.is_gone(error):
             raise
-        is_intended = may_be_gone and _was_vacuumed_later(checked, uri, int(row["version"]))
+        is_intended = may_be_gone and _was_vacuumed_later(uri, int(row["version"]))
         note = "removed by maintenance or a take-down" if is_intended else str(error).splitlines()[0]
         yield Check(f"{name}: its files are there", row["n_instances"], 0, is_intended, note=note)
         return
@@ -79,13 +80,11 @@ def _sums(corpus: "DataFrame") -> tuple[int, int, str]:
     return n_rows, int(sums["n_ids"]), fingerprint_of([(sums["xor"] or 0, sums["sum"] or 0)], n_rows)
 
 
-def _was_vacuumed_later(checked: CheckedRoot, uri: str, version: int) -> bool:
+def _was_vacuumed_later(uri: str, version: int) -> bool:
     """Whether files of a version may have been removed on purpose: the log has a later vacuum, or begins later."""
-    from delta.tables import DeltaTable
-
-    history = DeltaTable.forPath(checked.spark, uri).history().select("version", "operation").collect()
-    vacuumed = any(row["operation"] == "VACUUM START" and row["version"] > version for row in history)
-    return vacuumed or all(row["version"] > version for row in history)
+    commits = list(delta_log.commits(uri))
+    vacuumed = any(commit.operation == "VACUUM START" and commit.version > version for commit in commits)
+    return vacuumed or all(commit.version > version for commit in commits)
 
 
 def pinned(checked: CheckedRoot) -> Iterator[Check]:
@@ -173,7 +172,7 @@ def _has_batches(checked: CheckedRoot, source: str, batches: dict[str, int]) -> 
     return source in present and bool(batches) and set(batches) <= queries
 
 
-def _rows_with_columns(checked: CheckedRoot, score: str, source: str, inputs: dict[str, Any]) -> "DataFrame | None":
+def _rows_with_columns(checked: CheckedRoot, score: str, source: str, inputs: VersionTables) -> "DataFrame | None":
     """The candidates with the columns that the score names; None if the annotations have changed since."""
     rows = checked.table(source)
     if source == candidates.PROXY:
@@ -184,7 +183,7 @@ def _rows_with_columns(checked: CheckedRoot, score: str, source: str, inputs: di
         return rows
     others = ["instances"]
     if (annotations_version := inputs.get(ANNOTATIONS_VERSION)) is not None:
-        newest = corpus_records.newest(checked.spark, checked.uri("annotations"))
+        newest = corpus_records.newest(checked.uri("annotations"))
         if newest is None or newest.version != annotations_version:
             return None
         others.append("annotations")

@@ -30,7 +30,11 @@ class ScoreCountsSink(Protocol):
     """Takes the counts of a task: Spark's accumulator with `ScoreCountsParam`, or its replacement in a test."""
 
     def add(self, term: ScoreCounts, /) -> None:
-        """Adds the counts of one task."""
+        """Adds the counts of one task.
+
+        Args:
+            term: the counts.
+        """
 
 
 def score_arrow(

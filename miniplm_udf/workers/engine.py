@@ -61,7 +61,11 @@ class Texts:
     tokenized: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     def pick(self, rows: Sequence[int] | None) -> "Texts":
-        """The texts of some rows; None means all."""
+        """The texts of some rows.
+
+        Args:
+            rows: numbers of the rows, from 0; None means all.
+        """
         if rows is None:
             return self
         tokenized: dict[str, Sequence[Any]] = {name: _pick(values, rows) for name, values in self.tokenized.items()}
@@ -70,13 +74,21 @@ class Texts:
         )
 
     def tokenized_by(self, scorer: TokenizingScorer) -> Sequence[Any]:
-        """Returns the tokenized texts, one entry per row; tokenizes only once per `tokenizer_hash`."""
+        """Returns the tokenized texts, one entry per row; tokenizes only once per `tokenizer_hash`.
+
+        Args:
+            scorer: a scorer that tokenizes in a separate call.
+        """
         if scorer.tokenizer_hash not in self.tokenized:
             self.tokenized[scorer.tokenizer_hash] = scorer.tokenize(self.texts, self.segment_ends)
         return self.tokenized[scorer.tokenizer_hash]
 
     def scored_by(self, scorer: ScorerLike) -> Sequence[Any]:
-        """Scores the texts and returns one result per row; tokenizes in a separate call if the scorer has one."""
+        """Scores the texts and returns one result per row.
+
+        Args:
+            scorer: the scorer; if it is a `TokenizingScorer`, the texts are tokenized in a separate call.
+        """
         if isinstance(scorer, TokenizingScorer):
             return scorer.score_tokenized(self.tokenized_by(scorer), self.ends_document)
         return scorer.score(self.texts, self.segment_ends, self.ends_document)

@@ -21,11 +21,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import psutil
 
 from miniplm_udf.errors import ScoringError
+from miniplm_udf.storage import Json
 
 LOGGER = logging.getLogger("miniplm.udf")
 
@@ -208,7 +209,7 @@ class ScorerSlot:
 
     @deaths.setter
     def deaths(self, n: int) -> None:
-        """Writes the number of deaths into the slot's file, with the keys of the task's models."""
+        """Writes the number `n` of deaths into the slot's file, with the keys of the task's models."""
         self._file.truncate(0)
         self._file.write(json.dumps({"keys": self._keys, "deaths": n}))
         self._file.flush()
@@ -218,7 +219,7 @@ class ScorerSlot:
         self._file.close()
 
 
-def _note(file: IO[str]) -> dict[str, Any]:
+def _note(file: IO[str]) -> Json:
     """The JSON that the last task wrote into a slot's file; {} where it was killed while it wrote."""
     file.seek(0)
     with contextlib.suppress(ValueError):

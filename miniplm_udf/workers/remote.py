@@ -75,7 +75,11 @@ def run_over_rows(rows: "DataFrame", function: Callable[[Iterator[pa.RecordBatch
 def answer_function(
     function: Callable[[Iterator[pa.RecordBatch]], object],
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """The function for `DataFrame.mapInArrow(answer_function(function), ANSWER_DDL)`: one row of ANSWER_SCHEMA."""
+    """Makes the function for `DataFrame.mapInArrow(answer_function(function), ANSWER_DDL)`: one row of ANSWER_SCHEMA.
+
+    Args:
+        function: gets the record batches of a partition; its result must be picklable.
+    """
 
     def answer(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         configure_logging()
@@ -91,6 +95,10 @@ def answer_function(
 
 def result_of(value: bytes | None, error: bytes | None) -> Any:
     """The result in a row of ANSWER_SCHEMA, on the driver.
+
+    Args:
+        value: the pickled result; None if there is an error.
+        error: the pickled error; None if there is none.
 
     Raises:
         MiniplmError: the error in the row.

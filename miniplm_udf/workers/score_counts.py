@@ -31,7 +31,11 @@ class ModelCounts:
     seconds: float = 0.0
 
     def add(self, other: "ModelCounts") -> None:
-        """Adds other counts to these."""
+        """Adds other counts to these.
+
+        Args:
+            other: the counts to add; they stay as they are.
+        """
         self.n_scored += other.n_scored
         self.n_failed += other.n_failed
         self.n_tokens += other.n_tokens
@@ -91,7 +95,7 @@ class ScoreCountsParam:
     """Tells Spark's accumulator how to add `ScoreCounts` (pyspark's `AccumulatorParam`, by its methods)."""
 
     def zero(self, value: ScoreCounts) -> ScoreCounts:
-        """Returns empty counts, with which an accumulator starts."""
+        """Returns empty counts, with which an accumulator starts; Spark passes its first `value`, which is not used."""
         return ScoreCounts()
 
     def addInPlace(self, value: ScoreCounts, other: ScoreCounts) -> ScoreCounts:

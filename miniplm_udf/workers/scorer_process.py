@@ -148,7 +148,12 @@ class ProcessScorers(WorkerScorers):
 
 
 def serve(listener: socket.socket, lifetime: Lifetime) -> None:
-    """Scores for each worker that connects, one after the other. Never returns."""
+    """Scores for each worker that connects, one after the other. Never returns.
+
+    Args:
+        listener: the socket that workers connect to.
+        lifetime: ends the process when nobody needs it any more.
+    """
     while True:
         connection, _ = listener.accept()
         wire = Wire(connection)

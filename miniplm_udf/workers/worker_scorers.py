@@ -145,7 +145,7 @@ class WorkerScorers:
         return max([int(size) for size in sizes if size is not None], default=_SLICE_BYTES)
 
     def meter(self, alias: str) -> "Meter":
-        """The meter of an alias, made at the first call."""
+        """The meter of an `alias`, made at the first call."""
         return self._meters.setdefault(alias, Meter(alias, self._clock, self.progressed))
 
     def _entry(self, alias: str) -> tuple[dict[str, KeptScorer], str]:

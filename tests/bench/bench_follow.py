@@ -104,7 +104,7 @@ def measure(spark: "SparkSession", root: Path, n_rows: int, n_batches: int) -> l
             began = time.monotonic()
             follower.micro_batch(matrix.where(matrix.batch_id == batch_id), "", batch_id)
             seconds[name].append(time.monotonic() - began)
-            newest = corpus_records.newest(spark, config.layout.cuts(name))
+            newest = corpus_records.newest(config.layout.cuts(name))
             assert newest is not None
             assert newest.metadata is not None
             wrong, n_candidates = rank_error(config, name, matrix, newest.metadata["cut"])

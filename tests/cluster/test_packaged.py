@@ -51,10 +51,12 @@ def worker_python(tmp_path: Path) -> Path:
     return python
 
 
-def test_the_wheel_has_the_rules(wheel: Path) -> None:
+def test_the_wheel_has_the_rules_and_the_students(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    shipped = {path.name for path in (REPOSITORY / "conf/rules").glob("*.yaml")}
-    assert shipped == {name.split("/")[-1] for name in names if name.startswith("miniplm_udf/config/rule_files/")}
+    for link, folder in (("rules", "rule_files"), ("students", "student_files")):
+        shipped = {path.name for path in (REPOSITORY / "conf" / link).glob("*.yaml")}
+        assert shipped
+        assert shipped == {name.split("/")[-1] for name in names if name.startswith(f"miniplm_udf/config/{folder}/")}
 
 
 def linked_or_copied(source: str, target: str) -> None:

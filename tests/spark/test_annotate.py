@@ -30,7 +30,7 @@ from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.corpora import takedown
 from miniplm_udf.corpora.inspection import Question, inspect
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.takedowns import Takedown
 from miniplm_udf.upkeep import maintain, verify
 from tests.support.annotation_oracles import jaccard, ngrams, plant, quality, random_text
@@ -233,14 +233,14 @@ def test_what_is_new_is_added_and_as_good_as_at_once(
         assert tables.exists(spark, uri) == dies_after
     monkeypatch.undo()
     first = rows_of(spark, config)
-    version = tables.version(spark, uri)
+    version = delta_log.newest_version(uri)
     assert job.run(spark, config)["new_annotated"] == 0
-    assert tables.version(spark, uri) == version
+    assert delta_log.newest_version(uri) == version
     write(spark, config, {name: found for name, found in TEXTS.items() if found[0] == 1})
     found = job.run(spark, config)
     assert found["new_annotated"] == len(TEXTS) - len(first)
     assert found["annotated"] == len(TEXTS)
-    assert tables.version(spark, uri) == version + 1
+    assert delta_log.newest_version(uri) == version + 1
     assert rows_of(spark, config) == rows_of(spark, made[0])
 
 
@@ -302,7 +302,7 @@ def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
     assert 0 < len(clean) < len(names)
     ranked = sorted(names, key=lambda name: (-len(TEXTS[name][1].split()) - len(TEXTS[name][1]) / 1e6, name))
     assert ids(corpus_records.read_corpus(spark, config.root, "long")) == sorted(ranked[: len(names) // 2])
-    newest = corpus_records.newest(spark, config.layout.table("annotations"))
+    newest = corpus_records.newest(config.layout.table("annotations"))
     assert newest is not None
     inputs = {name: corpus_records.show_corpus(spark, config.root, name)["inputs"] for name in ("clean", "long")}
     assert [inputs[name]["annotations_version"] for name in ("clean", "long")] == [newest.version] * 2

@@ -17,11 +17,10 @@ from miniplm_udf.config.sections import (
     IngestConfig,
     ModelConfig,
     PackConfig,
-    ReferenceConfig,
     ScoreConfig,
     SplitConfig,
-    TrainConfig,
 )
+from miniplm_udf.config.training import ReferenceConfig, TrainConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.estimate import estimate as estimate_module
 from miniplm_udf.estimate.estimate import estimate
@@ -147,10 +146,11 @@ def test_what_would_be_rejected_is_exit_code_3(
     (folder / "a.jsonl").write_text("\n".join([json.dumps({"text": text}) for text in GOOD] + ["{bad"] * 30) + "\n")
     config = config_of(tmp_path / "root", teacher, folder)
     monkeypatch.setattr(command, "load_config", lambda path, overrides: config)
-    monkeypatch.setattr(job, "run", lambda config, arguments: run(spark, config))
+    monkeypatch.setattr(job, "run", lambda config, arguments: estimate(spark, config, 8_000_000, Gpus()))
     assert job.main(["-c", "x.yaml"]) == 3
     shown = capsys.readouterr().out
     assert "invalid_json 30)  more than max_reject_share (5.00%)" in shown
+    assert "prefix      teacher: no BOS (its tokenizer adds none)" in shown
     assert job.main(["-c", "x.yaml", "--json"]) == 3
     found = json.loads(capsys.readouterr().out)
     assert found["rejects"]["ingest"]["share"] == 30 / 150

@@ -112,7 +112,7 @@ class World:
         return matrix.where(matrix.batch_id.isin(list(batch_ids)))
 
     def newest(self) -> corpus_records.Newest:
-        found = corpus_records.newest(self.spark, self.uri)
+        found = corpus_records.newest(self.uri)
         assert found is not None
         return found
 
@@ -123,11 +123,11 @@ class World:
 
     def has_counts(self) -> bool:
         """Whether anything is counted yet: the table is made first, by a commit of its own."""
-        found = corpus_records.newest(self.spark, self.cuts_uri)
+        found = corpus_records.newest(self.cuts_uri)
         return found is not None and found.metadata is not None
 
     def cut(self) -> dict[str, Any]:
-        found = corpus_records.newest(self.spark, self.cuts_uri)
+        found = corpus_records.newest(self.cuts_uri)
         assert found is not None
         assert found.metadata is not None
         return dict(found.metadata["cut"])
@@ -428,6 +428,7 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_made(
     assert not tables.exists(spark, world.uri)
 
 
+@pytest.mark.slow
 def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     rules = {

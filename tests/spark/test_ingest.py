@@ -20,7 +20,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import FieldsConfig, ModelConfig, SplitConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
 from miniplm_udf.ingestion import query as ingest_query
-from miniplm_udf.store import tables
+from miniplm_udf.store import delta_log, tables
 from tests.support.ingest_roots import ROWS, SENTENCE, Make, documents, instances, jsonl, rejects
 
 
@@ -38,7 +38,7 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     assert min(first["by_split"].values()) > 0
     assert first["rejected"] == 0
     assert first["documents"] == len(ROWS)
-    assert tables.version(spark, config.layout.table("rejects")) == 0, "no empty commit"
+    assert delta_log.newest_version(config.layout.table("rejects")) == 0, "no empty commit"
     assert first["files"] == 1
     assert not first["too_many_rejects"]
     assert documents(rows) == {row["id"]: row["text"] for row in ROWS}
@@ -54,10 +54,10 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS)))
     (folder / "c.jsonl.zst").write_bytes(zstandard.compress(jsonl(ROWS)))
     os.utime(folder / "a.jsonl", (2e9, 2e9))
-    version = tables.version(spark, config.layout.table("instances"))
+    version = delta_log.newest_version(config.layout.table("instances"))
     second = run(spark, config)
     assert (second["instances"], second["new_instances"]) == (first["instances"], 0)
-    assert tables.version(spark, config.layout.table("instances")) == version
+    assert delta_log.newest_version(config.layout.table("instances")) == version
     new = [{"id": "new", "text": "A new one."}]
     (folder / "d.jsonl").write_bytes(jsonl(new))
     os.utime(folder / "d.jsonl", (1e9, 1e9))  # years older than the others: still taken

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import maintain as job
@@ -16,6 +17,7 @@ from miniplm_udf.corpora import listing, versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
 from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store.delta_files import parquet_files
 from miniplm_udf.upkeep import checks, maintain, verify_versions
 from tests.support.matrices import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record
 from tests.support.score_tables import experiment, texts, write_instances
@@ -36,7 +38,7 @@ def rewrite(spark: Any, config: ExperimentConfig, times: int) -> None:
     """New versions of the corpus, with another row less each."""
     uri = config.layout.refined("kept")
     for _ in range(times):
-        newest = corpus_records.newest(spark, uri)
+        newest = corpus_records.newest(uri)
         assert newest is not None
         assert newest.provenance is not None
         rows = tables.read(spark, uri)
@@ -151,3 +153,27 @@ def test_who_writes_is_not_disturbed(spark: Any, tmp_path: Path) -> None:
     assert files(config.layout.table("instances")) == n_small
     with pytest.raises(ConfigError, match="at least 0"):
         maintain.maintain(spark, config, retain_hours=-1)
+
+
+@pytest.mark.slow
+def test_a_table_whose_files_do_not_show_its_rows_is_rewritten(spark: Any, tmp_path: Path) -> None:
+    """Columns of another type and of another name, and a removed row; afterwards the files are the table."""
+    config = experiment(tmp_path / "root", {})
+    uri = config.layout.refined("kept")
+    spark.range(6).selectExpr("id", "cast(id AS int) AS n").coalesce(1).write.format("delta").save(uri)
+    features = ("enableTypeWidening' = 'true", "enableDeletionVectors' = 'true", "columnMapping.mode' = 'name")
+    for change in (
+        *(f"SET TBLPROPERTIES ('delta.{feature}')" for feature in features),
+        "ALTER COLUMN n TYPE bigint",
+        "RENAME COLUMN n TO m",
+        "SET TBLPROPERTIES ('delta.enableTypeWidening' = 'false')",
+    ):
+        spark.sql(f"ALTER TABLE delta.`{uri}` {change}")
+    spark.sql(f"DELETE FROM delta.`{uri}` WHERE id = 3")
+    with pytest.raises(CorpusError, match=r"column mapping \(name\).*type widening.*miniplm maintain"):
+        parquet_files(uri)
+    assert "rewritten for readers of files" in str(done(maintain.maintain(spark, config), "refined/kept").note)
+    rows = [row for file in parquet_files(uri) for row in pq.read_table(file).to_pylist()]
+    assert sorted(rows, key=lambda row: row["id"]) == [{"id": i, "m": i} for i in (0, 1, 2, 4, 5)]
+    assert {str(pq.read_schema(file).field("m").type) for file in parquet_files(uri)} == {"int64"}
+    assert "rewritten" not in str(done(maintain.maintain(spark, config), "refined/kept").note)

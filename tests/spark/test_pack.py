@@ -23,7 +23,7 @@ from miniplm_udf.packing import sequences
 from miniplm_udf.packing.corpus import pack_corpus, pack_reference
 from miniplm_udf.packing.tokenizers import ensure_tokenizer
 from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
-from miniplm_udf.store import tables
+from miniplm_udf.store import delta_log, tables
 from tests.support.tiny_models import SEPARATOR, make_model_folder
 
 LENGTH = 16
@@ -136,7 +136,7 @@ def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, co
     assert order != sorted(order), "streams stand in the order of a hash"
     assert spark.read.format("delta").load(found["path"]).schema == schemas.packed("kept", "bpe").spark_schema()
 
-    metadata = tables.user_metadata(spark, found["path"])
+    metadata = next(delta_log.commits(found["path"])).metadata()
     assert metadata is not None
     assert metadata["refined_version"] == version
     assert metadata["refined_metadata"] == {"threshold": 0.25, "n": len(kept)}
@@ -155,6 +155,51 @@ def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, co
     write_refined(spark, config, kept[:5])
     fewer = pack_corpus(spark, config, "kept", "bpe")
     assert (fewer.skipped, fewer.n_instances) == (False, 5)
+
+
+def test_with_sequences_instance_each_instance_is_a_sequence(spark: Any, config: ExperimentConfig):
+    instances = [*POOL, instance("long", 0, "stream 7 slice 0 of naïve text " * 12)]
+    write_instances(spark, config, instances)
+    write_refined(spark, config, instances)
+    packed = pack_corpus(spark, config, "kept", "bpe")
+    alone = dataclasses.replace(config, pack=dataclasses.replace(config.pack, sequences="instance", sequence_length=64))
+    summary = pack_corpus(spark, alone, "kept", "bpe")
+    rows = stored(summary.path)
+    folder = Path(storage.local_path(config.layout.model("tokenizer_bpe")))
+    tokenizer, info = load_tokenizer(folder), json.loads((folder / "miniplm.json").read_text())
+    contents: list[list[int]] = []
+    for row in rows:
+        ids, n = np.frombuffer(row["token_ids"], "<i4").tolist(), row["n_targets"]
+        assert np.frombuffer(row["target_mask"], "u1").tolist() == [1] * n + [0] * (64 - n)
+        assert set(ids[n + 1 :]) <= {info["document_separator_id"]}
+        contents.append(ids[: n + 1])
+    expected = [[*tokenizer.encode(r["text"]).ids, info["document_separator_id"]] for r in instances]
+    (long,) = [ids for ids in expected if len(ids) > 65]
+    short = [ids for ids in expected if len(ids) <= 65]
+    assert len(short) == len(POOL)
+    # The long instance continues in further sequences, which share one token with the sequence before.
+    parts = [long[start : start + 65] for start in range(0, len(long) - 1, 64)]
+    assert sorted(contents) == sorted([*short, *parts])
+    assert summary.n_tokens == packed.n_tokens == sum(map(len, expected))
+    assert [row["sequence_id"] for row in rows] == list(range(summary.n_sequences))
+    assert pack_corpus(spark, alone, "kept", "bpe").skipped
+    # The other way to make sequences makes other sequences: nothing is skipped.
+    packed_again = dataclasses.replace(alone, pack=dataclasses.replace(alone.pack, sequences="packed"))
+    assert not pack_corpus(spark, packed_again, "kept", "bpe").skipped
+
+
+def test_a_table_of_an_earlier_version_counts_as_packed(spark: Any, config: ExperimentConfig):
+    write_instances(spark, config, POOL)
+    write_refined(spark, config, POOL)
+    summary = pack_corpus(spark, config, "kept", "bpe")
+    metadata = tables.user_metadata(spark, summary.path)
+    assert metadata is not None
+    assert metadata.pop("sequences") == "packed"
+    rows = spark.read.format("delta").load(summary.path).localCheckpoint()
+    tables.overwrite(rows, summary.path, schemas.packed("kept", "bpe"), metadata)
+    assert pack_corpus(spark, config, "kept", "bpe").skipped
+    alone = dataclasses.replace(config, pack=dataclasses.replace(config.pack, sequences="instance"))
+    assert not pack_corpus(spark, alone, "kept", "bpe").skipped
 
 
 def test_shards_hold_everything_once_in_stored_order(spark: Any, config: ExperimentConfig):
@@ -237,7 +282,7 @@ def test_the_reference_is_packed_with_the_tokenizer_of_its_model(spark: Any, con
     assert sorted(text[i : i + len(OTHERS[0]["text"])] for i in range(0, len(text), len(OTHERS[0]["text"]))) == [
         row["text"] for row in OTHERS if row["split"] == "reference"
     ]
-    metadata = tables.user_metadata(spark, found["path"])
+    metadata = next(delta_log.commits(found["path"])).metadata()
     assert metadata is not None
     assert metadata["refined_version"] is None
     assert metadata["tokenizer_hash"] == tokenizer_hash(model)

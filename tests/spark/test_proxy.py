@@ -17,7 +17,7 @@ from miniplm_udf.config.sections import ProxyConfig
 from miniplm_udf.corpora import takedown, versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.proxy import features, fit, quality
-from miniplm_udf.store import catalog, proxy_records, tables
+from miniplm_udf.store import catalog, delta_log, proxy_records, tables
 from miniplm_udf.store.takedowns import Takedown
 from miniplm_udf.store.text_join import texts_of
 from miniplm_udf.upkeep import verify
@@ -118,9 +118,9 @@ def test_nothing_is_done_twice_and_what_is_new_is_predicted(
     spark: Any, copied: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, uri = predictions(spark, copied), copied.layout.table("proxy_scores")
-    version, record = tables.version(spark, uri), proxy_records.read(copied.root)
+    version, record = delta_log.newest_version(uri), proxy_records.read(copied.root)
     proxy.run(spark, copied)
-    assert (tables.version(spark, uri), proxy_records.read(copied.root)) == (version, record)
+    assert (delta_log.newest_version(uri), proxy_records.read(copied.root)) == (version, record)
 
     # Killed after the commit of a micro-batch, and before its query records it as finished.
     def killed(*given: Any) -> None:
@@ -176,6 +176,7 @@ def test_a_score_that_words_do_not_tell_is_said_to_be_out_of_reach(
     assert any("worthless here" in note for note in refined["diagnostics"]["notes"])
 
 
+@pytest.mark.slow
 def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
     spark: Any, copied: ExperimentConfig
 ) -> None:

@@ -17,7 +17,7 @@ from miniplm_udf.config.refine import CorpusConfig, SelectConfig
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.refinement.selection import ALL, RankedFrame, find_cuts, score_bucket
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
 from tests.support.matrices import ALIASES, DIFFERENCE, ids, matrix_rows, with_corpora, write_matrix, write_record
 from tests.support.score_tables import experiment
 from tests.support.selection_oracles import by_cut, by_sorting, random_rows
@@ -90,7 +90,9 @@ def test_versions_carry_their_provenance_and_come_back(spark: Any, config: Exper
     assert back.orderBy("instance_id").collect() == before
     assert corpus_records.read_corpus(spark, config.root, "travel", first["version"]).count() == first["n_instances"]
 
-    metadata = tables.user_metadata(spark, first["path"], first["version"])
+    commit = delta_log.read_commit(first["path"], first["version"])
+    assert commit is not None
+    metadata = commit.metadata()
     assert metadata is not None
     assert metadata["model_revisions"] == {alias: f"rev-{alias}" for alias in ALIASES}
     assert metadata["inputs"]["last_batches"] == {"q" * 32: 1}

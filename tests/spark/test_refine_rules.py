@@ -18,7 +18,7 @@ from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.refinement import columns, diagnostics, expressions, refine
 from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import budget_of
-from miniplm_udf.store import corpus_records, tables
+from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.upkeep import verify
 from tests.support.matrices import (
     ALIASES,
@@ -200,7 +200,7 @@ def test_columns_of_the_instances_are_joined_where_they_are_named(spark: Any, co
     assert summary["english"]["n_candidates"] == len(english)
     assert ids(corpus_records.read_corpus(spark, used.root, "english")) == sorted(top(english, len(english) // 2))
     inputs = corpus_records.show_corpus(spark, used.root, "english")["inputs"]
-    assert inputs["instances_version"] == tables.version(spark, config.layout.table("instances"))
+    assert inputs["instances_version"] == delta_log.newest_version(config.layout.table("instances"))
     # Who reads the expression again finds the columns too.
     checks = [check for check in verify.verify(spark, used.root) if check.name.startswith("corpus longest")]
     assert [check.name.split(": ")[1] for check in checks] == ["rows", "fingerprint", "rows are the matrix's"]
@@ -285,7 +285,7 @@ def test_diagnostics_are_those_of_the_rows(spark: Any, config: ExperimentConfig,
     assert summary["signed"]["diagnostics"]["negative_share"] == negative
     assert summary["random"]["diagnostics"]["spearman_with_reference_loss"] is None
     # In the provenance of the commit, and in the row that outlives it.
-    newest = corpus_records.newest(spark, summary["strong"]["path"])
+    newest = corpus_records.newest(summary["strong"]["path"])
     assert newest is not None
     assert newest.provenance is not None
     assert newest.provenance.diagnostics == found

@@ -16,7 +16,7 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.report import figures, queries, students
 from miniplm_udf.report.histogram import BUCKETS, Histogram, histogram
 from miniplm_udf.report.render import build_report
-from miniplm_udf.store import tables
+from miniplm_udf.store import delta_log
 from tests.support import report_root
 from tests.support.report_root import HOSTILE, SOURCES, Built, score
 
@@ -291,5 +291,5 @@ def test_figures_take_hostile_names() -> None:
 def test_table_facts_count_rows(spark: Any, built: Built, page: Page) -> None:
     assert page.row("instances")[2] == "360"
     assert page.row("scores")[2] == "640"
-    version = tables.version(spark, built.config.layout.table("refined/difference"))
+    version = delta_log.newest_version(built.config.layout.table("refined/difference"))
     assert page.row("refined/difference")[1:3] == [str(version), f"{len(built.kept['difference']):,}"]

@@ -21,7 +21,7 @@ from miniplm_udf.scores import query as scores
 from miniplm_udf.scores.models import describe_models, read_record
 from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.store import batch_range, tables
+from miniplm_udf.store import batch_range, delta_log, tables
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.messages import SCORED_DDL
 from miniplm_udf.workers.remote import error_in_text
@@ -238,7 +238,7 @@ def test_looks_end_with_the_instances_that_were_there_at_the_start(scored: Score
     checkpoint = storage.join(scored.config.root, "_checkpoints", "looks")
     instances = scored.config.layout.table("instances")
     start, seen = scores._BatchHistory(), []
-    start.begin(int(tables.version(scored.spark, instances) or 0))
+    start.begin(int(delta_log.newest_version(instances) or 0))
 
     def run() -> None:
         def take(batch: Any, batch_id: int) -> None:
@@ -255,7 +255,7 @@ def test_looks_end_with_the_instances_that_were_there_at_the_start(scored: Score
     by_batch = {batch[0]: known for batch, known in seen if batch}
     assert by_batch == {0: True, 1: True, 2: True, 7: False, 8: False}
     # A start looks again: the instances of batch 8 may have been taken by another query meanwhile.
-    start.begin(int(tables.version(scored.spark, instances) or 0))
+    start.begin(int(delta_log.newest_version(instances) or 0))
     assert start.may_be_known
     in_batches(scored, 1, first=9)
     run()
@@ -392,7 +392,7 @@ def test_models_that_are_not_there(spark: Any, tmp_path: Path, models: dict[str,
     write_instances(spark, config, texts(1))
     with pytest.raises(ModelLoadError, match="nowhere"):
         score.run(spark, config)
-    from miniplm_udf.config.sections import ReferenceConfig
+    from miniplm_udf.config.training import ReferenceConfig
 
     untrained = ExperimentConfig(
         root=str(tmp_path / "root"), models={"teacher": models["teacher"], "ref": ModelConfig()},

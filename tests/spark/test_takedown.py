@@ -79,7 +79,7 @@ def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: World) ->
     }
     assert {(row["takedown_id"], row["reason"]) for row in world.rows("takedowns")} == {(ASKED.id, ASKED.reason)}
 
-    newest = corpus_records.newest(spark, config.layout.refined("kept"))
+    newest = corpus_records.newest(config.layout.refined("kept"))
     assert newest is not None
     assert newest.provenance is not None
     assert newest.provenance.n_instances == before - len(gone)
@@ -154,6 +154,7 @@ def test_new_tables_have_no_feature_that_files_do_not_show(spark: Any, tmp_path:
         assert found["properties"]["delta.enableDeletionVectors"] == "false"
 
 
+@pytest.mark.slow
 def test_it_goes_from_the_files_of_tables_with_deletion_vectors(spark: Any, world: World) -> None:
     config, features = world.config, ("instances", "scores", "score_matrix", "refined/kept", "pinned/kept/1")
     for name in features:

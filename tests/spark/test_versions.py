@@ -126,7 +126,7 @@ def test_an_old_version_comes_back_as_a_new_one(spark: Any, config: ExperimentCo
     assert made.version > first["version"]
     assert (made.fingerprint, made.skipped) == (first["fingerprint"], False)
     assert ids(corpus_records.read_corpus(spark, config.root, "kept")) == before
-    newest = corpus_records.newest(spark, config.layout.refined("kept"))
+    newest = corpus_records.newest(config.layout.refined("kept"))
     assert newest is not None
     assert newest.provenance is not None
     assert newest.provenance.derived == {"by": "restore", "from_version": first["version"]}

@@ -12,6 +12,7 @@ from deltalake import DeltaTable, write_deltalake
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, needs_repair, refuse_unreadable_features
+from miniplm_udf.store.delta_files import parquet_files
 from trainer.data import open_delta
 
 # Rows 3, 4, 7, 11, 18 and 29 of a file: the example of Delta's protocol.
@@ -53,7 +54,10 @@ def test_deletion_vectors_are_refused_where_there_are_any(table: Path) -> None:
     commit(table, ["deletionVectors"], {"remove": remove}, {"add": {**add, "deletionVector": VECTOR}})
     with pytest.raises(CorpusError, match=f"{table}: .*deletion vectors.*miniplm maintain"):
         open_delta(storage.to_uri(str(table)), None, "pack")
+    with pytest.raises(CorpusError, match=f"{table}: .*deletion vectors"):  # the list of files, as in the README
+        parquet_files(str(table))
     open_delta(storage.to_uri(str(table)), 0, "pack")
+    assert len(parquet_files(str(table), 0)) == 1
 
 
 def test_mapped_and_widened_columns_are_refused(table: Path) -> None:
@@ -76,3 +80,5 @@ def test_what_has_to_be_rewritten() -> None:
     assert not needs_repair(["appendOnly"], FILE_READER_PROPERTIES)
     assert needs_repair(["deletionVectors"], FILE_READER_PROPERTIES)
     assert needs_repair([], {"delta.columnMapping.mode": "name"})
+    # Switched off, and the files are still of both types.
+    assert needs_repair(["typeWidening"], FILE_READER_PROPERTIES)

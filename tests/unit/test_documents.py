@@ -237,6 +237,18 @@ def test_each_bad_row_is_its_own_reject_and_the_same_when_read_again() -> None:
     assert {row["key"] for row in again} == {row["key"] for row in first}
 
 
+def test_a_reject_says_where_its_row_is() -> None:
+    """The number in its file; in a later part of a large file, the number after the byte where that part begins."""
+    bad, good = None, b"good"
+    rows = [
+        {"text": text, "source_file": file, "block_start": start}
+        for file, start, texts in (("a", 0, [good, bad]), ("a", 128, [bad, good, good, bad]), ("b", 0, [bad]))
+        for text in texts
+    ]
+    details = [row["detail"].partition(": ")[0] for row in ingested(rows) if row["kind"] == "reject"]
+    assert details == ["row 2", "row 1 after byte 128", "row 4 after byte 128", "row 1"]
+
+
 def counts(instances: dict[str, int], documents: int, n_rejects: int = 0, **unreadable: Any) -> TableCounts:
     return TableCounts(instances, {"empty_text": n_rejects}, documents, 100 * documents, unreadable.get("files", []), 0)
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from jobs import estimate as job
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import IngestConfig, ModelConfig, ScoreConfig, TrainConfig
+from miniplm_udf.config.sections import IngestConfig, ModelConfig, ScoreConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
 from miniplm_udf.estimate import estimate, measure
 from miniplm_udf.estimate.results import Gpus, ModelEstimate
@@ -21,6 +22,7 @@ from miniplm_udf.estimate.sample import STRATA, take_sample
 from miniplm_udf.estimate.table_bytes import table_bytes
 from miniplm_udf.ingestion.inputs import Inputs
 from miniplm_udf.ingestion.listing import InputFile
+from miniplm_udf.scoring import prefix_probe
 from tests.support import tiny_models
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -151,6 +153,16 @@ def test_tokens_are_those_that_scoring_counts(folder: Path) -> None:
     assert found.tokens_per_second > 0
     assert found.start_seconds > 0
     assert found.training_tokens_per_second is None
+
+
+def test_the_token_in_front_and_the_warning_about_it_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prefix_probe, "MARGIN_NATS", -1000.0)
+    found = measured(request(tiny_models.make_bos_folder(tmp_path, "llama", "post_processor")), TEXTS[:3])
+    assert found.prefix == "<bos> in front of every window (post-processor of tokenizer.json)"
+    assert "the other way" in found.warnings[-1]
 
 
 def test_flops_are_those_that_torch_counts(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Where things stand: imports of the tests, the import contract, names of classes, places under a root.
+"""Where things stand: imports of the tests, the import contract, names of classes, places under a root; and how they
+are described: arguments of public functions, dicts with undeclared keys.
 
 Reads source files alone. Each function that looks for mistakes is also given a mistake, so that no test here is always
 green.
@@ -6,6 +7,7 @@ green.
 
 import ast
 import configparser
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -162,3 +164,102 @@ def test_only_the_layout_joins_places_under_a_root() -> None:
 )
 def test_a_join_of_a_place_is_seen(mistake: str) -> None:
     assert len(list(joined_places(mistake))) == 1
+
+
+# Arguments that need no word: `self`, and those whose type says all, the session and the experiment.
+UNDESCRIBED = {"self", "cls", "SparkSession", "ExperimentConfig"}
+
+
+def public_functions(source: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Public functions at the top of a file and methods of its public classes, by "name" and "class.name"."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            named = [(f"{node.name}.{part.name}", part) for part in node.body if isinstance(part, ast.FunctionDef)]
+        else:
+            named = [(node.name, node)] if isinstance(node, ast.FunctionDef) else []
+        yield from ((name, function) for name, function in named if not function.name.startswith("_"))
+
+
+def arguments_to_describe(function: ast.FunctionDef) -> list[str]:
+    """Arguments of a function, except `self`, `cls`, `*more`, `**more` and those of a type that says all."""
+    every = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    types = {argument.arg: ast.unparse(argument.annotation).strip("'") for argument in every if argument.annotation}
+    return [name for name in (argument.arg for argument in every) if types.get(name, name) not in UNDESCRIBED]
+
+
+def undescribed_arguments(files: dict[str, str]) -> list[str]:
+    """Arguments of public functions that the docstring neither lists under Args nor names as `argument`.
+
+    A method without a docstring overrides one; the class that declares it may stand in another file.
+    """
+    functions = [(path, *pair) for path, source in files.items() for pair in public_functions(source)]
+    declared = {function.name for _, name, function in functions if "." in name and ast.get_docstring(function)}
+    missing = []
+    for path, name, function in functions:
+        text = ast.get_docstring(function)
+        if text is None and "." in name and function.name in declared:
+            continue
+        described = described_names(text or "")
+        names = [argument for argument in arguments_to_describe(function) if argument not in described]
+        missing += [f"{path}: {name}: {argument}" for argument in names]
+    return missing
+
+
+def described_names(docstring: str) -> set[str]:
+    """Names that a docstring lists under Args, alone or as "a, b:", and names that it has in backticks."""
+    _, _, after = docstring.partition("Args:\n")
+    listed = re.split(r"^\w+:$", after, flags=re.MULTILINE)[0]
+    heads = re.findall(r"^    (\w[\w, ]*):", listed, re.MULTILINE)
+    return {name for head in heads for name in head.split(", ")} | set(re.findall(r"`(\w+)`", docstring))
+
+
+def test_public_functions_describe_their_arguments() -> None:
+    assert undescribed_arguments(sources(*PACKAGES)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments"),
+    [
+        ("def f(a: int) -> int: ...", ["f: a"]),
+        (
+            'def f(a: int, b: int) -> int:\n    """Adds.\n\n    Args:\n        a: in bytes.\n    """',
+            ["f: b"],
+        ),
+        ('def f(a: int, b: int) -> int:\n    """Adds.\n\n    Args:\n        a, b: in bytes.\n    """', []),
+        ('def f(a: int) -> int:\n    """Doubles `a`."""', []),
+        ('def f(a: int) -> int:\n    """Doubles.\n\n    Returns:\n        a: twice.\n    """', ["f: a"]),
+        ("def f(spark: 'SparkSession', config: ExperimentConfig) -> None: ...", []),
+        ("class C:\n    def f(self, a: int) -> int: ...", ["C.f: a"]),
+        (
+            'class B:\n    def f(self, a: int) -> int:\n        """Uses `a`."""\nclass C(B):\n    def f(self, a): ...',
+            [],
+        ),
+        ("def _f(a: int) -> int: ...\nclass _C:\n    def f(self, a: int) -> int: ...", []),
+    ],
+)
+def test_an_argument_without_a_word_is_seen(source: str, arguments: list[str]) -> None:
+    assert undescribed_arguments({"a.py": source}) == [f"a.py: {argument}" for argument in arguments]
+
+
+UNDECLARED_KEYS = "dict[str, Any]"
+
+
+def dicts_with_undeclared_keys(files: dict[str, str]) -> list[str]:
+    """Lines with the type of a dict whose keys and values may be anything, except the one that names it `Json`."""
+    return [
+        f"{path}: {line.strip()}"
+        for path, source in files.items()
+        for line in source.splitlines()
+        if UNDECLARED_KEYS in line and line != f"Json = {UNDECLARED_KEYS}"
+    ]
+
+
+def test_json_without_declared_keys_has_one_name() -> None:
+    """`storage.Json` is for JSON from outside, or on its way out; facts of our own are dataclasses or TypedDicts."""
+    files = sources(*PACKAGES)
+    assert dicts_with_undeclared_keys(files) == []
+    assert [path for path, source in files.items() if f"\nJson = {UNDECLARED_KEYS}\n" in source] == [
+        "miniplm_udf/storage.py"
+    ]
+    mistakes = {"a.py": "def f() -> dict[str, Any]: ...", "b.py": "rows: list[dict[str, Any]] = []"}
+    assert len(dicts_with_undeclared_keys(mistakes)) == 2

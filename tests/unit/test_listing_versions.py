@@ -15,7 +15,7 @@ from miniplm_udf import schemas
 from miniplm_udf.corpora import listing
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
-from miniplm_udf.store.delta_files import newest_version
+from miniplm_udf.store.delta_log import newest_version
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MADE_AT = datetime.datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=datetime.UTC)

@@ -15,6 +15,7 @@ from miniplm_udf.packing.sequences import (
     encode_pieces,
     fill_sequences,
     join_texts,
+    pack_instances,
     pack_texts,
 )
 from miniplm_udf.packing.tokenizers import train_bpe
@@ -263,6 +264,38 @@ def test_the_same_slices_give_the_same_bytes(tokenizer: Tokenizer):
         [p.token_ids.tobytes() + p.target_mask.tobytes() for p in pack_texts(slices, tokenizer, 0, 8)] for _ in range(2)
     )
     assert first == second
+
+
+def test_an_instance_is_a_padded_sequence(tokenizer: Tokenizer):
+    encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in ("the cat", "sat", " on the mat", "x")]
+    end = tokenizer.token_to_id(SEPARATOR)
+    # Adjacent slices of one document, the second with the beginning of another one; and a text of one token.
+    texts = [
+        one("the cat", 0, ends=False),
+        one("sat on the mat", 1, starts=False, joins=[3], ids=["d0", "d1"], at=7),
+        one("x", 2, starts=False, ends=False, ids=["d2"], at=14),
+    ]
+    length = 3 + max(len(encoded[0]), len(encoded[1]) + len(encoded[2]))
+    packed = list(pack_instances(texts, tokenizer, end, length))
+    expected = [encoded[0], [*encoded[1], end, *encoded[2], end], encoded[3]]
+    assert len(packed) == len(texts)
+    for sequence, ids in zip(packed, expected, strict=True):
+        n_padding = length + 1 - len(ids)
+        assert sequence.token_ids.tolist() == ids + [end] * n_padding
+        assert sequence.target_mask.tolist() == [1] * (len(ids) - 1) + [0] * n_padding
+        assert sequence.n_new_tokens == len(ids)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_of_an_instance_longer_than_a_sequence_nothing_is_dropped(tokenizer: Tokenizer, seed: int, length: int):
+    slices, _ = random_stream(random.Random(seed), "s")
+    separator_id = tokenizer.token_to_id(SEPARATOR)
+    for text in slices:
+        ids, flags = ids_and_flags(list(pack_instances([text], tokenizer, separator_id, length)))
+        kept = tokenizer.decode([i for i in ids if i != separator_id], skip_special_tokens=False)
+        assert kept == text.text
+        assert flags == [0] + [1] * (len(ids) - 1), "within an instance every token but the first is a target"
 
 
 # --- student tokenizers ---

@@ -52,6 +52,7 @@ def test_the_tokenizers_files_decide(tmp_path: Path, stated_by: str | None, word
     found = describe("m", small(make_bos_folder(tmp_path, "llama", stated_by)))
     bos = (None, None) if stated_by is None else (BOS, BOS_ID)
     assert (found.bos_token, found.bos_token_id, found.prefix) == (*bos, words)
+    assert found.to_dict()["prefix"] == words, "the model's record says it"
 
 
 def test_the_first_file_that_says_something_decides(tmp_path: Path) -> None:

@@ -76,7 +76,17 @@ def test_user_metadata_as_spark_writes_it(tmp_path: Path) -> None:
     log = next((tmp_path / "_delta_log").glob("*.json")).read_text()
     # Spark's commitInfo holds the text under the key userMetadata, next to operation and engineInfo.
     assert '"userMetadata":"{\\"corpus\\": \\"here\\"}"' in log
-    assert user_metadata(DeltaTable(tmp_path)) == {"corpus": "here"}
+    # A commit without it, such as a merge of small files, leaves the table what it is.
+    write_packed(tmp_path, *sequences(1), None, "append")
+    write_packed(tmp_path, *sequences(1), {"corpus": "there"})
+    assert user_metadata(str(tmp_path), 1) == {"corpus": "here"}
+
+
+def test_metadata_is_found_under_every_name(tmp_path: Path) -> None:
+    """delta-rs lists no commit of a table whose path it has to encode."""
+    place = tmp_path / "ä b#c"
+    write_packed(place, *sequences(1), {"corpus": "here"})
+    assert user_metadata(f"file://{place}", 0) == {"corpus": "here"}
 
 
 def test_a_table_without_metadata_is_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from miniplm_udf.config.sections import TrainConfig
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.trainer_roots import FAMILIES, LLAMA
 from trainer.checkpoint import Checkpoints, SavedState
@@ -105,6 +105,34 @@ def test_the_loss_is_the_stated_mean(kind: str) -> None:
         everything += nll[row][mask[row]].tolist()
     expected = np.mean(means) if kind == "official" else np.mean(everything)
     assert run(loop)[0].loss == pytest.approx(float(expected), abs=1e-5)
+
+
+class PaddedInstances:
+    """Two instances of 5 and 9 tokens, padded with separators, as `pack.sequences: instance` makes them."""
+
+    sequence_length, n_sequences = LENGTH, 2
+    instances = ([7, 8, SEPARATOR, 9, 10], [5, 6, 7, 8, 9, 10, 11, 12, SEPARATOR])
+
+    def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.full((len(rows), LENGTH + 1), SEPARATOR, "i4")
+        mask = np.zeros((len(rows), LENGTH), "u1")
+        for place, row in enumerate(rows):
+            ids = self.instances[row]
+            tokens[place, : len(ids)], mask[place, : len(ids) - 1] = ids, 1
+        return tokens, mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_at_the_end_of_an_instance_changes_nothing(family: str) -> None:
+    loop = make_loop(architecture=FAMILIES[family], sequences=PaddedInstances(), batch_sequences=2)
+    loop.model.eval()
+    means = []
+    for ids in PaddedInstances.instances:  # each alone, without padding: positions 0, 1, ...
+        with torch.no_grad():
+            log_p = torch.log_softmax(loop.model(input_ids=torch.tensor([ids[:-1]])).logits[0], -1)
+        nll = [-float(log_p[i, target]) for i, target in enumerate(ids[1:]) if ids[i] != SEPARATOR]
+        means.append(sum(nll) / len(nll))
+    assert float(loop.step(0)[1]) == pytest.approx(sum(means) / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

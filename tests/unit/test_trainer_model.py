@@ -7,7 +7,8 @@ import torch
 
 from miniplm_udf.errors import ConfigError
 from tests.support.trainer_roots import FAMILIES, LLAMA
-from trainer.model import build_model, model_config, n_parameters
+from trainer import model as model_module
+from trainer.model import build_model, choose_scan, model_config, n_parameters
 
 
 def config_of(architecture: dict[str, Any], vocab_size: int = 100, max_positions: int = 16) -> Any:
@@ -67,3 +68,57 @@ def test_no_model_type_and_no_causal_lm() -> None:
         config_of({})
     with pytest.raises(ConfigError, match="no causal LM"):
         build_model(config_of({"model_type": "t5"}), where="here", seed=0)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def scan_of(monkeypatch: pytest.MonkeyPatch, installed: set[str], device: torch.device, **changes: Any) -> bool:
+    """Whether `choose_scan` takes mambapy on a machine with these packages."""
+    monkeypatch.setattr(model_module, "_is_installed", installed.__contains__)
+    architecture = FAMILIES["mamba"] | changes
+    config = config_of(architecture)
+    choose_scan(config, architecture, device, where="here")
+    return bool(config.use_mambapy)
+
+
+def test_the_scan_is_the_fastest_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {"mamba_ssm", "causal_conv1d"}
+    assert scan_of(monkeypatch, {"mambapy"}, CPU)
+    assert scan_of(monkeypatch, kernels | {"mambapy"}, CPU), "the kernels need a GPU"
+    assert scan_of(monkeypatch, {"mambapy", "mamba_ssm"}, CUDA), "one of the two kernels is missing"
+    assert not scan_of(monkeypatch, kernels, CUDA)
+    assert not scan_of(monkeypatch, set(), CPU, use_mambapy=False), "the user asked for the loop"
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("changes", [{}, {"use_mambapy": True}, {"model_type": "falcon_mamba"}])
+def test_only_the_sequential_scan_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"^here: expected a parallel scan .*`pip install mambapy`"):
+        scan_of(monkeypatch, {"mamba_ssm"}, device, **changes)
+
+
+def test_other_families_need_no_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "_is_installed", lambda package: False)
+    choose_scan(config_of(LLAMA), LLAMA, CPU, where="here")
+
+
+def test_mambapy_computes_what_the_loop_computes() -> None:
+    pytest.importorskip("mambapy", reason="the extra train has mambapy")
+    tokens = torch.randint(0, 100, (2, 37), generator=torch.Generator().manual_seed(0))
+    results = []
+    for changes in ({"use_mambapy": False}, {}):
+        architecture = FAMILIES["mamba"] | changes
+        config = config_of(architecture, max_positions=37)
+        choose_scan(config, architecture, CPU, where="here")
+        model = build_model(config, where="here", seed=0).train()
+        logits = model(input_ids=tokens).logits
+        logits.logsumexp(-1).sum().backward()
+        results.append((config.use_mambapy, logits.detach(), [p.grad for p in model.parameters()]))
+    (first_scan, logits, gradients), (second_scan, other_logits, other_gradients) = results
+    assert (first_scan, second_scan) == (False, True)
+    torch.testing.assert_close(other_logits, logits, atol=1e-5, rtol=1e-4)
+    for gradient, other in zip(gradients, other_gradients, strict=True):
+        torch.testing.assert_close(other, gradient, atol=1e-4, rtol=1e-3)

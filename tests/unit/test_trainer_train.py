@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
-from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
 from tests.support.trainer_roots import (
+    FAMILIES,
     make_root,
     pack,
     packed_metadata,
@@ -107,6 +108,20 @@ def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: Exp
     again = student(other)
     assert (again["skipped"], again["packed_version"]) == (False, 1)
     assert student(other, retrain=True)["skipped"] is False
+
+
+def test_a_mamba_student_trains_with_a_parallel_scan_or_not_at_all(
+    config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mamba = load_config(write_config(tmp_path, tmp_path / "root"), [f"students.small.architecture={FAMILIES['mamba']}"])
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.model._is_installed", lambda package: False)
+        with pytest.raises(ConfigError, match=r"^students\.small\.architecture: expected a parallel scan"):
+            student(mamba)
+    pytest.importorskip("mambapy", reason="the extra train has mambapy")
+    assert student(mamba)["final_loss"] > 0
+    # A model that is loaded again, to be evaluated for example, has the same scan.
+    assert json.loads((folder(mamba, "small") / "config.json").read_text())["use_mambapy"] is True
 
 
 def test_the_reference_is_frozen(config: ExperimentConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -269,6 +284,17 @@ def test_evaluation_counts_every_byte_and_is_not_repeated(config: ExperimentConf
     del written["by_source"]["books"]["n_bytes"]
     (folder(config, "small") / "evaluation.json").write_text(json.dumps(written))
     assert not evaluation.evaluate(config)["small"].skipped
+
+
+def test_a_model_that_lost_a_weight_is_not_evaluated(config: ExperimentConfig) -> None:
+    student(config)
+    bare = load_config(write_config_without_reference(config), [])
+    file = folder(config, "small") / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "up_proj" not in name}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"1 missing \(model\.layers\.0\.mlp\.up_proj\.weight\)"):
+        evaluation.evaluate(bare)
+    assert not (folder(config, "small") / "evaluation.json").exists()
 
 
 def test_evaluation_equals_a_plain_forward_pass(config: ExperimentConfig) -> None:

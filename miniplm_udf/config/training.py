@@ -1,0 +1,94 @@
+"""The sections of an experiment about training: the optimiser and its schedule, the students, and the reference.
+
+Frozen dataclasses, checked when they are made, like those of sections.py. The defaults are the paper's recipe for its
+Qwen models. `experiment.load_config` lets each model inherit from the experiment's section `train` and from its named
+model (student_models.py). Imports nothing heavy.
+"""
+
+import dataclasses
+from typing import Literal
+
+from miniplm_udf.config.sections import check
+from miniplm_udf.storage import Json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimiser and schedule; the defaults are the paper's.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_sequences: sequences in one step; `micro_batch_sequences` of them in one forward pass.
+        min_learning_rate_ratio: final learning rate over `learning_rate`.
+        warmup_steps: steps in which the learning rate rises.
+        loss: official is the mean over sequences of the mean over targets whose input is not the separator;
+            token_mean is the mean over all targets.
+        document_masks: whether tokens see only their own document in a sequence; false as in the paper.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
+    """
+
+    steps: int = 100_000
+    batch_sequences: int = 512
+    micro_batch_sequences: int = 8
+    learning_rate: float = 6e-4
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 2000
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-6
+    weight_decay: float = 0.01
+    gradient_clip_norm: float = 1.0
+    loss: Literal["official", "token_mean"] = "official"
+    document_masks: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    log_every_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_sequences", "micro_batch_sequences", "save_every_steps", "log_every_steps"):
+            check(getattr(self, name) >= 1, f"train.{name}: expected at least 1, found {getattr(self, name)}")
+        check(
+            0 <= self.warmup_steps <= self.steps,
+            f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """A student model.
+
+    Attributes:
+        model: name of a model in `conf/students`, which gives every key of `architecture` and `train` that is not set
+            (`student_models.fill_in`); null gives none.
+        architecture: keywords of transformers' `AutoConfig`, with `model_type`.
+        corpus: name of the refined corpus that it is trained on.
+        tokenizer: name in the section `tokenizers`.
+        train: keys that are not set come from the experiment's section `train`, then from `model`.
+    """
+
+    corpus: str
+    tokenizer: str
+    model: str | None = None
+    architecture: Json = dataclasses.field(default_factory=dict)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The reference LM: trained once on the split `reference`, then frozen.
+
+    Attributes:
+        alias: its alias in the section `models`.
+        tokenizer: alias of the model whose tokenizer it uses.
+        model, architecture: as for a student.
+        train: keys that are not set come from the experiment's section `train`, then from `model`.
+    """
+
+    alias: str = "reference"
+    tokenizer: str = "teacher"
+    model: str | None = None
+    architecture: Json = dataclasses.field(default_factory=dict)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

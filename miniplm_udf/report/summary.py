@@ -1,0 +1,47 @@
+"""The shape of the pipeline's summary: the content of `summary.json`, whose keys are public.
+
+`jobs.summary` makes it from the records of the stages; the report shows its rates and logs it to MLflow. Owns the
+shape alone. Driver only; imports nothing heavy.
+"""
+
+from typing import TypedDict
+
+
+class ProxyNumbers(TypedDict):
+    """`predicted`: instances of the pool with a prediction; `spearman`: on held-out ones, None if it has no value."""
+
+    predicted: int
+    spearman: float | None
+
+
+class RefinedCorpus(TypedDict):
+    """The table of a corpus, a path or URI without secrets, and its newest version."""
+
+    path: str
+    version: int
+
+
+class PipelineSummary(TypedDict, total=False):
+    """Counts, rates and seconds of the stages that have run. The report may be given one without any key.
+
+    Attributes:
+        instances: rows in `instances`.
+        rejected: rows in `rejects`, of all stages.
+        scored: scored instances by model alias.
+        proxy: None without a proxy.
+        kept: instances by corpus.
+        tokens_per_second: by model alias, at its last scoring; None: it was never measured.
+        refined: by corpus.
+        students: by name, `heldout_nats_per_token` and `heldout_bits_per_byte`; None: no instance could be scored.
+        seconds: duration of each stage's last run.
+    """
+
+    instances: int
+    rejected: int
+    scored: dict[str, int]
+    proxy: ProxyNumbers | None
+    kept: dict[str, int]
+    tokens_per_second: dict[str, float | None]
+    refined: dict[str, RefinedCorpus]
+    students: dict[str, dict[str, float | None]]
+    seconds: dict[str, float]
