@@ -20,8 +20,8 @@ from scipy.special import ndtri, stdtrit
 from miniplm_udf.errors import CorpusError
 
 COVERAGE = 0.9
-# Huber's delta of the first fit, which measures the scatter. The second fit takes `_DELTA_IN_SCATTERS` times the scatter:
-# with normal errors, its variance is then 5 % above that of least squares.
+# Huber's delta of the first fit, which measures the scatter. The second fit takes `_DELTA_IN_SCATTERS` times the
+# scatter: with normal errors, its variance is then 5 % above the variance of least squares.
 _FIRST_DELTA, _SMALLEST_DELTA, _DELTA_IN_SCATTERS = 1e-3, 1e-6, 1.345
 _N_CONSTANTS = 3
 _FEWEST_COMPUTES = 5
@@ -336,8 +336,8 @@ def _problems(points: _Points, constants: np.ndarray, exponent: Estimate, floor:
         )
     if floor.value < _SMALLEST_FLOOR_SHARE * losses.min():
         problems.append(
-            "the loss falls like a power of the compute up to the largest run, so the fit finds no floor: add runs with "
-            "more compute"
+            "the loss falls like a power of the compute up to the largest run, so the fit finds no floor: add runs "
+            "with more compute"
         )
     elif floor.high - floor.low > fall:
         problems.append(

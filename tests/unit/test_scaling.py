@@ -1,5 +1,6 @@
 """Scaling laws: the paper's numbers, intervals that cover, what is not determined, runs from a real MLflow store."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -54,7 +55,9 @@ WITHOUT_KD, MINIPLM = PAPER["200M"][1]["without_kd"][0], PAPER["200M"][1]["minip
 COMPUTE = np.logspace(18, 19.8, 12)
 
 
-def losses(of: ScalingLaw, scatter: float = 0.0, seed: int = 0, compute: np.ndarray = COMPUTE) -> list[float]:
+def losses(
+    of: ScalingLaw, scatter: float = 0.0, seed: int | tuple[int, int] = 0, compute: np.ndarray = COMPUTE
+) -> list[float]:
     noise = np.random.default_rng(seed).normal(0, scatter, len(compute))
     return [of.loss(flop) * math.exp(error) for flop, error in zip(compute, noise, strict=True)]
 
@@ -111,14 +114,20 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
     assert fit_law(curves, replicates=30, seed=1).exponent != first.exponent
 
 
-@pytest.mark.slow
-def test_intervals_of_90_percent_cover_the_truth() -> None:
-    """200 draws from each law; docs/scaling-laws.md has the shares."""
+def covering_share(computes: np.ndarray, scatter: float, *, one_curve: bool = False) -> dict[str, float]:
+    """Share of the intervals that contain the true value, over 200 draws from the two laws."""
     hits = dict.fromkeys(("exponent", "floor", "loss at 1T tokens", "compute saved"), 0)
     for seed in range(200):
+        drawn = [losses(of, scatter, (seed, number), computes) for number, of in enumerate((WITHOUT_KD, MINIPLM))]
         fit, other = (
-            fit_law(runs_of_one_point(losses(of, 0.003, (seed, number))), replicates=100, seed=seed)
-            for number, of in enumerate((WITHOUT_KD, MINIPLM))
+            fit_law(
+                [LossCurve(compute_flop=tuple(computes), loss=tuple(loss))]
+                if one_curve
+                else runs_of_one_point(loss, computes),
+                replicates=100,
+                seed=seed,
+            )
+            for loss in drawn
         )
         truths = {
             "exponent": (fit.exponent, WITHOUT_KD.exponent),
@@ -128,8 +137,18 @@ def test_intervals_of_90_percent_cover_the_truth() -> None:
         }
         for name, (estimate, truth) in truths.items():
             hits[name] += estimate.low <= truth <= estimate.high
-    print({name: count / 200 for name, count in hits.items()})
-    assert {name for name, count in hits.items() if not 160 <= count <= 196} == set()
+    return {name: count / 200 for name, count in hits.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n_points", "one_curve"), [(12, False), (8, False), (40, True)], ids=["12 runs", "8 runs", "a curve of 40 points"]
+)
+def test_intervals_of_90_percent_cover_the_truth(n_points: int, one_curve: bool) -> None:
+    """The table in docs/scaling-laws.md has these shares; `-s` prints them."""
+    shares = covering_share(np.logspace(18, 19.8, n_points), 0.003, one_curve=one_curve)
+    print(n_points, shares)
+    assert {name: share for name, share in shares.items() if not 0.8 <= share <= 0.98} == {}
 
 
 NARROW = np.logspace(18, 18.3, 12)
@@ -246,6 +265,14 @@ def log_run(config: ExperimentConfig, name: str, loss: float | None, text: str =
             run.log_metrics({"heldout_nats_per_token": loss, "heldout_bits_per_byte": loss / 3})
 
 
+def log_killed_run(config: ExperimentConfig, name: str) -> None:
+    """A run that was stopped after it had logged a loss."""
+    with contextlib.suppress(KeyboardInterrupt), tracked_run(config, name) as run:
+        run.log_params(parameters())
+        run.log_metrics({"heldout_nats_per_token": 2.0})
+        raise KeyboardInterrupt
+
+
 def small(config: ExperimentConfig, metric: str = "heldout_nats_per_token") -> StudentRuns:
     return read_runs(config, ["small"], metric)["small"]
 
@@ -255,10 +282,7 @@ def test_finished_runs_are_points(config: ExperimentConfig, caplog: pytest.LogCa
     log_run(config, "small", 3.5)
     log_run(config, "small", None)
     log_run(config, "other", 1.0)
-    with pytest.raises(KeyboardInterrupt), tracked_run(config, "small") as run:
-        run.log_params(parameters())
-        run.log_metrics({"heldout_nats_per_token": 2.0})
-        raise KeyboardInterrupt
+    log_killed_run(config, "small")
     with tracked_run(config, "small") as run:
         run.log_metrics({"heldout_nats_per_token": 1.0})
     runs = small(config)
@@ -269,7 +293,7 @@ def test_finished_runs_are_points(config: ExperimentConfig, caplog: pytest.LogCa
     assert runs.tokens(100 * FLOP_A_STEP) == 12_800
     assert "has no metric heldout_nats_per_token: not used" in caplog.text
     assert "has no parameter n_parameters, sequence_length" in caplog.text
-    with pytest.raises(CorpusError, match="fewer|expected losses at 5 or more"):
+    with pytest.raises(CorpusError, match="expected losses at 5 or more"):
         scaling(config, ScalingOptions())
 
 
