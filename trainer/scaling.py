@@ -91,7 +91,7 @@ class LossCurve:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Estimate:
+class IntervalEstimate:
     """An estimate and the ends of its 90 % interval."""
 
     value: float
@@ -113,8 +113,8 @@ class ScalingFit:
     """
 
     law: ScalingLaw
-    exponent: Estimate
-    floor: Estimate
+    exponent: IntervalEstimate
+    floor: IntervalEstimate
     undetermined: tuple[str, ...]
     curves: tuple[LossCurve, ...]
     replicates: tuple[ScalingLaw, ...]
@@ -168,7 +168,7 @@ def fit_law(curves: Sequence[LossCurve], *, replicates: int = 1000, seed: int = 
     )
 
 
-def extrapolate(fit: ScalingFit, compute_flop: float) -> Estimate:
+def extrapolate(fit: ScalingFit, compute_flop: float) -> IntervalEstimate:
     """Returns the loss that the law expects, with the interval of its constants (not of a single run).
 
     Args:
@@ -178,7 +178,7 @@ def extrapolate(fit: ScalingFit, compute_flop: float) -> Estimate:
     return _estimate(fit.law, fit.replicates, lambda law: law.loss(compute_flop))
 
 
-def compute_saved(fit: ScalingFit, baseline: ScalingFit, compute_flop: float) -> Estimate:
+def compute_saved(fit: ScalingFit, baseline: ScalingFit, compute_flop: float) -> IntervalEstimate:
     """Returns how many times less compute a student needs than the baseline, at equal loss.
 
     The loss is the one that the baseline's law has at `compute_flop`. 2.0 means half of the compute, a value below 1
@@ -199,13 +199,15 @@ def compute_saved(fit: ScalingFit, baseline: ScalingFit, compute_flop: float) ->
     return _with_interval(times(fit.law, baseline.law), values)
 
 
-def _estimate(law: ScalingLaw, replicates: Sequence[ScalingLaw], value: Callable[[ScalingLaw], float]) -> Estimate:
+def _estimate(
+    law: ScalingLaw, replicates: Sequence[ScalingLaw], value: Callable[[ScalingLaw], float]
+) -> IntervalEstimate:
     return _with_interval(value(law), [value(replicate) for replicate in replicates])
 
 
-def _with_interval(value: float, replicates: Sequence[float]) -> Estimate:
+def _with_interval(value: float, replicates: Sequence[float]) -> IntervalEstimate:
     low, high = np.quantile(replicates, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Estimate(value=value, low=float(low), high=float(high))
+    return IntervalEstimate(value=value, low=float(low), high=float(high))
 
 
 def _resampled(residuals: np.ndarray, draw: np.ndarray, block: int) -> np.ndarray:
@@ -316,7 +318,7 @@ class _Points:
         return ScalingLaw(coefficient=coefficient, exponent=exponent, floor=math.exp(constants[2]))
 
 
-def _problems(points: _Points, constants: np.ndarray, exponent: Estimate, floor: Estimate) -> list[str]:
+def _problems(points: _Points, constants: np.ndarray, exponent: IntervalEstimate, floor: IntervalEstimate) -> list[str]:
     """The reasons why the points do not determine the law."""
     problems = []
     losses = np.exp(points.predict(constants))

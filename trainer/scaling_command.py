@@ -13,7 +13,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random, resolve
 from miniplm_udf.storage import Json
-from trainer.scaling import COVERAGE, Estimate, ScalingFit, compute_saved, extrapolate, fit_law
+from trainer.scaling import COVERAGE, IntervalEstimate, ScalingFit, compute_saved, extrapolate, fit_law
 from trainer.scaling_runs import StudentRuns, read_runs
 from trainer.targets import student_target
 
@@ -183,7 +183,7 @@ def _not_comparable(study: _Study, baseline: _Study, metric: str) -> str | None:
     return None
 
 
-def _with_ends(key: str, estimate: Estimate) -> dict[str, float | None]:
+def _with_ends(key: str, estimate: IntervalEstimate) -> dict[str, float | None]:
     ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
     return {f"{key}{end}": _rounded(value) for end, value in ends.items()}
 

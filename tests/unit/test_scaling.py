@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from jobs import cli
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
@@ -160,14 +162,14 @@ NARROW = np.logspace(18, 18.3, 12)
         (runs_of_one_point(losses(law(1e-9, 0.4, 3.3), 0.003)), "the loss falls by"),
         (runs_of_one_point([3.3] * 12), "the loss falls by"),
         (runs_of_one_point(np.linspace(3, 4, 12)), "the loss falls by"),
-        (runs_of_one_point(losses(WITHOUT_KD, 0.003, compute=NARROW), NARROW), "the exponent may be anything"),
+        (runs_of_one_point(losses(WITHOUT_KD, 0.003, compute=NARROW), NARROW), "the floor may be anything"),
         (runs_of_one_point(losses(WITHOUT_KD, 0.03)), "the exponent may be anything"),
-        (runs_of_one_point(losses(law(40.0, 0.06, 1e-9), 0.003)), "the floor may be anything"),
+        (runs_of_one_point(losses(law(40.0, 0.06, 1e-9), 0.003)), "the fit finds no floor"),
     ],
     ids=["flat", "constant", "rising", "narrow", "scattered", "without a floor"],
 )
 def test_runs_that_do_not_determine_a_law_are_named(curves: list[LossCurve], problem: str) -> None:
-    fit = fit_law(curves, replicates=100)
+    fit = fit_law(curves, replicates=40)
     assert any(problem in sentence for sentence in fit.undetermined), fit
 
 
@@ -190,7 +192,7 @@ def test_residuals_of_a_curve_are_drawn_in_blocks_of_neighbours(monkeypatch: pyt
     residuals = np.arange(10.0)
     rows = original(residuals, np.array([8, 2, 5, 0, 0, 0, 0, 0, 0, 0]), 3)
     steps = {round(step, 6) for step in np.diff(rows) / (rows[1] - rows[0])}
-    assert steps == {1.0, -9.0, 2.0}  # 8 9 0 | 2 3 4 | 5 6 7 | 0
+    assert steps == {1.0, -9.0, 2.0, -7.0}  # 8 9 0 | 2 3 4 | 5 6 7 | 0
 
 
 @pytest.fixture(scope="module")
@@ -238,20 +240,27 @@ def parameters(**changes: Any) -> dict[str, Any]:
 FLOP_A_STEP = 6 * 1000 * 8 * 16
 
 
+def without_tracking_uri(patch: pytest.MonkeyPatch) -> None:
+    """Removes the variable now, and again at the end of the test: a tracked run sets it for the whole process."""
+    patch.setenv("MLFLOW_TRACKING_URI", "")
+    patch.delenv("MLFLOW_TRACKING_URI")
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with tokenizers, tables and a prepared MLflow store (5 s to make), to be copied."""
     folder = tmp_path_factory.mktemp("fresh")
     config = make_root(folder)
-    with tracked_run(dataclasses.replace(config, mlflow=MlflowConfig(experiment="prepared")), "other"):
-        pass
+    with pytest.MonkeyPatch.context() as patch:
+        without_tracking_uri(patch)
+        with tracked_run(dataclasses.replace(config, mlflow=MlflowConfig(experiment="prepared")), "other"):
+            pass
     return folder
 
 
 @pytest.fixture
 def config(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExperimentConfig]:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    without_tracking_uri(monkeypatch)
     shutil.copytree(fresh, tmp_path, dirs_exist_ok=True)
     return load_config(write_config(tmp_path, tmp_path / "root"))
 
@@ -299,14 +308,15 @@ def test_finished_runs_are_points(config: ExperimentConfig, caplog: pytest.LogCa
 
 def test_a_metric_of_steps_is_a_curve_after_the_warm_up(config: ExperimentConfig) -> None:
     of = law(5e4, 0.6, 2.0)
+    curve_of_run = [(step, of.loss(step * FLOP_A_STEP) + (step <= 10)) for step in range(1, 501)]
+    # A resumed training repeats a step; the later value counts.
+    points = [Metric("train_loss", loss, 0, step) for step, loss in curve_of_run] + [Metric("train_loss", 3.0, 1, 500)]
     with tracked_run(config, "small") as run:
         run.log_params(parameters(train={"steps": 500}))
-        for step in (*range(1, 501), 500):
-            run.log_metrics({"train_loss": of.loss(step * FLOP_A_STEP) + (step <= 10)}, step=step)
-        run.log_metrics({"train_loss": 3.0}, step=500)  # a resumed training repeats a step; the later value counts
+        MlflowClient(config.mlflow_uri()).log_batch(run.run_id, metrics=points)
     (curve,) = small(config, "train_loss").curves
     assert 30 <= len(curve.loss) <= 40
-    assert curve.compute_flop[0] == pytest.approx(11 * FLOP_A_STEP)
+    assert 11 * FLOP_A_STEP <= curve.compute_flop[0] < 13 * FLOP_A_STEP
     assert list(curve.compute_flop) == sorted(curve.compute_flop)
     assert curve.loss[:-1] == pytest.approx([of.loss(flop) for flop in curve.compute_flop[:-1]], rel=1e-3)
     assert curve.loss[-1] > of.loss(curve.compute_flop[-1])
@@ -331,12 +341,15 @@ def test_runs_of_another_model_or_text_are_refused(
         small(config)
 
 
-def test_without_a_store_or_runs_the_error_says_what_to_do(config: ExperimentConfig, tmp_path: Path) -> None:
+def test_without_a_store_or_runs_the_error_says_what_to_do(
+    config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(CorpusError, match="no experiment 'miniplm'"):
         small(config)
     log_run(config, "other", 1.0)
     with pytest.raises(CorpusError, match="trainer train --student small"):
         small(config)
+    without_tracking_uri(monkeypatch)
     with pytest.raises(CorpusError, match="no experiment"):
         small(dataclasses.replace(config, root=str(tmp_path / "empty")))
     assert not (tmp_path / "empty").exists()
@@ -459,8 +472,7 @@ def close(value: Any, expected: Any) -> bool:
 def test_the_documented_example_prints_what_is_documented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    without_tracking_uri(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf").symlink_to(CONF)
     (program,), (printed,) = blocks_of("python"), blocks_of("json")
