@@ -5,4 +5,7 @@
 Input and output are in `data` (Delta, Arrow), `checkpoint` (local disk), `records` (JSON files of a model folder) and
 `tracking` (MLflow). The numeric modules (`loop`, `loss`, `schedule`, `order`, `document_masks`, `model`) import only
 torch, transformers, numpy and the standard library.
+
+`scaling_command` fits laws to finished runs: `scaling_runs` reads them from MLflow, `scaling` fits them (numpy and
+scipy), and `scaling_plot` draws them.
 """

@@ -1,8 +1,8 @@
-"""The trainer's command: `python -m trainer train|evaluate -c CONF ... [key=value ...]`; also `torchrun -m trainer`.
+"""The trainer's command: `python -m trainer train|evaluate|scaling -c CONF ... [key=value ...]`; also under torchrun.
 
-Reads the command line, calls `train` or `evaluate`, and prints the result as JSON on stdout; logs and progress go to
-stderr. Exit codes: 0 done, 1 failed, 2 bad config or usage, 128 + signal after SIGTERM or Ctrl-C. An error that the
-user can fix, and a signal, print one line and no traceback.
+Reads the command line, calls `train`, `evaluate` or `scaling`, and prints the result as JSON on stdout; logs and
+progress go to stderr. Exit codes: 0 done, 1 failed, 2 bad config or usage, 128 + signal after SIGTERM or Ctrl-C. An
+error that the user can fix, and a signal, print one line and no traceback.
 """
 
 import argparse
@@ -11,12 +11,18 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from miniplm_udf import stopping
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.refine import parse_tokens
 from miniplm_udf.errors import EXIT_DONE, MiniplmError
 from miniplm_udf.progress import configure_logging
 from miniplm_udf.storage import Json
+
+if TYPE_CHECKING:
+    from trainer.scaling_command import ScalingOptions
 
 LOGGER = logging.getLogger("miniplm.trainer")
 _TRAIN = """Trains models on their packed tables and writes <root>/models/NAME/. A model that is finished with the same
@@ -25,12 +31,15 @@ torchrun --nproc-per-node N -m trainer train ..."""
 _EVALUATE = """Scores the held-out text with every student of the config, and with the reference if the config trains
 one. Writes <root>/models/NAME/evaluation.json and the same numbers to the model's MLflow run. An unchanged model is
 skipped."""
+_SCALING = """Fits the law L(C) = A / C^alpha + floor to the losses of each student's finished runs in MLflow, and
+states, with 90 % intervals, the loss of longer trainings and the compute saved at equal loss. See
+docs/scaling-laws.md."""
 _EPILOG = "example: python -m trainer train -c conf/demo.yaml --student miniplm train.steps=20 root=/tmp/try"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.split("\n\n")[0], epilog=_EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate|scaling")
     train = commands.add_parser(
         "train",
         help="train students, or the reference",
@@ -55,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         help="train again, even if the model is finished or frozen",
     )
     evaluate = commands.add_parser("evaluate", help="compute the held-out loss of all models", description=_EVALUATE)
-    for command in (train, evaluate):
+    scaling = commands.add_parser("scaling", help="fit scaling laws to finished runs", description=_SCALING)
+    _add_scaling_options(scaling)
+    for command in (train, evaluate, scaling):
         command.add_argument(
             "-c",
             "--config",
@@ -77,12 +88,55 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_scaling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--student",
+        metavar="NAME",
+        action="append",
+        help="a student, whose name its runs have; may be repeated; default: all students",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="the student to compare with; default: the first of the same size with a random corpus",
+    )
+    parser.add_argument(
+        "--metric",
+        default="heldout_nats_per_token",
+        help="MLflow metric of the loss (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_token_counts,
+        default="1T,10T",
+        metavar="N,N",
+        help="lengths of training to extrapolate to, such as 300B,1.5T (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--replicates",
+        type=int,
+        default=1000,
+        help="resampled fits behind the intervals, at least 20 (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the laws as a PNG file")
+
+
+def _token_counts(text: str) -> tuple[int, ...]:
+    counts = tuple(parse_tokens(part) for part in text.split(","))
+    if not all(counts):
+        raise argparse.ArgumentTypeError(f"expected tokens such as 1T or 300B,1.5T, found {text!r}")
+    return tuple(count for count in counts if count)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:
         parser.error(f"expected options and key=value overrides, found {' '.join(unknown)}")
+    if arguments.command == "scaling" and arguments.replicates < 20:
+        parser.error(f"--replicates: expected at least 20, found {arguments.replicates}")
     # argparse accepts one group of positional words, but overrides may stand before and after an option.
     arguments.overrides += rest
     return arguments
@@ -104,11 +158,30 @@ def _run(arguments: argparse.Namespace) -> Json:
         if arguments.dry_run:
             return {target.name: plan(config, target) for target in selected}
         return {target.name: train(config, target, retrain=arguments.retrain).as_json() for target in selected}
+    if arguments.command == "scaling":
+        from trainer import scaling_command
+
+        options = _scaling_options(arguments)
+        return scaling_command.plan(config, options) if arguments.dry_run else scaling_command.scaling(config, options)
     from trainer import evaluate
 
     if arguments.dry_run:
         return evaluate.plan(config)
     return {name: result.as_json() for name, result in evaluate.evaluate(config).items()}
+
+
+def _scaling_options(arguments: argparse.Namespace) -> "ScalingOptions":
+    from trainer.scaling_command import ScalingOptions
+
+    return ScalingOptions(
+        students=tuple(arguments.student or ()),
+        baseline=arguments.baseline,
+        metric=arguments.metric,
+        tokens=arguments.tokens,
+        replicates=arguments.replicates,
+        seed=arguments.seed,
+        plot=arguments.plot,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
