@@ -175,11 +175,11 @@ def _not_comparable(study: _Study, baseline: _Study, metric: str) -> str | None:
     for each in (study, baseline):
         if each.fit.undetermined:
             return f"the runs of {each.runs.name} do not determine its law"
-    one, other = study.runs, baseline.runs
-    if one.text != other.text:
-        return f"the losses are of different texts: {one.text} and {other.text}"
-    if one.tokenizer != other.tokenizer and not metric.startswith("heldout_bits_per_byte"):
-        return f"tokens of {one.tokenizer} and of {other.tokenizer} differ: use --metric heldout_bits_per_byte"
+    student, base = study.runs, baseline.runs
+    if student.text != base.text:
+        return f"the losses are of different texts: {student.text} and {base.text}"
+    if student.tokenizer != base.tokenizer and not metric.startswith("heldout_bits_per_byte"):
+        return f"tokens of {student.tokenizer} and of {base.tokenizer} differ: use --metric heldout_bits_per_byte"
     return None
 
 

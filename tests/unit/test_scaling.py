@@ -169,7 +169,7 @@ NARROW = np.logspace(18, 18.3, 12)
     ids=["flat", "constant", "rising", "narrow", "scattered", "without a floor"],
 )
 def test_runs_that_do_not_determine_a_law_are_named(curves: list[LossCurve], problem: str) -> None:
-    fit = fit_law(curves, replicates=40)
+    fit = fit_law(curves, replicates=20)
     assert any(problem in sentence for sentence in fit.undetermined), fit
 
 
