@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from jobs import cli
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from tests.support.scaling_losses import COMPUTE, MINIPLM, PAPER, WITHOUT_KD, law, losses, runs_of_one_point
 from tests.support.trainer_roots import LENGTH, TRAIN, make_root, write_config
 from trainer.__main__ import main
-from trainer.scaling import LossCurve, ScalingFit, ScalingLaw, compute_saved, extrapolate, fit_law
+from trainer.scaling import LossCurve, ScalingFit, compute_saved, fit_law
 from trainer.scaling_command import ScalingOptions, scaling
 from trainer.scaling_plot import draw_laws
 from trainer.scaling_runs import StudentRuns, read_runs
@@ -29,43 +30,6 @@ from trainer.tracking import tracked_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
-
-
-def law(coefficient: float, exponent: float, floor: float) -> ScalingLaw:
-    return ScalingLaw(coefficient=coefficient, exponent=exponent, floor=floor)
-
-
-# arXiv 2410.17215: compute at 1T tokens; for each method, the law and its losses at 1T and 10T tokens.
-PAPER = {
-    "200M": (1.26e21, {
-        "without_kd": (law(2.19e7, 0.41, 3.30), (3.35, 3.32)),
-        "vanilla_kd": (law(9.77e7, 0.44, 3.34), (3.39, 3.35)),
-        "miniplm": (law(8.56e10, 0.59, 3.25), (3.28, 3.26)),
-    }),
-    "500M": (3.14e21, {
-        "without_kd": (law(2.73e8, 0.45, 3.06), (3.12, 3.08)),
-        "vanilla_kd": (law(3.14e8, 0.45, 3.05), (3.12, 3.07)),
-        "miniplm": (law(6.64e9, 0.52, 3.03), (3.06, 3.04)),
-    }),
-    "1.2B": (7.30e21, {
-        "without_kd": (law(1.88e8, 0.43, 2.91), (2.98, 2.94)),
-        "vanilla_kd": (law(1.10e10, 0.52, 2.90), (2.95, 2.91)),
-        "miniplm": (law(4.29e8, 0.45, 2.86), (2.92, 2.88)),
-    }),
-}  # fmt: skip
-WITHOUT_KD, MINIPLM = PAPER["200M"][1]["without_kd"][0], PAPER["200M"][1]["miniplm"][0]
-COMPUTE = np.logspace(18, 19.8, 12)
-
-
-def losses(
-    of: ScalingLaw, scatter: float = 0.0, seed: int | tuple[int, int] = 0, compute: np.ndarray = COMPUTE
-) -> list[float]:
-    noise = np.random.default_rng(seed).normal(0, scatter, len(compute))
-    return [of.loss(flop) * math.exp(error) for flop, error in zip(compute, noise, strict=True)]
-
-
-def runs_of_one_point(loss: Iterable[float], compute: np.ndarray = COMPUTE) -> list[LossCurve]:
-    return [LossCurve(compute_flop=(flop,), loss=(value,)) for flop, value in zip(compute.tolist(), loss, strict=True)]
 
 
 @pytest.mark.parametrize("size", PAPER)
@@ -114,43 +78,6 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
     first = fit_law(curves, replicates=30)
     assert fit_law(curves, replicates=30) == first
     assert fit_law(curves, replicates=30, seed=1).exponent != first.exponent
-
-
-def covering_share(computes: np.ndarray, scatter: float, *, one_curve: bool = False) -> dict[str, float]:
-    """Share of the intervals that contain the true value, over 200 draws from the two laws."""
-    hits = dict.fromkeys(("exponent", "floor", "loss at 1T tokens", "compute saved"), 0)
-    for seed in range(200):
-        drawn = [losses(of, scatter, (seed, number), computes) for number, of in enumerate((WITHOUT_KD, MINIPLM))]
-        fit, other = (
-            fit_law(
-                [LossCurve(compute_flop=tuple(computes), loss=tuple(loss))]
-                if one_curve
-                else runs_of_one_point(loss, computes),
-                replicates=100,
-                seed=seed,
-            )
-            for loss in drawn
-        )
-        truths = {
-            "exponent": (fit.exponent, WITHOUT_KD.exponent),
-            "floor": (fit.floor, WITHOUT_KD.floor),
-            "loss at 1T tokens": (extrapolate(fit, 1.26e21), WITHOUT_KD.loss(1.26e21)),
-            "compute saved": (compute_saved(other, fit, 5e19), 5e19 / MINIPLM.compute(WITHOUT_KD.loss(5e19))),
-        }
-        for name, (estimate, truth) in truths.items():
-            hits[name] += estimate.low <= truth <= estimate.high
-    return {name: count / 200 for name, count in hits.items()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n_points", "one_curve"), [(12, False), (8, False), (40, True)], ids=["12 runs", "8 runs", "a curve of 40 points"]
-)
-def test_intervals_of_90_percent_cover_the_truth(n_points: int, one_curve: bool) -> None:
-    """The table in docs/scaling-laws.md has these shares; `-s` prints them."""
-    shares = covering_share(np.logspace(18, 19.8, n_points), 0.003, one_curve=one_curve)
-    print(n_points, shares)
-    assert {name: share for name, share in shares.items() if not 0.8 <= share <= 0.98} == {}
 
 
 NARROW = np.logspace(18, 18.3, 12)
