@@ -1,4 +1,4 @@
-"""What the log of a Delta table says: its newest version, its commits, its id and properties. Needs no JVM.
+"""Reads the log of a Delta table: its newest version, its commits, its id and its properties. Needs no JVM.
 
 Input: the location of a table, a path or a URI as `root` is written (not percent-encoded). Reads the log's JSON files,
 and never a data file. Spark answers the same questions with a query (`DESCRIBE HISTORY`, `DESCRIBE DETAIL`), which
@@ -23,7 +23,7 @@ _LOG_FILE = re.compile(r"(\d{20})\.(json$|checkpoint\.)")
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """What a commit says of itself.
+    """The description of a commit, without the files that it added or removed.
 
     Attributes:
         version: the version of the table that the commit made.
@@ -95,18 +95,18 @@ def newest_version(uri: str) -> int | None:
 
 
 def commits(uri: str, newest: int | None = None) -> Iterator[Commit]:
-    """The commits of a table, the newest first, as far back as the log goes; each is read when it is asked for.
+    """Reads the commits of a table one by one, from the newest to the oldest that the log still holds.
 
     Args:
-        uri: path or URI of the table; nothing comes if there is no table.
+        uri: path or URI of the table. If there is no table, there are no commits.
         newest: version of the first commit; None takes the table's newest.
     """
     newest = newest_version(uri) if newest is None else newest
     for version in range(-1 if newest is None else newest, -1, -1):
-        found = read_commit(uri, version)
-        if found is None:
+        commit = read_commit(uri, version)
+        if commit is None:
             return
-        yield found
+        yield commit
 
 
 def read_commit(uri: str, version: int) -> Commit | None:
@@ -118,16 +118,16 @@ def read_commit(uri: str, version: int) -> Commit | None:
     """
     try:
         with fsspec.open(storage.join(uri, "_delta_log", f"{version:020}.json"), "r", encoding="utf-8") as lines:
-            # One action a line; the commit's own is the first, unless another program than Spark wrote it.
+            # One action per line. Spark writes the commit's description first, other programs elsewhere.
             actions = (json.loads(line) for line in lines if line.strip())
-            said: Json = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+            information: Json = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
     except FileNotFoundError:
         return None
     return Commit(
         version=version,
-        operation=said.get("operation", ""),
-        user_metadata=said.get("userMetadata"),
-        metrics=said.get("operationMetrics") or {},
+        operation=information.get("operation", ""),
+        user_metadata=information.get("userMetadata"),
+        metrics=information.get("operationMetrics") or {},
     )
 
 

@@ -321,7 +321,7 @@ def vacuum(spark: "SparkSession", uri: str, retain_hours: float, is_logged: bool
     # Number of tasks that list the files: 10,000 by default, but each of our tables is one folder.
     session.conf.set("spark.sql.sources.parallelPartitionDiscovery.parallelism", spark.sparkContext.defaultParallelism)
     statement = f"VACUUM delta.`{uri}` RETAIN {retain_hours:.6f} HOURS"
-    # What is not logged needs no look beforehand; a logged vacuum that removes nothing would add two commits.
+    # A logged vacuum adds two commits to the table even if it removes nothing, so the files are counted first.
     if dry_run or is_logged:
         n_files = session.sql(f"{statement} DRY RUN").count()
         if dry_run or not n_files:
