@@ -74,7 +74,7 @@ def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str]
     queries = [Follower(spark, config, name) for name in chosen]
     QueryRunner(spark, config.root, config.stream).run(queries)
     return {
-        "followed": {name: plain(followed_version(spark, config, name)) for name in chosen},
+        "followed": {name: plain(followed_version(config, name)) for name in chosen},
         "seconds": round(time.monotonic() - start, 3),
     }
 

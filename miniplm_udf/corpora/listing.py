@@ -223,7 +223,7 @@ class _Version:
         try:
             self._files = delta_files.parquet_files(uri, version)
         except (DeltaError, OSError) as error:
-            commit = storage.join(uri, "_delta_log", f"{version or 0:020}.json")
+            commit = delta_log.commit_uri(uri, version or 0)
             if isinstance(error, TableNotFoundError | FileNotFoundError) or not storage.exists(commit):
                 raise self._gone() from error
             raise _unreadable(uri, error) from error

@@ -120,7 +120,7 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
         read=read,
         if_empty=f"refined/{corpus} keeps nothing: refine it again",
     )
-    return _pack(spark, config, source, tokenizer)
+    return _pack(config, source, tokenizer)
 
 
 def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSummary:
@@ -153,10 +153,10 @@ def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSumma
     )
     if not n_instances:
         raise CorpusError(source.if_empty)
-    return _pack(spark, config, source, ensure_model_tokenizer(spark, config, config.reference.tokenizer))
+    return _pack(config, source, ensure_model_tokenizer(spark, config, config.reference.tokenizer))
 
 
-def _pack(spark: "SparkSession", config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -> PackSummary:
+def _pack(config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -> PackSummary:
     """Packs the text, unless the newest version of the table was made from the same text by the same settings."""
     from pyspark import StorageLevel
 

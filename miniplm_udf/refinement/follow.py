@@ -138,7 +138,7 @@ class Follower(Query):
 
     def _append(self, batch: "DataFrame") -> None:
         spark = batch.sparkSession
-        newest, provenance = self._newest(spark)
+        newest, provenance = self._newest()
         counted = cuts.read_counts(spark, self._cuts_uri, self._config_fingerprint, self._matrix_query)
         included = provenance.inputs["last_batches"][self._matrix_query]
         rows = refine.candidate_rows(batch, self._config, self._name, self._corpus)
@@ -165,7 +165,7 @@ class Follower(Query):
             corpus_records.record(spark, self._config.root, version, extended)
             tables.compact(spark, self._uri, through)
 
-    def _newest(self, spark: "SparkSession") -> tuple[corpus_records.Newest, Provenance]:
+    def _newest(self) -> tuple[corpus_records.Newest, Provenance]:
         newest = corpus_records.newest(self._uri)
         provenance = newest.provenance if newest else None
         if newest is None or provenance is None or not self._can_continue(provenance):
@@ -282,11 +282,10 @@ def _followable(name: str, corpus: CorpusConfig) -> SelectConfig:
     return select
 
 
-def followed_version(spark: "SparkSession", config: ExperimentConfig, name: str) -> FollowedVersion:
+def followed_version(config: ExperimentConfig, name: str) -> FollowedVersion:
     """Describes the newest version of a corpus, which has been followed or refined.
 
     Args:
-        spark: any session.
         config: the experiment.
         name: of the corpus.
     """

@@ -75,7 +75,7 @@ def newest(uri: str) -> Newest | None:
     base = delta_log.newest_version(uri)
     if base is None:
         return None
-    for commit in delta_log.commits(uri):
+    for commit in delta_log.commits(uri, base):
         if commit.operation not in MAINTENANCE:
             return Newest(base, commit.version, commit.metadata())
     raise CorpusError(

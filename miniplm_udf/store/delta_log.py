@@ -69,9 +69,18 @@ def has_commits(uri: str) -> bool:
     Args:
         uri: path or URI of the table.
     """
-    log = storage.join(uri, "_delta_log")
     # Either the first commit is there, or a checkpoint of the log, after which Delta may have removed that commit.
-    return any(storage.exists(storage.join(log, name)) for name in (f"{0:020}.json", "_last_checkpoint"))
+    return any(map(storage.exists, (commit_uri(uri, 0), storage.join(uri, "_delta_log", "_last_checkpoint"))))
+
+
+def commit_uri(uri: str, version: int) -> str:
+    """Returns the location of a commit's file, which may no longer exist.
+
+    Args:
+        uri: path or URI of the table.
+        version: the version that the commit made.
+    """
+    return storage.join(uri, "_delta_log", f"{version:020}.json")
 
 
 def newest_version(uri: str) -> int | None:
@@ -88,7 +97,7 @@ def newest_version(uri: str) -> int | None:
     if not storage.is_local(uri):
         from deltalake import DeltaTable
 
-        return DeltaTable(uri).version() if has_commits(uri) else None
+        return DeltaTable(uri, without_files=True).version() if has_commits(uri) else None
     names = storage.list_folder(storage.join(uri, "_delta_log"))
     versions = [int(match[1]) for name in names if (match := _LOG_FILE.match(name))]
     return max(versions, default=None)
@@ -117,7 +126,7 @@ def read_commit(uri: str, version: int) -> Commit | None:
         version: the version that the commit made.
     """
     try:
-        with fsspec.open(storage.join(uri, "_delta_log", f"{version:020}.json"), "r", encoding="utf-8") as lines:
+        with fsspec.open(commit_uri(uri, version), "r", encoding="utf-8") as lines:
             # One action per line. Spark writes the commit's description first, other programs elsewhere.
             actions = (json.loads(line) for line in lines if line.strip())
             information: Json = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
