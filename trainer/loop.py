@@ -15,7 +15,6 @@ import dataclasses
 import time
 import typing
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,28 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
+from trainer.batches import Batches, Sequences
 from trainer.distributed import World
 from trainer.document_masks import document_positions
 from trainer.loss import target_nll, target_weights
-from trainer.order import batch_rows, rank_rows
 from trainer.schedule import learning_rate
-
-
-class Sequences(Protocol):
-    """Token sequences of length `sequence_length` (L inputs and as many targets), by row number."""
-
-    n_sequences: int
-    sequence_length: int
-
-    def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reads sequences.
-
-        Args:
-            rows: numbers of the rows, shape (n,).
-
-        Returns:
-            token_ids (n, L + 1) int32, and target_mask (n, L) uint8.
-        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +102,7 @@ class Loop:
             )
         self.optimizer, self.sequences, self.config = optimizer, sequences, config
         self.separator_id, self.world = separator_id, world
+        self.batches = Batches(sequences, config, world)
         self.model = DistributedDataParallel(model) if world.size > 1 else model
 
     def run(
@@ -137,8 +120,18 @@ class Loop:
 
         Raises:
             MiniplmError: the loss or the gradient is not finite.
-            CorpusError: a batch has no target.
+            CorpusError: a batch has no target, or cannot be read.
         """
+        with self.batches.read_ahead(steps_done, self.config.steps):
+            self._run(steps_done, on_step, on_save)
+
+    def _run(
+        self,
+        steps_done: int,
+        on_step: Callable[[StepMeasures], None],
+        on_save: Callable[[StepMeasures], None],
+    ) -> None:
+        """Trains on the batches of the steps, which are read ahead."""
         self.model.train()
         started, first = time.perf_counter(), steps_done
         for step in range(steps_done, self.config.steps):
@@ -172,12 +165,7 @@ class Loop:
         """
         config, world = self.config, self.world
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)
-        rows = batch_rows(config.seed, step, config.batch_sequences, self.sequences.n_sequences)
-        tokens, mask = self.sequences.get(rank_rows(rows, world.rank, world.size))
-        loss = self._backward(
-            torch.from_numpy(tokens).to(world.device, torch.int64),
-            torch.from_numpy(mask).to(world.device),
-        )
+        loss = self._backward(*self.batches.get(step))
         limit = config.gradient_clip_norm if config.gradient_clip_norm > 0 else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         rate = learning_rate(

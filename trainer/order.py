@@ -1,61 +1,111 @@
-"""Chooses the sequences of a training step, as a pure function of (seed, step, batch size, table size).
+"""Chooses the sequences of a training step, as a pure function of (seed, step, batch size, row groups of the table).
 
-Inputs: the training seed, the step (from 0), the sequences in a batch, the sequences in the table. Output: int64 row
-numbers of shape (B,). There is no state, so a resumed run reads the same batches as an uninterrupted run. The batch
-does not depend on the number of ranks: rank r of R reads the rows r, r + R, r + 2R, ... of the batch.
+Inputs: the training seed, the rows of each row group in stored order, the step (from 0) and the sequences in a batch.
+Output: int64 row numbers. There is no state, so a resumed run reads the same batches as an uninterrupted run. Row
+groups are permuted over the whole table, and the rows of a row group over a window of about WINDOW_ROWS rows, so that
+reading decodes each row group once an epoch and keeps one window in memory:
 
-    samples    0 .. n-1     n .. 2n-1     2n .. 3n-1        n sequences in the table; step s has samples s*B .. s*B+B-1
-    rows      permutation  permutation   permutation        one permutation per epoch, seeded by (seed, epoch)
+    stored order   [group 0][group 1][group 2] ...            the table
+    epoch order    [group 7][group 2][group 9] ...            row groups permuted, rows permuted inside each row group
+    lanes          |----- lane 0 -----|----- lane 1 -----|    the epoch order, cut into lanes of equal length
+    positions      lane 0, lane 1, ..., lane 0, lane 1, ...   each position takes the next row of its lane
+
+The batch does not depend on the number of ranks. Samples are numbered through all epochs; step s has the samples s*B to
+s*B + B - 1, and rank r of R reads those whose number is r modulo R. If R divides the number of lanes, a power of two,
+these are the rows of its own lanes in an epoch, so that each rank decodes only its share of the row groups.
 """
 
 from functools import lru_cache
 
 import numpy as np
 
+# Raised when another version chooses other rows for the same seed: runs of the other version then cannot be resumed.
+ORDER_VERSION = 2
+WINDOW_ROWS = 32_768
+_MAX_LANES = 512
+_CHUNK_POSITIONS = 2 * WINDOW_ROWS
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n_sequences: int) -> np.ndarray:
-    """Returns the order of the rows in one epoch: a permutation that is the same on every machine and numpy version.
+
+def count_lanes(group_rows: np.ndarray) -> int:
+    """Computes the number of lanes: how many row groups an epoch reads at the same time.
 
     Args:
-        seed: the training seed.
-        epoch: number of the pass over the table, from 0.
-        n_sequences: sequences in the table.
+        group_rows: int64 of shape (n_groups,), the rows of each row group.
 
     Returns:
-        int64 of shape (n_sequences,), a permutation of 0 .. n_sequences - 1; read-only, because it is cached.
+        The largest power of two with which the lanes' row groups hold at most WINDOW_ROWS rows; 1 to 512.
     """
+    lanes = max(1, min(_MAX_LANES, WINDOW_ROWS // int(group_rows.max())))
+    return 1 << (lanes.bit_length() - 1)
+
+
+def _random_state(*words: int) -> np.random.RandomState:
     # RandomState instead of Generator: numpy promises that its stream never changes (NEP 19), so old runs can resume.
-    state = np.random.RandomState(np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch], dtype=np.uint32))
-    order = state.permutation(n_sequences).astype(np.int64)
-    order.setflags(write=False)
-    return order
+    return np.random.RandomState(np.array(words, dtype=np.uint32))
 
 
-def batch_rows(seed: int, step: int, batch_sequences: int, n_sequences: int) -> np.ndarray:
-    """Returns the row numbers of one step's batch. A batch may contain the end of one epoch and the start of the next.
+class RowOrder:
+    """The order of the rows of a table in a training.
 
     Args:
+        group_rows: int64 of shape (n_groups,), the rows of each row group in stored order, each at least 1.
         seed: the training seed.
-        step: optimiser step, from 0.
-        batch_sequences: sequences in a batch, over all ranks.
-        n_sequences: sequences in the table, at least 1.
 
-    Returns:
-        int64 of shape (batch_sequences,).
+    Attributes:
+        n_sequences: rows of the table.
+        lanes: number of lanes.
     """
-    samples = np.arange(step * batch_sequences, (step + 1) * batch_sequences, dtype=np.int64)
-    epochs, positions = np.divmod(samples, n_sequences)
-    parts = [epoch_order(seed, int(epoch), n_sequences)[positions[epochs == epoch]] for epoch in np.unique(epochs)]
-    return np.concatenate(parts)
 
+    def __init__(self, group_rows: np.ndarray, seed: int):
+        self._group_rows = group_rows.astype(np.int64)
+        self._starts = np.cumsum(self._group_rows) - self._group_rows
+        self._seed_words = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+        self.n_sequences = int(self._group_rows.sum())
+        self.lanes = count_lanes(self._group_rows)
+        # A batch may need two chunks, and the end of one epoch with the start of the next.
+        self._groups_of_epoch = lru_cache(maxsize=2)(self._permuted_groups)
+        self._chunk = lru_cache(maxsize=3)(self._chunk_rows)
 
-def rank_rows(rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Returns the rows of a batch that one rank reads: every `world_size`-th row from row `rank`.
+    def batch_rows(self, step: int, batch_sequences: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """Returns the rows of one step. A batch may contain the end of one epoch and the start of the next.
 
-    Args:
-        rows: numbers of the rows of the batch, shape (n,).
-        rank: number of this process, from 0.
-        world_size: number of processes.
-    """
-    return rows[rank::world_size]
+        Args:
+            step: optimiser step, from 0.
+            batch_sequences: sequences in a batch, over all ranks.
+            rank: number of this process, from 0.
+            world_size: number of processes; 1 returns the whole batch.
+
+        Returns:
+            int64 row numbers of this rank's part of the batch. The parts of all ranks make up the batch.
+        """
+        samples = np.arange(step * batch_sequences, (step + 1) * batch_sequences, dtype=np.int64)
+        epochs, positions = np.divmod(samples[samples % world_size == rank], self.n_sequences)
+        rows = np.empty(len(positions), dtype=np.int64)
+        chunks = positions // _CHUNK_POSITIONS
+        for epoch, chunk in sorted(set(zip(epochs.tolist(), chunks.tolist(), strict=True))):
+            chosen = (epochs == epoch) & (chunks == chunk)
+            rows[chosen] = self._chunk(epoch, chunk)[positions[chosen] - chunk * _CHUNK_POSITIONS]
+        return rows
+
+    def _permuted_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The row groups in the order of an epoch, and the rows up to the end of each."""
+        groups = _random_state(*self._seed_words, epoch).permutation(len(self._group_rows))
+        return groups, np.cumsum(self._group_rows[groups])
+
+    def _chunk_rows(self, epoch: int, chunk: int) -> np.ndarray:
+        """The rows of consecutive positions of an epoch, int64 of shape (at most _CHUNK_POSITIONS,)."""
+        start = chunk * _CHUNK_POSITIONS
+        positions = np.arange(start, min(start + _CHUNK_POSITIONS, self.n_sequences), dtype=np.int64)
+        lanes, turns = positions % self.lanes, positions // self.lanes
+        shortest, n_longer = divmod(self.n_sequences, self.lanes)
+        places = lanes * shortest + np.minimum(lanes, n_longer) + turns  # in the epoch order
+        groups, ends = self._groups_of_epoch(epoch)
+        indexes = np.searchsorted(ends, places, side="right")
+        rows = places - (ends[indexes] - self._group_rows[groups[indexes]])  # in the row group, before its permutation
+        by_group = np.argsort(indexes, kind="stable")
+        bounds = np.flatnonzero(np.diff(indexes[by_group])) + 1
+        for part in np.split(by_group, bounds):
+            group = int(groups[indexes[part[0]]])
+            state = _random_state(*self._seed_words, epoch, group)
+            rows[part] = self._starts[group] + state.permutation(int(self._group_rows[group]))[rows[part]]
+        return rows

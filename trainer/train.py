@@ -33,6 +33,7 @@ from trainer.distributed import World, process_group
 from trainer.document_masks import check_follows_positions
 from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, choose_scan, model_config, n_parameters
+from trainer.order import ORDER_VERSION
 from trainer.records import TRAINING_FILE, TrainingRecord, TrainResult, read_training
 from trainer.targets import Target
 from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer, read_tokenizer_files
@@ -157,7 +158,10 @@ def _inputs(config: ExperimentConfig, target: Target, world: World) -> _Inputs:
     if version != sequences.version:
         sequences = PackedSequences(uri, version, target.sequence_length, tokenizer)
     # The manifest instead of the version: a commit that changes no file (by VACUUM) is no reason to train again.
-    inputs_fingerprint = fingerprint(target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash)
+    # Another order of the rows is another training: its checkpoints are not continued.
+    inputs_fingerprint = fingerprint(
+        target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash, ORDER_VERSION
+    )
     return _Inputs(sequences, tokenizer, inputs_fingerprint)
 
 

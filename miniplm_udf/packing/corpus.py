@@ -19,6 +19,7 @@ from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import PackConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.packing.file_layout import packed_files
 from miniplm_udf.packing.tokenizers import TOKENIZER_FILE, PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
 from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
@@ -178,7 +179,8 @@ def _pack(config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -
         metadata = {**identity, **totals, "n_instances": n_instances}
         table = schemas.packed(source.corpus, tokenizer.name)
         numbered = _numbered(sequences, counts, config.pack.shards).select(*table.column_names)
-        version = tables.overwrite(numbered, uri, table, metadata)
+        with packed_files(numbered.sparkSession):
+            version = tables.overwrite(numbered, uri, table, metadata)
     finally:
         sequences.unpersist()
     return _summary(uri, version, metadata, skipped=False)

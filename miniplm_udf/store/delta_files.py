@@ -9,6 +9,7 @@ delta-rs is used only for the list of files: its own Arrow readers abort the int
 are percent-encoded, so that pyarrow does not find the files of a root with a space or an umlaut.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -65,7 +66,33 @@ def files_of(table: "DeltaTable", uri: str) -> list[str]:
     Returns:
         Plain paths of a local table, URIs of any other, sorted.
     """
+    return sorted(_located(table.get_add_actions().column("path").to_pylist(), uri))
+
+
+def files_by(table: "DeltaTable", uri: str, column: str) -> list[str]:
+    """Lists the data files of a table in the order of a column that grows from file to file.
+
+    A writer names its files at random, so their names do not tell this order.
+
+    Args:
+        table: the opened table.
+        uri: path or URI of the table, as `open_table` took it.
+        column: a column of whose values the log keeps the minimum. Files whose minimum is not known come last.
+
+    Returns:
+        Plain paths of a local table, URIs of any other, sorted by their smallest value, then by path.
+    """
+    actions = table.get_add_actions(flatten=True)
+    paths = _located(actions.column("path").to_pylist(), uri)
+    name = f"min.{column}"
+    smallest = actions.column(name).to_pylist() if name in actions.schema.names else [None] * len(paths)
+    return [
+        path
+        for _, _, path in sorted((value is None, value or 0, path) for value, path in zip(smallest, paths, strict=True))
+    ]
+
+
+def _located(paths: Iterable[str], uri: str) -> list[str]:
+    """The places of files by their names in the log, which are relative to the table and percent-encoded."""
     base = storage.local_path(storage.to_uri(uri)) if storage.is_local(uri) else uri
-    # The log holds paths relative to the table, percent-encoded.
-    paths = table.get_add_actions().column("path").to_pylist()
-    return sorted(storage.join(base, unquote(str(path))) for path in paths)
+    return [storage.join(base, unquote(path)) for path in paths]

@@ -48,6 +48,7 @@ class FakeSequences:
 
     def __init__(self, n_sequences: int = 10):
         self.n_sequences = n_sequences
+        self.group_rows = np.array([n_sequences])
         generator = np.random.default_rng(0)
         self.tokens = generator.integers(0, 20, (n_sequences, LENGTH + 1)).astype("i4")
         self.mask = np.ones((n_sequences, LENGTH), "u1")
@@ -110,7 +111,7 @@ def test_the_loss_is_the_stated_mean(kind: str) -> None:
 class PaddedInstances:
     """Two instances of 5 and 9 tokens, padded with separators, as `pack.sequences: instance` makes them."""
 
-    sequence_length, n_sequences = LENGTH, 2
+    sequence_length, n_sequences, group_rows = LENGTH, 2, np.array([2])
     instances = ([7, 8, SEPARATOR, 9, 10], [5, 6, 7, 8, 9, 10, 11, 12, SEPARATOR])
 
     def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

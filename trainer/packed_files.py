@@ -1,0 +1,187 @@
+"""Reads the Parquet files of a packed table: their row groups, and the token ids and masks of one row group.
+
+Inputs: paths or URIs of files, as `delta_files` gives them. Outputs: the row groups of all files with their rows, and
+numpy arrays of token_ids (n, L + 1) int32 and target_mask (n, L) uint8, which are views of Arrow's buffers. Footers are
+read by several threads. A file that is missing, damaged or not of a packed table is an error that names it. Keeps only
+the footers of some files. Writes nothing.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from miniplm_udf import storage
+from miniplm_udf.errors import CorpusError
+
+COLUMNS = ("token_ids", "target_mask")
+_FOOTER_THREADS = 16  # a footer on an object store takes tens of milliseconds
+_KEPT_GROUPS = 16_384  # a row group takes about 3 KB of its file's footer in memory
+REMEDY = "restore the file from a copy, or delete the table's folder and run the pack stage again"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A row group of a Parquet file.
+
+    Attributes:
+        path: plain path or URI of the file.
+        index: its number in the file.
+        n_rows: its rows.
+    """
+
+    path: str
+    index: int
+    n_rows: int
+
+
+def list_row_groups(paths: Sequence[str]) -> list[RowGroup]:
+    """Lists the row groups of files that have any rows, in the order of the files.
+
+    Args:
+        paths: plain paths or URIs.
+
+    Raises:
+        CorpusError: a file cannot be read, or has not the columns of a packed table.
+    """
+    with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+        counts = list(threads.map(_rows_of_groups, paths))
+    return [
+        RowGroup(path, index, n_rows)
+        for path, rows in zip(paths, counts, strict=True)
+        for index, n_rows in enumerate(rows)
+        if n_rows
+    ]
+
+
+def _rows_of_groups(path: str) -> list[int]:
+    with _file(path, None) as file:
+        missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
+        if missing:
+            raise CorpusError(
+                f"{storage.redact(path)}: expected the columns of a packed table, found no {' and no '.join(missing)}: "
+                "the folder holds another table; move it away and run the pack stage"
+            )
+        metadata = file.metadata
+        return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+
+
+def manifest_hash(groups: Sequence[RowGroup]) -> str:
+    """Returns a hash of the file names, row groups and row counts in stored order, 32 hexadecimal digits.
+
+    Args:
+        groups: the row groups of a table.
+    """
+    names = [[group.path.rsplit("/", 1)[-1], group.index, group.n_rows] for group in groups]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _file(path: str, metadata: pq.FileMetaData | None) -> Iterator[pq.ParquetFile]:
+    """Opens a file, with its footer if that is known.
+
+    Raises:
+        CorpusError: the file is missing or damaged, or becomes unreadable while the block reads it.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            # pyarrow opens local files by itself, and then reads without Python's lock.
+            source: Any = path
+            if not storage.is_local(path):
+                filesystem, inner = fsspec.core.url_to_fs(path)
+                source = stack.enter_context(filesystem.open(inner, "rb"))
+            yield stack.enter_context(pq.ParquetFile(source, metadata=metadata))
+    except (OSError, pa.ArrowException) as error:
+        problem = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise CorpusError(
+            f"{storage.redact(path)}: expected a file of a packed table, found: {problem}; {REMEDY}"
+        ) from error
+
+
+class RowGroupReader:
+    """Decodes row groups. For one thread at a time.
+
+    Args:
+        sequence_length: L, tokens of one input.
+        vocab_size: ids must be below it.
+    """
+
+    def __init__(self, sequence_length: int, vocab_size: int):
+        self._length, self._vocab_size = sequence_length, vocab_size
+        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._n_kept = 0
+
+    def read(self, group: RowGroup) -> tuple[np.ndarray, np.ndarray]:
+        """Reads one row group.
+
+        Args:
+            group: the row group.
+
+        Returns:
+            (token_ids (n, L + 1) int32, target_mask (n, L) uint8); read-only.
+
+        Raises:
+            CorpusError: the file cannot be read, a row has another length or is null, or an id is outside the
+                vocabulary.
+        """
+        with _file(group.path, self._footers.get(group.path)) as file:
+            self._keep_footer(group.path, file.metadata)
+            table = file.read_row_group(group.index, columns=list(COLUMNS), use_threads=False)
+            tokens, mask = (self._matrix(group, table[name], name) for name in COLUMNS)
+        self._check_ids(group, tokens)
+        return tokens, mask
+
+    def _keep_footer(self, path: str, footer: pq.FileMetaData) -> None:
+        """Keeps the footers of the files that were read last, up to a number of row groups."""
+        if path not in self._footers:
+            self._footers[path] = footer
+            self._n_kept += footer.num_row_groups
+        self._footers.move_to_end(path)
+        while self._n_kept > _KEPT_GROUPS and len(self._footers) > 1:
+            self._n_kept -= self._footers.popitem(last=False)[1].num_row_groups
+
+    def _matrix(self, group: RowGroup, column: pa.ChunkedArray, name: str) -> np.ndarray:
+        """A binary column as an array (rows, width), a view of Arrow's buffer if the column is in one chunk.
+
+        Raises:
+            CorpusError: a row has another length or is null, or the column is not binary.
+        """
+        dtype, width = (np.dtype("<i4"), self._length + 1) if name == "token_ids" else (np.dtype("u1"), self._length)
+        size = width * dtype.itemsize
+        if not pa.types.is_binary(column.type):
+            column = column.cast(pa.binary())  # delta-rs writes large or view types if its frame has them
+        parts, first = [], 0
+        for chunk in column.chunks:
+            _, offsets, values = chunk.buffers()
+            ends = np.frombuffer(offsets, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            lengths = np.diff(ends)
+            wrong = lengths != size
+            if chunk.null_count or wrong.any():
+                if chunk.null_count:
+                    wrong = chunk.is_null().to_numpy(zero_copy_only=False)
+                row = int(np.argmax(wrong))
+                found = "null" if chunk.null_count else f"{lengths[row] / dtype.itemsize:g}"
+                raise CorpusError(
+                    f"{storage.redact(group.path)}: {name}: expected {width} entries a row (pack.sequence_length "
+                    f"{self._length}), found {found} in row {first + row} of row group {group.index}: {REMEDY}"
+                )
+            parts.append(np.frombuffer(values, "u1")[ends[0] : ends[-1]].view(dtype).reshape(len(chunk), width))
+            first += len(chunk)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _check_ids(self, group: RowGroup, tokens: np.ndarray) -> None:
+        if int(tokens.view("<u4").max(initial=0)) >= self._vocab_size:  # a negative id is a large unsigned one
+            raise CorpusError(
+                f"{storage.redact(group.path)}: expected ids 0 to {self._vocab_size - 1}, its tokenizer's, found "
+                f"{tokens.min()} to {tokens.max()} in row group {group.index}; the table was packed with another "
+                f"tokenizer, or the file is damaged: {REMEDY}"
+            )
