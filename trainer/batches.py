@@ -2,8 +2,8 @@
 
 Inputs: token sequences by row number (`Sequences`), the training's seed and batch size, the ranks. Output: for each
 step this rank's token ids (n, L + 1) int64 and target mask (n, L) uint8 on its device. On a GPU, the thread puts
-batches into pinned memory, and the copy to the device does not make the CPU wait. At most `_DEPTH` batches are held. A batch is
-a function of its step alone. An error while reading a batch is raised in the step that needs the batch.
+batches into pinned memory, and the copy to the device does not make the CPU wait. At most `_DEPTH` batches are held. A
+batch is a function of its step alone. An error while reading a batch is raised in the step that needs the batch.
 """
 
 import contextlib

@@ -39,11 +39,6 @@ def count_lanes(group_rows: np.ndarray) -> int:
     return 1 << (lanes.bit_length() - 1)
 
 
-def _random_state(*words: int) -> np.random.RandomState:
-    # RandomState instead of Generator: numpy promises that its stream never changes (NEP 19), so old runs can resume.
-    return np.random.RandomState(np.array(words, dtype=np.uint32))
-
-
 class RowOrder:
     """The order of the rows of a table in a training.
 
@@ -60,6 +55,8 @@ class RowOrder:
         self._group_rows = group_rows.astype(np.int64)
         self._starts = np.cumsum(self._group_rows) - self._group_rows
         self._seed_words = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+        # RandomState instead of Generator: numpy never changes its stream (NEP 19), so old runs can resume.
+        self._random = np.random.RandomState(0)
         self.n_sequences = int(self._group_rows.sum())
         self.lanes = count_lanes(self._group_rows)
         # A batch may need two chunks, and the end of one epoch with the start of the next.
@@ -89,7 +86,7 @@ class RowOrder:
 
     def _permuted_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The row groups in the order of an epoch, and the rows up to the end of each."""
-        groups = _random_state(*self._seed_words, epoch).permutation(len(self._group_rows))
+        groups = self._permutation(len(self._group_rows), epoch)
         return groups, np.cumsum(self._group_rows[groups])
 
     def _chunk_rows(self, epoch: int, chunk: int) -> np.ndarray:
@@ -106,6 +103,10 @@ class RowOrder:
         bounds = np.flatnonzero(np.diff(indexes[by_group])) + 1
         for part in np.split(by_group, bounds):
             group = int(groups[indexes[part[0]]])
-            state = _random_state(*self._seed_words, epoch, group)
-            rows[part] = self._starts[group] + state.permutation(int(self._group_rows[group]))[rows[part]]
+            rows[part] = self._starts[group] + self._permutation(int(self._group_rows[group]), epoch, group)[rows[part]]
         return rows
+
+    def _permutation(self, n: int, *words: int) -> np.ndarray:
+        """A permutation of 0 .. n - 1, a function of the seed and the words."""
+        self._random.seed(np.array([*self._seed_words, *words], dtype=np.uint32))
+        return self._random.permutation(n)

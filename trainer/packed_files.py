@@ -2,8 +2,8 @@
 
 Inputs: paths or URIs of files, as `delta_files` gives them. Outputs: the row groups of all files with their rows, and
 numpy arrays of token_ids (n, L + 1) int32 and target_mask (n, L) uint8, which are views of Arrow's buffers. Footers are
-read by several threads. A file that is missing, damaged or not of a packed table is an error that names it. Keeps only
-the footers of some files. Writes nothing.
+read by several threads. A file that is missing, damaged or not of a packed table is an error that names it. Keeps some
+files open, and no rows. Writes nothing.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -25,7 +24,8 @@ from miniplm_udf.errors import CorpusError
 
 COLUMNS = ("token_ids", "target_mask")
 _FOOTER_THREADS = 16  # a footer on an object store takes tens of milliseconds
-_KEPT_GROUPS = 16_384  # a row group takes about 3 KB of its file's footer in memory
+_OPEN_FILES = 256
+_OPEN_GROUPS = 16_384  # row groups of all open files; each takes about 3 KB of memory
 REMEDY = "restore the file from a copy, or delete the table's folder and run the pack stage again"
 
 
@@ -64,7 +64,7 @@ def list_row_groups(paths: Sequence[str]) -> list[RowGroup]:
 
 
 def _rows_of_groups(path: str) -> list[int]:
-    with _file(path, None) as file:
+    with _errors_name(path), contextlib.closing(_open(path)) as file:
         missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
         if missing:
             raise CorpusError(
@@ -86,25 +86,27 @@ def manifest_hash(groups: Sequence[RowGroup]) -> str:
 
 
 @contextlib.contextmanager
-def _file(path: str, metadata: pq.FileMetaData | None) -> Iterator[pq.ParquetFile]:
-    """Opens a file, with its footer if that is known.
+def _errors_name(path: str) -> Iterator[None]:
+    """Turns the errors of a missing or damaged file into one that names it.
 
     Raises:
-        CorpusError: the file is missing or damaged, or becomes unreadable while the block reads it.
+        CorpusError: the block could not read the file.
     """
     try:
-        with contextlib.ExitStack() as stack:
-            # pyarrow opens local files by itself, and then reads without Python's lock.
-            source: Any = path
-            if not storage.is_local(path):
-                filesystem, inner = fsspec.core.url_to_fs(path)
-                source = stack.enter_context(filesystem.open(inner, "rb"))
-            yield stack.enter_context(pq.ParquetFile(source, metadata=metadata))
+        yield
     except (OSError, pa.ArrowException) as error:
         problem = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise CorpusError(
             f"{storage.redact(path)}: expected a file of a packed table, found: {problem}; {REMEDY}"
         ) from error
+
+
+def _open(path: str) -> pq.ParquetFile:
+    """Opens a file, which the returned object closes."""
+    if storage.is_local(path):  # pyarrow opens it by itself, and then reads without Python's lock
+        return pq.ParquetFile(pa.OSFile(path))
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return pq.ParquetFile(filesystem.open(inner, "rb"))
 
 
 class RowGroupReader:
@@ -117,8 +119,8 @@ class RowGroupReader:
 
     def __init__(self, sequence_length: int, vocab_size: int):
         self._length, self._vocab_size = sequence_length, vocab_size
-        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
-        self._n_kept = 0
+        self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._open_groups = 0
 
     def read(self, group: RowGroup) -> tuple[np.ndarray, np.ndarray]:
         """Reads one row group.
@@ -133,21 +135,24 @@ class RowGroupReader:
             CorpusError: the file cannot be read, a row has another length or is null, or an id is outside the
                 vocabulary.
         """
-        with _file(group.path, self._footers.get(group.path)) as file:
-            self._keep_footer(group.path, file.metadata)
+        with _errors_name(group.path):
+            file = self._file(group.path)
             table = file.read_row_group(group.index, columns=list(COLUMNS), use_threads=False)
-            tokens, mask = (self._matrix(group, table[name], name) for name in COLUMNS)
+        tokens, mask = (self._matrix(group, table[name], name) for name in COLUMNS)
         self._check_ids(group, tokens)
         return tokens, mask
 
-    def _keep_footer(self, path: str, footer: pq.FileMetaData) -> None:
-        """Keeps the footers of the files that were read last, up to a number of row groups."""
-        if path not in self._footers:
-            self._footers[path] = footer
-            self._n_kept += footer.num_row_groups
-        self._footers.move_to_end(path)
-        while self._n_kept > _KEPT_GROUPS and len(self._footers) > 1:
-            self._n_kept -= self._footers.popitem(last=False)[1].num_row_groups
+    def _file(self, path: str) -> pq.ParquetFile:
+        """The open file. The files that were used last stay open, with their footers."""
+        if path not in self._open:
+            self._open[path] = _open(path)
+            self._open_groups += self._open[path].num_row_groups
+        self._open.move_to_end(path)
+        while len(self._open) > 1 and (len(self._open) > _OPEN_FILES or self._open_groups > _OPEN_GROUPS):
+            oldest = self._open.popitem(last=False)[1]
+            self._open_groups -= oldest.num_row_groups
+            oldest.close(force=True)
+        return self._open[path]
 
     def _matrix(self, group: RowGroup, column: pa.ChunkedArray, name: str) -> np.ndarray:
         """A binary column as an array (rows, width), a view of Arrow's buffer if the column is in one chunk.
