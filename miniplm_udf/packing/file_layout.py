@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 GROUP_ROWS = 512
 FILE_ROWS = 128 * GROUP_ROWS
-# No dictionary: no two sequences are alike. No minimum and maximum of bytes: they would fill the footers.
-# No compression: a trainer then reads more than twice as fast as with zstd, from files of twice the size.
+COMPRESSION = "zstd"
+# No dictionary: no two sequences are alike. No minimum and maximum of bytes: they would fill the footers. zstd: files
+# without compression are read twice as fast and are twice the size; a core reads more than any trainer needs anyway
+# (`make bench-loader` compares the codecs).
 _SETTINGS = {
     "parquet.block.row.count.limit": str(GROUP_ROWS),
     "spark.sql.files.maxRecordsPerFile": str(FILE_ROWS),
-    "spark.sql.parquet.compression.codec": "uncompressed",
+    "spark.sql.parquet.compression.codec": COMPRESSION,
     "parquet.enable.dictionary#token_ids": "false",
     "parquet.column.statistics.enabled#token_ids": "false",
     "parquet.column.statistics.enabled#target_mask": "false",

@@ -1,30 +1,35 @@
-"""The trainer's loader next to a memory-mapped file of the same tokens, and what a table of the paper's size costs.
+"""The trainer's loader next to a memory-mapped file of the same tokens, and the costs of a table of the paper's size.
 
-    python -m tests.bench.bench_loader [--gigabytes 5] [--batch 512] [--compression UNCOMPRESSED]
+    python -m tests.bench.bench_loader [--sequences 2500000] [--batch 512] [--folder build/bench/loader]
 
-Writes a packed table of random tokens with the frequencies of text (Zipf, 151,936 ids, sequences of 1,024), and the same
-tokens and masks as plain files, below `--folder`, and removes both. One epoch of each loader is read, as int64 ids and
-uint8 masks, in processes that stay on one core; the loaders take turns, so that other work on the machine slows both.
-The memory-mapped file is read in a full permutation of its rows; all files are in the system's cache. Then opens a table
-with the rows and row groups of the paper's 48.8 million sequences, of 2 tokens each, and computes batches of its order.
-Prints three tables and writes `build/bench/loader.json`.
+Writes a packed table of random tokens with the frequencies of text (Zipf, 151,936 ids, sequences of 1,024 tokens), and
+the same token ids and masks as two plain files, and removes all. Each loader reads an epoch as int64 ids and uint8
+masks in a process of its own, all on the same core, in turns, so that other work on the machine slows each of them. The
+plain files are mapped into memory and read in a permutation of all rows. "From the disk": before each turn, the files are
+removed from the system's cache, as if they were much larger than the memory. "From the system's cache": a sixteenth of
+the rows, in each codec. Then a table with the files and row groups of the paper's 48.8 million sequences, of 2 tokens
+each, is opened, and batches of its order are computed. Prints four tables and writes `build/bench/loader.json`.
 
-    tokens/s      input tokens of the batches over processor seconds of all threads
-    decoded       bytes decoded over bytes trained on; the limit is 1, each byte once
-    peak          highest resident memory during the epoch, without what the process had before it opened the table
-    same group    other sequences of a batch that come from a sequence's own row group
+    M tokens/s              input tokens over the seconds of the loader's turns
+    ... per processor s     input tokens over the processor seconds of all threads of the loader
+    decoded                 rows decoded over rows read; the limit is 1: each row is decoded once
+    peak MB                 growth of resident memory without mapped files, from before the table is opened
+    same row group          other sequences of a batch that are from the row group of a sequence, on average
+
+With the default, the table takes 5 GB of disk and the plain files 13 GB.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import mmap
 import multiprocessing
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,9 +53,11 @@ from trainer.order import RowOrder
 LENGTH, VOCABULARY = 1024, 151_936
 ROW_BYTES = 4 * (LENGTH + 1) + LENGTH
 PAPER_FILES = 745  # of FILE_ROWS rows: 48.8 million sequences
-BLOCK_STEPS = 50
-OURS, MAPPED = "ours", "memory-mapped file"
-GetBatch = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+TURN_STEPS = 50
+CODECS = ("ZSTD", "LZ4_RAW", "SNAPPY", "UNCOMPRESSED")  # the first one is the pack stage's
+MAPPED = "memory-mapped file"
+PLAIN_FILES = ("tokens.bin", "mask.bin")
+METADATA = {"corpus": "random"}
 INFO = TokenizerInfo(document_separator="x", document_separator_id=0, tokenizer_hash="h", vocab_size=VOCABULARY)
 
 
@@ -68,34 +75,58 @@ def random_rows(n_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield np.stack([pool[begin : begin + LENGTH + 1] for begin in begins]), mask
 
 
-def write_both(folder: Path, n_rows: int, compression: str) -> None:
-    """Writes the packed table and the two plain files."""
+def write_tables(folder: Path, n_rows: int, codecs: Sequence[str]) -> None:
+    """Writes a packed table for each codec, in a folder of its name, and the same rows as two plain files."""
+    folder.mkdir(parents=True)
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batches(codec: str) -> Iterator[pa.RecordBatch]:
         first = 0
-        with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "mask.bin", "wb") as mask_file:
-            for tokens, mask in random_rows(n_rows):
-                tokens_file.write(tokens.data)
-                mask_file.write(mask.data)
-                yield packed_batch(first, tokens, mask)
-                first += len(tokens)
+        with contextlib.ExitStack() as stack:
+            is_first = codec == codecs[0]
+            plain = [stack.enter_context(open(folder / name, "wb")) for name in PLAIN_FILES if is_first]
+            for rows in random_rows(n_rows):
+                for file, values in zip(plain, rows, strict=False):
+                    file.write(values.data)
+                yield packed_batch(first, *rows)
+                first += len(rows[0])
 
-    write_rows(folder / "table", batches(), {}, compression=compression, bytes_per_row=ROW_BYTES)
+    for codec in codecs:
+        write_rows(folder / codec, batches(codec), METADATA, compression=codec, bytes_per_row=ROW_BYTES)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of a table's data files."""
+    return sum(path.stat().st_size for path in folder.glob("*.parquet"))
 
 
 class MappedFile:
     """The plain files in memory, read in a permutation of all rows."""
 
-    def __init__(self, folder: Path, batch: int):
-        self.tokens = np.memmap(folder / "tokens.bin", "<i4", "r").reshape(-1, LENGTH + 1)
-        self.mask = np.memmap(folder / "mask.bin", "u1", "r").reshape(-1, LENGTH)
-        self.rows = np.random.default_rng(0).permutation(len(self.tokens))
-        self.batch = batch
+    rows_decoded = 0  # nothing has to be decoded
 
-    def get(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids int64 and mask of a step."""
-        rows = self.rows[step * self.batch : (step + 1) * self.batch]
-        return torch.from_numpy(self.tokens[rows]).to(torch.int64), torch.from_numpy(self.mask[rows])
+    def __init__(self, folder: Path, batch: int):
+        self._files = [np.memmap(folder / PLAIN_FILES[0], "<i4", "r"), np.memmap(folder / PLAIN_FILES[1], "u1", "r")]
+        self._columns = [self._files[0].reshape(-1, LENGTH + 1), self._files[1].reshape(-1, LENGTH)]
+        self._rows = np.random.default_rng(0).permutation(len(self._columns[0]))
+        self._batch = batch
+
+    def read(self, steps: range) -> None:
+        """Reads the batches of some steps. Then gives up the mapped pages, which the system would keep in its cache."""
+        for step in steps:
+            rows = self._rows[step * self._batch : (step + 1) * self._batch]
+            tokens, _ = (torch.from_numpy(column[rows]) for column in self._columns)
+            tokens.to(torch.int64)
+        for file in self._files:
+            file._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Removes the files below a folder from the system's cache, as if they were much larger than the memory."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class PeakMemory:
@@ -130,55 +161,68 @@ class PeakMemory:
         return memory.rss - memory.shared
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Measures:
-    """What one loader used for an epoch: seconds, bytes, and rows decoded over rows read."""
+    """What a loader used for its steps: seconds until it was open, seconds of its turns, bytes, decoded rows."""
 
     start_seconds: float
-    processor_seconds: float
-    peak_bytes: int
-    decoded: float
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    peak_bytes: int = 0
+    rows_decoded: int = 0
 
 
-@contextlib.contextmanager
-def open_loader(name: str, folder: Path, batch: int, steps: int) -> Iterator[tuple[GetBatch, Callable[[], float]]]:
-    """A loader's function from a step to its batch, and a function that returns rows decoded over rows read."""
-    if name == MAPPED:
-        yield MappedFile(folder, batch).get, lambda: 1.0
-        return
-    sequences = PackedSequences((folder / "table").as_uri(), None, LENGTH, INFO)
-    batches = Batches(sequences, TrainConfig(batch_sequences=batch, steps=steps, warmup_steps=0), World())
-    with batches.read_ahead(0, steps):
-        yield batches.get, lambda: sequences.cache.rows_decoded / (steps * batch)
+class Packed:
+    """The trainer's loader on one rank."""
+
+    def __init__(self, table: Path, batch: int):
+        self._sequences = PackedSequences(table.as_uri(), None, LENGTH, INFO)
+        self._batches = Batches(self._sequences, TrainConfig(batch_sequences=batch), World())
+
+    @property
+    def rows_decoded(self) -> int:
+        """Rows of the row groups that were decoded so far."""
+        return self._sequences.cache.rows_decoded
+
+    def read(self, steps: range) -> None:
+        """Reads the batches of some steps, ahead of their use."""
+        with self._batches.read_ahead(steps.start, steps.stop):
+            for step in steps:
+                self._batches.get(step)
 
 
-def serve(name: str, folder: Path, batch: int, steps: int, pipe: Connection) -> None:
+def serve(name: str, folder: Path, batch: int, pipe: Connection) -> None:
     """A process with one loader on one core: reads the steps that it is asked for, then sends its measures."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with PeakMemory() as memory:
         started = time.perf_counter()
-        with open_loader(name, folder, batch, steps) as (get, decoded):
-            start_seconds, used = time.perf_counter() - started, time.process_time()
-            pipe.send("ready")
-            while (block := pipe.recv()) is not None:
-                for step in block:
-                    get(step)
-                pipe.send("done")
-            pipe.send(Measures(start_seconds, time.process_time() - used, memory.growth(), decoded()))
+        loader = MappedFile(folder, batch) if name == MAPPED else Packed(folder / name, batch)
+        measures, used = Measures(time.perf_counter() - started), time.process_time()
+        pipe.send("ready")
+        while (turn := pipe.recv()) is not None:
+            started = time.perf_counter()
+            loader.read(turn)
+            measures.seconds += time.perf_counter() - started
+            pipe.send("done")
+        measures.processor_seconds = time.process_time() - used
+        measures.peak_bytes, measures.rows_decoded = memory.growth(), loader.rows_decoded
+        pipe.send(measures)
 
 
-def compare(folder: Path, batch: int, steps: int) -> dict[str, Measures]:
-    """Reads the same steps with each loader, in turns."""
+def compare(folder: Path, names: Sequence[str], batch: int, steps: int, from_disk: bool) -> dict[str, Measures]:
+    """Reads the same number of steps with each loader, in turns, from the system's cache or from the disk."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
-    for name in (OURS, MAPPED):
+    for name in names:
         pipes[name], far_end = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, folder, batch, steps, far_end)))
+        processes.append(context.Process(target=serve, args=(name, folder, batch, far_end)))
         processes[-1].start()
         pipes[name].recv()
-    for first in range(0, steps, BLOCK_STEPS):
+    for first in range(0, steps, TURN_STEPS):
         for pipe in pipes.values():
-            pipe.send(range(first, min(steps, first + BLOCK_STEPS)))
+            if from_disk:
+                drop_from_cache(folder)
+            pipe.send(range(first, min(steps, first + TURN_STEPS)))
             pipe.recv()
     for pipe in pipes.values():
         pipe.send(None)
@@ -188,16 +232,19 @@ def compare(folder: Path, batch: int, steps: int) -> dict[str, Measures]:
     return measures
 
 
-def loader_rows(measures: dict[str, Measures], n_tokens: int, table_bytes: int) -> list[dict[str, Any]]:
-    """The table of the loaders."""
+def loader_rows(folder: Path, measures: dict[str, Measures], n_rows: int) -> list[dict[str, Any]]:
+    """The rows of a table of loaders, which have read so many rows; ratios are over the memory-mapped file."""
+    mapped = measures[MAPPED]
     return [
         {
             "loader": name,
-            "M tokens/s": n_tokens / m.processor_seconds / 1e6,
-            "ratio": measures[MAPPED].processor_seconds / m.processor_seconds,
-            "decoded": m.decoded,
+            "GB": (n_rows * ROW_BYTES if name == MAPPED else size_of(folder / name)) / 1e9,
+            "M tokens/s": n_rows * LENGTH / m.seconds / 1e6,
+            "ratio": mapped.seconds / m.seconds,
+            "M tokens/processor s": n_rows * LENGTH / m.processor_seconds / 1e6,
+            "processor ratio": mapped.processor_seconds / m.processor_seconds,
+            "decoded": m.rows_decoded / n_rows,
             "peak MB": m.peak_bytes / 1e6,
-            "table/peak": table_bytes / m.peak_bytes,
             "start s": m.start_seconds,
         }
         for name, m in measures.items()
@@ -207,7 +254,7 @@ def loader_rows(measures: dict[str, Measures], n_tokens: int, table_bytes: int) 
 def write_paper_table(folder: Path) -> None:
     """A table with the rows and row groups of the paper's corpus: one file of 2-token sequences, under many names."""
     tokens = np.zeros((FILE_ROWS, 3), np.int32)
-    write_rows(folder / "one", [packed_batch(0, tokens, np.ones((FILE_ROWS, 2), np.uint8))], {})
+    write_rows(folder / "one", [packed_batch(0, tokens, np.ones((FILE_ROWS, 2), np.uint8))], METADATA)
     (file,) = (folder / "one").glob("*.parquet")
     table = folder / "paper"
     table.mkdir()
@@ -269,18 +316,18 @@ def shuffle_quality(group_rows: np.ndarray, batch: int) -> list[dict[str, Any]]:
     mean_rows = float(np.mean(group_rows))
     return [
         {
-            "order": OURS,
+            "order": "ours",
             "neighbours apart, mean steps": float(distance.mean()),
             "most": int(distance.max()),
             "in one batch": float((distance == 0).mean()),
-            "same group": float((pairs * (pairs - 1)).sum() / pairs.sum()),
+            "same row group": float((pairs * (pairs - 1)).sum() / pairs.sum()),
         },
         {
             "order": "full permutation",
             "neighbours apart, mean steps": n / 3 / batch,
             "most": n // batch,
             "in one batch": (batch - 1) / (n - 1),
-            "same group": (batch - 1) * (mean_rows - 1) / (n - 1),
+            "same row group": (batch - 1) * (mean_rows - 1) / (n - 1),
         },
     ]
 
@@ -297,40 +344,51 @@ def at_paper_size(folder: Path, batch: int) -> tuple[list[dict[str, Any]], list[
     return [row], shuffle_quality(group_rows, batch)
 
 
-def run(folder: Path, gigabytes: float, batch: int, compression: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the three tables by their names."""
-    n_rows = int(gigabytes * 1e9 / ROW_BYTES)
-    write_both(folder, n_rows, compression)
-    table_bytes = sum(path.stat().st_size for path in (folder / "table").glob("*.parquet"))
-    steps = n_rows // batch
-    loaders = loader_rows(compare(folder, batch, steps), steps * batch * LENGTH, table_bytes)
+def measure(folder: Path, n_rows: int, codecs: Sequence[str], batch: int, from_disk: bool) -> list[dict[str, Any]]:
+    """Writes tables and plain files, reads an epoch with each loader, and removes the files."""
+    write_tables(folder, n_rows, codecs)
+    try:
+        steps = n_rows // batch
+        return loader_rows(folder, compare(folder, [*codecs, MAPPED], batch, steps, from_disk), steps * batch)
+    finally:
+        shutil.rmtree(folder)
+
+
+def run(folder: Path, n_rows: int, batch: int) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the four tables, by their names."""
     size, shuffle = at_paper_size(folder, batch)
-    table = [{"sequences": n_rows, "table GB": table_bytes / 1e9, "bytes/token": table_bytes / n_rows / LENGTH}]
-    return {"table": table, "loaders": loaders, "paper_size": size, "shuffle": shuffle}
+    return {
+        "from the disk": measure(folder / "disk", n_rows, [CODECS[0]], batch, from_disk=True),
+        "from the system's cache": measure(folder / "cached", n_rows // 16, CODECS, batch, from_disk=False),
+        "paper's size": size,
+        "shuffle": shuffle,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the tables and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=5.0)
+    parser.add_argument("--sequences", type=int, default=2_500_000)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--compression", default="UNCOMPRESSED", help="UNCOMPRESSED, LZ4_RAW, ZSTD or SNAPPY")
     parser.add_argument("--folder", type=Path, default=results.FOLDER / "loader")
     options = parser.parse_args(argv)
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     try:
-        tables = run(options.folder, options.gigabytes, options.batch, options.compression)
+        tables = run(options.folder, options.sequences, options.batch)
     finally:
         shutil.rmtree(options.folder)
-    for rows in tables.values():
-        print(results.table(list(rows[0]), [list(row.values()) for row in rows]), end="\n\n")
-    ours = tables["loaders"][0]
-    ratios = {"loader_vs_mapped_file": ours["ratio"], "bytes_decoded_vs_trained_on": ours["decoded"]}
+    disk, cached = tables["from the disk"][0], tables["from the system's cache"][0]
+    ratios = {
+        "loader_vs_mapped_file_from_disk": disk["ratio"],
+        "loader_vs_mapped_file_from_cache": cached["ratio"],
+        "bytes_decoded_vs_trained_on": disk["decoded"],
+    }
     path = None
     for key, rows in tables.items():
+        print(f"{key}\n{results.table(list(rows[0]), [list(row.values()) for row in rows])}\n")
         path = results.record("loader", ratios, rows, key)
-    print(f"batches of {options.batch}, {options.compression}, one core; written to {path}")
+    print(f"{options.sequences:,} sequences of {LENGTH:,} tokens, batches of {options.batch}; written to {path}")
 
 
 if __name__ == "__main__":

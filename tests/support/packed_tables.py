@@ -43,7 +43,7 @@ def write_rows(
     metadata: dict[str, Any] | None,
     mode: Any = "overwrite",
     group_rows: int = GROUP_ROWS,
-    compression: Any = "UNCOMPRESSED",
+    compression: Any = "ZSTD",
     bytes_per_row: int | None = None,
 ) -> None:
     """One commit to a packed table; `metadata` stands where Spark's `userMetadata` does.
@@ -56,6 +56,7 @@ def write_rows(
     properties = WriterProperties(
         max_row_group_size=group_rows,
         compression=compression,
+        compression_level=3 if compression == "ZSTD" else None,  # Spark's
         column_properties={
             "token_ids": ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE"),
             "target_mask": ColumnProperties(statistics_enabled="NONE"),
