@@ -155,33 +155,29 @@ class RowGroupReader:
         return self._open[path]
 
     def _matrix(self, group: RowGroup, column: pa.ChunkedArray, name: str) -> np.ndarray:
-        """A binary column as an array (rows, width), a view of Arrow's buffer if the column is in one chunk.
+        """A binary column as an array (rows, width), a view of Arrow's buffer.
 
         Raises:
-            CorpusError: a row has another length or is null, or the column is not binary.
+            CorpusError: a row has another length or is null.
         """
         dtype, width = (np.dtype("<i4"), self._length + 1) if name == "token_ids" else (np.dtype("u1"), self._length)
-        size = width * dtype.itemsize
         if not pa.types.is_binary(column.type):
-            column = column.cast(pa.binary())  # delta-rs writes large or view types if its frame has them
-        parts, first = [], 0
-        for chunk in column.chunks:
-            _, offsets, values = chunk.buffers()
-            ends = np.frombuffer(offsets, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            lengths = np.diff(ends)
-            wrong = lengths != size
-            if chunk.null_count or wrong.any():
-                if chunk.null_count:
-                    wrong = chunk.is_null().to_numpy(zero_copy_only=False)
-                row = int(np.argmax(wrong))
-                found = "null" if chunk.null_count else f"{lengths[row] / dtype.itemsize:g}"
-                raise CorpusError(
-                    f"{storage.redact(group.path)}: {name}: expected {width} entries a row (pack.sequence_length "
-                    f"{self._length}), found {found} in row {first + row} of row group {group.index}: {REMEDY}"
-                )
-            parts.append(np.frombuffer(values, "u1")[ends[0] : ends[-1]].view(dtype).reshape(len(chunk), width))
-            first += len(chunk)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            column = column.cast(pa.binary())  # a file may declare large or view types
+        values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        _, offsets, content = values.buffers()
+        ends = np.frombuffer(offsets, dtype=np.int32)[values.offset : values.offset + len(values) + 1]
+        lengths = np.diff(ends)
+        wrong = lengths != width * dtype.itemsize
+        if values.null_count:
+            wrong = values.is_null().to_numpy(zero_copy_only=False)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            entries = "null" if values.null_count else f"{lengths[row] / dtype.itemsize:g}"
+            raise CorpusError(
+                f"{storage.redact(group.path)}: expected {width} entries of {name} a row (pack.sequence_length "
+                f"{self._length}), found {entries} in row {row} of row group {group.index}: {REMEDY}"
+            )
+        return np.frombuffer(content, "u1")[ends[0] : ends[-1]].view(dtype).reshape(len(values), width)
 
     def _check_ids(self, group: RowGroup, tokens: np.ndarray) -> None:
         if int(tokens.view("<u4").max(initial=0)) >= self._vocab_size:  # a negative id is a large unsigned one

@@ -5,10 +5,10 @@
 Writes a packed table of random tokens with the frequencies of text (Zipf, 151,936 ids, sequences of 1,024 tokens), and
 the same token ids and masks as two plain files, and removes all. Each loader reads an epoch as int64 ids and uint8
 masks in a process of its own, all on the same core, in turns, so that other work on the machine slows each of them. The
-plain files are mapped into memory and read in a permutation of all rows. "From the disk": before each turn, the files are
-removed from the system's cache, as if they were much larger than the memory. "From the system's cache": a sixteenth of
-the rows, in each codec. Then a table with the files and row groups of the paper's 48.8 million sequences, of 2 tokens
-each, is opened, and batches of its order are computed. Prints four tables and writes `build/bench/loader.json`.
+plain files are mapped into memory and read in a permutation of all rows. "From the disk": before each turn, the files
+are removed from the system's cache, as if they were much larger than the memory. "From the system's cache": a sixteenth
+of the rows, in each codec. Then a table with the files and row groups of the paper's 48.8 million sequences, each of 2
+tokens, is opened, and batches of its order are computed. Prints four tables and writes `build/bench/loader.json`.
 
     M tokens/s              input tokens over the seconds of the loader's turns
     ... per processor s     input tokens over the processor seconds of all threads of the loader
@@ -22,6 +22,7 @@ With the default, the table takes 5 GB of disk and the plain files 13 GB.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import mmap
 import multiprocessing
@@ -38,7 +39,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-from deltalake import Schema
+from deltalake import CommitProperties, Schema
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from miniplm_udf.config.training import TrainConfig
@@ -61,18 +62,24 @@ METADATA = {"corpus": "random"}
 INFO = TokenizerInfo(document_separator="x", document_separator_id=0, tokenizer_hash="h", vocab_size=VOCABULARY)
 
 
-def random_rows(n_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of token ids (n, L + 1) and masks (n, L); one sequence in eight has a position without a target."""
+@functools.cache
+def random_tokens() -> np.ndarray:
+    """Token ids with the frequencies of text, from which sequences are cut."""
     generator = np.random.default_rng(0)
     frequencies = np.cumsum(1 / np.arange(1, VOCABULARY + 1) ** 1.07)
     ids = generator.permutation(VOCABULARY).astype("<i4")
-    pool = ids[np.searchsorted(frequencies, generator.random(1 << 24) * frequencies[-1])]
+    return ids[np.searchsorted(frequencies, generator.random(1 << 24) * frequencies[-1])]
+
+
+def random_rows(n_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of token ids (n, L + 1) and masks (n, L); one sequence in eight has a position without a target."""
+    generator, tokens = np.random.default_rng(1), random_tokens()
     for start in range(0, n_rows, 8192):
         n = min(8192, n_rows - start)
-        begins = generator.integers(0, len(pool) - LENGTH - 1, n)
+        begins = generator.integers(0, len(tokens) - LENGTH - 1, n)
         mask = np.ones((n, LENGTH), np.uint8)
         mask[::8, generator.integers(0, LENGTH)] = 0
-        yield np.stack([pool[begin : begin + LENGTH + 1] for begin in begins]), mask
+        yield np.stack([tokens[begin : begin + LENGTH + 1] for begin in begins]), mask
 
 
 def write_tables(folder: Path, n_rows: int, codecs: Sequence[str]) -> None:
@@ -243,7 +250,7 @@ def loader_rows(folder: Path, measures: dict[str, Measures], n_rows: int) -> lis
             "ratio": mapped.seconds / m.seconds,
             "M tokens/processor s": n_rows * LENGTH / m.processor_seconds / 1e6,
             "processor ratio": mapped.processor_seconds / m.processor_seconds,
-            "decoded": m.rows_decoded / n_rows,
+            "decoded": m.rows_decoded / n_rows if name != MAPPED else 1.0,
             "peak MB": m.peak_bytes / 1e6,
             "start s": m.start_seconds,
         }
@@ -265,7 +272,8 @@ def write_paper_table(folder: Path) -> None:
         statistics = {"numRecords": FILE_ROWS, "minValues": {"sequence_id": first}, "maxValues": {}, "nullCount": {}}
         size = file.stat().st_size
         actions.append(AddAction(f"part-{number:05}.parquet", size, {}, 0, True, json.dumps(statistics)))
-    create_table_with_add_actions(table.as_uri(), Schema.from_arrow(SCHEMA), actions)
+    commit = CommitProperties(custom_metadata={"userMetadata": json.dumps(METADATA)})
+    create_table_with_add_actions(table.as_uri(), Schema.from_arrow(SCHEMA), actions, commit_properties=commit)
 
 
 def paper_size(folder: Path, batch: int, pipe: Connection) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from deltalake import CommitProperties, write_deltalake
+from deltalake import write_deltalake
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.scoring.tokenizer import tokenizer_hash
+from tests.support.packed_tables import packed_batch, write_rows
 
 SEPARATOR = "<|endoftext|>"
 LENGTH = 16
@@ -87,15 +88,7 @@ def write_packed(
     path: Path, tokens: np.ndarray, mask: np.ndarray, metadata: dict[str, Any] | None, mode: Any = "overwrite"
 ) -> None:
     """One commit to a packed table; `metadata` stands where Spark's `userMetadata` does."""
-    columns = {
-        "sequence_id": np.arange(len(tokens), dtype="i8"),
-        "token_ids": [row.astype("<i4").tobytes() for row in tokens],
-        "target_mask": [row.astype("u1").tobytes() for row in mask],
-        "n_targets": mask.sum(axis=1).astype("i4") if len(mask) else np.zeros(0, "i4"),
-    }
-    table = pa.table(columns, schema=schemas.packed("a", "b").arrow_schema())
-    custom = {"userMetadata": json.dumps(metadata)} if metadata is not None else {}
-    write_deltalake(path.as_uri(), table, mode=mode, commit_properties=CommitProperties(custom_metadata=custom))
+    write_rows(path, [packed_batch(0, tokens, mask)], metadata, mode)
 
 
 def packed_metadata(folder: Path, **changes: Any) -> dict[str, Any]:

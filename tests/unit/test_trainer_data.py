@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
+from tests.support.packed_tables import packed_batch, write_rows
 from tests.support.trainer_roots import LENGTH, write_packed
-from trainer import data
+from trainer import data, order
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info, user_metadata
 
-INFO = TokenizerInfo(document_separator="x", document_separator_id=0, tokenizer_hash="h" * 32, vocab_size=500)
+INFO = TokenizerInfo(document_separator="x", document_separator_id=0, tokenizer_hash="h" * 32, vocab_size=3000)
 METADATA = {"tokenizer_hash": "h" * 32, "sequence_length": LENGTH}
 
 
@@ -42,21 +45,68 @@ def test_rows_come_back_in_the_asked_order(tmp_path: Path, n: int) -> None:
 
 
 def test_several_files_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_CACHE_BYTES", 1)  # each row group pushes out the one before
-    for first, n in ((0, 10), (100, 7), (200, 12)):
+    monkeypatch.setattr(data, "count_lanes", lambda group_rows: 1)  # two row groups are kept: others are decoded again
+    for first, n in ((0, 10), (100, 7), (200, 12), (300, 5)):
         write_packed(tmp_path, *sequences(n, first), METADATA | {"commit": first}, mode="append")
     newest, old = open_table(tmp_path), open_table(tmp_path, version=1)
-    assert (newest.version, newest.n_sequences, old.version, old.n_sequences) == (2, 29, 1, 17)
+    assert (newest.version, newest.n_sequences, old.version, old.n_sequences) == (3, 34, 1, 17)
     assert newest.metadata is not None
-    assert newest.metadata["commit"] == 200
+    assert newest.metadata["commit"] == 300
     assert old.metadata is not None
     assert old.metadata["commit"] == 100
-    found, _ = newest.get(np.arange(29))
-    assert sorted(found[:, 0]) == [*range(10), *range(100, 107), *range(200, 212)]
-    assert (np.diff(found[:, 0]) == 1).sum() == 29 - 3  # in their order inside each file
+    rows, _ = newest.get(np.arange(34))
+    assert sorted(rows[:, 0]) == [*range(10), *range(100, 107), *range(200, 212), *range(300, 305)]
+    assert (np.diff(rows[:, 0]) == 1).sum() == 34 - 4  # in their order inside each file
     for _ in range(2):
-        mixed, _ = newest.get(np.array([28, 0, 15]))
-        assert np.array_equal(mixed, found[[28, 0, 15]])
+        mixed, _ = newest.get(np.array([33, 0, 15, 28, 1]))
+        assert np.array_equal(mixed, rows[[33, 0, 15, 28, 1]])
+    assert newest.get(np.array([], dtype=np.int64))[0].shape == (0, LENGTH + 1)
+
+
+def write_groups(path: Path, sizes: list[int], group_rows: int) -> np.ndarray:
+    """A table of one commit for each size, in row groups of at most `group_rows` rows; returns its token ids."""
+    tokens, mask = sequences(sum(sizes))
+    first = 0
+    for size in sizes:
+        part = slice(first, first + size)
+        write_rows(path, [packed_batch(first, tokens[part], mask[part])], METADATA, "append", group_rows)
+        first += size
+    return tokens
+
+
+def test_rows_are_numbered_by_their_sequence_ids_whatever_the_files_names(tmp_path: Path) -> None:
+    tokens = write_groups(tmp_path, [9] * 12, group_rows=4)
+    table = open_table(tmp_path)
+    assert table.group_rows.tolist() == [4, 4, 1] * 12
+    assert np.array_equal(table.get(np.arange(108))[0], tokens)
+
+
+@pytest.mark.parametrize(("group_rows", "share"), [(4, 1.1), (64, 1.1), (400, 2)])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_an_epoch_decodes_each_rank_s_share_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_rows: int, share: float, world_size: int
+) -> None:
+    monkeypatch.setattr(order, "WINDOW_ROWS", 64 if group_rows == 4 else 256)
+    tokens = write_groups(tmp_path, [1200, 1201], group_rows)
+    tables = [open_table(tmp_path) for _ in range(world_size)]
+    row_order = order.RowOrder(tables[0].group_rows, 0)
+    assert row_order.lanes == {4: 16, 64: 4, 400: 1}[group_rows]
+    for step in range(2401 // 48):
+        for rank, table in enumerate(tables):
+            rows = row_order.batch_rows(step, 48, rank, world_size)
+            assert np.array_equal(table.get(rows)[0], tokens[rows])
+    # A table in row groups larger than the window is read too; only then can a rank not keep to its own row groups.
+    n_decoded = sum(table.cache.rows_decoded for table in tables)
+    assert n_decoded <= share * 2401 * (world_size if group_rows == 400 else 1)
+
+
+def test_the_memory_does_not_grow_with_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "WINDOW_ROWS", 64)
+    for name, sizes in (("small", [128]), ("large", [1000, 1000])):
+        write_groups(tmp_path / name, sizes, group_rows=4)
+    small, large = open_table(tmp_path / "small"), open_table(tmp_path / "large")
+    row_bytes = 4 * (LENGTH + 1) + LENGTH
+    assert small.cache.n_bytes == large.cache.n_bytes == (16 + 1) * 4 * row_bytes
 
 
 def test_the_manifest_names_files_and_rows_not_the_version(tmp_path: Path) -> None:
@@ -114,8 +164,8 @@ def test_empty_table(tmp_path: Path) -> None:
 
 
 def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
-    write_packed(tmp_path, *sequences(5, first=490), METADATA)
-    with pytest.raises(CorpusError, match="0 to 499"):
+    write_packed(tmp_path, *sequences(5, first=2990), METADATA)
+    with pytest.raises(CorpusError, match=r"part-.*\.parquet: expected ids 0 to 2999"):
         open_table(tmp_path).get(np.array([0]))
 
 
@@ -128,5 +178,83 @@ def test_packed_with_another_tokenizer_or_length(tmp_path: Path, change: dict[st
 
 def test_rows_of_another_length(tmp_path: Path) -> None:
     write_packed(tmp_path, *sequences(5), None)
-    with pytest.raises(CorpusError, match="expected 9 entries a row"):
+    with pytest.raises(
+        CorpusError, match=r"part-.*\.parquet: expected 9 entries of token_ids a row .* found 17 in row 0"
+    ):
         open_table(tmp_path, length=8).get(np.array([0]))
+
+
+def data_file(path: Path) -> Path:
+    """The only data file of a table."""
+    (file,) = path.glob("*.parquet")
+    return file
+
+
+def replace_rows(path: Path, **columns: pa.Array) -> None:
+    """Writes the table's data file again with other columns."""
+    file = data_file(path)
+    table = pq.read_table(file)
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    pq.write_table(table, file)
+
+
+def binary_rows(values: np.ndarray) -> list[bytes | None]:
+    return [row.tobytes() for row in values]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("token_ids", None, "17 entries of token_ids .* found null in row 3"),
+        ("token_ids", b"1234567890", r"17 entries of token_ids .* found 2\.5 in row 3"),
+        ("target_mask", b"", "16 entries of target_mask .* found 0 in row 3"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_file(tmp_path: Path, column: str, value: bytes | None, problem: str) -> None:
+    tokens, mask = sequences(5)
+    write_packed(tmp_path, tokens, mask, METADATA)
+    values = binary_rows(tokens if column == "token_ids" else mask)
+    values[3] = value
+    replace_rows(tmp_path, **{column: pa.array(values, pa.binary())})
+    with pytest.raises(
+        CorpusError, match=rf"part-.*\.parquet: expected {problem} of row group 0: restore .* pack stage"
+    ):
+        open_table(tmp_path).get(np.array([0]))
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view()])
+def test_other_binary_types_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    tokens, mask = sequences(5)
+    write_packed(tmp_path, tokens, mask, METADATA)
+    replace_rows(tmp_path, token_ids=pa.array(binary_rows(tokens), kind))
+    assert np.array_equal(open_table(tmp_path).get(np.arange(5))[0], tokens)
+
+
+def test_a_damaged_file_is_named_when_the_table_is_opened(tmp_path: Path) -> None:
+    write_packed(tmp_path, *sequences(50), METADATA)
+    file = data_file(tmp_path)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(
+        CorpusError, match=rf"{file.name}: expected a file of a packed table.*restore the file.*pack stage"
+    ):
+        open_table(tmp_path)
+    file.unlink()
+    with pytest.raises(CorpusError, match=rf"{file.name}: .*found: no such file; restore the file.*pack stage"):
+        open_table(tmp_path)
+
+
+def test_a_file_damaged_in_the_middle_is_named_when_it_is_read(tmp_path: Path) -> None:
+    write_packed(tmp_path, *sequences(50), METADATA)
+    file = data_file(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[4:300] = b"\xff" * 296
+    file.write_bytes(content)
+    with pytest.raises(CorpusError, match=file.name):
+        open_table(tmp_path).get(np.array([0]))
+
+
+def test_a_table_of_other_columns_is_refused(tmp_path: Path) -> None:
+    write_deltalake(tmp_path.as_uri(), pa.table({"text": ["a"], "token_ids": [b"1"]}))
+    with pytest.raises(CorpusError, match="found no target_mask: the folder holds another table; move it away"):
+        open_table(tmp_path)
