@@ -18,7 +18,7 @@ COMPRESSION = "zstd"
 # No dictionary: no two sequences are alike. No minimum and maximum of bytes: they would fill the footers. zstd: files
 # without compression are read twice as fast and are twice the size; a core reads more than any trainer needs anyway
 # (`make bench-loader` compares the codecs).
-_SETTINGS = {
+SETTINGS = {
     "parquet.block.row.count.limit": str(GROUP_ROWS),
     "spark.sql.files.maxRecordsPerFile": str(FILE_ROWS),
     "spark.sql.parquet.compression.codec": COMPRESSION,
@@ -36,8 +36,8 @@ def packed_files(spark: "SparkSession") -> Iterator[None]:
     Args:
         spark: the session of the frame that is written.
     """
-    before = {key: spark.conf.get(key, None) for key in _SETTINGS}
-    for key, value in _SETTINGS.items():
+    before = {key: spark.conf.get(key, None) for key in SETTINGS}
+    for key, value in SETTINGS.items():
         spark.conf.set(key, value)
     try:
         yield

@@ -170,7 +170,7 @@ class PeakMemory:
 
 @dataclasses.dataclass
 class Measures:
-    """What a loader used for its steps: seconds until it was open, seconds of its turns, bytes, decoded rows."""
+    """The costs of the steps of a loader: seconds until it was open, seconds of its turns, bytes, decoded rows."""
 
     start_seconds: float
     seconds: float = 0.0

@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
 
 from jobs import pack as job
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import PackConfig, TokenizerConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
-from miniplm_udf.packing import sequences
+from miniplm_udf.packing import file_layout, sequences
 from miniplm_udf.packing.corpus import pack_corpus, pack_reference
 from miniplm_udf.packing.tokenizers import ensure_tokenizer
 from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
-from miniplm_udf.store import delta_log, tables
+from miniplm_udf.store import delta_files, delta_log, tables
 from tests.support.tiny_models import SEPARATOR, make_model_folder
 
 LENGTH = 16
@@ -86,10 +85,10 @@ def config(demo_config: ExperimentConfig) -> ExperimentConfig:
 
 
 def stored(uri: str) -> list[dict[str, Any]]:
-    """All rows in stored order, as the trainer reads them: files by path, then rows; checked against the schema."""
+    """All rows in stored order, as the trainer reads them; checked against the schema."""
     rows: list[dict[str, Any]] = []
-    for path in sorted(DeltaTable(storage.local_path(uri)).file_uris()):
-        found = pq.read_table(storage.local_path(path))
+    for path in delta_files.files_by(delta_files.open_table(uri), uri, "sequence_id"):
+        found = pq.read_table(path)
         assert found.schema.remove_metadata().names == schemas.packed("c", "t").column_names
         rows += found.to_pylist()
     return rows
@@ -186,6 +185,28 @@ def test_with_sequences_instance_each_instance_is_a_sequence(spark: Any, config:
     # The other way to make sequences makes other sequences: nothing is skipped.
     packed_again = dataclasses.replace(alone, pack=dataclasses.replace(alone.pack, sequences="packed"))
     assert not pack_corpus(spark, packed_again, "kept", "bpe").skipped
+
+
+def test_row_groups_and_files_are_small(spark: Any, config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(file_layout.SETTINGS, "parquet.block.row.count.limit", "5")
+    monkeypatch.setitem(file_layout.SETTINGS, "spark.sql.files.maxRecordsPerFile", "20")
+    before = {key: spark.conf.get(key, None) for key in file_layout.SETTINGS}
+    write_instances(spark, config, POOL)
+    write_refined(spark, config, POOL)
+    uri = pack_corpus(spark, config, "kept", "bpe").path
+    assert {key: spark.conf.get(key, None) for key in file_layout.SETTINGS} == before
+    files = delta_files.files_by(delta_files.open_table(uri), uri, "sequence_id")
+    rows = [row for file in files for row in pq.read_table(file)["sequence_id"].to_pylist()]
+    assert rows == list(range(len(rows)))
+    assert len(files) == -(-len(rows) // 20) > 1
+    for file in files[:-1]:
+        footer = pq.read_metadata(file)
+        groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+        assert [group.num_rows for group in groups] == [5] * 4
+        columns = {group.column(i).path_in_schema: group.column(i) for group in groups for i in range(4)}
+        assert {column.compression for column in columns.values()} == {"ZSTD"}
+        assert [name for name, column in columns.items() if column.statistics] == ["sequence_id", "n_targets"]
+        assert "PLAIN_DICTIONARY" not in columns["token_ids"].encodings
 
 
 def test_a_table_of_an_earlier_version_counts_as_packed(spark: Any, config: ExperimentConfig) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from miniplm_udf import storage
-from miniplm_udf.store.delta_files import parquet_files
+from miniplm_udf.store.delta_files import files_by, open_table, parquet_files
 
 
 @pytest.mark.parametrize("name", ["plain", "a b", "ä ü", "a#b&c;d=e,f", "a'b\"c<d>", "10:00:00", "😀"])
@@ -31,6 +32,16 @@ def test_files_that_the_table_has_removed_are_not_among_them(tmp_path: Path) -> 
     write_deltalake(tmp_path, pa.table({"n": [2]}), mode="overwrite")
     assert DeltaTable(tmp_path).version() == 1
     assert ds.dataset(parquet_files(str(tmp_path))).to_table()["n"].to_pylist() == [2]
+
+
+def test_files_come_in_the_order_of_a_column(tmp_path: Path) -> None:
+    for first in (20, 0, 30, 10):
+        write_deltalake(tmp_path, pa.table({"n": [first + 1, first]}), mode="append")
+    write_deltalake(tmp_path, pa.table({"n": pa.array([None], pa.int64())}), mode="append")
+    files = files_by(open_table(str(tmp_path)), str(tmp_path), "n")
+    assert [pq.read_table(file)["n"].to_pylist()[-1] for file in files] == [0, 10, 20, 30, None]
+    by_path = files_by(open_table(str(tmp_path)), str(tmp_path), "unknown")
+    assert by_path == sorted(files)
 
 
 def test_the_snippet_of_the_readme_reads_a_root_with_a_space_and_an_umlaut(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tests.support.trainer_roots import (
 from trainer import evaluate as evaluation
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoints, SavedState
+from trainer.order import ORDER_VERSION
 from trainer.records import EvaluateResult, TrainResult, read_evaluation, read_training
 from trainer.targets import all_targets, reference_target, student_target
 from trainer.tracking import connect
@@ -108,6 +109,16 @@ def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: Exp
     again = student(other)
     assert (again["skipped"], again["packed_version"]) == (False, 1)
     assert student(other, retrain=True)["skipped"] is False
+
+
+def test_another_order_of_the_rows_continues_no_checkpoint(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = student(config)
+    monkeypatch.setattr("trainer.train.ORDER_VERSION", ORDER_VERSION - 1)
+    again = student(config)
+    assert not again["skipped"]
+    assert again["fingerprint"] != first["fingerprint"]
 
 
 def test_a_mamba_student_trains_with_a_parallel_scan_or_not_at_all(
