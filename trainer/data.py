@@ -18,6 +18,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.packing.file_layout import GROUP_ROWS
 from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files, delta_log
 from trainer.order import count_lanes
@@ -139,6 +140,12 @@ class PackedSequences:
                 "pack stage"
             )
         self.manifest_hash = manifest_hash(self._groups)
+        if (largest := int(self.group_rows.max())) > GROUP_ROWS:
+            LOGGER.warning(
+                "%s has row groups of %d rows, and the pack stage now writes %d: fewer row groups are shuffled with "
+                "each other; delete the table's folder and run the pack stage again for a finer shuffle",
+                self.shown, largest, GROUP_ROWS,
+            )  # fmt: skip
         self._reader = RowGroupReader(sequence_length, tokenizer.vocab_size)
         lanes = count_lanes(self.group_rows)
         # A lane needs two row groups in the batch in which it comes to the next one.

@@ -327,14 +327,14 @@ def shuffle_quality(group_rows: np.ndarray, batch: int) -> list[dict[str, Any]]:
             "order": "ours",
             "neighbours apart, mean steps": float(distance.mean()),
             "most": int(distance.max()),
-            "in one batch": float((distance == 0).mean()),
+            "in one batch, %": 100 * float((distance == 0).mean()),
             "same row group": float((pairs * (pairs - 1)).sum() / pairs.sum()),
         },
         {
             "order": "full permutation",
             "neighbours apart, mean steps": n / 3 / batch,
             "most": n // batch,
-            "in one batch": (batch - 1) / (n - 1),
+            "in one batch, %": 100 * (batch - 1) / (n - 1),
             "same row group": (batch - 1) * (mean_rows - 1) / (n - 1),
         },
     ]

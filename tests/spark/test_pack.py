@@ -188,8 +188,8 @@ def test_with_sequences_instance_each_instance_is_a_sequence(spark: Any, config:
 
 
 def test_row_groups_and_files_are_small(spark: Any, config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(file_layout.SETTINGS, "parquet.block.row.count.limit", "5")
-    monkeypatch.setitem(file_layout.SETTINGS, "spark.sql.files.maxRecordsPerFile", "20")
+    monkeypatch.setitem(file_layout.SETTINGS, "parquet.block.row.count.limit", "3")
+    monkeypatch.setitem(file_layout.SETTINGS, "spark.sql.files.maxRecordsPerFile", "6")
     before = {key: spark.conf.get(key, None) for key in file_layout.SETTINGS}
     write_instances(spark, config, POOL)
     write_refined(spark, config, POOL)
@@ -198,11 +198,11 @@ def test_row_groups_and_files_are_small(spark: Any, config: ExperimentConfig, mo
     files = delta_files.files_by(delta_files.open_table(uri), uri, "sequence_id")
     rows = [row for file in files for row in pq.read_table(file)["sequence_id"].to_pylist()]
     assert rows == list(range(len(rows)))
-    assert len(files) == -(-len(rows) // 20) > 1
+    assert len(files) == -(-len(rows) // 6) > 2
     for file in files[:-1]:
         footer = pq.read_metadata(file)
         groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
-        assert [group.num_rows for group in groups] == [5] * 4
+        assert [group.num_rows for group in groups] == [3, 3]
         columns = {group.column(i).path_in_schema: group.column(i) for group in groups for i in range(4)}
         assert {column.compression for column in columns.values()} == {"ZSTD"}
         assert [name for name, column in columns.items() if column.statistics] == ["sequence_id", "n_targets"]

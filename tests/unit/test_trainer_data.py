@@ -100,6 +100,18 @@ def test_an_epoch_decodes_each_rank_s_share_once(
     assert n_decoded <= share * 2401 * (world_size if group_rows == 400 else 1)
 
 
+def test_large_row_groups_of_earlier_versions_are_read_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, group_rows in (("new", 512), ("old", 1300)):
+        tokens = write_groups(tmp_path / name, [1300], group_rows)
+        with caplog.at_level("WARNING", logger="miniplm"):
+            table = open_table(tmp_path / name)
+        rows = order.RowOrder(table.group_rows, 0).batch_rows(0, 1300)
+        assert np.array_equal(table.get(rows)[0], tokens[rows])
+        assert ("has row groups of 1300 rows" in caplog.text) == (name == "old")
+
+
 def test_the_memory_does_not_grow_with_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "WINDOW_ROWS", 64)
     for name, sizes in (("small", [128]), ("large", [1000, 1000])):
