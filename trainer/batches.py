@@ -54,13 +54,10 @@ class Batches:
         sequences: the training data.
         config: seed and batch size.
         world: the place of this process among the ranks, and its device.
-
-    Attributes:
-        order: the order of the rows.
     """
 
     def __init__(self, sequences: Sequences, config: TrainConfig, world: World):
-        self.order = RowOrder(sequences.group_rows, config.seed)
+        self._order = RowOrder(sequences.group_rows, config.seed)
         self._sequences, self._batch_sequences, self._world = sequences, config.batch_sequences, world
         self._ahead: Iterator[_Batch] | None = None
 
@@ -78,6 +75,14 @@ class Batches:
                 yield
             finally:
                 self._ahead = None
+
+    def rows(self, step: int) -> np.ndarray:
+        """Returns the numbers of the rows of a batch over all ranks, int64 of shape (B,).
+
+        Args:
+            step: the step, from 0.
+        """
+        return self._order.batch_rows(step, self._batch_sequences)
 
     def get(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns this rank's part of a batch.
@@ -99,7 +104,7 @@ class Batches:
 
     def _read(self, step: int) -> _Batch:
         world = self._world
-        rows = self.order.batch_rows(step, self._batch_sequences, world.rank, world.size)
+        rows = self._order.batch_rows(step, self._batch_sequences, world.rank, world.size)
         tokens, mask = map(torch.from_numpy, self._sequences.get(rows))
         if world.device.type == "cuda":
             with torch.cuda.device(world.device):  # else pinning on this thread would use the first GPU
