@@ -64,7 +64,8 @@ def list_row_groups(paths: Sequence[str]) -> list[RowGroup]:
 
 
 def _rows_of_groups(path: str) -> list[int]:
-    with _errors_name(path), contextlib.closing(_open(path)) as file:
+    with _named_errors(path):
+        file = _open(path)
         missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
         if missing:
             raise CorpusError(
@@ -72,6 +73,7 @@ def _rows_of_groups(path: str) -> list[int]:
                 "the folder holds another table; move it away and run the pack stage"
             )
         metadata = file.metadata
+        file.close(force=True)
         return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
 
 
@@ -86,8 +88,8 @@ def manifest_hash(groups: Sequence[RowGroup]) -> str:
 
 
 @contextlib.contextmanager
-def _errors_name(path: str) -> Iterator[None]:
-    """Turns the errors of a missing or damaged file into one that names it.
+def _named_errors(path: str) -> Iterator[None]:
+    """Turns an error about a missing or damaged file into one that names the file.
 
     Raises:
         CorpusError: the block could not read the file.
@@ -102,11 +104,12 @@ def _errors_name(path: str) -> Iterator[None]:
 
 
 def _open(path: str) -> pq.ParquetFile:
-    """Opens a file, which the returned object closes."""
-    if storage.is_local(path):  # pyarrow opens it by itself, and then reads without Python's lock
+    """Opens a file; `close(force=True)` closes it."""
+    if storage.is_local(path):  # pyarrow reads it without Python's lock
         return pq.ParquetFile(pa.OSFile(path))
     filesystem, inner = fsspec.core.url_to_fs(path)
-    return pq.ParquetFile(filesystem.open(inner, "rb"))
+    # Without a cache: it would read several row groups ahead, which are not the next ones in the order.
+    return pq.ParquetFile(filesystem.open(inner, "rb", cache_type="none"))
 
 
 class RowGroupReader:
@@ -135,7 +138,7 @@ class RowGroupReader:
             CorpusError: the file cannot be read, a row has another length or is null, or an id is outside the
                 vocabulary.
         """
-        with _errors_name(group.path):
+        with _named_errors(group.path):
             file = self._file(group.path)
             table = file.read_row_group(group.index, columns=list(COLUMNS), use_threads=False)
         tokens, mask = (self._matrix(group, table[name], name) for name in COLUMNS)

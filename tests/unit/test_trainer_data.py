@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from tests.support.packed_tables import packed_batch, write_rows
 from tests.support.trainer_roots import LENGTH, write_packed
 from trainer import data, order
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info, user_metadata
+from trainer.packed_files import RowGroupReader, list_row_groups
 
 INFO = TokenizerInfo(document_separator="x", document_separator_id=0, tokenizer_hash="h" * 32, vocab_size=3000)
 METADATA = {"tokenizer_hash": "h" * 32, "sequence_length": LENGTH}
@@ -241,6 +243,15 @@ def test_other_binary_types_are_read(tmp_path: Path, kind: pa.DataType) -> None:
     write_packed(tmp_path, tokens, mask, METADATA)
     replace_rows(tmp_path, token_ids=pa.array(binary_rows(tokens), kind))
     assert np.array_equal(open_table(tmp_path).get(np.arange(5))[0], tokens)
+
+
+def test_files_of_an_object_store_are_read(tmp_path: Path) -> None:
+    tokens, mask = sequences(50)
+    write_packed(tmp_path, tokens, mask, METADATA)
+    fsspec.filesystem("memory").pipe("/packed/part-0.parquet", data_file(tmp_path).read_bytes())
+    (group,) = list_row_groups(["memory://packed/part-0.parquet"])
+    for read, expected in zip(RowGroupReader(LENGTH, 3000).read(group), (tokens, mask), strict=True):
+        assert np.array_equal(read, expected)
 
 
 def test_a_damaged_file_is_named_when_the_table_is_opened(tmp_path: Path) -> None:
