@@ -77,7 +77,7 @@ bench-stream: setup ## measure a micro-batch with tables of up to 10^7 rows, and
 bench-refine: setup ## compare a selection from 10^8 rows with a sort, a quantile and a scan (half an hour on 2 cores); writes build/bench/refine.json
 	python -m tests.bench.bench_refine
 
-bench-loader: setup ## compare the trainer's loader with a memory-mapped file, on a table of 5 GB (20 minutes on 2 cores, 18 GB of disk); writes build/bench/loader.json
+bench-loader: setup ## compare the trainer's loader with a memory-mapped file, on a table of 5 GB (needs 18 GB of disk); writes build/bench/loader.json
 	python -m tests.bench.bench_loader
 
 bench-annotate: setup ## measure the recall of near-duplicates and the cost of each group of columns (3 minutes); writes build/bench/annotate.json
