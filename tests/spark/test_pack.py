@@ -88,9 +88,9 @@ def stored(uri: str) -> list[dict[str, Any]]:
     """All rows in stored order, as the trainer reads them; checked against the schema."""
     rows: list[dict[str, Any]] = []
     for path in delta_files.files_by(delta_files.open_table(uri), uri, "sequence_id"):
-        found = pq.read_table(path)
-        assert found.schema.remove_metadata().names == schemas.packed("c", "t").column_names
-        rows += found.to_pylist()
+        content = pq.read_table(path)
+        assert content.schema.remove_metadata().names == schemas.packed("c", "t").column_names
+        rows += content.to_pylist()
     return rows
 
 
