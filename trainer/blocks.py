@@ -110,8 +110,8 @@ def _compile(module: CausalLMWithLoss, config: TrainConfig, sequence_length: int
     """Compiles the blocks and the chunk's loss, and runs a micro-batch, so that a failure shows here."""
     blocks = decoder_blocks(module.model)
     for block in blocks:
-        block.compile(fullgraph=True)
-    module.chunk_loss = torch.compile(chunk_loss)
+        block.compile(fullgraph=True, dynamic=False)
+    module.chunk_loss = torch.compile(chunk_loss, dynamic=False)
     try:
         _run_micro_batch(module, config, sequence_length)
     except torch.OutOfMemoryError:

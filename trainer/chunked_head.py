@@ -9,6 +9,7 @@ nothing is computed twice, and no more than one chunk of logits is held (docs/tr
 alone. Products have the dtype of autocast, or else the dtype of the weight; sums and the weight's gradient are float32.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 
 # The most positions in a chunk. On a CPU the logits should stay in the cache; a GPU needs large products.
 _MOST_POSITIONS = {"cpu": 256, "cuda": 4096}
-# Fewer chunks than this hold too large a share of the logits.
-_FEWEST_CHUNKS = 8
+# Fewer chunks hold too large a share of the logits. On a GPU the logits of a chunk are bfloat16, half as large.
+_FEWEST_CHUNKS = {"cpu": 16, "cuda": 8}
 # Logits of so few entries are not worth a cut: 4 MiB in float32.
 _FEWEST_ENTRIES = 1 << 20
 
@@ -32,8 +33,9 @@ def chunk_positions(n_positions: int, vocab_size: int, device_type: str) -> int:
         vocab_size: V, entries of the vocabulary.
         device_type: `cpu` or `cuda`.
     """
-    share = max(-(-n_positions // _FEWEST_CHUNKS), -(-_FEWEST_ENTRIES // vocab_size))
-    return max(1, min(n_positions, share, _MOST_POSITIONS.get(device_type, _MOST_POSITIONS["cuda"])))
+    kind = "cpu" if device_type == "cpu" else "cuda"
+    share = max(math.ceil(n_positions / _FEWEST_CHUNKS[kind]), math.ceil(_FEWEST_ENTRIES / vocab_size))
+    return max(1, min(n_positions, share, _MOST_POSITIONS[kind]))
 
 
 def chunk_loss(
@@ -50,9 +52,12 @@ def chunk_loss(
         (sum of weight * -log p, a float32 scalar; the gradient (n, V) in the dtype of the logits).
     """
     wide_nV = logits_nV.float()
-    lse_n = torch.logsumexp(wide_nV, dim=1)
-    log_p_n = wide_nV.gather(1, targets_n[:, None])[:, 0] - lse_n
-    gradient_nV = wide_nV.sub_(lse_n[:, None]).exp_().mul_(weights_n[:, None]).to(logits_nV.dtype)
+    largest_n = wide_nV.amax(dim=1)
+    target_n = wide_nV.gather(1, targets_n[:, None])[:, 0] - largest_n
+    wide_nV.sub_(largest_n[:, None]).exp_()
+    sum_n = wide_nV.sum(dim=1)
+    log_p_n = target_n - sum_n.log()
+    gradient_nV = wide_nV.mul_((weights_n / sum_n)[:, None]).to(logits_nV.dtype)
     # Computed in float32 from log p: in bfloat16, p - 1 would lose its digits where p is near 1.
     at_target_n = (torch.expm1(log_p_n) * weights_n).to(logits_nV.dtype)
     gradient_nV.scatter_(1, targets_n[:, None], at_target_n[:, None])
