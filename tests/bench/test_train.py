@@ -23,7 +23,7 @@ SHAPE = bench_train.Shape(LLAMA | {"vocab_size": 40}, tokens=8, batch=4, micro=2
 
 
 def losses_and_gradients(compiles: bool, n_layers: int, **train: Any) -> list[torch.Tensor]:
-    """The losses of two micro-batches of different sizes, in chunks of 128 positions, and the sum of their gradients."""
+    """The losses of two micro-batches of different sizes, in chunks of 128 positions, and the gradients."""
     shape = LLAMA | {"num_hidden_layers": n_layers}
     config = model_config(shape, where="x", vocab_size=VOCAB, separator_id=3, max_positions=LENGTH)
     config.use_cache = False

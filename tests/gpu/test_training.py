@@ -3,6 +3,8 @@
 Needs torch, transformers, numpy and pytest: `pytest tests/gpu` runs on a bare GPU box. Skips itself without a device.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ class Rows:
         return tokens[rows], np.ones((len(rows), LENGTH), "u1")
 
 
-def make_loop(family: str, **train: object) -> Loop:
+def make_loop(family: str, **train: Any) -> Loop:
     shape = model_config(
         {"model_type": family} | SIZES, where="x", vocab_size=VOCAB, separator_id=3, max_positions=LENGTH
     )
