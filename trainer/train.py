@@ -27,10 +27,12 @@ from miniplm_udf.errors import ConfigError, MiniplmError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import progress
 from miniplm_udf.storage import Json
+from trainer.blocks import prepare_blocks
 from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import World, process_group
 from trainer.document_masks import check_follows_positions
+from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, choose_scan, model_config, n_parameters
 from trainer.records import TRAINING_FILE, TrainingRecord, TrainResult, read_training
@@ -60,6 +62,7 @@ class _Training:
     target: Target
     inputs: _Inputs
     model: torch.nn.Module
+    module: CausalLMWithLoss
     optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
 
@@ -186,7 +189,9 @@ def _train(
     # Only rank 0 chooses the checkpoint: ranks could see a damaged disk differently and start from different steps.
     step = _first_decides(world, lambda: checkpoints.newest_whole(model, optimizer))
     state = SavedState(0) if step is None else checkpoints.load(step, model, optimizer)
-    loop = Loop(model, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
+    loop = Loop(
+        training.module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world
+    )
     if lease is None:
         loop.run(state.steps_done, lambda measures: None, lambda measures: None)
         return None
@@ -220,10 +225,12 @@ def _new_training(config: ExperimentConfig, target: Target, inputs: _Inputs, wor
     model.to(world.device)
     if target.train.document_masks:
         check_follows_positions(model, architecture.vocab_size, target.where)
+    module = CausalLMWithLoss(model)
+    prepare_blocks(module, target.train, target.sequence_length, target.where)
     optimizer = make_optimizer(model, target.train)
     folder = checkpoint_folder(config.layout.checkpoint(f"train/{target.name}"))
     checkpoints = Checkpoints(folder, inputs.fingerprint, target.train.keep_checkpoints)
-    return _Training(config, target, inputs, model, optimizer, checkpoints)
+    return _Training(config, target, inputs, model, module, optimizer, checkpoints)
 
 
 def _run_first(training: _Training, loop: Loop, state: SavedState, run: Run, lease: Lease) -> SavedState:
@@ -251,13 +258,14 @@ def _run_first(training: _Training, loop: Loop, state: SavedState, run: Run, lea
 
 
 def _metrics(measures: StepMeasures) -> dict[str, float]:
-    return {
+    metrics = {
         "train_loss": measures.loss,
         "learning_rate": measures.learning_rate,
         "gradient_norm": measures.gradient_norm,
         "tokens": measures.tokens,
         "tokens_per_second": measures.tokens_per_second,
     }
+    return metrics if measures.mfu is None else {**metrics, "train/mfu": measures.mfu}
 
 
 def _log_start(training: _Training, run: Run) -> None:

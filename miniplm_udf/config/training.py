@@ -25,6 +25,9 @@ class TrainConfig:
             token_mean is the mean over all targets.
         document_masks: whether tokens see only their own document in a sequence; false as in the paper.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        compile: whether torch compiles the model's layers; auto compiles on a GPU, where that is possible.
+        activation_checkpointing: whether the backward pass computes the layers again instead of keeping what they
+            computed: slower, and with less memory.
         save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
     """
 
@@ -42,6 +45,8 @@ class TrainConfig:
     loss: Literal["official", "token_mean"] = "official"
     document_masks: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    activation_checkpointing: bool = False
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
     log_every_steps: int = 10
