@@ -19,6 +19,7 @@ _NOT_IN_FINGERPRINT = (
     "save_every_steps",
     "keep_checkpoints",
     "log_every_steps",
+    "evaluate_every_steps",
 )
 
 
