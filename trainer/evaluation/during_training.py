@@ -1,14 +1,15 @@
 """Evaluates a model while it trains, on the held-out and the external sets, from a copy of its weights.
 
-Input: a folder with the weights of this moment, written as a finished model's folder. Output: the numbers of a finished
-model's evaluation, by their names in MLflow with `during_training/` in front. The training goes on as if there had been
-no evaluation: its model is not used, and the state of every random generator is put back. Runs on rank 0, while the
-other ranks wait. Writes nothing.
+Input: the weights of this moment, as the folder of a finished model. Output: the numbers of a finished model's
+evaluation, by their names in MLflow with `during_training/` in front. The training goes on as if there had been no
+evaluation: its model is not used, and the state of every random generator is put back. Runs on rank 0, while the other
+ranks wait. Writes only a temporary folder.
 """
 
 import contextlib
 import random
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,20 +44,19 @@ class TrainingEvaluation:
                 "ingest.split.heldout above 0, or set train.evaluate_every_steps=0"
             )
 
-    def metrics(self, folder: Path) -> dict[str, float]:
+    def measure(self, write_model: Callable[[Path], object]) -> dict[str, float]:
         """Evaluates the weights of this moment.
 
         Args:
-            folder: a model folder with these weights.
+            write_model: writes them into the folder that it is given, as a finished model's folder has them.
 
         Returns:
             Values by their names in MLflow.
         """
-        with _kept_random_state():
+        with _kept_random_state(), tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder))
             # torch.compile would take longer than the evaluation of a small set.
-            model = EvaluatedModel(
-                self._config, self._target, str(folder), self._target.sequence_length, compiled=False
-            )
+            model = EvaluatedModel(self._config, self._target, folder, self._target.sequence_length, compiled=False)
             evaluation = Evaluation(sets={texts.name: model.score(texts) for texts in self._sets})
         return {f"during_training/{name}": value for name, value in evaluation.metrics().items()}
 

@@ -24,7 +24,7 @@ from miniplm_udf.ingestion.text_sets import BadRow
 from miniplm_udf.progress import progress
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import describe, load_model, model_folder
-from miniplm_udf.scoring.results import Score
+from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from trainer.data import read_tokenizer_info
@@ -34,6 +34,7 @@ from trainer.targets import Target
 
 LOGGER = logging.getLogger("miniplm.trainer.evaluation")
 METHOD = 2  # raise it when the meaning of a number changes: models are then evaluated again
+Result = Score | Failure
 _TEXTS_AT_ONCE = 256
 _SHOWN = 3
 
@@ -75,6 +76,43 @@ class Totals:
             n_tokens=self.n_tokens,
             n_bytes=self.n_bytes,
         )
+
+
+class _Sums:
+    """What the texts of a set add up to: totals of all and by source, failures and bad rows by reason."""
+
+    def __init__(self) -> None:
+        self.overall = Totals()
+        self.by_source: dict[str, Totals] = collections.defaultdict(Totals)
+        self.failed = collections.Counter[str]()
+        self.bad_rows = collections.Counter[str]()
+        self._places: list[str] = []
+
+    def add_scores(self, rows: Sequence[TextRow], every_byte: Sequence[Result], official: Sequence[Result]) -> None:
+        """Adds instances with the results of both passes."""
+        for row, result, official_result in zip(rows, every_byte, official, strict=True):
+            if not isinstance(result, Score):
+                self.failed[result.reason] += 1
+                continue
+            for totals in (self.overall, self.by_source[row.source]):
+                totals.add(result)
+                if isinstance(official_result, Score):  # a text of one token has no prediction
+                    totals.add_official(official_result)
+
+    def add_bad_rows(self, rows: Sequence[BadRow]) -> None:
+        """Counts bad rows, and remembers the places of the first ones."""
+        self.bad_rows.update(row.reason for row in rows)
+        self._places += [f"{row.reason} in {row.place}" for row in rows[: _SHOWN - len(self._places)]]
+
+    def warn(self, model: str, texts: str) -> None:
+        """Logs how many texts failed, and how many rows are bad and where."""
+        if self.failed:
+            LOGGER.warning(
+                "%s: %d texts of %s cannot be scored: %s", model, self.failed.total(), texts, dict(self.failed)
+            )
+        if self.bad_rows:
+            count, shown = self.bad_rows.total(), "; ".join(self._places)
+            LOGGER.warning("%s: %d bad rows are left out: %s (%s)", texts, count, dict(self.bad_rows), shown)
 
 
 class EvaluatedModel:
@@ -131,55 +169,29 @@ class EvaluatedModel:
             ModelLoadError: the model cannot be loaded whole.
             ConfigError, CorpusError: the set cannot be read, or none of its texts could be scored.
         """
-        scorers = self._load()
-        overall, by_source = Totals(), collections.defaultdict[str, Totals](Totals)
-        failed, bad_rows, places = collections.Counter[str](), collections.Counter[str](), list[str]()
-        label = f"evaluate {self.name} on {texts.name}"
-        with progress(label, total=texts.n_bytes, unit="byte") as shown:
+        scorers, sums = self._load(), _Sums()
+        with progress(f"evaluate {self.name} on {texts.name}", total=texts.n_bytes, unit="byte") as shown:
             rows = texts.rows()
             while part := list(itertools.islice(rows, _TEXTS_AT_ONCE)):
                 good = [row for row in part if isinstance(row, TextRow)]
-                for bad in (row for row in part if isinstance(row, BadRow)):
-                    bad_rows[bad.reason] += 1
-                    places += [f"{bad.reason} in {bad.place}"][: _SHOWN - len(places)]
-                for row, every_byte, official in zip(good, *(_scores(each, good) for each in scorers), strict=True):
-                    if not isinstance(every_byte, Score):
-                        failed[every_byte.reason] += 1
-                        continue
-                    for totals in (overall, by_source[row.source]):
-                        totals.add(every_byte)
-                        if isinstance(official, Score):  # a text of one token has no prediction
-                            totals.add_official(official)
+                sums.add_bad_rows([row for row in part if isinstance(row, BadRow)])
+                sums.add_scores(good, *(_scores(scorer, good) for scorer in scorers))
                 shown.update(sum(row.n_bytes for row in good))
-        self._warn(texts, failed, bad_rows, places)
-        if not overall.n_instances:
+        sums.warn(self.name, texts.name)
+        if not sums.overall.n_instances:
             raise CorpusError(
                 f"{self.name}: expected texts in the set {texts.name} ({texts.location}) that can be scored, found "
-                f"none: failed {dict(failed)}, bad rows {dict(bad_rows)}; correct the texts"
+                f"none: failed {dict(sums.failed)}, bad rows {dict(sums.bad_rows)}; correct the texts"
             )
         return SetEvaluation(
-            **dataclasses.asdict(overall.loss()),
+            **dataclasses.asdict(sums.overall.loss()),
             location=texts.location,
             version=texts.version,
-            by_source={source: by_source[source].loss() for source in sorted(by_source)},
-            failed=dict(failed),
-            bad_rows=dict(bad_rows),
+            by_source={source: sums.by_source[source].loss() for source in sorted(sums.by_source)},
+            failed=dict(sums.failed),
+            bad_rows=dict(sums.bad_rows),
             fingerprint=self.fingerprint_of(texts),
         )
-
-    def _warn(
-        self,
-        texts: EvaluationSet,
-        failed: collections.Counter[str],
-        bad_rows: collections.Counter[str],
-        places: list[str],
-    ) -> None:
-        if failed:
-            count = failed.total()
-            LOGGER.warning("%s: %d texts of %s cannot be scored: %s", self.name, count, texts.name, dict(failed))
-        if bad_rows:
-            shown = "; ".join(places)
-            LOGGER.warning("%s: %d bad rows are left out: %s (%s)", texts.name, bad_rows.total(), dict(bad_rows), shown)
 
     def _load(self) -> tuple[Scorer, Scorer]:
         """The two scorers of the model, on the GPU if there is one."""
@@ -206,7 +218,7 @@ def _model_config(folder: str, separator: str, sequence_length: int, prefix: Lit
     )
 
 
-def _scores(scorer: Scorer, rows: Sequence[TextRow]) -> list[Any]:
+def _scores(scorer: Scorer, rows: Sequence[TextRow]) -> list[Result]:
     return scorer.score(
         [row.text for row in rows], [row.segment_ends for row in rows], [row.ends_document for row in rows]
     )

@@ -69,7 +69,7 @@ class TaskScore:
     Attributes:
         metric: `acc_norm` where the task has it, else `acc`.
         value: share of right answers, 0 to 1.
-        stderr: standard error of `value`; None if lm-eval gives none.
+        stderr: standard error of `value`; None for a single question.
         n_questions: number of questions.
         version: version of the task's definition.
     """

@@ -16,9 +16,9 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
-from trainer.evaluation import tasks
 from trainer.evaluation.losses import EvaluatedModel
-from trainer.evaluation.records import Evaluation, EvaluateResult, read_evaluation, write_evaluation
+from trainer.evaluation.records import EvaluateResult, Evaluation, read_evaluation, write_evaluation
+from trainer.evaluation.tasks import Tasks
 from trainer.evaluation.texts import EvaluationSet, evaluation_sets, external_sets, heldout_set
 from trainer.records import TRAINING_FILE, TrainingRecord, read_training
 from trainer.targets import Target
@@ -44,12 +44,11 @@ def evaluate(config: ExperimentConfig, targets: Sequence[Target]) -> dict[str, E
     """
     _require_something(config)
     trainings = [(target, _training(config, target)) for target in targets]
-    if config.evaluate.tasks:
-        tasks.require_library()
+    tasks = Tasks(config) if config.evaluate.tasks else None
     # A second process waits for the first one, and then skips every model.
     with Lease(config.layout.lease("evaluate"), "evaluate", waits=True, what="evaluation"):
         sets = evaluation_sets(config)
-        return {target.name: _evaluate_model(config, target, training, sets) for target, training in trainings}
+        return {target.name: _evaluate_model(config, target, training, sets, tasks) for target, training in trainings}
 
 
 def plan(config: ExperimentConfig, targets: Sequence[Target]) -> Json:
@@ -110,12 +109,18 @@ def _training(config: ExperimentConfig, target: Target) -> TrainingRecord:
 
 
 def _evaluate_model(
-    config: ExperimentConfig, target: Target, training: TrainingRecord, sets: Sequence[EvaluationSet]
+    config: ExperimentConfig,
+    target: Target,
+    training: TrainingRecord,
+    sets: Sequence[EvaluationSet],
+    tasks: Tasks | None,
 ) -> EvaluateResult:
     """Evaluates one model on what its `evaluation.json` lacks, and writes the file after each part."""
     model = EvaluatedModel(config, target, config.layout.model(target.name), training.sequence_length)
     previous = read_evaluation(config, target.name) or Evaluation(sets={})
-    done = _unchanged(config, previous, model, sets)
+    done = _unchanged(previous, model, sets, tasks)
+    if tasks is not None and done.tasks is None:
+        tasks.load()  # a wrong task is refused before the sets are scored
     for texts in sets:
         if texts.name not in done.sets:
             scored = {**done.sets, texts.name: model.score(texts)}
@@ -123,9 +128,8 @@ def _evaluate_model(
             done = dataclasses.replace(done, sets=in_order, run_id=None)
             # The file comes first: it has the true names of the sources, and does not depend on MLflow.
             write_evaluation(config, target.name, done)
-    if config.evaluate.tasks and done.tasks is None:
-        scores = tasks.evaluate_tasks(config, model, training.sequence_length)
-        done = dataclasses.replace(done, tasks=scores, run_id=None)
+    if tasks is not None and done.tasks is None:
+        done = dataclasses.replace(done, tasks=tasks.evaluate(model, training.sequence_length), run_id=None)
         write_evaluation(config, target.name, done)
     skipped = done == previous
     if skipped:
@@ -138,7 +142,7 @@ def _evaluate_model(
 
 
 def _unchanged(
-    config: ExperimentConfig, previous: Evaluation, model: EvaluatedModel, sets: Sequence[EvaluationSet]
+    previous: Evaluation, model: EvaluatedModel, sets: Sequence[EvaluationSet], tasks: Tasks | None
 ) -> Evaluation:
     """The parts of an evaluation that need not be done again; an MLflow run has them if it had all parts before."""
     kept = {
@@ -147,7 +151,7 @@ def _unchanged(
         if texts.name in previous.sets and previous.sets[texts.name].fingerprint == model.fingerprint_of(texts)
     }
     scores = previous.tasks
-    if scores is None or not config.evaluate.tasks or scores.fingerprint != tasks.fingerprint_of(config, model):
+    if scores is None or tasks is None or scores.fingerprint != tasks.fingerprint_of(model):
         scores = None
     return dataclasses.replace(previous, sets=kept, tasks=scores)
 

@@ -12,6 +12,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,85 +34,100 @@ _METRICS = ("acc_norm", "acc")
 _NOISY = ("lm_eval", "lm-eval", "datasets", "evaluate", "fsspec")
 
 
-def require_library() -> None:
-    """Refuses tasks if lm-eval is not installed.
+class Tasks:
+    """The tasks of an experiment. Their data is loaded once, for all models.
+
+    Args:
+        config: the experiment.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: lm-eval is not installed, or `evaluate.tasks_folder` is no folder.
     """
+
+    def __init__(self, config: ExperimentConfig):
+        _require_library()
+        self._section, self._folder = config.evaluate, _folder(config.evaluate)
+        self._version = importlib.metadata.version("lm-eval")
+        self._loaded: dict[str, Any] = {}
+
+    def fingerprint_of(self, model: EvaluatedModel) -> str:
+        """Hashes all that the scores of a model depend on: tasks, the files of their folder, and the library too.
+
+        Args:
+            model: the model.
+        """
+        files = storage.folder_state(str(self._folder)) if self._folder else []
+        return fingerprint(_METHOD, model.revision, self._section.task_names, files, self._version)
+
+    def load(self) -> None:
+        """Loads the tasks with their data, unless they are loaded.
+
+        Raises:
+            ConfigError: a task does not exist, or its data cannot be loaded.
+        """
+        names = self._section.task_names
+        if self._loaded:
+            return
+        with _quiet():
+            manager = self._manager()
+            known = set(manager.all_subtasks)
+            for name in names:
+                if name not in known:
+                    close = difflib.get_close_matches(name, sorted(known), n=1)
+                    hint = f"; did you mean {close[0]!r}?" if close else ""
+                    raise ConfigError(f"evaluate.tasks: expected names of lm-eval tasks or paper, found {name!r}{hint}")
+            self._loaded = {name: _load_task(manager, name, self._folder) for name in names}
+
+    def evaluate(self, model: EvaluatedModel, sequence_length: int) -> TaskEvaluation:
+        """Evaluates a model.
+
+        Args:
+            model: the model.
+            sequence_length: tokens of one input in its training; longer prompts lose their start.
+
+        Returns:
+            The scores by task, in the config's order.
+
+        Raises:
+            ConfigError: as for `load`, or a task has no accuracy.
+            ModelLoadError: the model cannot be loaded whole.
+        """
+        self.load()
+        LOGGER.info("%s: evaluating on %s", model.name, ", ".join(self._loaded))
+        with _quiet():
+            from lm_eval import simple_evaluate
+
+            results: Any = simple_evaluate(
+                model=_language_model(model, sequence_length, self._section.tokens_per_batch),
+                tasks=list(self._loaded.values()),
+                num_fewshot=0,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        scores = {name: _score(name, results) for name in self._loaded}
+        return TaskEvaluation(
+            scores=scores,
+            average=sum(score.value for score in scores.values()) / len(scores),
+            lm_eval_version=self._version,
+            fingerprint=self.fingerprint_of(model),
+        )
+
+    def _manager(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        if self._folder is not None:
+            manager = TaskManager(include_path=str(self._folder), include_defaults=False)
+            if set(self._section.task_names) <= set(manager.all_subtasks):
+                return manager  # reading the thousands of files of lm-eval's own tasks takes seconds
+        return TaskManager(include_path=str(self._folder) if self._folder else None)
+
+
+def _require_library() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "evaluate.tasks: expected the package lm-eval, which runs the tasks, found none; install it with "
             "`pip install 'miniplm[eval]'`, or remove the key"
         )
-
-
-def fingerprint_of(config: ExperimentConfig, model: EvaluatedModel) -> str:
-    """Hashes all that the scores depend on: the model, the tasks, the files of the tasks' folder, and the library.
-
-    Args:
-        config: the experiment.
-        model: the model.
-    """
-    section = config.evaluate
-    files = storage.folder_state(section.tasks_folder) if section.tasks_folder else []
-    return fingerprint(_METHOD, model.revision, section.task_names, files, importlib.metadata.version("lm-eval"))
-
-
-def evaluate_tasks(config: ExperimentConfig, model: EvaluatedModel, sequence_length: int) -> TaskEvaluation:
-    """Evaluates a model on the tasks of the config.
-
-    Args:
-        config: the experiment.
-        model: the model.
-        sequence_length: tokens of one input in its training; longer prompts lose their start.
-
-    Returns:
-        The scores by task, in the config's order.
-
-    Raises:
-        ConfigError: a task does not exist, has no accuracy, or its data cannot be loaded.
-        ModelLoadError: the model cannot be loaded whole.
-    """
-    with _quiet():
-        tasks = _load_tasks(config.evaluate)
-        from lm_eval import simple_evaluate
-
-        LOGGER.info("%s: evaluating on %s", model.name, ", ".join(tasks))
-        results: Any = simple_evaluate(
-            model=_language_model(config, model, sequence_length),
-            tasks=list(tasks.values()),
-            num_fewshot=0,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
-    scores = {name: _score(name, results) for name in tasks}
-    return TaskEvaluation(
-        scores=scores,
-        average=sum(score.value for score in scores.values()) / len(scores),
-        lm_eval_version=importlib.metadata.version("lm-eval"),
-        fingerprint=fingerprint_of(config, model),
-    )
-
-
-def _load_tasks(section: EvaluateConfig) -> dict[str, Any]:
-    """The tasks of lm-eval with their data, by name."""
-    from lm_eval.tasks import TaskManager
-
-    folder = _folder(section)
-    manager = TaskManager(include_path=str(folder), include_defaults=False) if folder else None
-    if manager is None or not set(section.task_names) <= set(manager.all_subtasks):
-        # Reading the thousands of files of lm-eval's own tasks takes seconds.
-        manager = TaskManager(include_path=str(folder) if folder else None)
-    known = set(manager.all_subtasks)
-    loaded = {}
-    for name in section.task_names:
-        if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"evaluate.tasks: expected names of lm-eval tasks or paper, found {name!r}{hint}")
-        loaded[name] = _load_task(manager, name, folder)
-    return loaded
 
 
 def _load_task(manager: Any, name: str, folder: Path | None) -> Any:
@@ -137,7 +153,7 @@ def _folder(section: EvaluateConfig) -> Path | None:
     return folder
 
 
-def _language_model(config: ExperimentConfig, model: EvaluatedModel, sequence_length: int) -> Any:
+def _language_model(model: EvaluatedModel, sequence_length: int, tokens_per_batch: int) -> Any:
     """The model as lm-eval takes it: without a BOS, in bfloat16 on a GPU and float32 on a CPU."""
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
@@ -151,7 +167,7 @@ def _language_model(config: ExperimentConfig, model: EvaluatedModel, sequence_le
         tokenizer=tokenizer,
         backend="causal",
         max_length=sequence_length,
-        batch_size=max(1, config.evaluate.tokens_per_batch // sequence_length),
+        batch_size=max(1, tokens_per_batch // sequence_length),
         add_bos_token=False,
     )
 
@@ -164,24 +180,29 @@ def _score(name: str, results: Any) -> TaskScore:
             f"evaluate.tasks: expected a task with {' or '.join(_METRICS)}, found {name} with "
             f"{', '.join(key for key in numbers if ',' in key)}; take it out of the list"
         )
-    stderr = numbers.get(f"{metric}_stderr,none")
+    value, n_questions = float(numbers[f"{metric},none"]), int(results["n-samples"][name]["effective"])
     return TaskScore(
         metric=metric,
-        value=float(numbers[f"{metric},none"]),
-        stderr=float(stderr) if isinstance(stderr, int | float) else None,
-        n_questions=int(results["n-samples"][name]["effective"]),
+        value=value,
+        # As lm-eval computes it for a share. It would also resample perplexities for minutes, and print to stdout.
+        stderr=math.sqrt(value * (1 - value) / (n_questions - 1)) if n_questions > 1 else None,
+        n_questions=n_questions,
         version=str(results["versions"].get(name)),
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what lm-eval and datasets log below a warning; their progress bars stay on terminals only."""
+    """Hides what lm-eval and datasets log below an error, and the progress bars of datasets."""
+    import datasets
+
     levels = {name: logging.getLogger(name).level for name in _NOISY}
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
+        datasets.enable_progress_bars()
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
