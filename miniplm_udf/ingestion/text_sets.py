@@ -20,9 +20,9 @@ from miniplm_udf.config.evaluate import TextInputConfig
 from miniplm_udf.config.sections import FieldsConfig, SplitConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.ingestion.documents import Document, DocumentReader, Reject
-from miniplm_udf.ingestion.listing import SUFFIXES
+from miniplm_udf.ingestion.formats import SUFFIXES
 from miniplm_udf.store import delta_files
-from miniplm_udf.store.delta_log import has_commits
+from miniplm_udf.store.delta_log import has_commits, newest_version
 
 _GLOB = re.compile(r"[*?\[\]]")
 _PROBED_LINES = 100
@@ -182,16 +182,30 @@ def open_text_set(name: str, config: TextInputConfig) -> TextSet:
         raise ConfigError(f"{key}.version: expected a Delta table, found none at {shown}; remove the key")
     files = _files(config)
     if not files:
-        raise ConfigError(f"{key}.path: expected files of texts, found none at {shown} (taken from the current folder)")
+        raise ConfigError(f"{key}.path: expected files of texts, found none at {storage.redact(uri)}; correct the path")
     formats = {file: _format(file) for file in files} if config.format == "auto" else {files[0]: config.format}
     if len(set(formats.values())) > 1 or None in formats.values():
         raise ConfigError(
             f"{key}.path: expected files of one format, .jsonl[.gz|.zst] or .parquet, found "
             f"{', '.join(sorted(formats)[:5])}; name them with a glob, or set {key}.format"
         )
-    state = [entry for file in files for entry in storage.folder_state(file)]
     kind = str(formats[files[0]])
-    return TextSet(name, config, kind, shown, files, None, state)
+    return TextSet(name, config, kind, shown, files, None, state_of(config))
+
+
+def state_of(config: TextInputConfig) -> list[Any]:
+    """Describes the files of a set without opening them: equal states mean unchanged texts.
+
+    Args:
+        config: its section of the config.
+
+    Returns:
+        Plain data: the version of a Delta table, or names, sizes and times of files; empty if there is no file.
+    """
+    uri = storage.to_uri(config.path)
+    if config.format == "delta" or (config.format == "auto" and has_commits(uri)):
+        return [newest_version(uri) if config.version is None else config.version]
+    return [entry for file in _files(config) for entry in storage.folder_state(file)]
 
 
 def _delta_set(name: str, config: TextInputConfig, uri: str) -> TextSet:

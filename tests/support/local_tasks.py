@@ -36,7 +36,11 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "test",
         {"question": "What lights a room?", "choices": _CHOICES, "answerKey": "C"},
     ),
-    "piqa": ("piqa/piqa.yaml", "validation", {"goal": "make tea", "sol1": "boil water", "sol2": "boil a stone", "label": 0}),
+    "piqa": (
+        "piqa/piqa.yaml",
+        "validation",
+        {"goal": "make tea", "sol1": "boil water", "sol2": "boil a stone", "label": 0},
+    ),
     "social_iqa": (
         "siqa/siqa.yaml",
         "validation",

@@ -11,8 +11,10 @@ import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,15 +195,20 @@ def _score(name: str, results: Any) -> TaskScore:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what lm-eval and datasets log below an error, and the progress bars of datasets."""
+    """Hides what lm-eval and datasets log below an error, and their bars unless stderr is a terminal.
+
+    stdout holds only results, so what they print goes to stderr.
+    """
     import datasets
 
     levels = {name: logging.getLogger(name).level for name in _NOISY}
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        yield
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            yield
     finally:
         datasets.enable_progress_bars()
         for name, level in levels.items():
