@@ -7,7 +7,7 @@ and the order of the columns; `jobs.text.table` aligns them. Reads and writes no
 from collections.abc import Mapping
 
 from jobs.text import table
-from miniplm_udf.config.evaluate import PAPER_TASKS
+from miniplm_udf.config.evaluate import task_columns
 from miniplm_udf.storage import Json
 
 _LOSSES = {
@@ -49,16 +49,15 @@ def evaluation_tables(students: Mapping[str, Json]) -> str:
 def _task_table(students: Mapping[str, Json]) -> str:
     """The paper's table: a row a student, a column a task, accuracies in percent, and their average.
 
-    The tasks of the paper come first, in its order; a student that lacks a task has no average to compare.
+    A student that lacks a task has no average to compare.
     """
-    every = dict.fromkeys(task for each in students.values() for task in each["scores"])
-    tasks = [*(task for task in PAPER_TASKS if task in every), *(task for task in every if task not in PAPER_TASKS)]
+    tasks = task_columns(task for each in students.values() for task in each["scores"])
     rows = []
     for name, each in students.items():
         scores = each["scores"]
         shown = [_percent(scores[task]["value"]) if task in scores else None for task in tasks]
         rows.append((name, *shown, _percent(each["average"]) if None not in shown else None))
-    return table(("student", *(PAPER_TASKS.get(task, task) for task in tasks), "Avg."), rows, "  ")
+    return table(("student", *tasks.values(), "Avg."), rows, "  ")
 
 
 def _decimal(value: float | None) -> str | None:

@@ -6,7 +6,7 @@ Frozen dataclasses, checked when they are made, like those of sections.py. Owns 
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from miniplm_udf.config.sections import check, check_name
@@ -27,6 +27,19 @@ PAPER_TASKS: Mapping[str, str] = types.MappingProxyType(
         "storycloze_2016": "StoryCloze",
     }
 )
+
+
+def task_columns(names: Iterable[str]) -> dict[str, str]:
+    """The columns of a table of tasks: those of the paper first, in its order.
+
+    Args:
+        names: names of tasks; duplicates count once.
+
+    Returns:
+        The head of the column, by name of the task.
+    """
+    every = dict.fromkeys(names)
+    return {task: PAPER_TASKS.get(task, task) for task in [*PAPER_TASKS, *every] if task in every}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

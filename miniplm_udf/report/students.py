@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
-from miniplm_udf.config.evaluate import HELDOUT, PAPER_TASKS
+from miniplm_udf.config.evaluate import HELDOUT, task_columns
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random, resolve
 from miniplm_udf.errors import mlflow_errors
@@ -154,9 +154,7 @@ def tasks(students: Sequence[StudentFacts]) -> dict[str, str]:
     Returns:
         The name of the task's column, by name of the task.
     """
-    every = dict.fromkeys(task for student in students for task in student.task_scores)
-    of_paper = {task: label for task, label in PAPER_TASKS.items() if task in every}
-    return {**of_paper, **{task: task for task in every if task not in PAPER_TASKS}}
+    return task_columns(task for student in students for task in student.task_scores)
 
 
 def differences(students: Sequence[StudentFacts]) -> list[Difference]:

@@ -268,7 +268,7 @@ def test_noise_ends_where_the_rule_says() -> None:
     def student(name: str, tokens: int, heldout: int, is_random: bool = False) -> students.StudentFacts:
         return students.StudentFacts(
             name=name, corpus="c", tokenizer="t", is_random=is_random, training={"tokens": tokens},
-            evaluation={"heldout_bits_per_byte": 1.0, "n_tokens": heldout}, curve=[],
+            evaluation={"sets": {"heldout": {"bits_per_byte": 1.0, "n_tokens": heldout}}}, curve=[],
         )  # fmt: skip
 
     large, small = student("a", 10**9, 10**6), student("b", 10**9 - 1, 10**6, is_random=True)
