@@ -38,7 +38,7 @@ def evaluation_tables(students: Mapping[str, Json]) -> str:
     rows = [
         (name, texts, numbers["n_tokens"], *(_decimal(numbers[key]) for key in _LOSSES))
         for name, evaluation in students.items()
-        for texts, numbers in evaluation["sets"].items()
+        for texts, numbers in evaluation.get("sets", {}).items()
     ]
     parts = [table(("student", "set", "tokens", *_LOSSES.values()), rows, "  ")] if rows else []
     if scores := {name: each["tasks"] for name, each in students.items() if each.get("tasks")}:

@@ -6,6 +6,7 @@ are public, and lines of text. A rerun that skipped everything gives the same su
 
 import shlex
 
+from jobs.evaluation_text import evaluation_tables
 from jobs.records import read_record
 from jobs.stages import STAGES
 from jobs.text import table
@@ -97,6 +98,9 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
     if students:
         parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
+    evaluations = {name: each for name in config.students if (each := _model_file(config, name, "evaluation.json"))}
+    if any(each.get("tasks") or each.get("sets", {}).keys() - {HELDOUT} for each in evaluations.values()):
+        parts.append(evaluation_tables(evaluations))
     return "\n\n".join([*parts, table(None, places, "  ")])
 
 

@@ -21,6 +21,7 @@ from miniplm_udf.config.sections import FieldsConfig, SplitConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.ingestion.documents import Document, DocumentReader, Reject
 from miniplm_udf.ingestion.formats import SUFFIXES
+from miniplm_udf.ingestion.unpacking import unpacked_chunks
 from miniplm_udf.store import delta_files
 from miniplm_udf.store.delta_log import has_commits, newest_version
 
@@ -115,10 +116,16 @@ class TextSet:
     def _lines(self, file: str) -> Iterator[Document | Reject | None]:
         reader = self._reader
         try:
-            with fsspec.open(file, "rb", compression="infer") as handle:
-                for line in handle:
-                    yield reader.read_line(line.rstrip(b"\r\n"))
-        except Exception as error:  # gzip, zstandard and each file system have errors of their own
+            with fsspec.open(file, "rb") as handle:
+                parts: list[bytes] = []
+                for chunk in unpacked_chunks(file, handle):
+                    parts.append(chunk)
+                    if b"\n" in chunk:  # else a long line would be copied for each of its chunks
+                        *lines, rest = b"".join(parts).split(b"\n")
+                        parts = [rest]
+                        yield from map(reader.read_line, lines)
+                yield reader.read_line(b"".join(parts))
+        except Exception as error:  # each file system has errors of its own
             raise self._unreadable(file, error) from error
 
     def _table_rows(self, file: str) -> Iterator[Document | Reject]:

@@ -79,7 +79,7 @@ class Totals:
 
 
 class _Sums:
-    """What the texts of a set add up to: totals of all and by source, failures and bad rows by reason."""
+    """Sums over the texts of a set: totals of all and by source, failures and bad rows by reason."""
 
     def __init__(self) -> None:
         self.overall = Totals()
@@ -120,7 +120,7 @@ class EvaluatedModel:
 
     Args:
         config: the experiment.
-        target: the model; its separator is that of its tokenizer.
+        target: the model, whose tokenizer names the separator.
         folder: path or URI of the model's folder.
         sequence_length: tokens of one input in its training.
         compiled: whether to use torch.compile; None uses it on a GPU.

@@ -14,8 +14,9 @@ import importlib.util
 import io
 import logging
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Tasks:
         _require_library()
         self._section, self._folder = config.evaluate, _folder(config.evaluate)
         self._version = importlib.metadata.version("lm-eval")
-        self._loaded: dict[str, Any] = {}
+        self._manager: Any = None
+        self._loaded: Mapping[str, Any] = {}
 
     def fingerprint_of(self, model: EvaluatedModel) -> str:
         """Hashes all that the scores of a model depend on: tasks, the files of their folder, and the library too.
@@ -71,14 +73,14 @@ class Tasks:
         if self._loaded:
             return
         with _quiet():
-            manager = self._manager()
-            known = set(manager.all_subtasks)
+            self._manager = self._make_manager()
+            known = set(self._manager.all_subtasks)
             for name in names:
                 if name not in known:
                     close = difflib.get_close_matches(name, sorted(known), n=1)
                     hint = f"; did you mean {close[0]!r}?" if close else ""
                     raise ConfigError(f"evaluate.tasks: expected names of lm-eval tasks or paper, found {name!r}{hint}")
-            self._loaded = {name: _load_task(manager, name, self._folder) for name in names}
+            self._loaded = {name: _load_task(self._manager, name, self._folder) for name in names}
 
     def evaluate(self, model: EvaluatedModel, sequence_length: int) -> TaskEvaluation:
         """Evaluates a model.
@@ -102,6 +104,7 @@ class Tasks:
             results: Any = simple_evaluate(
                 model=_language_model(model, sequence_length, self._section.tokens_per_batch),
                 tasks=list(self._loaded.values()),
+                task_manager=self._manager,  # simple_evaluate would read all of lm-eval's tasks again
                 num_fewshot=0,
                 bootstrap_iters=0,
                 log_samples=False,
@@ -114,7 +117,7 @@ class Tasks:
             fingerprint=self.fingerprint_of(model),
         )
 
-    def _manager(self) -> Any:
+    def _make_manager(self) -> Any:
         from lm_eval.tasks import TaskManager
 
         if self._folder is not None:
@@ -197,10 +200,13 @@ def _score(name: str, results: Any) -> TaskScore:
 def _quiet() -> Iterator[None]:
     """Hides what lm-eval and datasets log below an error, and their bars unless stderr is a terminal.
 
-    stdout holds only results, so what they print goes to stderr.
+    stdout holds only results, so what they print goes to stderr. The libraries also report each data set that they
+    load, local files too, to a counter on the internet; that is switched off.
     """
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read when lm-eval imports its metrics
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     levels = {name: logging.getLogger(name).level for name in _NOISY}
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
