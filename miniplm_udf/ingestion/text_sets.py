@@ -111,7 +111,7 @@ class TextSet:
     @property
     def _reader(self) -> DocumentReader:
         fields = FieldsConfig(text=self.config.text_column, source=self.config.source_column)
-        return DocumentReader(fields, self.name, SplitConfig())
+        return DocumentReader(fields, self.name, SplitConfig(reference=0.0, heldout=0.0))
 
     def _lines(self, file: str) -> Iterator[Document | Reject | None]:
         reader = self._reader

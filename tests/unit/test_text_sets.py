@@ -14,7 +14,6 @@ from deltalake import write_deltalake
 from miniplm_udf.config.evaluate import PAPER_TASKS, EvaluateConfig, TextInputConfig, task_columns
 from miniplm_udf.config.experiment import load_config
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.ingestion.documents import Document
 from miniplm_udf.ingestion.text_sets import BadRow, TextSet, open_text_set, state_of
 
 DEMO = Path(__file__).resolve().parents[2] / "conf/demo.yaml"
@@ -117,11 +116,6 @@ def test_the_state_changes_with_the_files(tmp_path: Path) -> None:
     file.write_bytes(lines("one", "two"))
     assert opened(file).state != before
     assert state_of(TextInputConfig(path=str(tmp_path / "lost"))) == []
-
-
-def test_a_document_has_no_other_split_than_its_set(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines(*[f"text {i}" for i in range(50)]))
-    assert all(isinstance(row, Document) for row in opened(tmp_path).rows())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
-from tests.support.trainer_roots import make_root, some_texts, write_config, write_instances
+from tests.support.trainer_roots import LENGTH, make_root, own_tracking_store, some_texts, write_config, write_instances
 from trainer.__main__ import main
 from trainer.evaluation import losses, texts
 from trainer.evaluation import run as evaluation
@@ -35,6 +35,7 @@ from trainer.tracking import Run, connect
 from trainer.train import train
 
 Make = Callable[..., ExperimentConfig]
+SEPARATOR_ID = 0
 
 
 @pytest.fixture(autouse=True)
@@ -51,22 +52,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a trained student, to be copied."""
     folder = tmp_path_factory.mktemp("trained")
     config = make_root(folder)
-    # An experiment of another name: the artifacts of an experiment stay where it was made.
-    connect(dataclasses.replace(config, mlflow=MlflowConfig(experiment="prepared")))
-    train(config, student_target(config, "small"))
+    with own_tracking_store():
+        # An experiment of another name: the artifacts of an experiment stay where it was made.
+        connect(dataclasses.replace(config, mlflow=MlflowConfig(experiment="prepared")))
+        train(config, student_target(config, "small"))
     return folder
 
 
 @pytest.fixture
-def make(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+def make(trained: Path, tmp_path: Path) -> Iterator[Make]:
     """Makes the config of a copy of the root, with overrides."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
     def config(*overrides: str, **train_keys: Any) -> ExperimentConfig:
         return load_config(write_config(tmp_path, tmp_path / "root", **train_keys), overrides)
 
-    return config
+    with own_tracking_store():
+        yield config
 
 
 def folder(config: ExperimentConfig, name: str = "small") -> Path:
@@ -86,14 +88,13 @@ def metrics(config: ExperimentConfig) -> dict[str, float]:
     return values
 
 
-def plain_nats(config: ExperimentConfig, text: str, in_front: list[int], at_end: list[int]) -> tuple[float, int]:
-    """Sum of -log p of the tokens of a text, by the model's own logits, and the number of predicted tokens."""
-    model = AutoModelForCausalLM.from_pretrained(folder(config))
-    tokenizer = Tokenizer.from_file(str(folder(config) / "tokenizer.json"))
-    ids = torch.tensor([[*in_front, *tokenizer.encode(text).ids, *at_end]])
+def nats_of_ids(config: ExperimentConfig, ids: list[int]) -> list[float]:
+    """-log p of each token after the first, by the model's own logits."""
+    model, tokens = AutoModelForCausalLM.from_pretrained(folder(config)), torch.tensor([ids])
     with torch.no_grad():
-        log_p = torch.log_softmax(model(input_ids=ids[:, :-1]).logits, -1)
-    return -float(log_p.gather(2, ids[:, 1:, None]).sum()), ids.shape[1] - 1
+        log_p = torch.log_softmax(model(input_ids=tokens[:, :-1]).logits, -1)
+    nats: list[float] = (-log_p.gather(2, tokens[:, 1:, None])).flatten().tolist()
+    return nats
 
 
 def test_every_byte_counts_and_nothing_is_repeated(make: Make) -> None:
@@ -124,16 +125,38 @@ def test_every_byte_counts_and_nothing_is_repeated(make: Make) -> None:
 
 
 def test_the_numbers_equal_a_plain_forward_pass(make: Make) -> None:
-    config = make("evaluate.inputs.short.path=" + str(write_jsonl(make().root, ["stone river", "the green tea."])))
+    short = ["stone river", "the green tea."]
+    config = make("evaluate.inputs.short.path=" + str(write_jsonl(make().root, short)))
     loss = evaluate(config).evaluation.sets["short"]
-    separator = 0
-    both = [plain_nats(config, text, [separator], []) for text in ("stone river", "the green tea.")]
-    # The official arithmetic: the first token has no prediction, the separator at the end has one.
-    official = [plain_nats(config, text, [], [separator]) for text in ("stone river", "the green tea.")]
-    assert loss.n_tokens == sum(count for _, count in both)
-    assert loss.nats_per_token == pytest.approx(sum(nats for nats, _ in both) / loss.n_tokens, abs=1e-4)
-    assert loss.nats_per_instance_mean == pytest.approx(np.mean([nats / n for nats, n in both]), abs=1e-4)
-    assert loss.official_loss == pytest.approx(np.mean([nats / n for nats, n in official]), abs=1e-4)
+    tokenizer = Tokenizer.from_file(str(folder(config) / "tokenizer.json"))
+    nats = [nats_of_ids(config, [SEPARATOR_ID, *tokenizer.encode(text).ids]) for text in short]
+    assert loss.n_tokens == sum(map(len, nats))
+    assert loss.nats_per_token == pytest.approx(sum(map(sum, nats)) / loss.n_tokens, abs=1e-4)
+    assert loss.nats_per_instance_mean == pytest.approx(np.mean([np.mean(each) for each in nats]), abs=1e-4)
+
+
+def test_the_official_loss_is_that_of_the_official_instances(make: Make) -> None:
+    """Documents with separators behind them, cut to sequences of at most 17 tokens; each predicts its own tokens."""
+    rows = ["stone river walks and the green. tea", "green tea walks and the river " * 7, "tea"]
+    config = make("evaluate.inputs.short.path=" + str(write_jsonl(make().root, rows)))
+    loss = evaluate(config).evaluation.sets["short"]
+    tokenizer = Tokenizer.from_file(str(folder(config) / "tokenizer.json"))
+    ids = [i for row in rows for i in [*tokenizer.encode(row).ids, SEPARATOR_ID]]
+    cuts, start = [], 0
+    while len(ids) - start > LENGTH + 1:
+        window = ids[start : start + LENGTH + 1]
+        marks = [i for i, token in enumerate(window) if token == SEPARATOR_ID or tokenizer.decode([token]) == "."]
+        start += (marks[-1] + 1) if marks else len(window)
+        cuts.append(start)
+    instances = [ids[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+    means = []
+    for instance in instances:
+        nats = nats_of_ids(config, instance)
+        counted = [n for n, before in zip(nats, instance, strict=False) if before != SEPARATOR_ID]
+        means.append(np.mean(counted))
+    assert len(instances) > len(rows)
+    assert max(map(len, instances)) == LENGTH + 1
+    assert loss.official_loss == pytest.approx(np.mean(means), abs=1e-4)
 
 
 def write_jsonl(root: str, rows: list[Any], name: str = "rows") -> Path:

@@ -33,7 +33,7 @@ def test_library_parts(file: Path) -> None:
     names = imported(file, module_level_only=False)
     parts = [name.split(".") for name in names if name.startswith("miniplm_udf.")]
     assert {part[1] for part in parts} <= allowed | {"ingestion"}
-    assert {part[2] for part in parts if part[1] == "ingestion"} <= {"text_sets"}
+    assert {part[2] for part in parts if part[1] == "ingestion"} <= {"text_sets", "documents", "chunking"}
     assert {".".join(part[1:3]) for part in parts if part[1] == "store"} <= {"store.delta_files", "store.delta_log"}
     assert not {"pyspark", "delta", "jobs"} & {name.split(".")[0] for name in names}
 

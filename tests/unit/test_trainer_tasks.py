@@ -4,7 +4,7 @@ import importlib.util
 import json
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from miniplm_udf.config.evaluate import PAPER_TASKS
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError
 from tests.support.local_tasks import write_tasks
-from tests.support.trainer_roots import make_root, write_config
+from tests.support.trainer_roots import make_root, own_tracking_store, write_config
 from trainer.evaluation import losses, run
 from trainer.evaluation.records import EvaluateResult
 from trainer.records import read_training
@@ -30,7 +30,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a trained student, and a folder of tasks; to be copied."""
     folder = tmp_path_factory.mktemp("trained")
     config = make_root(folder)
-    train(config, student_target(config, "small"))
+    with own_tracking_store():
+        train(config, student_target(config, "small"))
     write_tasks(folder / "tasks")
     return folder
 
@@ -50,9 +51,8 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
-def make(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+def make(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Makes the config of a copy of the root, with overrides; without held-out text, to be quick."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
@@ -60,7 +60,8 @@ def make(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make
         fixed = ["ingest.split.heldout=0", f"evaluate.tasks_folder={tmp_path}/tasks"]
         return load_config(write_config(tmp_path, tmp_path / "root"), [*fixed, *overrides])
 
-    return config
+    with own_tracking_store():
+        yield config
 
 
 def evaluate(config: ExperimentConfig) -> EvaluateResult:

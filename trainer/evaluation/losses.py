@@ -3,8 +3,9 @@
 Input: a model folder and `EvaluationSet`s. Output: a `SetEvaluation` for each. A set is scored twice. First with
 `context_prefix: token`: the separator stands in front, and every byte counts, so bits per byte compare tokenizers:
 nats_per_token = sum(nll) / sum(n_tokens); bits_per_byte = sum(nll) / (ln 2 * sum(n_bytes)). Then with
-`context_prefix: none`, the official arithmetic of arXiv 2410.17215, for official_loss alone. Windows have the length
-that the model was trained on. In memory: the model, and a few hundred texts at a time. Writes nothing.
+`context_prefix: none`, the official arithmetic of arXiv 2410.17215, on official instances, for official_loss alone.
+Windows have the length that the model was trained on. In memory: the model, and a few hundred texts at a time. Writes
+nothing.
 """
 
 import collections
@@ -29,7 +30,7 @@ from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from trainer.data import read_tokenizer_info
 from trainer.evaluation.records import SetEvaluation, TextLoss
-from trainer.evaluation.texts import EvaluationSet, TextRow
+from trainer.evaluation.texts import EvaluationSet, InstanceCutter, TextRow
 from trainer.targets import Target
 
 LOGGER = logging.getLogger("miniplm.trainer.evaluation")
@@ -88,16 +89,21 @@ class _Sums:
         self.bad_rows = collections.Counter[str]()
         self._places: list[str] = []
 
-    def add_scores(self, rows: Sequence[TextRow], every_byte: Sequence[Result], official: Sequence[Result]) -> None:
-        """Adds instances with the results of both passes."""
-        for row, result, official_result in zip(rows, every_byte, official, strict=True):
-            if not isinstance(result, Score):
+    def add_scores(self, rows: Sequence[TextRow], results: Sequence[Result]) -> None:
+        """Adds texts whose every byte was scored, or that failed."""
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, Score):
+                for totals in (self.overall, self.by_source[row.source]):
+                    totals.add(result)
+            else:
                 self.failed[result.reason] += 1
-                continue
-            for totals in (self.overall, self.by_source[row.source]):
-                totals.add(result)
-                if isinstance(official_result, Score):  # a text of one token has no prediction
-                    totals.add_official(official_result)
+
+    def add_official(self, rows: Sequence[TextRow], results: Sequence[Result]) -> None:
+        """Adds official instances. One without a result has no prediction (a single token), or failed above too."""
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, Score):
+                for totals in (self.overall, self.by_source[row.source]):
+                    totals.add_official(result)
 
     def add_bad_rows(self, rows: Sequence[BadRow]) -> None:
         """Counts bad rows, and remembers the places of the first ones."""
@@ -169,14 +175,19 @@ class EvaluatedModel:
             ModelLoadError: the model cannot be loaded whole.
             ConfigError, CorpusError: the set cannot be read, or none of its texts could be scored.
         """
-        scorers, sums = self._load(), _Sums()
+        every_byte, official = self._load()
+        sums, cutter = _Sums(), InstanceCutter(texts, self._encode, self._official.context_tokens + 1)
         with progress(f"evaluate {self.name} on {texts.name}", total=texts.n_bytes, unit="byte") as shown:
             rows = texts.rows()
             while part := list(itertools.islice(rows, _TEXTS_AT_ONCE)):
                 good = [row for row in part if isinstance(row, TextRow)]
                 sums.add_bad_rows([row for row in part if isinstance(row, BadRow)])
-                sums.add_scores(good, *(_scores(scorer, good) for scorer in scorers))
+                sums.add_scores(good, _scores(every_byte, good))
+                instances = cutter.feed(good)
+                sums.add_official(instances, _scores(official, instances))
                 shown.update(sum(row.n_bytes for row in good))
+            instances = cutter.close()
+            sums.add_official(instances, _scores(official, instances))
         sums.warn(self.name, texts.name)
         if not sums.overall.n_instances:
             raise CorpusError(
@@ -192,6 +203,11 @@ class EvaluatedModel:
             bad_rows=dict(sums.bad_rows),
             fingerprint=self.fingerprint_of(texts),
         )
+
+    def _encode(self, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """The spans of the tokens of each text, in characters."""
+        encodings = load_tokenizer(self.folder).encode_batch(texts, add_special_tokens=False)
+        return [encoding.offsets for encoding in encodings]
 
     def _load(self) -> tuple[Scorer, Scorer]:
         """The two scorers of the model, on the GPU if there is one."""

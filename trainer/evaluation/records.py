@@ -25,11 +25,12 @@ class TextLoss:
 
     Attributes:
         nats_per_token: the token mean: sum of -log p over the number of tokens.
-        nats_per_instance_mean: mean over instances of their nats per token.
-        official_loss: mean over instances of their nats per token, by the official arithmetic: nothing in front of a
-            text, and no prediction from the separator. The number of the paper's loss tables.
+        nats_per_instance_mean: mean over texts (held-out instances, external documents) of their nats per token.
+        official_loss: the official mean of instance means: as the mean above, but over instances of at most one
+            training sequence, with nothing in front of a text, and without the predictions from a separator. The loss
+            of the paper's tables.
         bits_per_byte: sum of -log2 p over the number of bytes; the only one that compares tokenizers.
-        n_instances, n_tokens, n_bytes: what was scored.
+        n_instances, n_tokens, n_bytes: texts, tokens and bytes that were scored for the three others.
     """
 
     nats_per_token: float | None

@@ -2,20 +2,22 @@
 
 Inputs: rows of `instances` with `split = heldout`, read with delta-rs and Arrow; and `evaluate.inputs`
 (miniplm_udf/ingestion/text_sets.py). Output: an `EvaluationSet` for each, whose rows can be read as often as there are
-models. Owns the limit of instances per source, and the fingerprints by which a repeated evaluation is skipped. Writes
-nothing.
+models; and the instances that the official code would make of external documents. Owns the limit of rows per source,
+and the fingerprints by which a repeated evaluation is skipped. Writes nothing.
 """
 
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypedDict, TypeVar
 
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.ingestion.chunking import Chunk, Chunker, Encode
+from miniplm_udf.ingestion.documents import Document
 from miniplm_udf.ingestion.text_sets import BadRow, TextSet, open_text_set
 from miniplm_udf.store import delta_files
 from trainer.data import open_delta
@@ -36,7 +38,7 @@ class HeldOutRow(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class TextRow:
-    """One instance of a set.
+    """One text of a set: a held-out instance, or an external document.
 
     Attributes:
         text: the text.
@@ -67,6 +69,7 @@ class EvaluationSet:
         fingerprint: hash of what is in the set, 32 hexadecimal digits.
         rows: reads the set from its start.
         n_bytes: bytes of all texts; None if they are not known before the set is read.
+        is_cut: whether the texts are instances, as ingestion cuts them; else they are whole documents.
     """
 
     name: str
@@ -75,6 +78,44 @@ class EvaluationSet:
     fingerprint: str
     rows: Callable[[], Iterator[TextRow | BadRow]]
     n_bytes: int | None
+    is_cut: bool
+
+
+class InstanceCutter:
+    """Makes the official instances of a set's texts.
+
+    Documents of one source are joined with separators and cut as ingestion does it with `chunking.mode: packed`, in the
+    model's own tokens. Instances stay as they are.
+
+    Args:
+        texts: the set.
+        encode: the model's tokenizer, as `miniplm_udf.ingestion.chunking` takes it.
+        max_tokens: largest number of tokens of an instance.
+    """
+
+    def __init__(self, texts: EvaluationSet, encode: Encode, max_tokens: int):
+        self._chunker = None if texts.is_cut else Chunker(encode, "packed", max_tokens)
+
+    def feed(self, rows: Sequence[TextRow]) -> list[TextRow]:
+        """Takes the next texts of the set; returns the instances that are complete.
+
+        Args:
+            rows: the texts.
+        """
+        chunker = self._chunker
+        if chunker is None:
+            return list(rows)
+        documents = (Document("", row.source, row.text, "pool") for row in rows)
+        return [_instance(chunk) for document in documents for chunk in chunker.feed(document)]
+
+    def close(self) -> list[TextRow]:
+        """Returns the last instances."""
+        return [] if self._chunker is None else [_instance(chunk) for chunk in self._chunker.close()]
+
+
+def _instance(chunk: Chunk) -> TextRow:
+    last = chunk.slices[-1]
+    return TextRow(chunk.text, last.document.source, chunk.segment_ends, last.ends)
 
 
 def evaluation_sets(config: ExperimentConfig) -> list[EvaluationSet]:
@@ -146,11 +187,12 @@ def heldout_set(config: ExperimentConfig) -> EvaluationSet:
         fingerprint=hashlib.sha256(ids.encode()).hexdigest()[:32],
         rows=lambda: (TextRow(row["text"], row["source"], row["segment_ends"], row["ends_document"]) for row in rows),
         n_bytes=sum(row["n_bytes"] for row in rows),
+        is_cut=True,
     )
 
 
 def _external(config: ExperimentConfig, text_set: TextSet) -> EvaluationSet:
-    """An external set: each document is one instance."""
+    """An external set of documents."""
     limit, section = config.evaluate.max_instances_per_source, text_set.config
 
     def rows() -> Iterator[TextRow | BadRow]:
@@ -167,6 +209,7 @@ def _external(config: ExperimentConfig, text_set: TextSet) -> EvaluationSet:
         fingerprint=fingerprint(text_set.state, section.text_column, section.source_column, limit),
         rows=rows,
         n_bytes=None,
+        is_cut=False,
     )
 
 
