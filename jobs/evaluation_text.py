@@ -7,7 +7,7 @@ and the order of the columns; `jobs.text.table` aligns them. Reads and writes no
 from collections.abc import Mapping
 
 from jobs.text import table
-from miniplm_udf.config.evaluate import task_columns
+from miniplm_udf.config.evaluate import HELDOUT, task_columns
 from miniplm_udf.storage import Json
 
 _LOSSES = {
@@ -35,12 +35,14 @@ def evaluation_tables(students: Mapping[str, Json]) -> str:
     Args:
         students: content of `evaluation.json`, by name of the student.
     """
+    sets = {name: evaluation.get("sets", {}) for name, evaluation in students.items()}
     rows = [
-        (name, texts, numbers["n_tokens"], *(_decimal(numbers[key]) for key in _LOSSES))
-        for name, evaluation in students.items()
-        for texts, numbers in evaluation.get("sets", {}).items()
+        (texts, name, numbers[texts]["n_tokens"], *(_decimal(numbers[texts][key]) for key in _LOSSES))
+        for texts in dict.fromkeys([HELDOUT, *(texts for numbers in sets.values() for texts in numbers)])
+        for name, numbers in sets.items()
+        if texts in numbers
     ]
-    parts = [table(("student", "set", "tokens", *_LOSSES.values()), rows, "  ")] if rows else []
+    parts = [table(("texts", "student", "tokens", *_LOSSES.values()), rows, "  ")] if rows else []
     if scores := {name: each["tasks"] for name, each in students.items() if each.get("tasks")}:
         parts.append(_task_table(scores))
     return "\n\n".join(parts)

@@ -26,7 +26,7 @@ def losses(nats: float | None) -> Json:
 def evaluation(*tasks: str) -> Json:
     scores = {task: {"value": 0.25 + i / 100} for i, task in enumerate(tasks)}
     average = sum(score["value"] for score in scores.values()) / len(scores) if scores else None
-    sets = {"heldout": losses(2.5), "dclm": losses(None)}
+    sets = {"dclm": losses(None), "heldout": losses(2.5)}
     return {"sets": sets, "tasks": {"scores": scores, "average": average} if scores else None}
 
 
@@ -35,8 +35,10 @@ def test_losses_and_tasks_are_printed_as_tables() -> None:
     students = {"miniplm": evaluation("mine", *reverse), "other": evaluation(*reverse), "third": evaluation()}
     text = evaluation_text({"students": students})
     loss_table, task_table = text.split("\n\n")
-    assert loss_table.splitlines()[1].split() == ["miniplm", "heldout", "1,234", *["2.5000"] * 4]
-    assert loss_table.splitlines()[2].split() == ["miniplm", "dclm", "1,234", *["-"] * 4]
+    lines = [line.split() for line in loss_table.splitlines()]
+    assert [line[:2] for line in lines[1:4]] == [["heldout", name] for name in students]
+    assert lines[1][2:] == ["1,234", *["2.5000"] * 4]
+    assert lines[4] == ["dclm", "miniplm", "1,234", *["-"] * 4]
     head, first, second = task_table.splitlines()
     columns = ["HellaSwag", "LAMBADA", "WinoGrande", "OpenBookQA", "ARC-e", "ARC-c", "PIQA", "SIQA", "StoryCloze"]
     assert head.split() == ["student", *columns, "mine", "Avg."]

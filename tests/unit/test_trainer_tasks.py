@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -104,6 +105,16 @@ def test_the_nine_tasks_of_the_paper(make: Make, connections: list[Any]) -> None
     assert all(score.n_questions == 4 and 0 <= score.value <= 1 for score in tasks.scores.values())
     assert tasks.average == pytest.approx(sum(score.value for score in tasks.scores.values()) / 9)
     assert connections == []
+
+
+def test_the_example_of_the_docs_is_a_task(make: Make, tmp_path: Path) -> None:
+    """The YAML file of Story Cloze in docs/evaluation.md, with questions in the columns that it names."""
+    text = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text()
+    (example,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "dataset_kwargs" in block)
+    (tmp_path / "tasks/storycloze_2016.yaml").write_text(example)
+    tasks = evaluate(make("evaluate.tasks=[storycloze_2016]")).evaluation.tasks
+    assert tasks is not None
+    assert (tasks.scores["storycloze_2016"].metric, tasks.scores["storycloze_2016"].version) == ("acc", "1.0")
 
 
 @pytest.mark.parametrize(
