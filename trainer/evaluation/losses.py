@@ -150,6 +150,7 @@ class EvaluatedModel:
         self._official = _model_config(folder, separator, sequence_length, "none")
         self._description = describe(target.name, self._every_byte)
         self.folder = model_folder(self._every_byte)
+        self._tokenizer = load_tokenizer(self.folder)
         self.revision = self._description.model_revision
         self._scorers: tuple[Scorer, Scorer] | None = None
 
@@ -206,8 +207,7 @@ class EvaluatedModel:
 
     def _encode(self, texts: list[str]) -> list[list[tuple[int, int]]]:
         """The spans of the tokens of each text, in characters."""
-        encodings = load_tokenizer(self.folder).encode_batch(texts, add_special_tokens=False)
-        return [encoding.offsets for encoding in encodings]
+        return [encoding.offsets for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def _load(self) -> tuple[Scorer, Scorer]:
         """The two scorers of the model, on the GPU if there is one."""
@@ -219,8 +219,7 @@ class EvaluatedModel:
         return self._scorers
 
     def _scorer(self, model: Any, description: ModelDescription) -> Scorer:
-        tokenizer = load_tokenizer(self.folder)
-        return Scorer(model, tokenizer, description, self._tokens_per_batch, model.device, self._compiled)
+        return Scorer(model, self._tokenizer, description, self._tokens_per_batch, model.device, self._compiled)
 
 
 def _model_config(folder: str, separator: str, sequence_length: int, prefix: Literal["token", "none"]) -> ModelConfig:
