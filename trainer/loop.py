@@ -137,6 +137,7 @@ class Loop:
         steps_done: int,
         on_step: Callable[[StepMeasures], None],
         on_save: Callable[[StepMeasures], None],
+        on_evaluate: Callable[[int], None] | None = None,
     ) -> None:
         """Trains from step `steps_done` to the last step of the config.
 
@@ -144,6 +145,8 @@ class Loop:
             steps_done: optimiser steps that the weights have had.
             on_step: called every `log_every_steps` steps and after the last step.
             on_save: called every `save_every_steps` steps and after the last step.
+            on_evaluate: called every `evaluate_every_steps` steps, unless that is 0, with the optimiser steps done; its
+                time does not count in `tokens_per_second`. None calls nothing.
 
         Raises:
             MiniplmError: the loss or the gradient of a step is not finite; nothing after this step is logged or saved.
@@ -154,6 +157,10 @@ class Loop:
         for step in range(steps_done, self.config.steps):
             rate, loss, norm = self.step(step)
             done = step + 1
+            if on_evaluate is not None and self._evaluates_at(done):
+                paused = time.perf_counter()
+                on_evaluate(done)
+                started += time.perf_counter() - paused
             logs = done % self.config.log_every_steps == 0 or done == self.config.steps
             saves = done % self.config.save_every_steps == 0 or done == self.config.steps
             if not (logs or saves):
@@ -168,6 +175,10 @@ class Loop:
                 started, first = time.perf_counter(), done
             if saves:
                 on_save(measures)
+
+    def _evaluates_at(self, steps_done: int) -> bool:
+        every = self.config.evaluate_every_steps
+        return every > 0 and steps_done % every == 0
 
     def step(self, step: int) -> tuple[float, torch.Tensor, torch.Tensor]:
         """Does one optimiser step. Does not wait for the device.

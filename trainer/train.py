@@ -10,6 +10,7 @@ Under torchrun only rank 0 writes. A lease makes sure that one process (or one t
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import tempfile
 import time
@@ -32,6 +33,7 @@ from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import World, process_group
 from trainer.document_masks import check_follows_positions
+from trainer.evaluation.during_training import TrainingEvaluation
 from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, choose_scan, model_config, n_parameters
@@ -65,6 +67,8 @@ class _Training:
     module: CausalLMWithLoss
     optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
+    files: TokenizerFiles
+    evaluation: TrainingEvaluation | None
 
 
 def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) -> TrainResult:
@@ -200,9 +204,8 @@ def _train(
             checkpoints.set_run_id(run.run_id)
         _log_start(training, run)
         state = _run_first(training, loop, state, run, lease)
-        files = read_tokenizer_files(config.layout.model(target.tokenizer_folder))
-        record = _record(training, files, run, state)
-        _save_model(training, files, record)
+        record = _record(training, run, state)
+        _save_model(training, record)
         metrics = {"seconds": record.seconds, "final_loss": record.final_loss}
         run.log_metrics({name: value for name, value in metrics.items() if value is not None})
     return record
@@ -230,7 +233,9 @@ def _new_training(config: ExperimentConfig, target: Target, inputs: _Inputs, wor
     optimizer = make_optimizer(model, target.train)
     folder = checkpoint_folder(config.layout.checkpoint(f"train/{target.name}"))
     checkpoints = Checkpoints(folder, inputs.fingerprint, target.train.keep_checkpoints)
-    return _Training(config, target, inputs, model, module, optimizer, checkpoints)
+    files = read_tokenizer_files(config.layout.model(target.tokenizer_folder))
+    evaluation = TrainingEvaluation(config, target) if target.train.evaluate_every_steps else None
+    return _Training(config, target, inputs, model, module, optimizer, checkpoints, files, evaluation)
 
 
 def _run_first(training: _Training, loop: Loop, state: SavedState, run: Run, lease: Lease) -> SavedState:
@@ -253,7 +258,15 @@ def _run_first(training: _Training, loop: Loop, state: SavedState, run: Run, lea
             latest = SavedState(measures.steps_done, seconds=seconds, loss=measures.loss)
             training.checkpoints.save(latest, training.model, training.optimizer)
 
-        loop.run(state.steps_done, on_step, on_save)
+        def on_evaluate(steps_done: int) -> None:
+            nonlocal started
+            assert training.evaluation is not None
+            paused = time.perf_counter()
+            metrics = training.evaluation.measure(functools.partial(_write_model, training))
+            run.log_metrics(metrics, step=steps_done)
+            started += time.perf_counter() - paused  # the seconds of a training are those of its steps
+
+        loop.run(state.steps_done, on_step, on_save, on_evaluate)
     return latest
 
 
@@ -289,7 +302,7 @@ def _log_start(training: _Training, run: Run) -> None:
     run.set_tags({"fingerprint": inputs.fingerprint, "tokenizer": target.tokenizer, "stage": "train"})
 
 
-def _record(training: _Training, files: TokenizerFiles, run: Run, state: SavedState) -> TrainingRecord:
+def _record(training: _Training, run: Run, state: SavedState) -> TrainingRecord:
     """The content of `training.json` at the end of a training."""
     target, inputs, sequences = training.target, training.inputs, training.inputs.sequences
     n_sequences = target.train.steps * target.train.batch_sequences
@@ -311,22 +324,28 @@ def _record(training: _Training, files: TokenizerFiles, run: Run, state: SavedSt
         fingerprint=inputs.fingerprint,
         config_fingerprint=target.config_fingerprint(),
         lineage=sequences.metadata,
-        tokenizer_hash=files.packed_hash,
-        tokenizer_file_hash=files.saved_hash,
+        tokenizer_hash=training.files.packed_hash,
+        tokenizer_file_hash=training.files.saved_hash,
     )
 
 
-def _save_model(training: _Training, files: TokenizerFiles, record: TrainingRecord) -> None:
+def _write_model(training: _Training, folder: Path) -> None:
+    """Writes weights, config and tokenizer into a local folder, as a finished model has them."""
+    model = typing.cast(Any, training.model)
+    disable_progress_bar()  # transformers draws its bar even if stderr is not a terminal
+    model.save_pretrained(folder, max_shard_size="1TB")  # one file: readers of the folder expect one
+    enable_progress_bar()
+    training.files.write(folder)
+
+
+def _save_model(training: _Training, record: TrainingRecord) -> None:
     """Writes the model folder in a temporary place, then uploads it to its own place."""
     layout, target, model = training.config.layout, training.target, typing.cast(Any, training.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = True
-        disable_progress_bar()  # transformers draws its bar even if stderr is not a terminal
-        model.save_pretrained(folder, max_shard_size="1TB")  # one file: readers of the folder expect one
-        enable_progress_bar()
-        files.write(folder)
+        _write_model(training, folder)
         storage.write_json(str(folder / TRAINING_FILE), dataclasses.asdict(record))
         storage.upload_folder(folder, layout.model(target.name))
         LOGGER.info("%s: %s", target.name, storage.redact(layout.model(target.name)))
