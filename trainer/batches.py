@@ -27,12 +27,10 @@ class Sequences(Protocol):
     """Token sequences of length `sequence_length` (L inputs and as many targets), by row number.
 
     Attributes:
-        n_sequences: number of rows.
         sequence_length: L.
         group_rows: int64 of shape (n_groups,): rows that stand next to each other and are read together.
     """
 
-    n_sequences: int
     sequence_length: int
     group_rows: np.ndarray
 

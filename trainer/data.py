@@ -171,7 +171,7 @@ class PackedSequences:
                 )
 
     def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reads sequences by row number. For one thread at a time.
+        """Reads sequences by row number. Threads may call it, and take turns.
 
         Args:
             rows: int64 of shape (n,), each in 0 .. n_sequences - 1.

@@ -1,10 +1,10 @@
 """The training loop. Uses only torch and numpy; reads no table, writes no file, does not call MLflow.
 
-Inputs: a model, token sequences by row number (`Sequences`), a `TrainConfig`. Output: the model's weights, changed in
-place; measures go to two callbacks. One step trains on one batch of `batch_sequences` over all ranks, in micro-batches
-whose weighted sums add up to the loss of the whole batch; then it clips the gradient and applies AdamW with the
-schedule's learning rate. Weight decay applies to all weights, as in the official code. Weights are fp32; the forward
-pass is bf16 on a GPU with dtype auto.
+Inputs: a model with its loss, token sequences by row number (`Sequences`), a `TrainConfig`. Output: the model's
+weights, changed in place; measures go to two callbacks. One step trains on one batch of `batch_sequences` over all
+ranks, in micro-batches whose weighted sums add up to the loss of the whole batch; then it clips the gradient and
+applies AdamW with the schedule's learning rate. Weight decay applies to all weights, as in the official code. Weights
+are fp32; the forward pass is bf16 on a GPU with dtype auto. Between logs and saves, the CPU does not wait for the GPU.
 
 Dropout is seeded by (seed, step, rank), and the order of rows by (seed, step). So the state of a run is the weights,
 the optimiser and the number of steps done.
@@ -16,7 +16,6 @@ import time
 import typing
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +24,10 @@ from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from trainer.batches import Batches, Sequences
 from trainer.distributed import World
 from trainer.document_masks import document_positions
-from trainer.loss import target_nll, target_weights
+from trainer.flops import peak_flops_per_second, training_flops_per_token
+from trainer.lm_loss import CausalLMWithLoss
+from trainer.loss import target_weights
+from trainer.precision import autocast, product_dtype
 from trainer.schedule import learning_rate
 
 
@@ -39,7 +41,8 @@ class StepMeasures:
         learning_rate: rate of this step.
         gradient_norm: norm of the whole gradient before clipping.
         tokens: input tokens of the whole run so far, including those before a resume.
-        tokens_per_second: mean speed since the run was started or resumed.
+        tokens_per_second: input tokens of all ranks per second, since the measures before, or since the start.
+        mfu: the model FLOPs per second as a share of the peak of all chips (flops.py); None if the peak is not known.
     """
 
     steps_done: int
@@ -48,6 +51,7 @@ class StepMeasures:
     gradient_norm: float
     tokens: int
     tokens_per_second: float
+    mfu: float | None = None
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -63,25 +67,24 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
+        fused=True,  # one pass over the weights, on CPUs too
     )
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    is_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16) if is_bfloat16 else contextlib.nullcontext()
 
 
 class Loop:
     """Trains one model.
 
     Args:
-        model: a model on `world.device` whose forward pass takes `input_ids` and returns `.logits`; with
-            `document_masks`, a model that `check_follows_positions` accepts.
+        module: a model with its loss on `world.device`, prepared by `blocks.prepare_blocks`; with `document_masks`, a
+            model that `check_follows_positions` accepts.
         optimizer: the optimiser of the model's weights.
         sequences: the training data.
         config: settings of the optimiser and the schedule.
         separator_id: id of the document separator, for the official loss.
         world: the place of this process among the ranks.
+
+    Attributes:
+        model: the causal LM in `module`.
 
     Raises:
         ConfigError: a batch has fewer sequences than there are ranks.
@@ -89,7 +92,7 @@ class Loop:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        module: CausalLMWithLoss,
         optimizer: torch.optim.Optimizer,
         sequences: Sequences,
         config: TrainConfig,
@@ -103,13 +106,20 @@ class Loop:
         self.optimizer, self.sequences, self.config = optimizer, sequences, config
         self.separator_id, self.world = separator_id, world
         self.batches = Batches(sequences, config, world)
-        self.model = DistributedDataParallel(model) if world.size > 1 else model
+        self.model = module.model
+        self.module = DistributedDataParallel(module) if world.size > 1 else module
+        peak = peak_flops_per_second(world.device, product_dtype(config, world.device))
+        flops = training_flops_per_token(module.model, sequences.sequence_length)
+        self._mfu_per_speed = None if peak is None else flops / (peak * world.size)
+        # The first step whose loss or gradient is not finite; -1: none so far. Read only at logs and saves.
+        self._first_bad_step = torch.tensor(-1, device=world.device)
 
     def run(
         self,
         steps_done: int,
         on_step: Callable[[StepMeasures], None],
         on_save: Callable[[StepMeasures], None],
+        on_evaluate: Callable[[int], None] | None = None,
     ) -> None:
         """Trains from step `steps_done` to the last step of the config.
 
@@ -117,57 +127,67 @@ class Loop:
             steps_done: optimiser steps that the weights have had.
             on_step: called every `log_every_steps` steps and after the last step.
             on_save: called every `save_every_steps` steps and after the last step.
+            on_evaluate: called every `evaluate_every_steps` steps, unless that is 0, with the optimiser steps done; its
+                time does not count in `tokens_per_second`. None calls nothing.
 
         Raises:
-            MiniplmError: the loss or the gradient is not finite.
+            MiniplmError: the loss or the gradient of a step is not finite; nothing after this step is logged or saved.
             CorpusError: a batch has no target, or cannot be read.
         """
         with self.batches.read_ahead(steps_done, self.config.steps):
-            self._run(steps_done, on_step, on_save)
+            self._run(steps_done, on_step, on_save, on_evaluate)
 
     def _run(
         self,
         steps_done: int,
         on_step: Callable[[StepMeasures], None],
         on_save: Callable[[StepMeasures], None],
+        on_evaluate: Callable[[int], None] | None,
     ) -> None:
         """Trains on the batches of the steps, which are read ahead."""
-        self.model.train()
+        self.module.train()
         started, first = time.perf_counter(), steps_done
         for step in range(steps_done, self.config.steps):
             rate, loss, norm = self.step(step)
             done = step + 1
+            if on_evaluate is not None and self._evaluates_at(done):
+                paused = time.perf_counter()
+                on_evaluate(done)
+                started += time.perf_counter() - paused
             logs = done % self.config.log_every_steps == 0 or done == self.config.steps
             saves = done % self.config.save_every_steps == 0 or done == self.config.steps
             if not (logs or saves):
                 continue  # reading the loss makes the CPU wait for the GPU
-            loss_value, norm_value = float(self.world.sum(loss)), float(norm)
-            self._check_finite(done, loss_value, norm_value)
+            loss_value, norm_value = self._read(loss, norm)
             tokens_a_step = self.config.batch_sequences * self.sequences.sequence_length
             speed = (done - first) * tokens_a_step / (time.perf_counter() - started)
-            measures = StepMeasures(done, loss_value, rate, norm_value, done * tokens_a_step, speed)
+            mfu = None if self._mfu_per_speed is None else speed * self._mfu_per_speed
+            measures = StepMeasures(done, loss_value, rate, norm_value, done * tokens_a_step, speed, mfu)
             if logs:
                 on_step(measures)
+                started, first = time.perf_counter(), done
             if saves:
                 on_save(measures)
 
+    def _evaluates_at(self, steps_done: int) -> bool:
+        every = self.config.evaluate_every_steps
+        return every > 0 and steps_done % every == 0
+
     def step(self, step: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """Does one optimiser step.
+        """Does one optimiser step. Does not wait for the device.
 
         Args:
             step: number of the step, from 0.
 
         Returns:
-            (learning rate, this rank's part of the loss in nats, norm of the whole gradient before clipping).
-
-        Raises:
-            CorpusError: the batch has no target.
+            (learning rate, loss of the batch in nats, norm of the whole gradient before clipping). The loss is not
+            finite if the batch has no target.
         """
         config, world = self.config, self.world
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)
-        loss = self._backward(*self.batches.get(step))
+        loss = world.sum(self._backward(*self.batches.get(step)))
         limit = config.gradient_clip_norm if config.gradient_clip_norm > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         rate = learning_rate(
             step,
             steps=config.steps,
@@ -179,6 +199,9 @@ class Loop:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        is_first_bad = (self._first_bad_step < 0) & ~(torch.isfinite(loss) & torch.isfinite(norm))
+        # Not `where`: it copies the number to the GPU and waits for the copy.
+        self._first_bad_step = self._first_bad_step.masked_fill(is_first_bad, step)
         return rate, loss, norm
 
     def _backward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -192,32 +215,42 @@ class Loop:
         masks = self.config.document_masks
         positions = document_positions(inputs, mask, self.separator_id) if masks else None
         weights, count = target_weights(inputs, mask, self.separator_id, self.config.loss)
-        count = self.world.sum(count)
-        if not count > 0:
-            raise CorpusError("a batch has no target: check the column target_mask of the packed table")
+        weights = weights / self.world.sum(count).float()
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
         starts = range(0, len(tokens), self.config.micro_batch_sequences)
         for start in starts:
             part = slice(start, start + self.config.micro_batch_sequences)
             with self._sync(last=start == starts[-1]):
-                with _autocast(self.config, self.world.device):
-                    # A cache would keep transformers from building the mask.
-                    extra = {} if positions is None else {"position_ids": positions[part], "use_cache": False}
-                    logits = self.model(input_ids=inputs[part], **extra).logits
-                loss = (target_nll(logits, targets[part]) * weights[part]).sum() / count.float()
+                with autocast(self.config, self.world.device):
+                    loss = self.module(
+                        inputs[part], targets[part], weights[part], None if positions is None else positions[part]
+                    )
                 (loss * self.world.size).backward()  # DDP takes the mean over ranks; the batch needs the sum
             total += loss.detach()
         return total
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[object]:
         """A context in which ranks add up their gradients only in the last micro-batch of a step."""
-        if isinstance(self.model, DistributedDataParallel) and not last:
-            return typing.cast(contextlib.AbstractContextManager[object], self.model.no_sync())
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return typing.cast(contextlib.AbstractContextManager[object], self.module.no_sync())
         return contextlib.nullcontext()
 
-    def _check_finite(self, steps_done: int, loss: float, norm: float) -> None:
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise MiniplmError(
-                f"training diverged: at step {steps_done} the loss is {loss} and the gradient norm {norm}: lower "
-                "train.learning_rate or raise train.warmup_steps; the last checkpoint was saved before this step"
+    def _read(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+        """Reads loss and norm from the device, after the check that all steps so far were finite."""
+        values = torch.stack([loss.double(), norm.double(), self._first_bad_step.double()]).tolist()
+        bad_step = int(values[2])
+        if bad_step < 0:
+            return values[0], values[1]
+        rows = self.batches.rows(bad_step)
+        numbers = ", ".join(str(row) for row in rows.tolist())
+        tokens, mask = (torch.from_numpy(array) for array in self.sequences.get(rows))
+        if not target_weights(tokens[:, :-1], mask, self.separator_id, self.config.loss)[1] > 0:
+            raise CorpusError(
+                f"step {bad_step + 1}: a batch has no target: check the column target_mask of the packed table "
+                f"(rows {numbers})"
             )
+        raise MiniplmError(
+            f"training diverged: at step {bad_step + 1} the loss or the gradient norm is not finite: lower "
+            "train.learning_rate or raise train.warmup_steps; the last checkpoint was saved before this step; the step "
+            f"trained on these rows of the packed table: {numbers}"
+        )

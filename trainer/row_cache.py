@@ -6,6 +6,7 @@ rows of the largest row group x bytes of a row. In the order of `trainer/order.p
 more, each row group is decoded once an epoch, or twice where two lanes share it. Reads no file itself.
 """
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -39,11 +40,12 @@ class RowCache:
         self._group_in = np.full(self._n_slots, -1, dtype=np.int64)
         self._last_used = np.zeros(self._n_slots, dtype=np.int64)
         self._clock = 1
+        self._lock = threading.Lock()
         self.n_bytes = self._tokens.nbytes + self._mask.nbytes
         self.rows_decoded = 0
 
     def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gathers rows.
+        """Gathers rows; several threads take turns.
 
         Args:
             rows: int64 row numbers of shape (n,).
@@ -53,8 +55,9 @@ class RowCache:
         """
         tokens = np.empty((len(rows), self._tokens.shape[1]), dtype=np.int32)
         mask = np.empty((len(rows), self._mask.shape[1]), dtype=np.uint8)
-        if len(rows):
-            self._gather(rows, tokens, mask)
+        with self._lock:
+            if len(rows):
+                self._gather(rows, tokens, mask)
         return tokens, mask
 
     def _gather(self, rows: np.ndarray, tokens: np.ndarray, mask: np.ndarray) -> None:

@@ -10,6 +10,7 @@ Under torchrun only rank 0 writes. A lease makes sure that one process (or one t
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import tempfile
 import time
@@ -27,10 +28,13 @@ from miniplm_udf.errors import ConfigError, MiniplmError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import progress
 from miniplm_udf.storage import Json
+from trainer.blocks import prepare_blocks
 from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import World, process_group
 from trainer.document_masks import check_follows_positions
+from trainer.evaluation.during_training import TrainingEvaluation
+from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, choose_scan, model_config, n_parameters
 from trainer.order import ORDER_VERSION
@@ -61,8 +65,11 @@ class _Training:
     target: Target
     inputs: _Inputs
     model: torch.nn.Module
+    module: CausalLMWithLoss
     optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
+    files: TokenizerFiles
+    evaluation: TrainingEvaluation | None
 
 
 def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) -> TrainResult:
@@ -190,7 +197,9 @@ def _train(
     # Only rank 0 chooses the checkpoint: ranks could see a damaged disk differently and start from different steps.
     step = _first_decides(world, lambda: checkpoints.newest_whole(model, optimizer))
     state = SavedState(0) if step is None else checkpoints.load(step, model, optimizer)
-    loop = Loop(model, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
+    loop = Loop(
+        training.module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world
+    )
     if lease is None:
         loop.run(state.steps_done, lambda measures: None, lambda measures: None)
         return None
@@ -199,9 +208,8 @@ def _train(
             checkpoints.set_run_id(run.run_id)
         _log_start(training, run)
         state = _run_first(training, loop, state, run, lease)
-        files = read_tokenizer_files(config.layout.model(target.tokenizer_folder))
-        record = _record(training, files, run, state)
-        _save_model(training, files, record)
+        record = _record(training, run, state)
+        _save_model(training, record)
         metrics = {"seconds": record.seconds, "final_loss": record.final_loss}
         run.log_metrics({name: value for name, value in metrics.items() if value is not None})
     return record
@@ -224,10 +232,14 @@ def _new_training(config: ExperimentConfig, target: Target, inputs: _Inputs, wor
     model.to(world.device)
     if target.train.document_masks:
         check_follows_positions(model, architecture.vocab_size, target.where)
+    module = CausalLMWithLoss(model)
+    prepare_blocks(module, target.train, target.sequence_length, target.where)
     optimizer = make_optimizer(model, target.train)
     folder = checkpoint_folder(config.layout.checkpoint(f"train/{target.name}"))
     checkpoints = Checkpoints(folder, inputs.fingerprint, target.train.keep_checkpoints)
-    return _Training(config, target, inputs, model, optimizer, checkpoints)
+    files = read_tokenizer_files(config.layout.model(target.tokenizer_folder))
+    evaluation = TrainingEvaluation(config, target) if target.train.evaluate_every_steps else None
+    return _Training(config, target, inputs, model, module, optimizer, checkpoints, files, evaluation)
 
 
 def _run_first(training: _Training, loop: Loop, state: SavedState, run: Run, lease: Lease) -> SavedState:
@@ -250,18 +262,27 @@ def _run_first(training: _Training, loop: Loop, state: SavedState, run: Run, lea
             latest = SavedState(measures.steps_done, seconds=seconds, loss=measures.loss)
             training.checkpoints.save(latest, training.model, training.optimizer)
 
-        loop.run(state.steps_done, on_step, on_save)
+        def on_evaluate(steps_done: int) -> None:
+            nonlocal started
+            assert training.evaluation is not None
+            paused = time.perf_counter()
+            metrics = training.evaluation.measure(functools.partial(_write_model, training))
+            run.log_metrics(metrics, step=steps_done)
+            started += time.perf_counter() - paused  # the seconds of a training are those of its steps
+
+        loop.run(state.steps_done, on_step, on_save, on_evaluate)
     return latest
 
 
 def _metrics(measures: StepMeasures) -> dict[str, float]:
-    return {
+    metrics = {
         "train_loss": measures.loss,
         "learning_rate": measures.learning_rate,
         "gradient_norm": measures.gradient_norm,
         "tokens": measures.tokens,
         "tokens_per_second": measures.tokens_per_second,
     }
+    return metrics if measures.mfu is None else {**metrics, "train/mfu": measures.mfu}
 
 
 def _log_start(training: _Training, run: Run) -> None:
@@ -285,7 +306,7 @@ def _log_start(training: _Training, run: Run) -> None:
     run.set_tags({"fingerprint": inputs.fingerprint, "tokenizer": target.tokenizer, "stage": "train"})
 
 
-def _record(training: _Training, files: TokenizerFiles, run: Run, state: SavedState) -> TrainingRecord:
+def _record(training: _Training, run: Run, state: SavedState) -> TrainingRecord:
     """The content of `training.json` at the end of a training."""
     target, inputs, sequences = training.target, training.inputs, training.inputs.sequences
     n_sequences = target.train.steps * target.train.batch_sequences
@@ -307,22 +328,28 @@ def _record(training: _Training, files: TokenizerFiles, run: Run, state: SavedSt
         fingerprint=inputs.fingerprint,
         config_fingerprint=target.config_fingerprint(),
         lineage=sequences.metadata,
-        tokenizer_hash=files.packed_hash,
-        tokenizer_file_hash=files.saved_hash,
+        tokenizer_hash=training.files.packed_hash,
+        tokenizer_file_hash=training.files.saved_hash,
     )
 
 
-def _save_model(training: _Training, files: TokenizerFiles, record: TrainingRecord) -> None:
+def _write_model(training: _Training, folder: Path) -> None:
+    """Writes weights, config and tokenizer into a local folder, as a finished model has them."""
+    model = typing.cast(Any, training.model)
+    disable_progress_bar()  # transformers draws its bar even if stderr is not a terminal
+    model.save_pretrained(folder, max_shard_size="1TB")  # one file: readers of the folder expect one
+    enable_progress_bar()
+    training.files.write(folder)
+
+
+def _save_model(training: _Training, record: TrainingRecord) -> None:
     """Writes the model folder in a temporary place, then uploads it to its own place."""
     layout, target, model = training.config.layout, training.target, typing.cast(Any, training.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = True
-        disable_progress_bar()  # transformers draws its bar even if stderr is not a terminal
-        model.save_pretrained(folder, max_shard_size="1TB")  # one file: readers of the folder expect one
-        enable_progress_bar()
-        files.write(folder)
+        _write_model(training, folder)
         storage.write_json(str(folder / TRAINING_FILE), dataclasses.asdict(record))
         storage.upload_folder(folder, layout.model(target.name))
         LOGGER.info("%s: %s", target.name, storage.redact(layout.model(target.name)))

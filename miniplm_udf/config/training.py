@@ -25,7 +25,11 @@ class TrainConfig:
             token_mean is the mean over all targets.
         document_masks: whether tokens see only their own document in a sequence; false as in the paper.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        compile: whether torch compiles the model's layers; auto compiles on a GPU, where that is possible.
+        activation_checkpointing: whether the backward pass computes the layers again instead of keeping what they
+            computed: slower, and with less memory.
         save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
+        evaluate_every_steps: steps between evaluations on held-out and external texts; 0: none during training.
     """
 
     steps: int = 100_000
@@ -42,9 +46,12 @@ class TrainConfig:
     loss: Literal["official", "token_mean"] = "official"
     document_masks: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    activation_checkpointing: bool = False
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
     log_every_steps: int = 10
+    evaluate_every_steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,6 +60,10 @@ class TrainConfig:
         check(
             0 <= self.warmup_steps <= self.steps,
             f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",
+        )
+        check(
+            self.evaluate_every_steps >= 0,
+            f"train.evaluate_every_steps: expected 0 (never) or more, found {self.evaluate_every_steps}",
         )
 
 
