@@ -273,7 +273,7 @@ def test_the_first_bad_step_is_named_with_its_rows_though_later_steps_ran(monkey
 
     monkeypatch.setattr(loop.optimizer, "step", spoil)
     saved: list[StepMeasures] = []
-    rows = ", ".join(str(row) for row in loop._rows(2))
+    rows = ", ".join(str(row) for row in loop.batches.rows(2))
     with pytest.raises(MiniplmError, match=rf"at step 3 the loss or .*packed table: {rows}$"):
         loop.run(0, saved.append, saved.append)
     assert (saved, done) == ([], 4)  # step 4 would have saved
