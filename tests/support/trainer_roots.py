@@ -4,17 +4,14 @@ Written with delta-rs alone, so no JVM is needed. The text is made from a few wo
 learns it in a few steps.
 """
 
-import contextlib
 import datetime
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pytest
 from deltalake import write_deltalake
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -118,15 +115,6 @@ def write_instances(path: Path, texts: list[str], sources: list[str], splits: li
         values["ingested_at"] = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
         rows.append(values)
     write_deltalake(str(path), pa.Table.from_pylist(rows, schema=schemas.INSTANCES.arrow_schema()), mode="append")
-
-
-@contextlib.contextmanager
-def own_tracking_store() -> Iterator[None]:
-    """A block in which experiments log to their own stores: MLflow keeps the last store in an environment variable."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", "")  # so that the end of the block removes what MLflow sets in it
-        patch.delenv("MLFLOW_TRACKING_URI")
-        yield
 
 
 def write_config(folder: Path, root: Path, **train: Any) -> Path:

@@ -23,7 +23,8 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
-from tests.support.trainer_roots import LENGTH, make_root, own_tracking_store, some_texts, write_config, write_instances
+from tests.support.tracking_store import own_tracking_store
+from tests.support.trainer_roots import LENGTH, make_root, some_texts, write_config, write_instances
 from trainer.__main__ import main
 from trainer.evaluation import losses, texts
 from trainer.evaluation import run as evaluation

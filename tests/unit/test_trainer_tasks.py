@@ -15,7 +15,8 @@ from miniplm_udf.config.evaluate import PAPER_TASKS
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError
 from tests.support.local_tasks import write_tasks
-from tests.support.trainer_roots import make_root, own_tracking_store, write_config
+from tests.support.tracking_store import own_tracking_store
+from tests.support.trainer_roots import make_root, write_config
 from trainer.evaluation import losses, run
 from trainer.evaluation.records import EvaluateResult
 from trainer.records import read_training
