@@ -7,10 +7,7 @@ in parallel. Input: a session; while the block runs, its Parquet writer follows 
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+from typing import Any
 
 GROUP_ROWS = 512
 FILE_ROWS = 128 * GROUP_ROWS
@@ -30,11 +27,12 @@ SETTINGS = {
 
 
 @contextlib.contextmanager
-def packed_files(spark: "SparkSession") -> Iterator[None]:
+def packed_files(spark: Any) -> Iterator[None]:
     """Writes Parquet files in the layout of packed tables while the block runs.
 
     Args:
-        spark: the session of the frame that is written.
+        spark: the `SparkSession` of the frame that is written. The annotation does not name it, because the trainer
+            imports this module without Spark.
     """
     before = {key: spark.conf.get(key, None) for key in SETTINGS}
     for key, value in SETTINGS.items():
