@@ -157,7 +157,13 @@ def _run(arguments: argparse.Namespace) -> Json:
         )
         if arguments.dry_run:
             return {target.name: plan(config, target) for target in selected}
-        return {target.name: train(config, target, retrain=arguments.retrain).as_json() for target in selected}
+        results: Json = {}
+        with stopping.deferred():
+            for target in selected:
+                results[target.name] = train(config, target, retrain=arguments.retrain).as_json()
+                if stopping.received() is not None:
+                    break
+        return results
     if arguments.command == "scaling":
         from trainer import scaling_command
 

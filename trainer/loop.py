@@ -13,13 +13,11 @@ the optimiser and the number of steps done.
 import contextlib
 import dataclasses
 import time
-import typing
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
@@ -27,6 +25,7 @@ from trainer.distributed import World
 from trainer.document_masks import document_positions
 from trainer.loss import target_nll, target_weights
 from trainer.order import batch_rows, rank_rows
+from trainer.parallel import clip_gradient, gradient_sums
 from trainer.schedule import learning_rate
 
 
@@ -93,8 +92,8 @@ class Loop:
     """Trains one model.
 
     Args:
-        model: a model on `world.device` whose forward pass takes `input_ids` and returns `.logits`; with
-            `document_masks`, a model that `check_follows_positions` accepts.
+        model: a model on `world.device`, divided among the ranks (`parallel.divide`), whose forward pass takes
+            `input_ids` and returns `.logits`; with `document_masks`, a model that `check_follows_positions` accepts.
         optimizer: the optimiser of the model's weights.
         sequences: the training data.
         config: settings of the optimiser and the schedule.
@@ -118,22 +117,23 @@ class Loop:
             raise ConfigError(
                 f"train.batch_sequences: expected at least one per rank ({world.size}), found {config.batch_sequences}"
             )
-        self.optimizer, self.sequences, self.config = optimizer, sequences, config
+        self.model, self.optimizer, self.sequences, self.config = model, optimizer, sequences, config
         self.separator_id, self.world = separator_id, world
-        self.model = DistributedDataParallel(model) if world.size > 1 else model
 
     def run(
         self,
         steps_done: int,
         on_step: Callable[[StepMeasures], None],
         on_save: Callable[[StepMeasures], None],
+        ends: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Trains from step `steps_done` to the last step of the config.
+        """Trains from step `steps_done` to the last step of the config, or until `ends` says so.
 
         Args:
             steps_done: optimiser steps that the weights have had.
             on_step: called every `log_every_steps` steps and after the last step.
             on_save: called every `save_every_steps` steps and after the last step.
+            ends: called after each step; whether it is the last one. It gives the same answer on every rank.
 
         Raises:
             MiniplmError: the loss or the gradient is not finite.
@@ -144,8 +144,9 @@ class Loop:
         for step in range(steps_done, self.config.steps):
             rate, loss, norm = self.step(step)
             done = step + 1
-            logs = done % self.config.log_every_steps == 0 or done == self.config.steps
-            saves = done % self.config.save_every_steps == 0 or done == self.config.steps
+            is_last = ends() or done == self.config.steps
+            logs = done % self.config.log_every_steps == 0 or is_last
+            saves = done % self.config.save_every_steps == 0 or is_last
             if not (logs or saves):
                 continue  # reading the loss makes the CPU wait for the GPU
             loss_value, norm_value = float(self.world.sum(loss)), float(norm)
@@ -157,6 +158,8 @@ class Loop:
                 on_step(measures)
             if saves:
                 on_save(measures)
+            if is_last:
+                return
 
     def step(self, step: int) -> tuple[float, torch.Tensor, torch.Tensor]:
         """Does one optimiser step.
@@ -179,7 +182,7 @@ class Loop:
             torch.from_numpy(mask).to(world.device),
         )
         limit = config.gradient_clip_norm if config.gradient_clip_norm > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = clip_gradient(self.model, limit)
         rate = learning_rate(
             step,
             steps=config.steps,
@@ -211,21 +214,15 @@ class Loop:
         starts = range(0, len(tokens), self.config.micro_batch_sequences)
         for start in starts:
             part = slice(start, start + self.config.micro_batch_sequences)
-            with self._sync(last=start == starts[-1]):
+            with gradient_sums(self.model, last=start == starts[-1]):
                 with _autocast(self.config, self.world.device):
                     # A cache would keep transformers from building the mask.
                     extra = {} if positions is None else {"position_ids": positions[part], "use_cache": False}
                     logits = self.model(input_ids=inputs[part], **extra).logits
                 loss = (target_nll(logits, targets[part]) * weights[part]).sum() / count.float()
-                (loss * self.world.size).backward()  # DDP takes the mean over ranks; the batch needs the sum
+                (loss * self.world.size).backward()  # DDP and FSDP take the mean over ranks; the batch needs the sum
             total += loss.detach()
         return total
-
-    def _sync(self, last: bool) -> contextlib.AbstractContextManager[object]:
-        """A context in which ranks add up their gradients only in the last micro-batch of a step."""
-        if isinstance(self.model, DistributedDataParallel) and not last:
-            return typing.cast(contextlib.AbstractContextManager[object], self.model.no_sync())
-        return contextlib.nullcontext()
 
     def _check_finite(self, steps_done: int, loss: float, norm: float) -> None:
         if not (np.isfinite(loss) and np.isfinite(norm)):
