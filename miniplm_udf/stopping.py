@@ -19,7 +19,7 @@ from types import FrameType
 
 # Longest time from the first signal to the end of the process.
 _END_SECONDS = 20.0
-# Inside `deferred`, a second signal within this time is the same request: one goes to the process group, one to the pid.
+# Inside `deferred`, a second signal within this time is the same request: a parent's, after that of a terminal.
 _SAME_REQUEST_SECONDS = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The first signal that this process received, if any.

@@ -206,8 +206,8 @@ def _join(device: torch.device) -> None:
         place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).split("\n")[0]
         raise ConfigError(
-            f"MASTER_PORT: the ranks cannot meet at {place}: {reason}; set MASTER_PORT, or torchrun's --master-port, to "
-            "a free port of rank 0's machine; on one machine, torchrun --standalone finds one"
+            f"MASTER_PORT: the ranks cannot meet at {place}: {reason}; set MASTER_PORT, or torchrun's --master-port, "
+            "to a free port of rank 0's machine; on one machine, torchrun --standalone finds one"
         ) from error
 
 

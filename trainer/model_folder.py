@@ -82,9 +82,9 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             raise MiniplmError(
-                f"{storage.redact(layout.model(target.name))}: the model cannot be written ({reason}): free space there "
-                f"and in {tempfile.gettempdir()} (or set TMPDIR); step {state.steps_done} is saved, and the same command "
-                "writes the model from it"
+                f"{storage.redact(layout.model(target.name))}: the model cannot be written ({reason}): free space "
+                f"there and in {tempfile.gettempdir()} (or set TMPDIR); step {state.steps_done} is saved, and the same "
+                "command writes the model from it"
             ) from error
         LOGGER.info("%s: %s", target.name, storage.redact(layout.model(target.name)))
         # This check comes last, so that the model is in its place even if transformers raises.

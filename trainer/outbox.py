@@ -2,8 +2,8 @@
 
 Input: calls and points from the training, which never waits. A failure that may pass (no connection, a busy database, a
 full disk) is tried again, after 1 s at first and at most 15 s later. A call that the store refuses is dropped with a
-warning; after three in a row, no further call is made. At the end, `close` waits a stated time, and what is lost then is
-counted and named. An error that is not the store's is raised in the caller's thread. Knows no MLflow call.
+warning; after three in a row, no further call is made. At the end, `close` waits a stated time, and what is lost then
+is counted and named. An error that is not the store's is raised in the caller's thread. Knows no MLflow call.
 """
 
 import collections

@@ -119,8 +119,8 @@ def check_equal_weights(model: torch.nn.Module, world: World) -> None:
     others = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if others:
         raise CorpusError(
-            f"the weights of rank {others[0]} differ from those of rank 0 before the first step: nothing was trained or "
-            "written; install the same versions of torch and transformers on all machines"
+            f"the weights of rank {others[0]} differ from those of rank 0 before the first step: nothing was trained "
+            "or written; install the same versions of torch and transformers on all machines"
         )
 
 

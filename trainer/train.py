@@ -4,9 +4,9 @@ Reads the newest version of `<root>/tables/packed/<corpus>/<tokenizer>`, and `<r
 Writes checkpoints during training, and at the end the whole folder `<root>/models/<name>/` (config.json,
 model.safetensors, tokenizer.json, tokenizer_config.json, training.json). A finished model is skipped while its config,
 data and tokenizer are unchanged; a finished reference is always skipped. A killed training resumes from its last
-checkpoint in the same MLflow run, on any number of ranks; on one process the weights are then the same, bit for bit, as
-without the kill. Under torchrun only rank 0 writes, and all ranks first check that they see the same data. A lease makes
-sure that one process (or one torchrun) trains a model at a time.
+checkpoint in the same MLflow run, on any number of ranks; on one process the weights are then the same, bit for bit,
+as without the kill. Under torchrun only rank 0 writes, and all ranks first check that they see the same data. A lease
+makes sure that one process (or one torchrun) trains a model at a time.
 """
 
 import contextlib
