@@ -3,8 +3,8 @@
 Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
 `run.json` (fingerprint, MLflow run id) and one `step-<N>/` per checkpoint, with `state.pt` (`trainer.state.Tensors`)
 and `state.json` (steps done, seconds, last loss, fingerprint, SHA-256 of `state.pt`). The data order is a function of
-the step and needs no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill or a full disk
-leaves the previous checkpoint; older ones are removed afterwards. A checksum finds a damaged checkpoint, which is
+the step and needs no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill or a full
+disk leaves the previous checkpoint; older ones are removed afterwards. A checksum finds a damaged checkpoint, which is
 skipped with a warning. Rank 0 writes, in a thread (`trainer.checkpoint_writer`); all ranks compare what they read:
 ranks on several nodes must share the folder.
 """

@@ -16,6 +16,7 @@ import torch
 
 from miniplm_udf import stopping
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
+from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import Progress, progress
@@ -28,7 +29,7 @@ from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, choose_scan, model_config
 from trainer.parallel import divide
 from trainer.records import read_training
-from trainer.state import Tensors, check_equal_weights, gather, set_optimizer, set_weights
+from trainer.state import check_equal_weights, gather, set_optimizer, set_weights
 from trainer.targets import Target
 from trainer.tracking import Run
 
@@ -119,25 +120,59 @@ def prepare(config: ExperimentConfig, target: Target, inputs: Inputs, world: Wor
     checkpoints = _checkpoints(config, target, inputs)
     # Only rank 0 chooses the checkpoint: ranks could see a damaged disk differently and start from different steps.
     step = world.first_decides(lambda: None if retrain else checkpoints.newest_whole(model))
-    state, tensors = SavedState(0), None
-    if step is not None:
-        _check_equal(world, checkpoints.checksum(step), f"checkpoint {checkpoints.folder}/step-{step}")
-        state, tensors = world.together(lambda: _load(checkpoints, step, world))
-        set_weights(model, tensors, world)
-    check_equal_weights(model, world)
+    if step is None:
+        module, optimizer, state = *distribute(model, target.train, world), SavedState(0)
+    else:
+        module, optimizer, state = resume(checkpoints, step, model, target.train, world)
     if retrain and world.is_first:
         checkpoints.clear()
-    module = divide(model, target.train, world)
-    optimizer = make_optimizer(model, target.train)
-    if step is not None:
-        set_optimizer(model, optimizer, tensors, world)
     loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
-    return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, world.from_first(state))
+    return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, state)
 
 
-def _load(checkpoints: Checkpoints, step: int, world: World) -> tuple[SavedState, Tensors | None]:
-    """The checkpoint's content on rank 0, from which the other ranks receive the tensors."""
-    return checkpoints.load(step) if world.is_first else (SavedState(step), None)
+def distribute(
+    model: torch.nn.Module, config: TrainConfig, world: World
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Divides a model among the ranks, and makes its optimiser.
+
+    Args:
+        model: whole, with the same weights on every rank; its weights may become shards.
+        config: the division and the settings of the optimiser.
+        world: the place of this process among the ranks.
+
+    Returns:
+        The module to call in the training loop, and the optimiser.
+
+    Raises:
+        CorpusError: the weights of the ranks differ.
+    """
+    check_equal_weights(model, world)
+    module = divide(model, config, world)
+    return module, make_optimizer(model, config)
+
+
+def resume(
+    checkpoints: Checkpoints, step: int, model: torch.nn.Module, config: TrainConfig, world: World
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, SavedState]:
+    """Loads a checkpoint into a model, divides it among the ranks, and makes its optimiser.
+
+    Args:
+        checkpoints: the training's checkpoints. Rank 0 reads the tensors; the other ranks only compare the checksum.
+        step: the step that rank 0 chose.
+        model, config, world: as for `distribute`.
+
+    Returns:
+        The module to call in the training loop, the optimiser, and the checkpoint's numbers.
+
+    Raises:
+        CorpusError: the ranks see different checkpoints of this step.
+    """
+    _check_equal(world, checkpoints.checksum(step), f"checkpoint {checkpoints.folder}/step-{step}")
+    state, tensors = checkpoints.load(step) if world.is_first else (SavedState(step), None)
+    set_weights(model, tensors, world)
+    module, optimizer = distribute(model, config, world)
+    set_optimizer(model, optimizer, tensors, world)
+    return module, optimizer, world.from_first(state)
 
 
 def _new_model(target: Target, inputs: Inputs, world: World) -> torch.nn.Module:

@@ -218,21 +218,6 @@ def test_awkward_sources_are_evaluated_and_tracked(config: ExperimentConfig) -> 
     assert sorted(by_source) == pytest.approx(sorted(wanted))
 
 
-def test_checkpoints_are_kept_and_others_removed(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    Checkpoints(tmp_path, "old", keep=2).save(SavedState(9), model, optimizer)
-    mine = Checkpoints(tmp_path, "new", keep=2)
-    assert mine.newest_whole(model, optimizer) is None
-    for step in (2, 4, 10):
-        mine.save(SavedState(step, seconds=1.5, loss=step), model, optimizer)
-    (tmp_path / "step-12").mkdir()  # without state.json: not whole
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-12", "step-4"]
-    assert mine.newest_whole(model, optimizer) == 10
-    assert mine.load(10, model, optimizer) == SavedState(10, seconds=1.5, loss=10)
-    assert json.loads((tmp_path / "step-10/state.json").read_text())["fingerprint"] == "new"
-
-
 def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig) -> None:
     training = student(config)
     root = Path(storage.local_path(config.root))
