@@ -1,16 +1,15 @@
 """The training loop. Uses only torch and numpy; reads no table, writes no file, does not call MLflow.
 
-Inputs: a model, token sequences by row number (`Sequences`), a `TrainConfig`. Output: the model's weights, changed in
-place; measures go to two callbacks. One step trains on one batch of `batch_sequences` over all ranks, in micro-batches
-whose weighted sums add up to the loss of the whole batch; then it clips the gradient and applies AdamW with the
-schedule's learning rate. Weight decay applies to all weights, as in the official code. Weights are fp32; the forward
-pass is bf16 on a GPU with dtype auto.
+Inputs: a model with its loss, token sequences by row number (`Sequences`), a `TrainConfig`. Output: the model's
+weights, changed in place; measures go to two callbacks. One step trains on one batch of `batch_sequences` over all
+ranks, in micro-batches whose weighted sums add up to the loss of the whole batch; then it clips the gradient and
+applies AdamW with the schedule's learning rate. Weight decay applies to all weights, as in the official code. Weights
+are fp32; the forward pass is bf16 on a GPU with dtype auto. Between logs and saves, the CPU does not wait for the GPU.
 
 Dropout is seeded by (seed, step, rank), and the order of rows by (seed, step). So the state of a run is the weights,
 the optimiser and the number of steps done.
 """
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -23,9 +22,11 @@ from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from trainer.distributed import World
 from trainer.document_masks import document_positions
-from trainer.loss import target_nll, target_weights
+from trainer.flops import peak_flops_per_second, training_flops_per_token
+from trainer.loss import target_weights
 from trainer.order import batch_rows, rank_rows
-from trainer.parallel import clip_gradient, gradient_sums
+from trainer.parallel import clip_gradient, gradient_sums, undivided
+from trainer.precision import autocast, product_dtype
 from trainer.schedule import learning_rate
 
 
@@ -56,7 +57,8 @@ class StepMeasures:
         learning_rate: rate of this step.
         gradient_norm: norm of the whole gradient before clipping.
         tokens: input tokens of the whole run so far, including those before a resume.
-        tokens_per_second: mean speed since the run was started or resumed.
+        tokens_per_second: input tokens of all ranks per second, since the measures before, or since the start.
+        mfu: the model FLOPs per second as a share of the peak of all chips (flops.py); None if the peak is not known.
     """
 
     steps_done: int
@@ -65,6 +67,7 @@ class StepMeasures:
     gradient_norm: float
     tokens: int
     tokens_per_second: float
+    mfu: float | None = None
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -80,25 +83,24 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
+        fused=True,  # one pass over the weights, on CPUs too
     )
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    is_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16) if is_bfloat16 else contextlib.nullcontext()
 
 
 class Loop:
     """Trains one model.
 
     Args:
-        model: a model on `world.device`, divided among the ranks (`parallel.divide`), whose forward pass takes
-            `input_ids` and returns `.logits`; with `document_masks`, a model that `check_follows_positions` accepts.
+        module: a model with its loss on `world.device`, prepared by `blocks.prepare_blocks` and divided among the ranks
+            by `parallel.divide`; with `document_masks`, a model that `check_follows_positions` accepts.
         optimizer: the optimiser of the model's weights.
         sequences: the training data.
         config: settings of the optimiser and the schedule.
         separator_id: id of the document separator, for the official loss.
         world: the place of this process among the ranks.
+
+    Attributes:
+        model: the causal LM in `module`.
 
     Raises:
         ConfigError: a batch has fewer sequences than there are ranks.
@@ -106,7 +108,7 @@ class Loop:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        module: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         sequences: Sequences,
         config: TrainConfig,
@@ -117,8 +119,14 @@ class Loop:
             raise ConfigError(
                 f"train.batch_sequences: expected at least one per rank ({world.size}), found {config.batch_sequences}"
             )
-        self.model, self.optimizer, self.sequences, self.config = model, optimizer, sequences, config
+        self.module, self.optimizer, self.sequences, self.config = module, optimizer, sequences, config
         self.separator_id, self.world = separator_id, world
+        self.model = undivided(module).model
+        peak = peak_flops_per_second(world.device, product_dtype(config, world.device))
+        flops = training_flops_per_token(self.model, sequences.sequence_length)
+        self._mfu_per_speed = None if peak is None else flops / (peak * world.size)
+        # The first step whose loss or gradient is not finite; -1: none so far. Read only at logs and saves.
+        self._first_bad_step = torch.tensor(-1, device=world.device)
 
     def run(
         self,
@@ -136,10 +144,10 @@ class Loop:
             ends: called after each step; whether it is the last one. It gives the same answer on every rank.
 
         Raises:
-            MiniplmError: the loss or the gradient is not finite.
+            MiniplmError: the loss or the gradient of a step is not finite; nothing after this step is logged or saved.
             CorpusError: a batch has no target.
         """
-        self.model.train()
+        self.module.train()
         started, first = time.perf_counter(), steps_done
         for step in range(steps_done, self.config.steps):
             rate, loss, norm = self.step(step)
@@ -149,40 +157,35 @@ class Loop:
             saves = done % self.config.save_every_steps == 0 or is_last
             if not (logs or saves):
                 continue  # reading the loss makes the CPU wait for the GPU
-            loss_value, norm_value = float(self.world.sum(loss)), float(norm)
-            self._check_finite(done, loss_value, norm_value)
+            loss_value, norm_value = self._read(loss, norm)
             tokens_a_step = self.config.batch_sequences * self.sequences.sequence_length
             speed = (done - first) * tokens_a_step / (time.perf_counter() - started)
-            measures = StepMeasures(done, loss_value, rate, norm_value, done * tokens_a_step, speed)
+            mfu = None if self._mfu_per_speed is None else speed * self._mfu_per_speed
+            measures = StepMeasures(done, loss_value, rate, norm_value, done * tokens_a_step, speed, mfu)
             if logs:
                 on_step(measures)
+                started, first = time.perf_counter(), done
             if saves:
                 on_save(measures)
             if is_last:
                 return
 
     def step(self, step: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """Does one optimiser step.
+        """Does one optimiser step. Does not wait for the device.
 
         Args:
             step: number of the step, from 0.
 
         Returns:
-            (learning rate, this rank's part of the loss in nats, norm of the whole gradient before clipping).
-
-        Raises:
-            CorpusError: the batch has no target.
+            (learning rate, loss of the batch in nats, norm of the whole gradient before clipping). The loss is not
+            finite if the batch has no target.
         """
         config, world = self.config, self.world
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)
-        rows = batch_rows(config.seed, step, config.batch_sequences, self.sequences.n_sequences)
-        tokens, mask = self.sequences.get(rank_rows(rows, world.rank, world.size))
-        loss = self._backward(
-            torch.from_numpy(tokens).to(world.device, torch.int64),
-            torch.from_numpy(mask).to(world.device),
-        )
+        tokens, mask = self.sequences.get(rank_rows(self._rows(step), world.rank, world.size))
+        loss = world.sum(self._backward(_on_device(tokens, world.device).long(), _on_device(mask, world.device)))
         limit = config.gradient_clip_norm if config.gradient_clip_norm > 0 else float("inf")
-        norm = clip_gradient(self.model, limit)
+        norm = clip_gradient(self.module, limit)
         rate = learning_rate(
             step,
             steps=config.steps,
@@ -194,7 +197,13 @@ class Loop:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        is_first_bad = (self._first_bad_step < 0) & ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self._first_bad_step = torch.where(is_first_bad, step, self._first_bad_step)
         return rate, loss, norm
+
+    def _rows(self, step: int) -> np.ndarray:
+        """Numbers of the rows of a step's whole batch."""
+        return batch_rows(self.config.seed, step, self.config.batch_sequences, self.sequences.n_sequences)
 
     def _backward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Computes this rank's gradients of the batch's loss; returns this rank's part of the loss.
@@ -207,26 +216,45 @@ class Loop:
         masks = self.config.document_masks
         positions = document_positions(inputs, mask, self.separator_id) if masks else None
         weights, count = target_weights(inputs, mask, self.separator_id, self.config.loss)
-        count = self.world.sum(count)
-        if not count > 0:
-            raise CorpusError("a batch has no target: check the column target_mask of the packed table")
+        weights = weights / self.world.sum(count).float()
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        starts = range(0, len(tokens), self.config.micro_batch_sequences)
+        # Ranks that share weights wait for each other in every micro-batch, so all have the same number of them. A rank
+        # without a row left repeats its first row with weight 0.
+        starts = range(0, -(-self.config.batch_sequences // self.world.size), self.config.micro_batch_sequences)
         for start in starts:
-            part = slice(start, start + self.config.micro_batch_sequences)
-            with gradient_sums(self.model, last=start == starts[-1]):
-                with _autocast(self.config, self.world.device):
-                    # A cache would keep transformers from building the mask.
-                    extra = {} if positions is None else {"position_ids": positions[part], "use_cache": False}
-                    logits = self.model(input_ids=inputs[part], **extra).logits
-                loss = (target_nll(logits, targets[part]) * weights[part]).sum() / count.float()
+            part = slice(start, start + self.config.micro_batch_sequences) if start < len(tokens) else slice(1)
+            weight = weights[part] if start < len(tokens) else torch.zeros_like(weights[part])
+            with gradient_sums(self.module, last=start == starts[-1]):
+                with autocast(self.config, self.world.device):
+                    loss = self.module(
+                        inputs[part], targets[part], weight, None if positions is None else positions[part]
+                    )
                 (loss * self.world.size).backward()  # DDP and FSDP take the mean over ranks; the batch needs the sum
             total += loss.detach()
         return total
 
-    def _check_finite(self, steps_done: int, loss: float, norm: float) -> None:
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise MiniplmError(
-                f"training diverged: at step {steps_done} the loss is {loss} and the gradient norm {norm}: lower "
-                "train.learning_rate or raise train.warmup_steps; the last checkpoint was saved before this step"
+    def _read(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+        """Reads loss and norm from the device, after the check that all steps so far were finite."""
+        values = torch.stack([loss.double(), norm.double(), self._first_bad_step.double()]).tolist()
+        bad_step = int(values[2])
+        if bad_step < 0:
+            return values[0], values[1]
+        rows = self._rows(bad_step)
+        numbers = ", ".join(str(row) for row in rows.tolist())
+        tokens, mask = (torch.from_numpy(array) for array in self.sequences.get(rows))
+        if not target_weights(tokens[:, :-1], mask, self.separator_id, self.config.loss)[1] > 0:
+            raise CorpusError(
+                f"step {bad_step + 1}: a batch has no target: check the column target_mask of the packed table "
+                f"(rows {numbers})"
             )
+        raise MiniplmError(
+            f"training diverged: at step {bad_step + 1} the loss or the gradient norm is not finite: lower "
+            "train.learning_rate or raise train.warmup_steps; the last checkpoint was saved before this step; the step "
+            f"trained on these rows of the packed table: {numbers}"
+        )
+
+
+def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copies an array to a device without waiting for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -9,6 +9,7 @@ copies in the last one only. Everything is gathered and reduced in float32, so t
 
 import contextlib
 import typing
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -45,6 +46,15 @@ def divide(module: torch.nn.Module, config: TrainConfig, world: World) -> torch.
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     return module
+
+
+def undivided(module: torch.nn.Module) -> Any:
+    """Returns the module that was given to `divide`; with FSDP its weights are shards.
+
+    Args:
+        module: from `divide`.
+    """
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def _mesh(config: TrainConfig, world: World) -> DeviceMesh:

@@ -13,7 +13,7 @@ from miniplm_udf.errors import ConfigError
 from miniplm_udf.storage import Json
 
 # These keys do not change the result of a training, so a run resumes and a finished model stays when they change.
-# Another micro-batch size, or another division among ranks, adds up the same batch in another order.
+# Another micro-batch size, another division among ranks, or compilation adds up the same batch in another order.
 _NOT_IN_FINGERPRINT = (
     "micro_batch_sequences",
     "parallel",
@@ -21,6 +21,8 @@ _NOT_IN_FINGERPRINT = (
     "save_every_steps",
     "keep_checkpoints",
     "log_every_steps",
+    "compile",
+    "activation_checkpointing",
 )
 
 

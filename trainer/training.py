@@ -20,11 +20,13 @@ from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import Progress, progress
+from trainer.blocks import prepare_blocks
 from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import Agreement, Wish, World
 from trainer.document_masks import check_follows_positions
+from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, choose_scan, model_config
 from trainer.parallel import divide
@@ -116,14 +118,15 @@ def prepare(config: ExperimentConfig, target: Target, inputs: Inputs, world: Wor
         ConfigError: the architecture cannot be built or trained as the config says.
         CorpusError: no checkpoint can be used, or the ranks do not see the same checkpoint or weights.
     """
-    model = world.together(lambda: _new_model(target, inputs, world))
+    whole = world.together(lambda: _new_model(target, inputs, world))
+    model = whole.model
     checkpoints = _checkpoints(config, target, inputs)
     # Only rank 0 chooses the checkpoint: ranks could see a damaged disk differently and start from different steps.
     step = world.first_decides(lambda: None if retrain else checkpoints.newest_whole(model))
     if step is None:
-        module, optimizer, state = *distribute(model, target.train, world), SavedState(0)
+        module, optimizer, state = *distribute(whole, target.train, world), SavedState(0)
     else:
-        module, optimizer, state = resume(checkpoints, step, model, target.train, world)
+        module, optimizer, state = resume(checkpoints, step, whole, target.train, world)
     if retrain and world.is_first:
         checkpoints.clear()
     loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
@@ -131,12 +134,12 @@ def prepare(config: ExperimentConfig, target: Target, inputs: Inputs, world: Wor
 
 
 def distribute(
-    model: torch.nn.Module, config: TrainConfig, world: World
+    module: CausalLMWithLoss, config: TrainConfig, world: World
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Divides a model among the ranks, and makes its optimiser.
 
     Args:
-        model: whole, with the same weights on every rank; its weights may become shards.
+        module: whole, with the same weights on every rank; its weights may become shards.
         config: the division and the settings of the optimiser.
         world: the place of this process among the ranks.
 
@@ -146,20 +149,20 @@ def distribute(
     Raises:
         CorpusError: the weights of the ranks differ.
     """
-    check_equal_weights(model, world)
-    module = divide(model, config, world)
-    return module, make_optimizer(model, config)
+    check_equal_weights(module.model, world)
+    divided = divide(module, config, world)
+    return divided, make_optimizer(module.model, config)
 
 
 def resume(
-    checkpoints: Checkpoints, step: int, model: torch.nn.Module, config: TrainConfig, world: World
+    checkpoints: Checkpoints, step: int, module: CausalLMWithLoss, config: TrainConfig, world: World
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, SavedState]:
     """Loads a checkpoint into a model, divides it among the ranks, and makes its optimiser.
 
     Args:
         checkpoints: the training's checkpoints. Rank 0 reads the tensors; the other ranks only compare the checksum.
         step: the step that rank 0 chose.
-        model, config, world: as for `distribute`.
+        module, config, world: as for `distribute`.
 
     Returns:
         The module to call in the training loop, the optimiser, and the checkpoint's numbers.
@@ -169,14 +172,14 @@ def resume(
     """
     _check_equal(world, checkpoints.checksum(step), f"checkpoint {checkpoints.folder}/step-{step}")
     state, tensors = checkpoints.load(step) if world.is_first else (SavedState(step), None)
-    set_weights(model, tensors, world)
-    module, optimizer = distribute(model, config, world)
-    set_optimizer(model, optimizer, tensors, world)
-    return module, optimizer, world.from_first(state)
+    set_weights(module.model, tensors, world)
+    divided, optimizer = distribute(module, config, world)
+    set_optimizer(module.model, optimizer, tensors, world)
+    return divided, optimizer, world.from_first(state)
 
 
-def _new_model(target: Target, inputs: Inputs, world: World) -> torch.nn.Module:
-    """The model with new weights on this rank's device."""
+def _new_model(target: Target, inputs: Inputs, world: World) -> CausalLMWithLoss:
+    """The model with new weights and its loss, on this rank's device."""
     architecture = model_config(
         target.architecture,
         where=target.where,
@@ -192,7 +195,9 @@ def _new_model(target: Target, inputs: Inputs, world: World) -> torch.nn.Module:
     model.to(world.device)
     if target.train.document_masks:
         check_follows_positions(model, architecture.vocab_size, target.where)
-    return model
+    module = CausalLMWithLoss(model)
+    prepare_blocks(module, target.train, target.sequence_length, target.where)
+    return module
 
 
 def _checkpoints(config: ExperimentConfig, target: Target, inputs: Inputs) -> Checkpoints:
@@ -321,10 +326,11 @@ class _Steps:
 
 
 def _metrics(measures: StepMeasures) -> dict[str, float]:
-    return {
+    metrics = {
         "train_loss": measures.loss,
         "learning_rate": measures.learning_rate,
         "gradient_norm": measures.gradient_norm,
         "tokens": measures.tokens,
         "tokens_per_second": measures.tokens_per_second,
     }
+    return metrics if measures.mfu is None else {**metrics, "train/mfu": measures.mfu}

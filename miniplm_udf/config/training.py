@@ -28,6 +28,9 @@ class TrainConfig:
         parallel: what ranks share. ddp: each rank has all weights; fsdp: all ranks share one copy of the weights and of
             the optimiser's state; hsdp: groups of `shard_ranks` ranks share one copy. One process ignores it.
         shard_ranks: ranks that share a copy with hsdp; null: the ranks of one machine. It divides the number of ranks.
+        compile: whether torch compiles the model's layers; auto compiles on a GPU, where that is possible.
+        activation_checkpointing: whether the backward pass computes the layers again instead of keeping what they
+            computed: slower, and with less memory.
         save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
     """
 
@@ -47,6 +50,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     shard_ranks: int | None = None
+    compile: bool | Literal["auto"] = "auto"
+    activation_checkpointing: bool = False
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
     log_every_steps: int = 10

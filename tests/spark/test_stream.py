@@ -22,8 +22,8 @@ from miniplm_udf.scores.run import prepare
 from miniplm_udf.stopping import Stopped
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.runner import QueryRunner
-from tests.support.score_tables import Result, experiment, texts, two_models, write_instances
 from tests.support.ports import free_port
+from tests.support.score_tables import Result, experiment, texts, two_models, write_instances
 from tests.support.services import Service, until
 
 

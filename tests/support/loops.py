@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from miniplm_udf.config.training import TrainConfig
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import World
+from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, StepMeasures
 from trainer.model import build_model, model_config
 from trainer.training import distribute, resume
@@ -47,15 +47,10 @@ def make_loop(
     shape = model_config(architecture, where="x", vocab_size=VOCAB, separator_id=SEPARATOR, max_positions=LENGTH)
     model = build_model(shape, where="x", seed=config.seed)
     if resumed:
-        module, optimizer, _ = resume(*resumed, model, config, world)
+        module, optimizer, _ = resume(*resumed, CausalLMWithLoss(model), config, world)
     else:
-        module, optimizer = distribute(model, config, world)
+        module, optimizer = distribute(CausalLMWithLoss(model), config, world)
     return Loop(module, optimizer, sequences or FakeSequences(), config, SEPARATOR, world)
-
-
-def inner(loop: Loop) -> torch.nn.Module:
-    """The transformers model of a loop, without the wrapper of DDP."""
-    return loop.model.module if isinstance(loop.model, DistributedDataParallel) else loop.model
 
 
 def run(loop: Loop, steps_done: int = 0) -> list[StepMeasures]:

@@ -63,7 +63,8 @@ def run_ranks(work: Callable[[World, Path], None], folder: Path, size: int = 2) 
     used, deadline = 0.0, time.monotonic() + SECONDS_WITHOUT_PROGRESS
     try:
         while not context.join(timeout=1):
-            if abs((now_used := processor_seconds(context.processes)) - used) > 0.1:
+            # Even ranks that wait for each other use about 0.01 s a second.
+            if abs((now_used := processor_seconds(context.processes)) - used) > 0.05 * SECONDS_WITHOUT_PROGRESS:
                 used, deadline = now_used, time.monotonic() + SECONDS_WITHOUT_PROGRESS
             if time.monotonic() > deadline:
                 for process in filter(lambda process: process.is_alive(), context.processes):

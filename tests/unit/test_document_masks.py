@@ -13,6 +13,7 @@ from miniplm_udf.errors import ConfigError
 from tests.support.trainer_roots import FAMILIES, LLAMA, make_root, write_config
 from trainer.distributed import World
 from trainer.document_masks import check_follows_positions, document_positions
+from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, make_optimizer
 from trainer.model import build_model, model_config
 from trainer.targets import reference_target, student_target
@@ -60,9 +61,13 @@ def logits_in_training(architecture: dict[str, Any], first: int, **train: Any) -
     """The logits of the loop's own forward pass over one sequence, (T, V)."""
     seen: list[torch.Tensor] = []
     model = build(architecture).eval()
-    model.register_forward_hook(lambda module, arguments, output: seen.append(output.logits[0].detach().clone()))
+    model.base_model.register_forward_hook(
+        lambda module, arguments, output: seen.append(model.lm_head(output[0])[0].detach().clone())
+    )
     config = TrainConfig(steps=1, warmup_steps=0, batch_sequences=1, micro_batch_sequences=1, **train)
-    Loop(model, make_optimizer(model, config), OneRow(first), config, SEPARATOR, World()).step(0)
+    module = CausalLMWithLoss(model)
+    seen.clear()  # the test of the output layer has run the model, too
+    Loop(module, make_optimizer(model, config), OneRow(first), config, SEPARATOR, World()).step(0)
     return seen[0]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from trainer.distributed import World
+from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, make_optimizer
 from trainer.loss import target_nll, target_weights
 from trainer.schedule import learning_rate
@@ -158,7 +159,7 @@ def adamw(steps: int) -> tuple[Matrix, list[float]]:
 def test_steps_of_the_loop_are_adamw_with_the_clipped_gradient(steps: int) -> None:
     assert (STEP.adam_beta1, STEP.adam_beta2, STEP.adam_eps) == (0.9, 0.98, 1e-6)
     model = Bigram()
-    loop = Loop(model, make_optimizer(model, STEP), Sequences(), STEP, SEPARATOR, World())
+    loop = Loop(CausalLMWithLoss(model), make_optimizer(model, STEP), Sequences(), STEP, SEPARATOR, World())
     results = [loop.step(step) for step in range(steps)]
     expected, norms = adamw(steps)
     assert float(results[0][1]) == pytest.approx(official_loss(TABLE), abs=1e-6)

@@ -187,31 +187,43 @@ def test_a_save_in_the_thread_holds_the_weights_of_its_step(tmp_path: Path) -> N
             assert torch.equal(tensors["optimizer"]["state"][name][part], at_the_save[1][number][part])
 
 
+def train_until(end: str, writer: CheckpointWriter, tensors: Tensors) -> None:
+    """Saves two steps, and then goes on in the way that `end` names until the writer raises."""
+    with writer:
+        writer.save(SavedState(1), tensors)
+        writer.save(SavedState(2), tensors)
+        while end == "check":
+            writer.check()
+        if end == "save":
+            writer.save(SavedState(3), tensors)
+        if end == "finish":
+            writer.finish()
+
+
 def test_an_error_of_the_thread_comes_to_the_training(tmp_path: Path) -> None:
     tensors = tensors_of(*trained())
     for end in ("check", "save", "finish", "exit"):
         checkpoints = Slow(tmp_path / end, fails=(2,))
         checkpoints.may_save.set()
-        with pytest.raises(MiniplmError, match="step 2 cannot be written"), CheckpointWriter(checkpoints) as writer:
-            writer.save(SavedState(1), tensors)
-            writer.save(SavedState(2), tensors)
-            while end == "check":
-                writer.check()
-            if end == "save":
-                writer.save(SavedState(3), tensors)
-            if end == "finish":
-                writer.finish()
+        writer = CheckpointWriter(checkpoints)
+        with pytest.raises(MiniplmError, match="step 2 cannot be written"):
+            train_until(end, writer, tensors)
         assert writer.saved == SavedState(1)
         assert [path.name for path in (tmp_path / end).iterdir()] == ["step-1"]
+
+
+def save_and_fail(writer: CheckpointWriter, step: int) -> None:
+    with writer:
+        writer.save(SavedState(step), tensors_of(*trained()))
+        raise KeyError("of the training")
 
 
 def test_a_save_ends_even_if_the_training_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Slow(tmp_path, fails=(2,))
     checkpoints.may_save.set()
     for step in (1, 2):
-        with pytest.raises(KeyError, match="of the training"), CheckpointWriter(checkpoints) as writer:
-            writer.save(SavedState(step), tensors_of(*trained()))
-            raise KeyError("of the training")
+        with pytest.raises(KeyError, match="of the training"):
+            save_and_fail(CheckpointWriter(checkpoints), step)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert "step 2 cannot be written" in caplog.text
 

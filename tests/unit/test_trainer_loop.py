@@ -3,17 +3,21 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.loops import LENGTH, SEPARATOR, VOCAB, FakeSequences, make_loop, run, weights
 from tests.support.trainer_roots import FAMILIES
+from trainer import loop as loop_module
+from trainer.blocks import prepare_blocks
 from trainer.checkpoint import Checkpoints, SavedState
 from trainer.distributed import World
+from trainer.flops import training_flops_per_token
 from trainer.loop import Loop, StepMeasures
 from trainer.state import gather
 
@@ -126,6 +130,52 @@ def test_measures() -> None:
     assert all(m.gradient_norm > 0 and m.tokens_per_second > 0 for m in measures)
 
 
+def test_speed_is_that_of_the_last_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([10.0, 10.0, 1.0, 3.0, 1.0])  # of each step
+    now = 100.0
+
+    def step(number: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+        nonlocal now
+        now += next(seconds)
+        return 0.01, torch.tensor(1.0), torch.tensor(1.0)
+
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(loop_module, "peak_flops_per_second", lambda device, dtype: 1e6)
+    loop = make_loop(log_every_steps=2, save_every_steps=3)
+    monkeypatch.setattr(loop, "step", step)
+    logged, saved = [], []
+    loop.run(0, logged.append, saved.append)
+    tokens = 6 * LENGTH
+    assert [m.tokens_per_second for m in logged] == [2 * tokens / 20, 2 * tokens / 4, tokens / 1]
+    assert [m.tokens_per_second for m in saved] == [tokens / 1, tokens / 1]
+    flops = training_flops_per_token(loop.model, LENGTH)
+    assert [m.mfu for m in logged] == pytest.approx([m.tokens_per_second * flops / 1e6 for m in logged])
+
+
+def test_without_a_known_peak_there_is_no_mfu() -> None:
+    assert {m.mfu for m in run(make_loop())} == {None}
+
+
+class NoWait(TorchDispatchMode):
+    """Fails when a value is read from a tensor, which makes the CPU wait for a GPU."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_local_scalar_dense" in str(function) or "is_nonzero" in str(function):
+            raise AssertionError(f"{function} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_does_not_wait_for_the_device(family: str) -> None:
+    loop = make_loop(architecture=FAMILIES[family], micro_batch_sequences=2)
+    prepare_blocks(loop.module, loop.config, LENGTH, "x")  # type: ignore[arg-type]
+    with NoWait():
+        loop.step(0)
+        loop.step(1)
+    with pytest.raises(AssertionError, match="waits"), NoWait():
+        float(loop.step(2)[1])
+
+
 def test_saves_on_time_and_at_the_end() -> None:
     saved: list[int] = []
     make_loop().run(0, lambda m: None, lambda m: saved.append(m.steps_done))
@@ -135,15 +185,17 @@ def test_saves_on_time_and_at_the_end() -> None:
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_a_stop_is_the_last_step_and_is_saved(stop: int) -> None:
     loop = make_loop(log_every_steps=4, save_every_steps=4)
-    seen: dict[str, list[int]] = {"ended": [], "logged": [], "saved": []}
+    asked: list[int] = []
+    logged: list[int] = []
+    saved: list[int] = []
 
     def ends() -> bool:
-        seen["ended"].append(len(seen["ended"]) + 1)
-        return len(seen["ended"]) == stop
+        asked.append(len(asked) + 1)
+        return len(asked) == stop
 
-    loop.run(0, lambda m: seen["logged"].append(m.steps_done), lambda m: seen["saved"].append(m.steps_done), ends)
-    steps = [4, 5] if stop == 5 else [stop]
-    assert seen == {"ended": list(range(1, stop + 1)), "logged": steps, "saved": steps}
+    loop.run(0, lambda m: logged.append(m.steps_done), lambda m: saved.append(m.steps_done), ends)
+    assert asked == list(range(1, stop + 1))
+    assert logged == saved == ([4, 5] if stop == 5 else [stop])
 
 
 def test_one_sequence_and_a_batch_larger_than_the_table() -> None:
@@ -164,19 +216,39 @@ def test_divergence_is_an_error_and_is_not_saved() -> None:
     with torch.no_grad():
         next(loop.model.parameters()).fill_(float("nan"))
     saved: list[StepMeasures] = []
-    with pytest.raises(MiniplmError, match="at step 1 the loss is nan"):
+    with pytest.raises(MiniplmError, match="at step 1 the loss or"):
         loop.run(0, lambda m: None, saved.append)
     assert saved == []
+
+
+def test_the_first_bad_step_is_named_with_its_rows_though_later_steps_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = make_loop(log_every_steps=5, save_every_steps=4, gradient_clip_norm=0)
+    step, done = loop.optimizer.step, 0
+
+    def spoil() -> None:
+        nonlocal done
+        step()
+        done += 1
+        if done == 2:
+            with torch.no_grad():
+                next(loop.model.parameters()).fill_(float("nan"))
+
+    monkeypatch.setattr(loop.optimizer, "step", spoil)
+    saved: list[StepMeasures] = []
+    rows = ", ".join(str(row) for row in loop._rows(2))
+    with pytest.raises(MiniplmError, match=rf"at step 3 the loss or .*packed table: {rows}$"):
+        loop.run(0, saved.append, saved.append)
+    assert (saved, done) == ([], 4)  # step 4 would have saved
 
 
 def test_no_target_at_all() -> None:
     sequences = FakeSequences()
     sequences.mask[:] = 0
-    with pytest.raises(CorpusError, match="no target"):
+    with pytest.raises(CorpusError, match=r"^step 1: a batch has no target: .*\(rows "):
         run(make_loop(sequences=sequences))
 
 
 def test_fewer_sequences_than_ranks() -> None:
     one = make_loop(batch_sequences=6)
     with pytest.raises(ConfigError, match="at least one per rank"):
-        Loop(one.model, one.optimizer, one.sequences, one.config, SEPARATOR, World(size=7))
+        Loop(one.module, one.optimizer, one.sequences, one.config, SEPARATOR, World(size=7))

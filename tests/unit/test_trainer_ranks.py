@@ -2,6 +2,7 @@
 after the same step, and an error of one is the error of all.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
-from tests.support.loops import FakeSequences, inner, make_loop, run, weights
+from tests.support.loops import FakeSequences, make_loop, run, weights
 from tests.support.ranks import run_ranks
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoint import Checkpoints, SavedState
@@ -58,7 +59,7 @@ def _train_each_way(world: World, folder: Path) -> None:
         for way, division in DIVISIONS.items():
             loop = make_loop(world, architecture, **TRAIN, **division)
             measures = run(loop)
-            state = gather_weights(inner(loop))
+            state = gather_weights(loop.model)
             assert (state is None) == (world.rank > 0)
             if state is not None:
                 numbers = [(m.loss, m.gradient_norm) for m in measures]
@@ -98,7 +99,7 @@ def _resume_after_each_step(world: World, folder: Path) -> None:
                 (folder / f"{way}-{step}.json").write_text(json.dumps({"losses": losses, "rows": rows}))
         loop = make_loop(world, TWO_BLOCKS, None, (checkpoints, 2), **TRAIN, **division)
         loop.step(2), loop.step(3)
-        tensors = gather(inner(loop), loop.optimizer)
+        tensors = gather(loop.model, loop.optimizer)
         if tensors is not None:
             Checkpoints(folder / way, "f", keep=1).save(SavedState(4), tensors)
 
@@ -119,8 +120,10 @@ def test_a_training_continues_on_another_number_of_ranks(tmp_path: Path, size: i
         for step in range(1, 5):
             ranks = json.loads((tmp_path / f"{way}-{step}.json").read_text())
             np.testing.assert_allclose(ranks["losses"], losses[step:], atol=1e-5)
-            shares = zip(*ranks["rows"], strict=True)
-            assert [sorted(sum(rows, [])) for rows in shares] == [sorted(rows) for rows in sequences.rows[step:]]
+            shares = zip(*ranks["rows"], strict=True)  # of each step
+            assert [sorted(itertools.chain(*rows)) for rows in shares] == [
+                sorted(rows) for rows in sequences.rows[step:]
+            ]
         # And back on one process, from what the ranks saved.
         one = make_loop(None, TWO_BLOCKS, None, (Checkpoints(tmp_path / way, "f", keep=1), 4), **TRAIN)
         assert float(one.step(4)[1]) == pytest.approx(losses[4], abs=1e-5)
@@ -142,9 +145,9 @@ def _agree(world: World, folder: Path) -> None:
         assert agreement.now(Wish.STOP if world.rank == 0 else Wish.GO_ON) is Wish.STOP
     left.append(world.from_all(world.rank))
     left.append(world.first_decides(lambda: "first") if world.is_first else world.first_decides(lambda: 1 // 0))
-    for raises_on in (0, 1):
+    for other in (0, 1):
         try:
-            world.together(lambda: _refuse() if world.rank == raises_on else None)
+            world.together(_refuse if world.rank == other else lambda: None)
         except ConfigError as error:
             left.append(str(error))
     try:
@@ -177,7 +180,7 @@ def test_ranks_agree(tmp_path: Path) -> None:
 def test_one_rank_agrees_with_itself() -> None:
     agreement = Agreement(World())
     assert [agreement.after_step(wish) for wish in (Wish.GO_ON, Wish.STOP)] == [Wish.GO_ON, Wish.STOP]
-    with pytest.raises(ConfigError, match="^refused$"):
+    with pytest.raises(ConfigError, match=r"^refused$"):
         World().together(_refuse)
 
 

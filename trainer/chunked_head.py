@@ -1,0 +1,136 @@
+"""From hidden states to the weighted sum of -log p of the targets, with the logits of a few positions at a time.
+
+    loss = sum_n w_n * (logsumexp_v(h_n . W_v) - h_n . W_target(n))
+
+Axes in tensor names: N positions, n positions of a chunk, D hidden size, V entries of the vocabulary. Inputs: hidden
+states, the weight of the output layer, targets and their weights. Output: a float32 scalar, in nats. The gradients of
+hidden states and weight are computed in the forward pass, chunk by chunk, while the logits of the chunk exist. So
+nothing is computed twice, and no more than one chunk of logits is held (docs/training.md, Speed). Pure; needs torch
+alone. Products have the dtype of autocast, or else the dtype of the weight; sums and the weight's gradient are float32.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# The most positions in a chunk. On a CPU the logits should stay in the cache; a GPU needs large products.
+_MOST_POSITIONS = {"cpu": 256, "cuda": 4096}
+# Fewer chunks hold too large a share of the logits. On a GPU the logits of a chunk are bfloat16, half as large.
+_FEWEST_CHUNKS = {"cpu": 16, "cuda": 8}
+# Logits of so few entries are not worth a cut: 4 MiB in float32.
+_FEWEST_ENTRIES = 1 << 20
+
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def chunk_positions(n_positions: int, vocab_size: int, device_type: str) -> int:
+    """Returns the number of positions whose logits are held at a time.
+
+    Args:
+        n_positions: N, positions in one call.
+        vocab_size: V, entries of the vocabulary.
+        device_type: `cpu` or `cuda`.
+    """
+    kind = "cpu" if device_type == "cpu" else "cuda"
+    share = max(math.ceil(n_positions / _FEWEST_CHUNKS[kind]), math.ceil(_FEWEST_ENTRIES / vocab_size))
+    return max(1, min(n_positions, share, _MOST_POSITIONS[kind]))
+
+
+def chunk_loss(
+    logits_nV: torch.Tensor, targets_n: torch.Tensor, weights_n: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the loss of a chunk and its gradient with respect to the logits.
+
+    Args:
+        logits_nV: float32 or bfloat16; overwritten if float32.
+        targets_n: int64 ids, each below V.
+        weights_n: float32 weights of the targets.
+
+    Returns:
+        (sum of weight * -log p, a float32 scalar; the gradient (n, V) in the dtype of the logits).
+    """
+    wide_nV = logits_nV.float()
+    largest_n = wide_nV.amax(dim=1)
+    target_n = wide_nV.gather(1, targets_n[:, None])[:, 0] - largest_n
+    wide_nV.sub_(largest_n[:, None]).exp_()
+    sum_n = wide_nV.sum(dim=1)
+    log_p_n = target_n - sum_n.log()
+    gradient_nV = wide_nV.mul_((weights_n / sum_n)[:, None]).to(logits_nV.dtype)
+    # Computed in float32 from log p: in bfloat16, p - 1 would lose its digits where p is near 1.
+    at_target_n = (torch.expm1(log_p_n) * weights_n).to(logits_nV.dtype)
+    gradient_nV.scatter_(1, targets_n[:, None], at_target_n[:, None])
+    return -(log_p_n * weights_n).sum(), gradient_nV
+
+
+class _WeightedNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor,
+        loss_of: ChunkLoss,
+    ) -> torch.Tensor:  # fmt: skip
+        dtype = _product_dtype(weight_VD)
+        left_ND, right_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        d_hidden_ND = torch.empty_like(left_ND)
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for part in _parts(len(left_ND), len(right_VD), left_ND.device.type):
+                loss, gradient_nV = loss_of(left_ND[part] @ right_VD.T, targets_N[part], weights_N[part])
+                total += loss
+                torch.mm(gradient_nV, right_VD, out=d_hidden_ND[part])
+                if dtype == torch.float32:
+                    d_weight_VD.addmm_(gradient_nV.T, left_ND[part])
+                else:
+                    d_weight_VD += gradient_nV.T @ left_ND[part]
+                del gradient_nV  # before the next chunk's logits are made
+        ctx.gradients = d_hidden_ND.to(hidden_ND.dtype), d_weight_VD.to(weight_VD.dtype)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_hidden_ND, d_weight_VD = ctx.gradients
+        ctx.gradients = None  # a second reference would make autograd copy the weight's gradient
+        return d_hidden_ND.mul_(outputs[0]), d_weight_VD.mul_(outputs[0]), None, None, None
+
+
+def weighted_nll(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    loss_of: ChunkLoss = chunk_loss,
+) -> torch.Tensor:
+    """Computes sum(weight * -log p) over all positions. Backward may be called once.
+
+    Args:
+        hidden_ND: hidden states in front of the output layer, float32 or bfloat16.
+        weight_VD: weight of the output layer, which has no bias.
+        targets_N: int64 ids, each below V.
+        weights_N: float32 weights of the targets.
+        loss_of: `chunk_loss`, or the same compiled.
+
+    Returns:
+        A float32 scalar, in nats.
+    """
+    if torch.is_grad_enabled():
+        loss: torch.Tensor = _WeightedNll.apply(hidden_ND, weight_VD, targets_N, weights_N, loss_of)
+        return loss
+    total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+    for part in _parts(len(hidden_ND), len(weight_VD), hidden_ND.device.type):
+        logits_nV = torch.nn.functional.linear(hidden_ND[part], weight_VD)
+        nll_n = torch.nn.functional.cross_entropy(logits_nV.float(), targets_N[part], reduction="none")
+        total += (nll_n * weights_N[part]).sum()
+    return total
+
+
+def _parts(n_positions: int, vocab_size: int, device_type: str) -> list[slice]:
+    size = chunk_positions(n_positions, vocab_size, device_type)
+    return [slice(start, start + size) for start in range(0, n_positions, size)]
+
+
+def _product_dtype(weight: torch.Tensor) -> torch.dtype:
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype

@@ -1,0 +1,71 @@
+"""Model FLOPs of a training step, and the peak of the chips that MFU compares them with.
+
+    FLOPs per token = 3 (2 P + 2 layers width T) = 6 P + 6 layers width T
+
+P parameters in matrix products, T tokens of a sequence, width of attention: heads times the size of a head. A token
+attends to half of its sequence on average; the backward pass has twice the FLOPs of the forward pass. FLOPs that
+activation checkpointing repeats do not count. Arithmetic only; needs torch alone.
+"""
+
+from typing import Any
+
+import torch
+
+from miniplm_udf.scoring.flops import forward_flops
+
+# Peak of bfloat16 products without sparsity in FLOP/s, by a part of the name that CUDA reports; the first match counts.
+# Source: the data sheets of NVIDIA.
+_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+
+
+def matrix_parameters(model: torch.nn.Module) -> int:
+    """Counts the weights in matrix products: an embedding counts if the output layer shares it, a bias never.
+
+    Args:
+        model: a causal LM.
+    """
+    matrices = {
+        id(weight): weight.numel()
+        for module in model.modules()
+        if not isinstance(module, torch.nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.dim() >= 2
+    }
+    return sum(matrices.values())
+
+
+def training_flops_per_token(model: Any, sequence_length: int) -> float:
+    """Returns the model FLOPs of forward and backward pass for one token.
+
+    Args:
+        model: a causal LM; one without a config or attention has the products of its weights alone.
+        sequence_length: T, tokens of a sequence.
+    """
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if config and heads else 0)
+    layers = config.num_hidden_layers if config and heads else 0
+    parameters = matrix_parameters(model)
+    return 3 * forward_flops(parameters, layers, heads * head_size, [sequence_length]) / sequence_length
+
+
+def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Returns the peak of a chip, or None if it is not known.
+
+    Args:
+        device: where the model trains.
+        dtype: dtype of the matrix products; only the peak of bfloat16 is known.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
