@@ -2,11 +2,11 @@
 
 Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
 `run.json` (fingerprint, MLflow run id) and one `step-<N>/` per checkpoint, with `state.pt` (`trainer.state.Tensors`)
-and `state.json` (steps done, seconds, last loss, fingerprint, SHA-256 of `state.pt`). The data order is a function of
-the step and needs no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill or a full
-disk leaves the previous checkpoint; older ones are removed afterwards. A checksum finds a damaged checkpoint, which is
-skipped with a warning. Rank 0 writes, in a thread (`trainer.checkpoint_writer`); all ranks compare what they read:
-ranks on several nodes must share the folder.
+and `state.json` (steps done, seconds, last loss, points that MLflow lacks, fingerprint, SHA-256 of `state.pt`). The
+data order is a function of the step and needs no state. A `step-<N>` appears by one rename after its files are on the
+disk, so a kill or a full disk leaves the previous checkpoint; older ones are removed afterwards. A checksum finds a
+damaged checkpoint, which is skipped with a warning. Rank 0 writes, in a thread (`trainer.checkpoint_writer`); all ranks
+compare what they read: ranks on several nodes must share the folder.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import torch
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.storage import Json
+from trainer.outbox import Point
 from trainer.state import Tensors
 
 LOGGER = logging.getLogger("miniplm.trainer.checkpoint")
@@ -50,11 +51,13 @@ class SavedState:
         steps_done: optimiser steps that the weights have had.
         seconds: training time so far.
         loss: loss of the last step, in nats per token; None before the first step.
+        points: points of the curve that MLflow does not have yet; a resumed training logs them.
     """
 
     steps_done: int
     seconds: float = 0.0
     loss: float | None = None
+    points: tuple[Point, ...] = ()
 
 
 class Checkpoints:
@@ -157,7 +160,8 @@ class Checkpoints:
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         LOGGER.info("resuming after step %d from %s", step, path)
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return SavedState(state["steps_done"], seconds=state["seconds"], loss=state["loss"]), tensors
+        points = tuple(Point(**point) for point in state.get("points", ()))
+        return SavedState(state["steps_done"], state["seconds"], state["loss"], points), tensors
 
     def save(self, state: SavedState, tensors: Tensors) -> Path:
         """Writes `step-<steps_done>`, then removes older and unusable checkpoints.

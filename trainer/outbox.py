@@ -87,6 +87,11 @@ class Outbox:
         """
         self._add(point)
 
+    def held_points(self) -> tuple[Point, ...]:
+        """The points that the store does not have yet."""
+        with self._changed:
+            return tuple(item for item in self._items if isinstance(item, Point))
+
     def _add(self, item: Point | _Call) -> None:
         self._raise_error()
         with self._changed:

@@ -164,6 +164,19 @@ class Run:
         for part in _parts(metrics, _METRICS_A_CALL):
             self._outbox.point(Point(part, step, now))
 
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Logs points that an earlier process held back.
+
+        Args:
+            points: from `held_points`; the store keeps one copy of a point that it has already.
+        """
+        for point in points:
+            self._outbox.point(point)
+
+    def held_points(self) -> tuple[Point, ...]:
+        """The points that MLflow does not have yet."""
+        return self._outbox.held_points()
+
     def _params(self, part: Json) -> None:
         if self.is_new:
             self._mlflow.log_params(part)

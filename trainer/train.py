@@ -129,6 +129,7 @@ def _train(
             run = stack.enter_context(tracked_run(config, target.name, training.checkpoints.run_id()))
             record_run(training.checkpoints, run)
             _log_start(training, run)
+            run.log_points(training.state.points)
         state, is_stopped = run_steps(training, run, lease)
         if is_stopped:
             LOGGER.warning("%s: stopped after step %d, which is saved", target.name, state.steps_done)

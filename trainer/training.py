@@ -289,7 +289,8 @@ class _Steps:
     def on_save(self, measures: StepMeasures) -> None:
         """Gathers the state on rank 0, where the writer saves it while the next steps run."""
         seconds = self._training.state.seconds + time.perf_counter() - self._started
-        self.latest = SavedState(measures.steps_done, seconds=seconds, loss=measures.loss)
+        points = () if self._run is None else self._run.held_points()
+        self.latest = SavedState(measures.steps_done, seconds, measures.loss, points)
         tensors = gather(self._training.model, self._training.optimizer)
         if self._lease is not None and self._run is not None and tensors is not None:
             self._attempt(self._lease.check)

@@ -6,6 +6,7 @@ progress: processor time, because a rank that waits for another in a collective 
 
 import contextlib
 import faulthandler
+import functools
 import gc
 import os
 import signal
@@ -24,22 +25,27 @@ from miniplm_udf.errors import MiniplmError
 from tests.support.ports import free_port
 from trainer.distributed import World, process_group
 
+PRELOAD = ["tests.support.loops", "trainer.train", "mlflow", __name__]
 # Without a sign of progress for this long, ranks count as hanging. A loaded machine starts them slowly, yet it works.
 SECONDS_WITHOUT_PROGRESS = 120
 
 
-def _rank(rank: int, size: int, port: int, work: Callable[[World, Path], None], folder: Path) -> None:
+def _rank(rank: int, size: int, port: int, work: Callable[[Path], None], folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     try:
-        with process_group() as world:
-            work(world, folder)
+        work(folder)
     except MiniplmError as error:
         # The wrapped model must be gone with the process group, even if the error is kept.
         alive = [item for item in gc.get_objects() if isinstance(item, DistributedDataParallel)]
         (folder / f"{rank}.txt").write_text(f"{error}, {len(alive)} alive")
+
+
+def _join(work: Callable[[World, Path], None], folder: Path) -> None:
+    with process_group() as world:
+        work(world, folder)
 
 
 def processor_seconds(processes: Sequence[Any]) -> float:
@@ -53,11 +59,16 @@ def processor_seconds(processes: Sequence[Any]) -> float:
 
 
 def run_ranks(work: Callable[[World, Path], None], folder: Path, size: int = 2) -> None:
+    """Runs `work` in `size` processes that have joined their group; see `run_processes`."""
+    run_processes(functools.partial(_join, work), folder, size)
+
+
+def run_processes(work: Callable[[Path], None], folder: Path, size: int = 2) -> None:
     """Runs `work` in `size` processes. A MiniplmError of rank r is written to `folder/r.txt`; other errors raise.
 
     Ranks that stop making progress print their stacks to stderr and are killed.
     """
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.support.loops", __name__])
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     arguments = (size, free_port(), work, folder)
     context = multiprocessing.start_processes(_rank, arguments, size, join=False, start_method="forkserver")
     used, deadline = 0.0, time.monotonic() + SECONDS_WITHOUT_PROGRESS
