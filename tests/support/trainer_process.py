@@ -47,10 +47,16 @@ class KillableTraining:
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps, self.log = folder, steps, folder / "trainer.log"
         self.checkpoints = folder / "root" / "_checkpoints" / "train" / "small"
-        train = {"steps": steps, "log_every_steps": LOG_EVERY, "save_every_steps": SAVE_EVERY, "learning_rate": 0.001}
-        self.config = write_config(folder, folder / "root", **train)
+        self.train = {
+            "steps": steps,
+            "log_every_steps": LOG_EVERY,
+            "save_every_steps": SAVE_EVERY,
+            "learning_rate": 0.001,
+        }
+        self.config = write_config(folder, folder / "root", **self.train)
         # MLflow sets the environment variable of the same meaning for the whole process.
         self.overrides = [f"mlflow.tracking_uri=sqlite:///{folder}/root/mlflow.db"]
+        self.arguments = ["train", "-c", str(self.config), "--student", "small", *self.overrides]
 
     def loaded_config(self) -> ExperimentConfig:
         return load_config(self.config, self.overrides)
@@ -58,8 +64,7 @@ class KillableTraining:
     def start(self) -> BaseProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        arguments = ["train", "-c", str(self.config), "--student", "small", *self.overrides]
-        process = context.Process(target=_main, args=(arguments, self.log))
+        process = context.Process(target=_main, args=(self.arguments, self.log))
         process.start()
         return process
 
