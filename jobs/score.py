@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 
 def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None) -> Json:
-    """Scores the pool and brings the matrix up to date; with processing_time, until it is asked to stop.
+    """Scores what is not yet scored of the pool, and brings the matrix up to date.
+
+    With `stream.trigger: processing_time` it goes on with new instances until SIGTERM or SIGINT.
 
     Args:
         spark: the session.

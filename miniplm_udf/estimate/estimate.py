@@ -121,7 +121,7 @@ def estimate(spark: "SparkSession", config: ExperimentConfig, sample_bytes: int,
 
 
 def _cut(spark: "SparkSession", config: ExperimentConfig, sample: Sample) -> _CutSample:
-    """Cuts the sample into instances with ingest's own function; a duplicate counts once, as in ingest."""
+    """Cuts the sampled documents into instances by ingest's own function; of equal ones one counts."""
     model = chunking_model(config)
     spec = ChunkingSpec.of(config.ingest, model, executor_tokenizer_hash(spark, model))
     rows = spark.createDataFrame(sample.rows).coalesce(1)

@@ -41,7 +41,7 @@ class Candidates:
 def read_candidates(
     spark: "SparkSession", config: ExperimentConfig, corpus: CorpusConfig, last_batches: dict[str, int] | None = None
 ) -> Candidates:
-    """Reads the tables of a corpus, as they are now or as they were.
+    """Reads the tables that a corpus selects from, as they are now or as they were.
 
     Args:
         spark: any session.
@@ -50,7 +50,7 @@ def read_candidates(
         last_batches: newest micro-batch by query id, of the state to read; None reads the present state.
 
     Returns:
-        The rows and their versions.
+        The rows, and the versions of the tables that they come from.
 
     Raises:
         CorpusError: a table does not exist, or the present matrix lacks columns of the models.

@@ -49,7 +49,7 @@ class Histogram:
 
 
 def histogram(frame: "DataFrame", column: str) -> Histogram:
-    """Counts kept and dropped rows in 1,024 equal buckets, exactly.
+    """Counts kept and dropped rows in 1,024 buckets of equal width, exactly.
 
     The range is [minimum, maximum], narrowed if outliers would squeeze the middle 99 % of the rows into a third.
 

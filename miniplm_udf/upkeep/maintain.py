@@ -81,7 +81,7 @@ def maintain(
     spark: "SparkSession", config: ExperimentConfig, retain_hours: float | None = None,
     abandoned_days: float = ABANDONED_DAYS, dry_run: bool = False,
 ) -> Maintained:  # fmt: skip
-    """Merges and vacuums all tables of a root.
+    """Merges the small files of all tables of a root, and removes files that no kept version needs.
 
     Args:
         spark: any session.
@@ -89,7 +89,7 @@ def maintain(
         retain_hours: how long replaced files are kept. None: 168 hours, and all files of corpora and packed sequences,
             so that each of their versions can be read.
         abandoned_days: the checkpoint of a query is removed if the query is behind, does not run and has not moved for
-            this time; it keeps no files any more.
+            this time (days). Files that only this query has still to read are then removed, too.
         dry_run: only finds out what would be done.
 
     Returns:

@@ -103,10 +103,10 @@ class _Task:
         self._deaths_while_loading = 0
 
     def open(self) -> None:
-        """Connects to the process, and starts it again when it dies.
+        """Starts the process or finds it running, and connects; if it dies before it is ready, starts it again.
 
         Raises:
-            ModelLoadError: it dies repeatedly while it loads.
+            ModelLoadError: it died twice while it loaded the models.
             ScoringError: it has died too often while it scored.
         """
         while not self._process.is_open:
