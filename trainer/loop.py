@@ -140,7 +140,7 @@ class Loop:
         Args:
             steps_done: optimiser steps that the weights have had.
             on_step: called every `log_every_steps` steps and after the last step.
-            on_save: called every `save_every_steps` steps and after the last step.
+            on_save: called every `save_every_steps` steps and after the last step, also if `ends` makes it the last one.
             ends: called after each step; whether it is the last one. It gives the same answer on every rank.
 
         Raises:
@@ -153,7 +153,7 @@ class Loop:
             rate, loss, norm = self.step(step)
             done = step + 1
             is_last = ends() or done == self.config.steps
-            logs = done % self.config.log_every_steps == 0 or is_last
+            logs = done % self.config.log_every_steps == 0 or done == self.config.steps
             saves = done % self.config.save_every_steps == 0 or is_last
             if not (logs or saves):
                 continue  # reading the loss makes the CPU wait for the GPU

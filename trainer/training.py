@@ -85,10 +85,9 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Input
         hashes = (target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash)
         return Inputs(sequences, tokenizer, fingerprint(*hashes))
 
-    inputs = world.together(lambda: open_version(None))
-    version = world.from_first(inputs.sequences.version)
-    if version != inputs.sequences.version:
-        inputs = open_version(version)
+    newest = world.together(lambda: open_version(None))
+    version = world.from_first(newest.sequences.version)
+    inputs = world.together(lambda: newest if newest.sequences.version == version else open_version(version))
     _check_equal(world, inputs.fingerprint, f"config, packed table ({uri}) or tokenizer")
     return inputs
 

@@ -195,7 +195,8 @@ def test_a_stop_is_the_last_step_and_is_saved(stop: int) -> None:
 
     loop.run(0, lambda m: logged.append(m.steps_done), lambda m: saved.append(m.steps_done), ends)
     assert asked == list(range(1, stop + 1))
-    assert logged == saved == ([4, 5] if stop == 5 else [stop])
+    assert logged == ([4, 5] if stop == 5 else [])
+    assert saved == ([4, 5] if stop == 5 else [stop])
 
 
 def test_one_sequence_and_a_batch_larger_than_the_table() -> None:

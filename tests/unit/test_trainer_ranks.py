@@ -4,6 +4,7 @@ after the same step, and an error of one is the error of all.
 
 import itertools
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.support.loops import FakeSequences, make_loop, run, weights
 from tests.support.ranks import run_ranks
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoint import Checkpoints, SavedState
-from trainer.distributed import Agreement, Wish, World
+from trainer.distributed import Agreement, Wish, World, process_group
 from trainer.parallel import divide
 from trainer.state import check_equal_weights, gather, gather_weights
 
@@ -215,3 +216,17 @@ def test_ranks_that_fail_do_not_hang(tmp_path: Path) -> None:
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["diverged, 0 alive"] * 2
     run_ranks(_end_alone, tmp_path)
     assert (tmp_path / "0.txt").read_text().startswith("rank 0 lost the connection to another rank, whose message")
+
+
+def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ConfigError) as raised, process_group():
+            pass
+    message = str(raised.value)
+    assert message.startswith(f"MASTER_PORT: the ranks cannot meet at 127.0.0.1:{port}: the port is in use; set ")
+    assert "\n" not in message

@@ -100,6 +100,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def other_rows(root: Path) -> None:
+    shutil.rmtree(root / "tables" / "packed" / "kept" / "bpe")
     tokenizer = write_tokenizer(root / "again")
     metadata = packed_metadata(root / "models" / "tokenizer_bpe")
     write_packed(root / "tables" / "packed" / "kept" / "bpe", *pack(tokenizer, some_texts(15)), metadata)
