@@ -140,7 +140,7 @@ class Loop:
         Args:
             steps_done: optimiser steps that the weights have had.
             on_step: called every `log_every_steps` steps and after the last step.
-            on_save: called every `save_every_steps` steps and after the last step, also if `ends` makes it the last one.
+            on_save: called every `save_every_steps` steps and after the last step, also if `ends` makes it the last.
             ends: called after each step; whether it is the last one. It gives the same answer on every rank.
 
         Raises:

@@ -18,7 +18,7 @@ import requests
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import MlflowConfig
 from tests.support.ports import free_port
-from tests.support.trainer_process import KillableTraining, check_killed_training, prepare
+from tests.support.trainer_process import KillableTraining, check_killed_training, copied, prepare
 from tests.support.trainer_roots import write_config
 from trainer import tracking
 
@@ -33,7 +33,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_training_that_is_killed_twenty_times_ends_with_the_same_weights(prepared: Path, tmp_path: Path) -> None:
-    in_saves = check_killed_training(prepared, tmp_path, steps=1200, kills=20)
+    whole, killed = (copied(prepared, tmp_path / name, 800) for name in ("whole", "killed"))
+    whole.finish()
+    in_saves = check_killed_training(whole, killed, kills=20)
     assert in_saves >= 3, "too few kills hit a save: the test does not show what it should"
 
 
@@ -69,8 +71,7 @@ def test_torchrun_with_different_folders_ends_and_writes_nothing(prepared: Path,
 
 
 def test_sigterm_to_torchrun_saves_and_the_next_start_goes_on(prepared: Path, tmp_path: Path) -> None:
-    shutil.copytree(prepared, tmp_path / "run")
-    training = KillableTraining(tmp_path / "run", 600)
+    training = copied(prepared, tmp_path / "run", 600)
     process = torchrun("-m", "trainer", *training.arguments, log=training.log)
     while training.newest_step() == 0:
         assert process.poll() is None, training.log.read_text()

@@ -41,6 +41,12 @@ def prepare(folder: Path) -> None:
     connect(dataclasses.replace(make_root(folder), mlflow=MlflowConfig(experiment="prepared")))
 
 
+def copied(prepared: Path, folder: Path, steps: int) -> "KillableTraining":
+    """A training in a copy of a prepared root."""
+    shutil.copytree(prepared, folder, dirs_exist_ok=True)
+    return KillableTraining(folder, steps)
+
+
 class KillableTraining:
     """A training of `steps` steps that begins in one process and goes on in the next."""
 
@@ -107,9 +113,9 @@ def until(condition: Callable[[], bool], process: BaseProcess) -> None:
 
 
 def kill_at_random(training: KillableTraining, draw: random.Random, in_a_save: bool) -> bool:
-    """Starts the training and kills it within some 20 steps; whether it died while it wrote a checkpoint."""
+    """Starts the training and kills it after at most some 30 steps; whether it died while it wrote a checkpoint."""
     process, first = training.start(), training.newest_step()
-    wanted = first + draw.randint(1, 15)
+    wanted = first + draw.randint(1, 8)
     until(lambda: training.newest_step() >= wanted, process)
     if in_a_save:
         until(training.is_saving, process)
@@ -123,18 +129,14 @@ def kill_at_random(training: KillableTraining, draw: random.Random, in_a_save: b
     return training.is_saving()
 
 
-def check_killed_training(prepared: Path, tmp_path: Path, steps: int, kills: int) -> int:
+def check_killed_training(whole: KillableTraining, killed: KillableTraining, kills: int) -> int:
     """Kills a training again and again, and compares it with one that nobody killed; returns the kills in a save."""
-    for name in ("whole", "killed"):
-        shutil.copytree(prepared, tmp_path / name)
-    whole, killed = (KillableTraining(tmp_path / name, steps) for name in ("whole", "killed"))
-    whole.finish()
     draw = random.Random(kills)
     in_saves = sum(kill_at_random(killed, draw, in_a_save=number % 2 == 0) for number in range(kills))
-    assert 0 < killed.newest_step() < steps
+    assert 0 < killed.newest_step() < killed.steps
     killed.finish()
     expected = whole.weights()
-    assert all(torch.equal(value, expected[name]) for name, value in killed.weights().items())
     assert killed.weights().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in killed.weights().items())
     assert killed.runs() == whole.runs() == [("FINISHED", whole.logged_steps())]
     return in_saves

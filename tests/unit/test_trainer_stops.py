@@ -10,16 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from miniplm_udf import stopping
 from miniplm_udf.config.experiment import load_config
 from tests.support.ranks import run_processes
-from tests.support.trainer_process import KillableTraining, check_killed_training, prepare, until
+from tests.support.trainer_process import KillableTraining, check_killed_training, copied, prepare, until
 from tests.support.trainer_roots import pack, packed_metadata, some_texts, write_config, write_packed, write_tokenizer
 from trainer.targets import student_target
 from trainer.train import train
 
 pytestmark = pytest.mark.slow
+
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +32,60 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_training_that_is_killed_three_times_ends_with_the_same_weights(prepared: Path, tmp_path: Path) -> None:
-    check_killed_training(prepared, tmp_path, steps=200, kills=3)
+@pytest.fixture(scope="module")
+def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> KillableTraining:
+    """A training that nobody disturbed."""
+    training = copied(prepared, tmp_path_factory.mktemp("whole"), STEPS)
+    training.finish()
+    return training
+
+
+def test_a_training_that_is_killed_three_times_ends_with_the_same_weights(
+    prepared: Path, whole: KillableTraining, tmp_path: Path
+) -> None:
+    check_killed_training(whole, copied(prepared, tmp_path, STEPS), kills=3)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_the_next_start_goes_on(
-    prepared: Path, tmp_path: Path, number: signal.Signals, code: int
+    prepared: Path, whole: KillableTraining, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    for name in ("whole", "stopped"):
-        shutil.copytree(prepared, tmp_path / name)
-    whole, stopped = (KillableTraining(tmp_path / name, 200) for name in ("whole", "stopped"))
-    whole.finish()
+    stopped = copied(prepared, tmp_path, STEPS)
     process = stopped.start()
     until(lambda: stopped.newest_step() > 0, process)
     os.kill(process.pid or 0, number)
     process.join()
     log = stopped.log.read_text()
     assert process.exitcode == code, log
-    assert (
-        f"miniplm: the training was stopped by {number.name}; run it again to continue; its last step is saved" in log
-    )
+    assert f"miniplm: the training was stopped by {number.name}; run it again to continue; its last step" in log
     assert f'"stopped_after": {stopped.newest_step()}' in log
     assert "Traceback" not in log
     assert not (stopped.folder / "root" / "models" / "small").exists()
     assert [status for status, _ in stopped.runs()] == ["KILLED"]
     stopped.finish()
     assert stopped.log.read_text().count("resuming after step ") == 1
-    assert all((value == whole.weights()[name]).all() for name, value in stopped.weights().items())
+    assert all(torch.equal(value, whole.weights()[name]) for name, value in stopped.weights().items())
     assert stopped.runs() == [("FINISHED", stopped.logged_steps())]
+
+
+def _train_sharded(folder: Path) -> None:
+    config = load_config(
+        folder / "experiment.yaml", [*KillableTraining(folder, STEPS).overrides, "train.parallel=fsdp"]
+    )
+    train(config, student_target(config, "small"))
+
+
+def test_a_sharded_training_writes_the_model_folder_of_one_process(
+    prepared: Path, whole: KillableTraining, tmp_path: Path
+) -> None:
+    sharded = copied(prepared, tmp_path, STEPS)
+    run_processes(_train_sharded, tmp_path)
+    assert sharded.weights().keys() == whole.weights().keys()
+    for name, value in whole.weights().items():
+        torch.testing.assert_close(sharded.weights()[name], value, atol=1e-3, rtol=0)
+    configs = [(run.folder / "root/models/small/config.json").read_text() for run in (sharded, whole)]
+    assert configs[0] == configs[1]
+    assert sharded.runs() == [("FINISHED", sharded.logged_steps())]
 
 
 def _train_until_rank_1_is_stopped(folder: Path) -> None:
@@ -79,8 +107,7 @@ def _train_until_rank_1_is_stopped(folder: Path) -> None:
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(prepared: Path, tmp_path: Path) -> None:
-    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    training = KillableTraining(tmp_path, 2000)
+    training = copied(prepared, tmp_path, 2000)
     run_processes(_train_until_rank_1_is_stopped, tmp_path)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1] == {"name": "small", "stopped_after": training.newest_step(), "skipped": False}
