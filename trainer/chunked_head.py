@@ -9,6 +9,7 @@ nothing is computed twice, and no more than one chunk of logits is held (docs/tr
 alone. Products have the dtype of autocast, or else the dtype of the weight; sums and the weight's gradient are float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,15 +42,15 @@ def chunk_positions(n_positions: int, vocab_size: int, device_type: str) -> int:
 def chunk_loss(
     logits_nV: torch.Tensor, targets_n: torch.Tensor, weights_n: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the loss of a chunk and its gradient with respect to the logits.
+    """Computes the loss of a chunk, and its gradient in the place of the logits.
 
     Args:
-        logits_nV: float32 or bfloat16; overwritten if float32.
+        logits_nV: float32 or bfloat16; overwritten with weight * p, the gradient everywhere but at the targets.
         targets_n: int64 ids, each below V.
         weights_n: float32 weights of the targets.
 
     Returns:
-        (sum of weight * -log p, a float32 scalar; the gradient (n, V) in the dtype of the logits).
+        (sum of weight * -log p, a float32 scalar; the gradient at the targets (n,) in the dtype of the logits).
     """
     wide_nV = logits_nV.float()
     largest_n = wide_nV.amax(dim=1)
@@ -57,11 +58,34 @@ def chunk_loss(
     wide_nV.sub_(largest_n[:, None]).exp_()
     sum_n = wide_nV.sum(dim=1)
     log_p_n = target_n - sum_n.log()
-    gradient_nV = wide_nV.mul_((weights_n / sum_n)[:, None]).to(logits_nV.dtype)
+    wide_nV.mul_((weights_n / sum_n)[:, None])
+    if wide_nV.dtype != logits_nV.dtype:
+        logits_nV.copy_(wide_nV)
     # Computed in float32 from log p: in bfloat16, p - 1 would lose its digits where p is near 1.
     at_target_n = (torch.expm1(log_p_n) * weights_n).to(logits_nV.dtype)
-    gradient_nV.scatter_(1, targets_n[:, None], at_target_n[:, None])
-    return -(log_p_n * weights_n).sum(), gradient_nV
+    return -(log_p_n * weights_n).sum(), at_target_n
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch can add a product of matrices of this dtype to a float32 matrix in one call on this device."""
+    matrix = torch.ones(16, 16, device=device, dtype=dtype)
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # this torch or this device has no such product
+        return False
+    return bool((total == 17).all())
+
+
+def _add_product(total_VD: torch.Tensor, left_Vn: torch.Tensor, right_nD: torch.Tensor) -> None:
+    """Adds a product of matrices to a float32 matrix."""
+    if left_Vn.dtype == torch.float32:
+        total_VD.addmm_(left_Vn, right_nD)
+    elif _adds_to_float32(total_VD.device, left_Vn.dtype):
+        torch.addmm(total_VD, left_Vn, right_nD, out_dtype=torch.float32, out=total_VD)
+    else:
+        total_VD += left_Vn @ right_nD
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -77,14 +101,13 @@ class _WeightedNll(torch.autograd.Function):
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for part in _parts(len(left_ND), len(right_VD), left_ND.device.type):
-                loss, gradient_nV = loss_of(left_ND[part] @ right_VD.T, targets_N[part], weights_N[part])
+                logits_nV = left_ND[part] @ right_VD.T
+                loss, at_target_n = loss_of(logits_nV, targets_N[part], weights_N[part])
                 total += loss
+                gradient_nV = logits_nV.scatter_(1, targets_N[part, None], at_target_n[:, None])
                 torch.mm(gradient_nV, right_VD, out=d_hidden_ND[part])
-                if dtype == torch.float32:
-                    d_weight_VD.addmm_(gradient_nV.T, left_ND[part])
-                else:
-                    d_weight_VD += gradient_nV.T @ left_ND[part]
-                del gradient_nV  # before the next chunk's logits are made
+                _add_product(d_weight_VD, gradient_nV.T, left_ND[part])
+                del logits_nV, gradient_nV  # before the next chunk's logits are made
         ctx.gradients = d_hidden_ND.to(hidden_ND.dtype), d_weight_VD.to(weight_VD.dtype)
         return total
 

@@ -32,7 +32,8 @@ def document_positions(inputs_BT: torch.Tensor, mask_BT: torch.Tensor, separator
     places_T = torch.arange(inputs_BT.shape[1], device=inputs_BT.device)
     begins_BT = torch.ones_like(inputs_BT, dtype=torch.bool)
     begins_BT[:, 1:] = (inputs_BT[:, :-1] == separator_id) | (mask_BT[:, :-1] == 0)
-    first_BT = torch.where(begins_BT, places_T, 0).cummax(dim=1).values
+    # Not `where`: on a GPU it copies the 0 and waits for the copy.
+    first_BT = places_T.expand_as(begins_BT).masked_fill(~begins_BT, 0).cummax(dim=1).values
     return places_T - first_BT
 
 

@@ -198,7 +198,8 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         is_first_bad = (self._first_bad_step < 0) & ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self._first_bad_step = torch.where(is_first_bad, step, self._first_bad_step)
+        # Not `where`: it copies the number to the GPU and waits for the copy.
+        self._first_bad_step = self._first_bad_step.masked_fill(is_first_bad, step)
         return rate, loss, norm
 
     def _rows(self, step: int) -> np.ndarray:

@@ -5,10 +5,10 @@
 Prints two tables and writes `build/bench/train.json`. Steps: both loops train models with equal weights on the same
 random tokens, in float32 on a CPU and bfloat16 on a GPU; they take turns, and each number is the median over the
 rounds, after two steps that are not counted. The plain loop is the shortest that transformers allows: `labels`,
-`backward`, torch's AdamW, no clipping of the gradient. The limit is one large matrix product. Heads: the loss from the
-hidden states and back, by three ways, each with its largest memory. On a GPU the shape is that of `conf/students`
-(qwen_200m); on a CPU a small one. Needs torch, transformers and numpy alone. On a CPU, processor seconds count, which
-other work on the machine does not change much.
+`backward`, torch's AdamW, no clipping of the gradient. The limit is one large matrix product. Heads: forward and
+backward pass between the hidden states and the loss, in three implementations, each with its largest memory. On a GPU
+the model is `qwen_200m` of `conf/students`; on a CPU a small model. On a CPU, processor seconds count: other work on
+the machine changes them less. Needs torch, transformers and numpy alone.
 """
 
 import argparse
@@ -45,7 +45,7 @@ _SMALL = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is trained: the architecture, tokens of a sequence, sequences of a step and of a forward pass."""
+    """A model's architecture, the tokens of a sequence, and the sequences of a step and of a forward pass."""
 
     architecture: dict[str, Any]
     tokens: int

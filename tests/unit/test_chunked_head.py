@@ -82,7 +82,7 @@ def test_the_peak_of_loss_and_backward_is_a_quarter_of_the_logits_at_most() -> N
     values = inputs(2048, 64, 8192)
     logits, device = 2048 * 8192 * 4, torch.device("cpu")
     assert peak_bytes(lambda: torch.empty(2048, 8192), device) == logits
-    # The gradients of hidden states and weight are part of it.
+    # The gradients of hidden states and weight are counted, too.
     assert peak_bytes(lambda: weighted_nll(*values).backward(), device) <= 0.25 * logits
     assert peak_bytes(lambda: of_all_logits(*values).backward(), device) >= 2 * logits
     with torch.no_grad():

@@ -34,9 +34,9 @@ def loss_of(module: CausalLMWithLoss, length: int = LENGTH, n: int = 2) -> torch
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_blocks_are_found(family: str) -> None:
     key = {"gpt2": "n_layer"}.get(family, "num_hidden_layers")
-    found = decoder_blocks(build(FAMILIES[family] | {key: 3}))
-    assert len(found) == 3
-    assert len({type(block) for block in found}) == 1
+    layers = decoder_blocks(build(FAMILIES[family] | {key: 3}))
+    assert len(layers) == 3
+    assert len({type(layer) for layer in layers}) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

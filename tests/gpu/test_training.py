@@ -1,0 +1,87 @@
+"""Training on a CUDA device: a step never waits, compiled equals eager, and the loss holds a fraction of the logits.
+
+Needs torch, transformers, numpy and pytest: `pytest tests/gpu` runs on a bare GPU box. Skips itself without a device.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from miniplm_udf.config.training import TrainConfig
+from tests.support.allocations import peak_bytes
+from trainer.blocks import prepare_blocks
+from trainer.chunked_head import weighted_nll
+from trainer.distributed import World
+from trainer.lm_loss import CausalLMWithLoss
+from trainer.loop import Loop, make_optimizer
+from trainer.model import build_model, model_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEVICE = torch.device("cuda", 0)
+VOCAB, LENGTH, WIDTH = 4096, 64, 128
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+class Rows:
+    """Sequences of random tokens."""
+
+    n_sequences, sequence_length = 8, LENGTH
+
+    def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.random.default_rng(0).integers(0, VOCAB, (self.n_sequences, LENGTH + 1)).astype("i4")
+        return tokens[rows], np.ones((len(rows), LENGTH), "u1")
+
+
+def make_loop(family: str, **train: Any) -> Loop:
+    shape = model_config(
+        {"model_type": family} | SIZES, where="x", vocab_size=VOCAB, separator_id=3, max_positions=LENGTH
+    )
+    shape.use_cache = False
+    config = TrainConfig(steps=8, warmup_steps=0, batch_sequences=6, micro_batch_sequences=4, **train)  # type: ignore[arg-type]
+    module = CausalLMWithLoss(build_model(shape, where="x", seed=0).to(DEVICE))
+    prepare_blocks(module, config, LENGTH, "x")
+    module.train()
+    return Loop(module, make_optimizer(module, config), Rows(), config, 3, World(device=DEVICE))
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_step_does_not_wait_for_the_gpu(compiles: bool) -> None:
+    loop = make_loop("llama", compile=compiles)
+    loop.step(0), loop.step(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.step(2), loop.step(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_compiled_steps_equal_eager_steps(family: str) -> None:
+    results = []
+    for compiles in (False, True):
+        loop = make_loop(family, compile=compiles, dtype="float32")
+        results.append([[float(loss), float(norm)] for _, loss, norm in map(loop.step, range(4))])
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-4)
+
+
+def test_the_peak_of_loss_and_backward_is_a_quarter_of_the_logits_at_most() -> None:
+    n, vocabulary = 8192, 32_000
+    hidden = torch.randn(n, WIDTH, device=DEVICE).requires_grad_()
+    weight = torch.randn(vocabulary, WIDTH, device=DEVICE).requires_grad_()
+    targets = torch.randint(0, vocabulary, (n,), device=DEVICE)
+    weights = torch.full((n,), 1 / n, device=DEVICE)
+
+    def run() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = weighted_nll(hidden, weight, targets, weights)
+        loss.backward()
+
+    assert peak_bytes(run, DEVICE) <= 0.25 * 4 * n * vocabulary
