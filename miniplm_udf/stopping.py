@@ -19,7 +19,8 @@ from types import FrameType
 
 # Longest time from the first signal to the end of the process.
 _END_SECONDS = 20.0
-# Inside `deferred`, a second signal within this time is the same request: a parent's, after that of a terminal.
+# Inside `deferred`, a second signal within this time repeats the first one: a terminal signals the parent process and
+# its child, and the parent then signals the child too.
 _SAME_REQUEST_SECONDS = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The first signal that this process received, if any.

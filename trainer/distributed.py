@@ -125,7 +125,7 @@ def _attempt(work: Callable[[], _T]) -> tuple[_T | None, MiniplmError | None]:
 
 
 class Wish(enum.IntEnum):
-    """What a rank wants after a step. The largest wish of all ranks counts."""
+    """How a rank wants to go on after a step. The largest wish of all ranks counts."""
 
     GO_ON = 0
     STOP = 1

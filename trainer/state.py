@@ -45,7 +45,7 @@ def gather(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors 
         optimizer: the model's optimiser.
 
     Returns:
-        The state; None on ranks other than 0. Nothing that the next step changes is part of it.
+        The state, which later steps do not change; None on ranks other than 0.
     """
     weights = gather_weights(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

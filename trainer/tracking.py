@@ -114,7 +114,7 @@ class Run:
         self._outbox.wait_for_attempt()
 
     def end(self, status: str, wait_seconds: float) -> None:
-        """Ends the run, and waits until the store has all of it.
+        """Ends the run, and waits until the store has every call and point.
 
         Args:
             status: MLflow's status: `FINISHED`, `FAILED` or `KILLED`.

@@ -257,7 +257,7 @@ def _wish() -> Wish:
 
 
 class _Steps:
-    """What happens between the steps. An error on one rank makes all ranks leave the loop after the same step."""
+    """The callbacks of the loop. An error on one rank makes all ranks leave the loop after the same step."""
 
     def __init__(
         self,
