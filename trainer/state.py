@@ -22,7 +22,20 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.storage import Json
 from trainer.distributed import World
+
+
+class OptimizerState(TypedDict):
+    """The state of an optimiser, as torch's `get_optimizer_state_dict` gives it.
+
+    Attributes:
+        state: tensors of each weight (`step`, `exp_avg`, `exp_avg_sq`), by the weight's name.
+        param_groups: names of the weights (`params`) and settings of each group.
+    """
+
+    state: dict[str, dict[str, torch.Tensor]]
+    param_groups: list[Json]
 
 
 class Tensors(TypedDict):
@@ -30,11 +43,11 @@ class Tensors(TypedDict):
 
     Attributes:
         model: weights by name.
-        optimizer: the optimiser's `state` by name of a weight, and its `param_groups`.
+        optimizer: the optimiser's state.
     """
 
     model: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
+    optimizer: OptimizerState
 
 
 def gather(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors | None:
@@ -96,7 +109,9 @@ def set_optimizer(
         tensors: the saved state; None on ranks other than 0.
         world: the place of this process among the ranks.
     """
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"] if tensors else {}, options=_from_first(world))
+    set_optimizer_state_dict(
+        model, optimizer, dict(tensors["optimizer"]) if tensors else {}, options=_from_first(world)
+    )
 
 
 def check_equal_weights(model: torch.nn.Module, world: World) -> None:

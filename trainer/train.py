@@ -29,7 +29,7 @@ from trainer.records import TrainResult, read_training
 from trainer.state import gather_weights
 from trainer.targets import Target
 from trainer.tracking import Run, tracked_run
-from trainer.training import Inputs, Training, open_inputs, prepare, record_run, run_steps
+from trainer.training import Training, TrainingInputs, open_inputs, prepare, record_run, run_steps
 
 LOGGER = logging.getLogger("miniplm.trainer.train")
 
@@ -104,7 +104,7 @@ def _frozen(config: ExperimentConfig, target: Target) -> TrainResult | None:
     return TrainResult(target.name, training, skipped=True)
 
 
-def _finished(config: ExperimentConfig, target: Target, inputs: Inputs) -> TrainResult | None:
+def _finished(config: ExperimentConfig, target: Target, inputs: TrainingInputs) -> TrainResult | None:
     """The result for a model that is trained with this config on this data, or None."""
     training = read_training(config, target.name)
     if training is None or training.fingerprint != inputs.fingerprint:
@@ -116,7 +116,7 @@ def _finished(config: ExperimentConfig, target: Target, inputs: Inputs) -> Train
 def _train(
     config: ExperimentConfig,
     target: Target,
-    inputs: Inputs,
+    inputs: TrainingInputs,
     world: World,
     retrain: bool,
     lease: Lease | None,

@@ -37,7 +37,7 @@ from trainer.tracking import Run
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class TrainingInputs:
     """The data that a training reads; `fingerprint` is a hash of config, data and tokenizer."""
 
     sequences: PackedSequences
@@ -56,7 +56,7 @@ class Training:
 
     config: ExperimentConfig
     target: Target
-    inputs: Inputs
+    inputs: TrainingInputs
     world: World
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -65,7 +65,7 @@ class Training:
     state: SavedState
 
 
-def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Inputs:
+def open_inputs(config: ExperimentConfig, target: Target, world: World) -> TrainingInputs:
     """Opens the tokenizer and the packed table; all ranks open the version that is the newest on rank 0.
 
     Args:
@@ -78,12 +78,12 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Input
     """
     uri = config.layout.table(target.packed_table)
 
-    def open_version(version: int | None) -> Inputs:
+    def open_version(version: int | None) -> TrainingInputs:
         tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))
         sequences = PackedSequences(uri, version, target.sequence_length, tokenizer)
         # The manifest instead of the version: a commit that changes no file (by VACUUM) is no reason to train again.
         hashes = (target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash)
-        return Inputs(sequences, tokenizer, fingerprint(*hashes))
+        return TrainingInputs(sequences, tokenizer, fingerprint(*hashes))
 
     newest = world.together(lambda: open_version(None))
     version = world.from_first(newest.sequences.version)
@@ -103,7 +103,7 @@ def _check_equal(world: World, value: str, what: str) -> None:
             )
 
 
-def prepare(config: ExperimentConfig, target: Target, inputs: Inputs, world: World, retrain: bool) -> Training:
+def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, world: World, retrain: bool) -> Training:
     """Builds a training, resumed from its newest checkpoint, with the same weights on every rank.
 
     Args:
@@ -177,7 +177,7 @@ def resume(
     return divided, optimizer, world.from_first(state)
 
 
-def _new_model(target: Target, inputs: Inputs, world: World) -> CausalLMWithLoss:
+def _new_model(target: Target, inputs: TrainingInputs, world: World) -> CausalLMWithLoss:
     """The model with new weights and its loss, on this rank's device."""
     architecture = model_config(
         target.architecture,
@@ -199,7 +199,7 @@ def _new_model(target: Target, inputs: Inputs, world: World) -> CausalLMWithLoss
     return module
 
 
-def _checkpoints(config: ExperimentConfig, target: Target, inputs: Inputs) -> Checkpoints:
+def _checkpoints(config: ExperimentConfig, target: Target, inputs: TrainingInputs) -> Checkpoints:
     """The checkpoints of the training; those of the finished model may be replaced."""
     finished = read_training(config, target.name)
     return Checkpoints(
