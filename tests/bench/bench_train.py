@@ -13,6 +13,7 @@ the machine changes them less. Needs torch, transformers and numpy alone.
 
 import argparse
 import dataclasses
+import functools
 import gc
 import statistics
 import sys
@@ -29,7 +30,7 @@ from miniplm_udf.config.training import TrainConfig
 from tests.bench import results
 from tests.support.allocations import peak_bytes
 from trainer.blocks import prepare_blocks
-from trainer.chunked_head import weighted_nll
+from trainer.chunked_head import chunk_loss, weighted_nll
 from trainer.distributed import World
 from trainer.flops import peak_flops_per_second, training_flops_per_token
 from trainer.lm_loss import CausalLMWithLoss
@@ -169,9 +170,10 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * n**3 / min([seconds_of(lambda: left @ left, device) for _ in range(10)][2:])
 
 
-def heads() -> dict[str, Callable[..., torch.Tensor]]:
+def heads(compiles: bool) -> dict[str, Callable[..., torch.Tensor]]:
     """The ways from hidden states, weight, targets and their weights to the loss, by name."""
     functional = torch.nn.functional
+    loss_of = torch.compile(chunk_loss, dynamic=False) if compiles else chunk_loss
 
     def whole(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = functional.linear(hidden, weight).float()
@@ -184,7 +186,7 @@ def heads() -> dict[str, Callable[..., torch.Tensor]]:
         nll = functional.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
         return (nll * weights).sum()
 
-    ways = {"ours": weighted_nll, "all logits": whole}
+    ways = {"ours": functools.partial(weighted_nll, loss_of=loss_of), "all logits": whole}
     return ways | ({"linear_cross_entropy": of_torch} if hasattr(functional, "linear_cross_entropy") else {})
 
 
@@ -197,7 +199,7 @@ def measure_heads(shape: Shape, config: TrainConfig, rounds: int, device: torch.
     weight = (torch.randn(vocabulary, width, device=device) * 0.02).requires_grad_()
     targets = torch.randint(0, vocabulary, (n_positions,), device=device)
     weights = torch.full((n_positions,), 1 / n_positions, device=device)
-    ways = heads()
+    ways = heads(config.compile is True or (config.compile == "auto" and device.type == "cuda"))
 
     def run(way: Callable[..., torch.Tensor]) -> None:
         with autocast(config, device):
@@ -205,6 +207,8 @@ def measure_heads(shape: Shape, config: TrainConfig, rounds: int, device: torch.
         loss.backward()
         hidden.grad = weight.grad = None
 
+    for way in ways.values():
+        run(way)  # the first call may compile
     memory = {name: peak_bytes(lambda way=way: run(way), device) for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):

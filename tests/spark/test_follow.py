@@ -473,6 +473,7 @@ def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Pat
     assert third["half"]["followed"] is None
 
 
+@pytest.mark.slow
 def test_the_service_follows_until_sigterm(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     world.score(300)

@@ -168,6 +168,7 @@ class NoWait(TorchDispatchMode):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_does_not_wait_for_the_device(family: str) -> None:
     loop = make_loop(architecture=FAMILIES[family], micro_batch_sequences=2)
+    loop.model.config.use_cache = False  # as the trainer does; with a cache, transformers does not look for documents
     prepare_blocks(loop.module, loop.config, LENGTH, "x")  # type: ignore[arg-type]
     with NoWait():
         loop.step(0)
