@@ -74,6 +74,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", DIVISIONS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_four_ranks_train_as_one(four_ranks: Path, name: str, way: str) -> None:
