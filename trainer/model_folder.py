@@ -99,9 +99,11 @@ def _write(
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True
     disable_progress_bar()  # transformers draws its bar even if stderr is not a terminal
-    # One file: readers of the folder expect one.
-    model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
-    enable_progress_bar()
+    try:
+        # One file: readers of the folder expect one.
+        model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
+    finally:
+        enable_progress_bar()
     files.write(folder)
     storage.write_json(str(folder / TRAINING_FILE), dataclasses.asdict(record))
 

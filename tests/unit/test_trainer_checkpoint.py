@@ -1,17 +1,16 @@
 """Checkpoints: damages are found and named, an older whole one is never lost, and a thread writes what the step had."""
 
-import contextlib
 import copy
 import json
-import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from miniplm_udf.errors import CorpusError, MiniplmError
+from tests.support.full_disk import largest_file
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoint import Checkpoints, SavedState
 from trainer.checkpoint_writer import CheckpointWriter
@@ -124,17 +123,6 @@ def test_only_finished_trainings_are_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-12", "step-4"]
     assert mine.newest_whole(model) == 10
     assert mine.load(10)[0] == SavedState(10, seconds=1.5, loss=10)
-
-
-@contextlib.contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """Writing more than `n_bytes` into a file fails, as on a full disk: the kernel refuses it half-way."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("width", [2, 3000])

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
-from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
+from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError, ModelLoadError
+from tests.support.full_disk import largest_file
 from tests.support.trainer_roots import (
     FAMILIES,
     make_root,
@@ -28,6 +29,7 @@ from tests.support.trainer_roots import (
     write_tokenizer,
 )
 from trainer import evaluate as evaluation
+from trainer import model_folder
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoints, SavedState
 from trainer.records import EvaluateResult, TrainResult, read_evaluation, read_training
@@ -201,6 +203,33 @@ def test_a_training_whose_lease_was_taken_saves_nothing_more(
     assert not folder(config, "small").exists()
     checkpoints = Path(storage.local_path(config.layout.checkpoint("train/small")))
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-2"]
+
+
+def test_a_full_disk_leaves_no_part_of_a_model(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = model_folder._write
+
+    def write(*arguments: Any) -> None:
+        with largest_file(5000):
+            original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_folder, "_write", write)
+        with pytest.raises(
+            MiniplmError, match=r"models/small: the model cannot be written \(.*\): free space .* step 6 is"
+        ):
+            student(config)
+    assert not [path for path in folder(config, "small").parent.iterdir() if "small" in path.name]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", raise_no_space)
+        with pytest.raises(MiniplmError, match="No space left on device"):
+            student(config)
+    assert not [path for path in folder(config, "small").parent.iterdir() if "small" in path.name]
+    assert student(config)["steps"] == 6
+
+
+def raise_no_space(source: Path, target: Path, **options: Any) -> None:
+    (target / "half").write_text("written")
+    raise OSError(28, "No space left on device")
 
 
 def test_awkward_sources_are_evaluated_and_tracked(config: ExperimentConfig) -> None:
