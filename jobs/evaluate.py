@@ -1,9 +1,11 @@
-"""Measures the held-out loss of the students, and of the reference, in a process of its own (torch, no JVM).
+"""Evaluates the students, and the reference, in a process of its own (torch, no JVM; starts no Spark either).
 
-Reads `instances` (split = heldout) and `<root>/models/*`; writes `<root>/models/<name>/evaluation.json`, and the same
-numbers to the models' MLflow runs. An unchanged evaluation is left as it is, so a retry measures only what is missing.
+Reads `instances` (split = heldout), the sets of `evaluate.inputs`, and `<root>/models/*`; runs `evaluate.tasks` with
+lm-eval. Writes `<root>/models/<name>/evaluation.json`, and the same numbers to the models' MLflow runs. What exists for
+the same weights, texts and settings is left as it is, so a retry measures only what is missing. `--student NAME`
+evaluates one student. docs/evaluation.md describes the numbers.
 
-    miniplm evaluate -c conf/demo.yaml [key=value ...]
+    miniplm evaluate -c conf/demo.yaml [--student NAME] [key=value ...]
     spark-submit --properties-file conf/spark/local.conf jobs/evaluate.py -c conf/demo.yaml
 """
 
@@ -14,14 +16,16 @@ from typing import TYPE_CHECKING
 from jobs.stage_runner import stage_main
 from jobs.stages import Options
 from jobs.trainer_process import run_trainer
+from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, list[str]]:
-    """Evaluates all students.
+def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> dict[str, dict[str, Json]]:
+    """Evaluates students.
 
     Args:
         spark: not used.
@@ -29,13 +33,15 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> di
         options: the command line, for the trainer's process.
 
     Returns:
-        {"students": names}.
+        {"students": {name: its `evaluation.json`}}.
 
     Raises:
         ConfigError, MiniplmError: the trainer refused the config, or failed.
     """
-    run_trainer("evaluate", options.config_path, options.overrides)
-    return {"students": list(config.students)}
+    chosen = [word for name in options.students for word in ("--student", name)]
+    run_trainer("evaluate", options.config_path, options.overrides, *chosen)
+    names = options.students or list(config.students)
+    return {"students": {name: storage.read_json(config.layout.model(name, "evaluation.json")) for name in names}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

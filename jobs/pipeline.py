@@ -54,7 +54,7 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
             if last_line := stage.last_line(summary):
                 LOGGER.info("%s", last_line)
             highest = max(highest, exit_code(summary))
-            if stage.name == "ingest" and any(later.name == "evaluate" for later in applicable):
+            if stage.name == "ingest" and config.students and config.ingest.split.heldout > 0:
                 _check_heldout(config, summary)
     return highest
 

@@ -12,6 +12,7 @@ from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.config.rules import resolve
+from miniplm_udf.ingestion import text_sets
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import newest_version
 
@@ -169,13 +170,29 @@ def train_inputs(config: ExperimentConfig) -> list[Any]:
     return [students, dict(zip(names, _versions(config, names), strict=True)), to_dict(config.mlflow)]
 
 
+def has_evaluation(config: ExperimentConfig) -> bool:
+    """Whether there are students, and something to evaluate them on."""
+    has_texts = config.ingest.split.heldout > 0 or bool(config.evaluate.inputs)
+    return bool(config.students) and (has_texts or bool(config.evaluate.tasks))
+
+
+def evaluate_reads(config: ExperimentConfig) -> list[str]:
+    """The held-out text, the external sets, the folder of tasks, and the students."""
+    heldout = ["instances"] if config.ingest.split.heldout > 0 else []
+    external = [section.path for section in config.evaluate.inputs.values()]
+    tasks = [config.evaluate.tasks_folder] if config.evaluate.tasks_folder else []
+    return [*heldout, *external, *tasks, *(config.layout.model(name) for name in config.students)]
+
+
 def evaluate_inputs(config: ExperimentConfig) -> list[Any]:
-    """The section `evaluate`, the trainings and the version of `instances`."""
+    """The section `evaluate`, the files that it names, the trainings and the version of `instances`."""
     names = [*config.students, *([config.reference.alias] if config.reference else [])]
     states = {name: storage.read_json(config.layout.model(name, "training.json")) or {} for name in names}
     # A training without a run id of MLflow is identified by its fingerprint.
     runs = {name: state.get("run_id") or state.get("fingerprint") for name, state in states.items()}
-    return [to_dict(config.evaluate), runs, *_versions(config, ["instances"])]
+    sets = {name: text_sets.state_of(section) for name, section in config.evaluate.inputs.items()}
+    tasks = storage.folder_state(config.evaluate.tasks_folder) if config.evaluate.tasks_folder else []
+    return [to_dict(config.evaluate), runs, sets, tasks, *_versions(config, ["instances"])]
 
 
 def report_inputs(config: ExperimentConfig) -> list[Any]:

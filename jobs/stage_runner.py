@@ -5,6 +5,7 @@ taken before the stage runs, so a file that arrives meanwhile makes the next run
 no record for its work; the same command runs it again. Driver only.
 """
 
+import contextlib
 import logging
 import sys
 import time
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.jobs")
 
 
-def must_run(stage: Stage, spark: "SparkSession", config: ExperimentConfig, options: Options, is_named: bool) -> bool:
+def must_run(
+    stage: Stage, spark: "SparkSession | None", config: ExperimentConfig, options: Options, is_named: bool
+) -> bool:
     """Whether a stage has to run.
 
     Args:
         stage: the stage; it applies to the config.
-        spark: the session.
+        spark: the session; None if the stage needs none.
         config: the experiment.
         options: of the command line.
         is_named: the user asked for this stage by its name. It runs then, unless it is frozen.
@@ -60,12 +63,14 @@ def must_run(stage: Stage, spark: "SparkSession", config: ExperimentConfig, opti
     return False
 
 
-def execute(stage: Stage, spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> Json:
-    """Runs a stage and writes its record, unless it is a service.
+def execute(
+    stage: Stage, spark: "SparkSession | None", config: ExperimentConfig, options: Options | None = None
+) -> Json:
+    """Runs a stage and writes its record, unless it is a service or does a part of its work.
 
     Args:
         stage: the stage.
-        spark: the session.
+        spark: the session; None if the stage needs none.
         config: the experiment.
         options: of the command line; None: none were given.
 
@@ -77,25 +82,29 @@ def execute(stage: Stage, spark: "SparkSession", config: ExperimentConfig, optio
         CorpusError: a table that the stage continues from is gone; `spark.schema` has the tables of another root.
     """
     options = options or Options()
-    preflight.check(spark, config, f"{stage.name} --follow" if options.follow else stage.name)
-    is_service = stage.is_service(options)
-    fingerprint = "" if is_service else str(stage.fingerprint(spark, config))
-    earlier = {} if is_service else records.summary_of(config, stage.name)
+    if spark is None:
+        preflight.require_writable(config.root)
+        preflight.check_files(config.root, stage.name)
+    else:
+        preflight.check(spark, config, f"{stage.name} --follow" if options.follow else stage.name)
+    leaves_record = not (stage.is_service(options) or stage.is_partial(options))
+    fingerprint = str(stage.fingerprint(spark, config)) if leaves_record else ""
+    earlier = records.summary_of(config, stage.name) if leaves_record else {}
     # A schema that has another root's tables is refused before any work.
     _register(spark, config)
     start = time.monotonic()
     summary: Json = plain(stage.run(spark, config, options))
     seconds = time.monotonic() - start
     _register(spark, config)
-    if not is_service:
+    if leaves_record:
         summary = stage.with_earlier(earlier, summary)
         records.write_record(config, stage.name, fingerprint, summary, seconds)
     LOGGER.info("%s: done in %.1f s", stage.name, seconds)
     return summary
 
 
-def _register(spark: "SparkSession", config: ExperimentConfig) -> None:
-    if config.spark.schema is not None:
+def _register(spark: "SparkSession | None", config: ExperimentConfig) -> None:
+    if spark is not None and config.spark.schema is not None:
         register_tables(spark, config.root, config.spark.schema)
 
 
@@ -124,7 +133,8 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
         if not stage.applies(config):
             raise ConfigError(f"{name}: the config has nothing for this stage; expected {stage.needs}, found none")
         stage.check(config)
-        with spark_session(config, f"miniplm {name}") as spark:
+        session = spark_session(config, f"miniplm {name}") if stage.needs_spark else contextlib.nullcontext()
+        with session as spark:
             if must_run(stage, spark, config, options, is_named=True):
                 summary = execute(stage, spark, config, options)
             else:

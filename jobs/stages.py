@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs import stage_inputs
+from jobs.evaluation_text import evaluation_text
 from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
@@ -36,6 +37,7 @@ class Options:
         refit: fit the proxy again, although it exists.
         follow: keep refined corpora growing with the matrix.
         corpora: names of the corpora to follow; empty: all.
+        students: names of the students to evaluate; empty: all, and the reference.
     """
 
     config_path: str = ""
@@ -44,6 +46,7 @@ class Options:
     refit: bool = False
     follow: bool = False
     corpora: Sequence[str] = ()
+    students: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.corpora and not self.follow:
@@ -56,13 +59,13 @@ class Options:
         Args:
             arguments: the parsed options.
         """
-        names = ("overrides", "retrain_reference", "refit", "follow", "corpora")
+        names = ("overrides", "retrain_reference", "refit", "follow", "corpora", "students")
         chosen = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
         return cls(config_path=arguments.config, **chosen)
 
 
-# A summary: a dataclass, or plain data.
-Run = Callable[["SparkSession", ExperimentConfig, Options], Any]
+# A summary: a dataclass, or plain data. The session is None if the stage needs none and runs as a command of its own.
+Run = Callable[["SparkSession | None", ExperimentConfig, Options], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +96,10 @@ class Stage:
         is_frozen: an output that exists is kept, whatever has changed (the reference).
         require: refuses, with a CorpusError, to make an output of a frozen stage again that has been used.
         is_service: whether it runs with these options until it is stopped, and leaves no record.
+        is_partial: whether it does only a part of its work with these options, and leaves no record.
+        needs_spark: whether its command starts Spark.
         with_earlier: completes the summary with the one of the last run.
-        last_line: a sentence for stderr after the summary, or "".
+        last_line: text for stderr after the summary, or "".
         check: refuses a config that the stage cannot finish with, before any work.
         add_arguments: adds options of its own.
     """
@@ -112,6 +117,8 @@ class Stage:
     is_frozen: bool = False
     require: Callable[[ExperimentConfig], None] = lambda config: None
     is_service: Callable[[Options], bool] = lambda options: False
+    is_partial: Callable[[Options], bool] = lambda options: False
+    needs_spark: bool = True
     with_earlier: Callable[[Json, Json], Json] = lambda earlier, summary: summary
     last_line: Callable[[Json], str] = lambda summary: ""
     check: Callable[[ExperimentConfig], object] = lambda config: None
@@ -150,11 +157,11 @@ class Stage:
             return None
         return fingerprint(json.loads(json.dumps([*self.inputs(config), *listed], default=str)))
 
-    def is_unchanged(self, spark: "SparkSession", config: ExperimentConfig) -> bool:
+    def is_unchanged(self, spark: "SparkSession | None", config: ExperimentConfig) -> bool:
         """Whether the stage finished earlier with this config on these inputs, and all its outputs exist.
 
         Args:
-            spark: the command's session.
+            spark: the command's session; None if the stage needs none.
             config: the experiment.
         """
         record = read_record(config, self.name)
@@ -166,7 +173,7 @@ class Stage:
 def _job(name: str) -> Run:
     """The function `run` of `jobs.NAME`, imported when the stage runs."""
 
-    def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> Any:
+    def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> Any:
         return importlib.import_module(f"jobs.{name}").run(spark, config)
 
     return run
@@ -175,7 +182,7 @@ def _job(name: str) -> Run:
 def _job_with_options(name: str) -> Run:
     """As `_job`, for a `run` that takes the options too."""
 
-    def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> Any:
+    def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> Any:
         return importlib.import_module(f"jobs.{name}").run(spark, config, options)
 
     return run
@@ -216,6 +223,13 @@ class _PrintRules(argparse.Action):
 
         print(describe())
         parser.exit()
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--student", action="append", default=[], dest="students", metavar="NAME",
+        help="evaluate only this student; may be repeated; default: all students, and the reference",
+    )  # fmt: skip
 
 
 def _add_refine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -315,6 +329,7 @@ STAGES = (
         name="train",
         help="train the students",
         run=_job_with_options("train"),
+        needs_spark=False,
         inputs=stage_inputs.train_inputs,
         reads=stage_inputs.packed,
         outputs=lambda config: Outputs(files=stage_inputs.model_files(config, "training.json")),
@@ -324,14 +339,19 @@ STAGES = (
     ),
     Stage(
         name="evaluate",
-        help="held-out loss of the students",
+        help="losses of the students on held-out and external texts, and their scores on tasks",
         run=_job_with_options("evaluate"),
         inputs=stage_inputs.evaluate_inputs,
-        reads=lambda config: ["instances", *(config.layout.model(name) for name in config.students)],
+        reads=stage_inputs.evaluate_reads,
         outputs=lambda config: Outputs(files=stage_inputs.model_files(config, "evaluation.json")),
-        applies=lambda config: bool(config.students) and config.ingest.split.heldout > 0,
-        needs="a student under `students`, and a share `ingest.split.heldout` above 0",
+        applies=stage_inputs.has_evaluation,
+        needs="a student under `students`, and a share `ingest.split.heldout` above 0, `evaluate.inputs` or "
+        "`evaluate.tasks`",
+        is_partial=lambda options: bool(options.students),
+        needs_spark=False,
+        last_line=evaluation_text,
         check=lambda config: config.mlflow_uri(),
+        add_arguments=_add_evaluate_arguments,
     ),
     Stage(
         name="report",

@@ -6,15 +6,18 @@ are public, and lines of text. A rerun that skipped everything gives the same su
 
 import shlex
 
+from jobs.evaluation_text import evaluation_tables
 from jobs.records import read_record
 from jobs.stages import STAGES
 from jobs.text import table
 from miniplm_udf import storage
+from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.report.summary import PipelineSummary, ProxyNumbers
 from miniplm_udf.storage import Json
 
-_HELDOUT = ("heldout_nats_per_token", "heldout_bits_per_byte")
+# Public key: key of the losses of the set `heldout` in evaluation.json.
+_HELDOUT = {"heldout_nats_per_token": "nats_per_token", "heldout_bits_per_byte": "bits_per_byte"}
 
 
 def build_summary(config: ExperimentConfig) -> PipelineSummary:
@@ -42,7 +45,7 @@ def build_summary(config: ExperimentConfig) -> PipelineSummary:
             name: {"path": storage.redact(config.layout.table(f"refined/{name}")), "version": corpus["version"]}
             for name, corpus in refine.get("refined", {}).items()
         },
-        "students": {name: {key: losses[key] for key in _HELDOUT} for name, losses in evaluations.items() if losses},
+        "students": {name: losses for name in config.students if (losses := _heldout(evaluations[name]))},
         "seconds": {stage: record["seconds"] for stage, record in records.items()},
     }
 
@@ -77,7 +80,7 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         if stage.name in summary["seconds"]
     ]
     students = [
-        (name, config.students[name].corpus, *(f"{losses[key]:.4f}" for key in _HELDOUT))
+        (name, config.students[name].corpus, *(_decimal(losses[key]) for key in _HELDOUT))
         for name, losses in summary["students"].items()
     ]
     root = storage.redact(config.root)
@@ -95,12 +98,25 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
     if students:
         parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
+    evaluations = {name: each for name in config.students if (each := _model_file(config, name, "evaluation.json"))}
+    if any(each.get("tasks") or each.get("sets", {}).keys() - {HELDOUT} for each in evaluations.values()):
+        parts.append(evaluation_tables(evaluations))
     return "\n\n".join([*parts, table(None, places, "  ")])
 
 
 def mlflow_command(config: ExperimentConfig) -> str:
     """The shell command that shows the experiment's runs, quoted so that it can be pasted into a terminal."""
     return shlex.join(["mlflow", "ui", "--backend-store-uri", storage.redact(config.mlflow_uri())])
+
+
+def _heldout(evaluation: Json | None) -> dict[str, float | None] | None:
+    """The public losses on held-out text; None if the student was not evaluated on it."""
+    losses = (evaluation or {}).get("sets", {}).get(HELDOUT)
+    return losses and {public: losses[key] for public, key in _HELDOUT.items()}
+
+
+def _decimal(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
 
 
 def _predicted(proxy: ProxyNumbers) -> str:

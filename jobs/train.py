@@ -1,4 +1,4 @@
-"""Trains the students of the config on their packed tables, as a process of its own (torch, no JVM).
+"""Trains the students of the config on their packed tables, as a process of its own (torch; no JVM, no Spark).
 
 Reads `packed/<corpus>/<tokenizer>`; writes `<root>/models/<student>` and MLflow runs. A finished student is left as it
 is; after a kill, the same command continues from the last checkpoint.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> dict[str, dict[str, str]]:
+def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> dict[str, dict[str, str]]:
     """Trains all students.
 
     Args:

@@ -30,9 +30,9 @@ LOGGER = logging.getLogger("miniplm.trainer")
 _TRAIN = """Trains models on their packed tables and writes <root>/models/NAME/. A model that is finished with the same
 config and data is skipped; a killed training resumes from its last checkpoint. With several GPUs or processes:
 torchrun --nproc-per-node N -m trainer train ..."""
-_EVALUATE = """Scores the held-out text with every student of the config, and with the reference if the config trains
-one. Writes <root>/models/NAME/evaluation.json and the same numbers to the model's MLflow run. An unchanged model is
-skipped."""
+_EVALUATE = """Evaluates every student of the config, and the reference if the config trains one: losses on the held-out
+text and on the sets of evaluate.inputs, accuracies on evaluate.tasks. Writes <root>/models/NAME/evaluation.json and the
+same numbers to the model's MLflow run. What exists for the same weights, texts and settings is skipped."""
 _SCALING = """Fits the law L(C) = A / C^alpha + floor to the losses of each student's finished runs in MLflow, and
 states, with 90 % intervals, the loss of longer trainings and the compute saved at equal loss. See
 docs/scaling-laws.md."""
@@ -65,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train again, even if the model is finished or frozen",
     )
-    evaluate = commands.add_parser("evaluate", help="compute the held-out loss of all models", description=_EVALUATE)
+    evaluate = commands.add_parser("evaluate", help="evaluate models on texts and tasks", description=_EVALUATE)
+    evaluate.add_argument(
+        "--student",
+        metavar="NAME",
+        action="append",
+        help="a student; may be repeated; default: all students and the reference",
+    )
     scaling = commands.add_parser("scaling", help="fit scaling laws to finished runs", description=_SCALING)
     _add_scaling_options(scaling)
     for command in (train, evaluate, scaling):
@@ -171,11 +177,13 @@ def _run(arguments: argparse.Namespace) -> Json:
 
         options = _scaling_options(arguments)
         return scaling_command.plan(config, options) if arguments.dry_run else scaling_command.scaling(config, options)
-    from trainer import evaluate
+    from trainer import targets
+    from trainer.evaluation import run
 
+    chosen = [targets.student_target(config, name) for name in arguments.student or ()] or targets.all_targets(config)
     if arguments.dry_run:
-        return evaluate.plan(config)
-    return {name: result.as_json() for name, result in evaluate.evaluate(config).items()}
+        return run.plan(config, chosen)
+    return {name: result.as_json() for name, result in run.evaluate(config, chosen).items()}
 
 
 def _scaling_options(arguments: argparse.Namespace) -> "ScalingOptions":

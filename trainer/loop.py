@@ -134,6 +134,7 @@ class Loop:
         on_step: Callable[[StepMeasures], None],
         on_save: Callable[[StepMeasures], None],
         ends: Callable[[], bool] = lambda: False,
+        on_evaluate: Callable[[int], None] | None = None,
     ) -> None:
         """Trains from step `steps_done` to the last step of the config, or until `ends` says so.
 
@@ -142,6 +143,8 @@ class Loop:
             on_step: called every `log_every_steps` steps and after the last step.
             on_save: called every `save_every_steps` steps and after the last step, also if `ends` makes it the last.
             ends: called after each step; whether it is the last one. It gives the same answer on every rank.
+            on_evaluate: called every `evaluate_every_steps` steps, unless that is 0, with the optimiser steps done; its
+                time does not count in `tokens_per_second`. None calls nothing.
 
         Raises:
             MiniplmError: the loss or the gradient of a step is not finite; nothing after this step is logged or saved.
@@ -152,6 +155,10 @@ class Loop:
         for step in range(steps_done, self.config.steps):
             rate, loss, norm = self.step(step)
             done = step + 1
+            if on_evaluate is not None and self._evaluates_at(done):
+                paused = time.perf_counter()
+                on_evaluate(done)
+                started += time.perf_counter() - paused
             is_last = ends() or done == self.config.steps
             logs = done % self.config.log_every_steps == 0 or done == self.config.steps
             saves = done % self.config.save_every_steps == 0 or is_last
@@ -169,6 +176,10 @@ class Loop:
                 on_save(measures)
             if is_last:
                 return
+
+    def _evaluates_at(self, steps_done: int) -> bool:
+        every = self.config.evaluate_every_steps
+        return every > 0 and steps_done % every == 0
 
     def step(self, step: int) -> tuple[float, torch.Tensor, torch.Tensor]:
         """Does one optimiser step. Does not wait for the device.

@@ -10,7 +10,7 @@ import logging
 import tempfile
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,14 +22,16 @@ from miniplm_udf.errors import MiniplmError
 from trainer.checkpoint import SavedState
 from trainer.model import n_parameters
 from trainer.records import TRAINING_FILE, TrainingRecord
-from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer, read_tokenizer_files
+from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer
 from trainer.tracking import Run
-from trainer.training import Training
+
+if TYPE_CHECKING:
+    from trainer.training import Training
 
 LOGGER = logging.getLogger("miniplm.trainer.train")
 
 
-def _record(training: Training, files: TokenizerFiles, run: Run, state: SavedState) -> TrainingRecord:
+def _record(training: "Training", run: Run, state: SavedState) -> TrainingRecord:
     """The content of `training.json` at the end of a training."""
     target, inputs, sequences = training.target, training.inputs, training.inputs.sequences
     n_sequences = target.train.steps * target.train.batch_sequences
@@ -51,12 +53,12 @@ def _record(training: Training, files: TokenizerFiles, run: Run, state: SavedSta
         fingerprint=inputs.fingerprint,
         config_fingerprint=target.config_fingerprint(),
         lineage=sequences.metadata,
-        tokenizer_hash=files.packed_hash,
-        tokenizer_file_hash=files.saved_hash,
+        tokenizer_hash=training.files.packed_hash,
+        tokenizer_file_hash=training.files.saved_hash,
     )
 
 
-def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, state: SavedState) -> TrainingRecord:
+def write_model(training: "Training", weights: dict[str, torch.Tensor], run: Run, state: SavedState) -> TrainingRecord:
     """Writes the model folder in a temporary place, then moves it to its own place.
 
     Args:
@@ -72,12 +74,15 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
         MiniplmError: the folder cannot be written, because the disk is full for example.
     """
     layout, target = training.config.layout, training.target
-    files = read_tokenizer_files(layout.model(target.tokenizer_folder))
-    record = _record(training, files, run, state)
+    model = typing.cast(Any, training.model)
+    record = _record(training, run, state)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            _write(folder, training, weights, files, record)
+            if hasattr(model.config, "use_cache"):
+                model.config.use_cache = True
+            write_weights(model, weights, training.files, folder)
+            storage.write_json(str(folder / TRAINING_FILE), dataclasses.asdict(record))
             storage.upload_folder(folder, layout.model(target.name))
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
@@ -92,20 +97,24 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
     return record
 
 
-def _write(
-    folder: Path, training: Training, weights: dict[str, torch.Tensor], files: TokenizerFiles, record: TrainingRecord
+def write_weights(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], files: TokenizerFiles, folder: Path
 ) -> None:
-    model = typing.cast(Any, training.model)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = True
+    """Writes weights, config and tokenizer into a local folder, as a finished model has them.
+
+    Args:
+        model: the transformers model; its own weights may be shards.
+        weights: whole weights by name.
+        files: the tokenizer's files.
+        folder: the local folder.
+    """
     disable_progress_bar()  # transformers draws its bar even if stderr is not a terminal
     try:
         # One file: readers of the folder expect one.
-        model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
+        typing.cast(Any, model).save_pretrained(folder, state_dict=dict(weights), max_shard_size="1TB")
     finally:
         enable_progress_bar()
     files.write(folder)
-    storage.write_json(str(folder / TRAINING_FILE), dataclasses.asdict(record))
 
 
 def set_run(config: ExperimentConfig, record: TrainingRecord, run_id: str | None) -> TrainingRecord:

@@ -1,8 +1,8 @@
-"""The two JSON files that the trainer writes into a model folder: `training.json` and `evaluation.json`.
+"""`training.json` of a model folder: how a model was trained.
 
-Owns their keys, as frozen dataclasses, and reads them. `train` and `evaluate` write them. Other programs read the same
-files (the report, the summary), so a key keeps its name and meaning. A file without one of the required keys counts as
-absent. Needs neither torch nor Spark.
+Owns its keys, as a frozen dataclass, and reads it. `train` writes it. Other programs read the same file (the report,
+the summary), so a key keeps its name and meaning. A file without one of the required keys counts as absent. Needs
+neither torch nor Spark.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.storage import Json
 
 TRAINING_FILE = "training.json"
-EVALUATION_FILE = "evaluation.json"
 
 _T = TypeVar("_T")
 
@@ -65,40 +64,6 @@ class TrainingRecord:
     tokenizer_file_hash: str | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldOutLoss:
-    """Held-out loss of a model over a set of instances. The three means are None if no instance was scored.
-
-    Attributes:
-        heldout_nats_per_token: sum of -log p over the number of tokens.
-        heldout_nats_per_instance_mean: mean over instances of their nats per token.
-        heldout_bits_per_byte: sum of -log2 p over the number of bytes.
-        n_instances, n_tokens, n_bytes: what was scored.
-    """
-
-    heldout_nats_per_token: float | None
-    heldout_nats_per_instance_mean: float | None
-    heldout_bits_per_byte: float | None
-    n_instances: int
-    n_tokens: int
-    n_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation(HeldOutLoss):
-    """`evaluation.json`: held-out loss over all instances and by source.
-
-    Attributes:
-        failed: number of instances that could not be scored, by reason.
-        by_source: the same loss for each source.
-        fingerprint: hash of the method, the model's revision and the held-out instances.
-    """
-
-    failed: dict[str, int]
-    by_source: dict[str, HeldOutLoss]
-    fingerprint: str
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
     """The result of `train` for one model.
@@ -123,18 +88,6 @@ class TrainResult:
         return {**keys, **stop, "skipped": self.skipped}
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluateResult:
-    """The result of `evaluate` for one model: its `evaluation.json`, and whether the model was evaluated before."""
-
-    evaluation: Evaluation
-    skipped: bool
-
-    def as_json(self) -> Json:
-        """The evaluation's keys, and `skipped`."""
-        return {**dataclasses.asdict(self.evaluation), "skipped": self.skipped}
-
-
 def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:
     """Reads `training.json` of the model `name`; None if it is absent.
 
@@ -146,30 +99,19 @@ def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:
         DamagedRecordError: the file is not JSON.
     """
     raw = storage.read_json(config.layout.model(name, TRAINING_FILE))
-    return _from_json(TrainingRecord, raw)
+    return from_json(TrainingRecord, raw)
 
 
-def read_evaluation(config: ExperimentConfig, name: str) -> Evaluation | None:
-    """Reads `evaluation.json` of the model `name`; None if it is absent.
+def from_json(record: type[_T], raw: Any) -> _T | None:
+    """Makes a record of the values of a JSON object.
 
     Args:
-        config: the experiment.
-        name: the student, or the alias of the reference.
+        record: a dataclass.
+        raw: parsed JSON.
 
-    Raises:
-        DamagedRecordError: the file is not JSON.
+    Returns:
+        The record; None if `raw` is no object or lacks a key that has no default.
     """
-    raw = storage.read_json(config.layout.model(name, EVALUATION_FILE))
-    evaluation = _from_json(Evaluation, raw)
-    if evaluation is None:
-        return None
-    losses = {source: _from_json(HeldOutLoss, numbers) for source, numbers in raw["by_source"].items()}
-    by_source = {source: loss for source, loss in losses.items() if loss is not None}
-    return dataclasses.replace(evaluation, by_source=by_source) if len(by_source) == len(losses) else None
-
-
-def _from_json(record: type[_T], raw: Any) -> _T | None:
-    """The record with the values of a JSON object, or None if a key without a default is missing."""
     fields = dataclasses.fields(record)  # type: ignore[arg-type]
     required = {field.name for field in fields if field.default is dataclasses.MISSING}
     if not isinstance(raw, dict) or not raw.keys() >= required:

@@ -160,6 +160,9 @@ def _text(run: Any, metric: str) -> str:
     """The text on which a run's metric was computed."""
     if metric.startswith("heldout"):
         return f"held-out text {run.data.tags.get('heldout_fingerprint', 'without a fingerprint')}"
+    if metric.startswith("evaluate/"):
+        name = metric.split("/")[1]
+        return f"external text {run.data.tags.get(f'{name}_fingerprint', 'without a fingerprint')}"
     return f"corpus {run.data.params['corpus']}"
 
 

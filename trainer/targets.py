@@ -23,6 +23,7 @@ _NOT_IN_FINGERPRINT = (
     "log_every_steps",
     "compile",
     "activation_checkpointing",
+    "evaluate_every_steps",
 )
 
 

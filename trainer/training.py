@@ -26,13 +26,16 @@ from trainer.checkpoint_writer import CheckpointWriter
 from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import Agreement, Wish, World
 from trainer.document_masks import check_follows_positions
+from trainer.evaluation.during_training import TrainingEvaluation
 from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, choose_scan, model_config
+from trainer.model_folder import write_weights
 from trainer.parallel import divide
 from trainer.records import read_training
-from trainer.state import check_equal_weights, gather, set_optimizer, set_weights
+from trainer.state import check_equal_weights, gather, gather_weights, set_optimizer, set_weights
 from trainer.targets import Target
+from trainer.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from trainer.tracking import Run
 
 
@@ -63,6 +66,8 @@ class Training:
     loop: Loop
     checkpoints: Checkpoints
     state: SavedState
+    files: TokenizerFiles
+    evaluation: TrainingEvaluation | None
 
 
 def open_inputs(config: ExperimentConfig, target: Target, world: World) -> TrainingInputs:
@@ -120,6 +125,10 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
     whole = world.together(lambda: _new_model(target, inputs, world))
     model = whole.model
     checkpoints = _checkpoints(config, target, inputs)
+    files = world.together(lambda: read_tokenizer_files(config.layout.model(target.tokenizer_folder)))
+    evaluation = world.together(
+        lambda: TrainingEvaluation(config, target) if target.train.evaluate_every_steps else None
+    )
     # Only rank 0 chooses the checkpoint: ranks could see a damaged disk differently and start from different steps.
     step = world.first_decides(lambda: None if retrain else checkpoints.newest_whole(model))
     if step is None:
@@ -129,7 +138,7 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
     if retrain and world.is_first:
         checkpoints.clear()
     loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
-    return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, state)
+    return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, state, files, evaluation)
 
 
 def distribute(
@@ -233,7 +242,7 @@ def run_steps(training: Training, run: Run | None, lease: Lease | None) -> tuple
     with CheckpointWriter(training.checkpoints) as writer:
         with shown as bar:
             steps = _Steps(training, run, lease, agreement, writer, bar)
-            training.loop.run(training.state.steps_done, steps.on_step, steps.on_save, steps.ends)
+            training.loop.run(training.state.steps_done, steps.on_step, steps.on_save, steps.ends, steps.on_evaluate)
         steps.finish()
     return steps.latest, steps.stopped and steps.latest.steps_done < training.target.train.steps
 
@@ -295,6 +304,16 @@ class _Steps:
             self._attempt(self._lease.check)
             self._attempt(functools.partial(record_run, self._training.checkpoints, self._run))
             self._attempt(functools.partial(self._writer.save, self.latest, tensors))
+
+    def on_evaluate(self, steps_done: int) -> None:
+        """Evaluates the weights on rank 0; the seconds of a training are those of its steps."""
+        paused = time.perf_counter()
+        training = self._training
+        weights = gather_weights(training.model)
+        if self._run is not None and weights is not None and training.evaluation is not None:
+            write = functools.partial(write_weights, training.model, weights, training.files)
+            self._run.log_metrics(training.evaluation.measure(write), step=steps_done)
+        self._started += time.perf_counter() - paused
 
     def ends(self) -> bool:
         """Whether all ranks stop after this step, because one of them received a signal."""

@@ -21,11 +21,11 @@ from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.config.annotate import AnnotateConfig
+from miniplm_udf.config.evaluate import EvaluateConfig
 from miniplm_udf.config.overrides import apply_override
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig
 from miniplm_udf.config.rules import DEFAULT, load_rules, resolve
 from miniplm_udf.config.sections import (
-    EvaluateConfig,
     IngestConfig,
     MlflowConfig,
     ModelConfig,

@@ -2,7 +2,8 @@
 
 Owns the keys, their defaults (the paper's recipe, arXiv 2410.17215) and the checks of single sections; no other module
 has defaults. A section does not know another one: `experiment.ExperimentConfig` checks the links between sections.
-Sections of annotation, refinement and training are in annotate.py, refine.py and training.py. Imports nothing heavy.
+Sections of annotation, refinement, training and evaluation are in annotate.py, refine.py, training.py and
+evaluate.py. Imports nothing heavy.
 """
 
 import dataclasses
@@ -300,14 +301,6 @@ class PackConfig:
     def __post_init__(self) -> None:
         check(self.sequence_length >= 2, f"sequence_length: expected at least 2, found {self.sequence_length}")
         check(self.shards >= 1, f"pack.shards: expected at least 1, found {self.shards}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Held-out loss, of at most `max_instances_per_source` instances per source (0: all of them)."""
-
-    tokens_per_batch: int = 8192
-    max_instances_per_source: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

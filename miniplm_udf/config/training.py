@@ -32,6 +32,7 @@ class TrainConfig:
         activation_checkpointing: whether the backward pass computes the layers again instead of keeping what they
             computed: slower, and with less memory.
         save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
+        evaluate_every_steps: steps between evaluations on held-out and external texts; 0: none during training.
     """
 
     steps: int = 100_000
@@ -55,6 +56,7 @@ class TrainConfig:
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
     log_every_steps: int = 10
+    evaluate_every_steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +76,10 @@ class TrainConfig:
         check(
             0 <= self.warmup_steps <= self.steps,
             f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",
+        )
+        check(
+            self.evaluate_every_steps >= 0,
+            f"train.evaluate_every_steps: expected 0 (never) or more, found {self.evaluate_every_steps}",
         )
 
 

@@ -21,10 +21,10 @@ from miniplm_udf.config.sections import FieldsConfig, IngestConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.ingestion.field_checks import check_columns, check_lines
 from miniplm_udf.ingestion.footers import Damage
+from miniplm_udf.ingestion.formats import SUFFIXES
 from miniplm_udf.ingestion.listing import (
     GLOB_FILTERS,
     INPUT,
-    SUFFIXES,
     InputFile,
     all_files,
     check_names,

@@ -18,19 +18,15 @@ from urllib.parse import unquote
 
 from miniplm_udf import storage
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.ingestion.formats import NAMES, PACKED
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 INPUT = "ingest.input"
-_NAMES = {"jsonl": ("jsonl", "ndjson", "json"), "parquet": ("parquet",)}
-_PACKED = {"jsonl": ("", ".gz", ".zst"), "parquet": ("",)}
-SUFFIXES = {
-    kind: tuple(f".{name}{packed}" for name in names for packed in _PACKED[kind]) for kind, names in _NAMES.items()
-}
 _PATTERNS = {
-    kind: re.compile(rf"\.(?i:{'|'.join(names)})({'|'.join(map(re.escape, _PACKED[kind]))})$")
-    for kind, names in _NAMES.items()
+    kind: re.compile(rf"\.(?i:{'|'.join(names)})({'|'.join(map(re.escape, PACKED[kind]))})$")
+    for kind, names in NAMES.items()
 }
 _GLOB = re.compile(r"[\[\]{}*?\\]")
 # The text form of Hadoop's FileStatus. Many of them come as one text, because each call into the JVM is slow.
@@ -75,7 +71,7 @@ def glob_filter(names: Sequence[str], packed: Sequence[str]) -> str:
     return f"*.{{{','.join(map(_any_case, names))}}}" + (f"{{{','.join(packed)}}}" if len(packed) > 1 else "")
 
 
-GLOB_FILTERS = {kind: glob_filter(names, _PACKED[kind]) for kind, names in _NAMES.items()}
+GLOB_FILTERS = {kind: glob_filter(names, PACKED[kind]) for kind, names in NAMES.items()}
 
 
 def format_of(path: str) -> str | None:

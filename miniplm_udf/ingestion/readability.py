@@ -8,12 +8,12 @@ same.
 """
 
 import logging
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from miniplm_udf.ingestion.footers import Damage, same_name
 from miniplm_udf.ingestion.parquet_columns import open_file
+from miniplm_udf.ingestion.unpacking import DamagedDataError, unpacked_chunks
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -22,14 +22,9 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("miniplm.ingest")
 
-_CHUNK_BYTES = 64 * 1024
 _MAX_TASKS = 1000
 _PARQUET_ROWS = 1000
 _RESULT = "path string, problem string, n_rows bigint, unchecked string"
-
-
-class _Damaged(Exception):
-    """The bytes of a file do not fit its format."""
 
 
 def damaged_files(spark: "SparkSession", files: Sequence["InputFile"], columns: Sequence[str] | None) -> list[Damage]:
@@ -90,11 +85,10 @@ def check_file(path: str, columns: Sequence[str] | None) -> tuple[str, str | Non
     with handle:
         if columns is not None:
             return path, *_check_parquet(handle, columns)
-        chunks = _gzip_chunks if path.endswith(".gz") else _zstd_chunks
-        return path, *_check_packed(handle, chunks), None
+        return path, *_check_packed(path, handle), None
 
 
-def _check_packed(handle: IO[bytes], chunks: Callable[[IO[bytes]], Iterator[bytes]]) -> tuple[str | None, int | None]:
+def _check_packed(path: str, handle: IO[bytes]) -> tuple[str | None, int | None]:
     """Decompresses a file; returns what is wrong with it and about how many lines it holds.
 
     A damaged file is taken to hold as many lines per byte after the damage as before it; None if there is no line
@@ -103,52 +97,11 @@ def _check_packed(handle: IO[bytes], chunks: Callable[[IO[bytes]], Iterator[byte
     n_lines, n_good, size = 0, 0, handle.seek(0, 2)
     handle.seek(0)
     try:
-        for chunk in chunks(handle):
+        for chunk in unpacked_chunks(path, handle):
             n_lines, n_good = n_lines + chunk.count(b"\n"), handle.tell()
-    except _Damaged as error:
+    except DamagedDataError as error:
         return f"{error}, at about byte {handle.tell()} of {size}", round(n_lines * size / max(1, n_good)) or None
     return None, None
-
-
-def _gzip_chunks(handle: IO[bytes]) -> Iterator[bytes]:
-    """Yields the content of a gzip file, which may consist of several gzip members."""
-    yield from _unpacked(handle, lambda: zlib.decompressobj(wbits=31), zlib.error, "gzip")
-
-
-def _zstd_chunks(handle: IO[bytes]) -> Iterator[bytes]:
-    import zstandard
-
-    yield from _unpacked(handle, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError, "zstd")
-
-
-def _unpacked(handle: IO[bytes], make: Callable[[], Any], errors: type[Exception], name: str) -> Iterator[bytes]:
-    """Decompresses the members or frames of a file one after the other.
-
-    Args:
-        handle: the file.
-        make: makes a decompressor for one member.
-        errors: the errors that the decompressor raises.
-        name: name of the format, for messages.
-
-    Raises:
-        _Damaged: the bytes do not fit the format, or end too early.
-    """
-    unpacker, data = None, b""
-    try:
-        while data := data or handle.read(_CHUNK_BYTES):
-            if unpacker is None:
-                if not data.strip(b"\0"):  # padding after the last member
-                    data = b""
-                    continue
-                unpacker = make()
-            yield unpacker.decompress(data)
-            data = unpacker.unused_data if unpacker.eof else b""
-            if unpacker.eof:
-                unpacker = None
-    except errors as error:
-        raise _Damaged(f"damaged {name} data: {error}") from error
-    if unpacker is not None:
-        raise _Damaged(f"the {name} data end too early (a file that was cut)")
 
 
 def _check_parquet(handle: IO[bytes], wanted: Sequence[str]) -> tuple[str | None, int | None, str | None]:

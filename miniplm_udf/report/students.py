@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
+from miniplm_udf.config.evaluate import HELDOUT, task_columns
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random, resolve
 from miniplm_udf.errors import mlflow_errors
@@ -34,7 +35,15 @@ NOISE_HELDOUT_TOKENS = 1_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentFacts:
-    """One trained student. `curve` is [(step, train_loss in nats per token)], empty if MLflow has none."""
+    """One trained student.
+
+    Attributes:
+        name, corpus, tokenizer: as in the config.
+        is_random: whether its corpus is a random choice.
+        training: content of `training.json`.
+        evaluation: content of `evaluation.json`; empty if the student was not evaluated.
+        curve: (step, train_loss in nats per token), empty if MLflow has none.
+    """
 
     name: str
     corpus: str
@@ -45,9 +54,26 @@ class StudentFacts:
     curve: list[tuple[int, float]]
 
     @property
+    def sets(self) -> dict[str, Json]:
+        """Losses by set of texts; empty if the student was not evaluated."""
+        sets: dict[str, Json] = self.evaluation.get("sets", {})
+        return sets
+
+    @property
+    def heldout(self) -> Json:
+        """Losses on the experiment's held-out text; empty if the student was not evaluated on it."""
+        return self.sets.get(HELDOUT, {})
+
+    @property
+    def task_scores(self) -> dict[str, Json]:
+        """Scores by task; empty without any."""
+        scores: dict[str, Json] = (self.evaluation.get("tasks") or {}).get("scores", {})
+        return scores
+
+    @property
     def bits_per_byte(self) -> float | None:
         """Held-out bits per byte over all sources; None if the student was not evaluated."""
-        return self.evaluation.get("heldout_bits_per_byte")
+        return self.heldout.get("bits_per_byte")
 
     def source_bits_per_byte(self, source: str) -> float | None:
         """Returns the held-out bits per byte of one source; None if the student was not evaluated on it.
@@ -55,8 +81,7 @@ class StudentFacts:
         Args:
             source: name of the source.
         """
-        losses = self.evaluation.get("by_source", {}).get(source, {})
-        bits: float | None = losses.get("heldout_bits_per_byte", losses.get("bits_per_byte"))
+        bits: float | None = self.heldout.get("by_source", {}).get(source, {}).get("bits_per_byte")
         return bits
 
 
@@ -108,7 +133,28 @@ def sources(students: Sequence[StudentFacts]) -> list[str]:
     Args:
         students: as `students` returns them.
     """
-    return sorted({source for student in students for source in student.evaluation.get("by_source", {})})
+    return sorted({source for student in students for source in student.heldout.get("by_source", {})})
+
+
+def external_sets(students: Sequence[StudentFacts]) -> list[str]:
+    """Lists every external set of texts that any student was evaluated on, in the order of the records.
+
+    Args:
+        students: as `students` returns them.
+    """
+    return list(dict.fromkeys(name for student in students for name in student.sets if name != HELDOUT))
+
+
+def tasks(students: Sequence[StudentFacts]) -> dict[str, str]:
+    """Lists every task that any student was evaluated on: those of the paper first, in its order.
+
+    Args:
+        students: as `students` returns them.
+
+    Returns:
+        The name of the task's column, by name of the task.
+    """
+    return task_columns(task for student in students for task in student.task_scores)
 
 
 def differences(students: Sequence[StudentFacts]) -> list[Difference]:
@@ -139,7 +185,7 @@ def differences(students: Sequence[StudentFacts]) -> list[Difference]:
 
 
 def _is_small(student: StudentFacts) -> bool:
-    trained, heldout = student.training.get("tokens", 0), student.evaluation.get("n_tokens", 0)
+    trained, heldout = student.training.get("tokens", 0), student.heldout.get("n_tokens", 0)
     return bool(trained < NOISE_TRAINING_TOKENS or heldout < NOISE_HELDOUT_TOKENS)
 
 

@@ -174,6 +174,9 @@ def test_students_stand_side_by_side_and_noise_is_said(html: str, page: Page) ->
     assert page.row("conventional", "random")[-1] == "2.1271"
     assert page.row("miniplm", "conventional")[2:] == ["−0.0237", "−1.11 %", "lower (better): noise at this size"]
     assert page.row("docstrings", "2.1034") == ["docstrings", "2.1034", "2.1271"]
+    assert page.row("dclm", "miniplm")[2:] == ["9,876", "3.5758", "3.7861", "3.9965", "2.1034"]
+    assert page.row("miniplm", "52.6 %") == ["miniplm", "52.6 %", "42.1 %", "47.3 %"]
+    assert '<th class="num">PIQA</th><th class="num">my_task</th><th class="num">average</th>' in html
     assert "At this size a win or a loss is noise" in html
     assert 'aria-label="Training loss of miniplm, conventional"' in html
 
@@ -268,7 +271,7 @@ def test_noise_ends_where_the_rule_says() -> None:
     def student(name: str, tokens: int, heldout: int, is_random: bool = False) -> students.StudentFacts:
         return students.StudentFacts(
             name=name, corpus="c", tokenizer="t", is_random=is_random, training={"tokens": tokens},
-            evaluation={"heldout_bits_per_byte": 1.0, "n_tokens": heldout}, curve=[],
+            evaluation={"sets": {"heldout": {"bits_per_byte": 1.0, "n_tokens": heldout}}}, curve=[],
         )  # fmt: skip
 
     large, small = student("a", 10**9, 10**6), student("b", 10**9 - 1, 10**6, is_random=True)

@@ -164,9 +164,13 @@ def _student(config: ExperimentConfig, client: Any, experiment: str, name: str, 
         "n_parameters": 3_352_512,
     }
     storage.write_json(f"{folder}/training.json", training)
-    numbers = {"heldout_nats_per_token": bits * 1.7, "heldout_bits_per_byte": bits, "n_tokens": 9876, "n_bytes": 30_000}
-    by_source = {source: {**numbers, "heldout_bits_per_byte": bits + i / 7} for i, source in enumerate(SOURCES)}
-    storage.write_json(f"{folder}/evaluation.json", {**numbers, "by_source": by_source})
+    numbers = {"nats_per_token": bits * 1.7, "bits_per_byte": bits, "n_tokens": 9876, "n_bytes": 30_000}
+    numbers |= {"nats_per_instance_mean": bits * 1.8, "official_loss": bits * 1.9}
+    by_source = {source: {**numbers, "bits_per_byte": bits + i / 7} for i, source in enumerate(SOURCES)}
+    sets = {"heldout": {**numbers, "by_source": by_source}, "dclm": {**numbers, "by_source": {}}}
+    scores = {"piqa": {"value": bits / 4}, "my_task": {"value": bits / 5}}
+    tasks = {"scores": scores, "average": bits * (1 / 8 + 1 / 10)}
+    storage.write_json(f"{folder}/evaluation.json", {"sets": sets, "tasks": tasks})
     return run_id
 
 

@@ -134,7 +134,7 @@ def test_bad_config_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) ->
             "trainer.loop, trainer.loss, trainer.blocks, trainer.order, trainer.schedule",
             "pyspark mlflow deltalake pyarrow jsonargparse yaml",
         ),
-        pytest.param("trainer.train, trainer.evaluate", "pyspark", marks=pytest.mark.slow),
+        pytest.param("trainer.train, trainer.evaluation.run", "pyspark", marks=pytest.mark.slow),
         (
             "miniplm_udf.scoring.scorer, miniplm_udf.scoring.models",
             "pyspark mlflow deltalake pyarrow jsonargparse yaml",

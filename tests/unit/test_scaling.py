@@ -268,6 +268,17 @@ def test_runs_of_another_model_or_text_are_refused(
         small(config)
 
 
+def test_losses_on_an_external_set_name_its_text(config: ExperimentConfig) -> None:
+    for text in ("t", "u"):
+        with tracked_run(config, "small") as run:
+            run.log_params(parameters())
+            run.set_tags({"heldout_fingerprint": "one", "dclm_fingerprint": text})
+            run.log_metrics({"evaluate/dclm/official_loss": 3.0, "heldout_nats_per_token": 3.0})
+    assert small(config).text == "held-out text one"
+    with pytest.raises(CorpusError, match="found external text t and external text u"):
+        small(config, "evaluate/dclm/official_loss")
+
+
 def test_without_a_store_or_runs_the_error_says_what_to_do(
     config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

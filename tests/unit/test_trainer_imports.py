@@ -8,7 +8,8 @@ import pytest
 
 import trainer
 
-FILES = sorted(Path(trainer.__file__).parent.glob("*.py"))
+FOLDER = Path(trainer.__file__).parent
+FILES = sorted(FOLDER.rglob("*.py"))
 MATHS = (
     "loop", "loss", "lm_loss", "chunked_head", "blocks", "precision", "flops", "schedule", "order", "model",
     "distributed",
@@ -24,22 +25,23 @@ def imported(file: Path, module_level_only: bool) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            whole = node.module not in ("miniplm_udf", "miniplm_udf.store")
+            whole = node.module not in ("miniplm_udf", "miniplm_udf.store", "miniplm_udf.ingestion")
             names |= {str(node.module) if whole else f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
 def test_library_parts(file: Path) -> None:
     allowed = {"errors", "schemas", "config", "storage", "progress", "scoring", "store", "lease", "stopping"}
     names = imported(file, module_level_only=False)
     parts = [name.split(".") for name in names if name.startswith("miniplm_udf.")]
-    assert {part[1] for part in parts} <= allowed
+    assert {part[1] for part in parts} <= allowed | {"ingestion"}
+    assert {part[2] for part in parts if part[1] == "ingestion"} <= {"text_sets", "documents", "chunking"}
     assert {".".join(part[1:3]) for part in parts if part[1] == "store"} <= {"store.delta_files", "store.delta_log"}
     assert not {"pyspark", "delta", "jobs"} & {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("name", MATHS)
 def test_the_maths_runs_on_a_bare_gpu_box(name: str) -> None:
-    roots = {found.split(".")[0] for found in imported(FILES[0].parent / f"{name}.py", module_level_only=True)}
+    roots = {found.split(".")[0] for found in imported(FOLDER / f"{name}.py", module_level_only=True)}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers", "numpy", "trainer", "miniplm_udf"}

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
-from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError, ModelLoadError
+from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.full_disk import largest_file
 from tests.support.trainer_roots import (
     FAMILIES,
@@ -24,16 +23,14 @@ from tests.support.trainer_roots import (
     packed_metadata,
     some_texts,
     write_config,
-    write_instances,
     write_packed,
     write_tokenizer,
 )
-from trainer import evaluate as evaluation
 from trainer import model_folder
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoints, SavedState
-from trainer.records import EvaluateResult, TrainResult, read_evaluation, read_training
-from trainer.targets import all_targets, reference_target, student_target
+from trainer.records import TrainResult, read_training
+from trainer.targets import reference_target, student_target
 from trainer.tracking import connect
 from trainer.train import train
 
@@ -206,14 +203,14 @@ def test_a_training_whose_lease_was_taken_saves_nothing_more(
 
 
 def test_a_full_disk_leaves_no_part_of_a_model(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = model_folder._write
+    original = model_folder.write_weights
 
     def write(*arguments: Any) -> None:
         with largest_file(5000):
             original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_folder, "_write", write)
+        patch.setattr(model_folder, "write_weights", write)
         with pytest.raises(
             MiniplmError, match=r"models/small: the model cannot be written \(.*\): free space .* step 6 is"
         ):
@@ -230,21 +227,6 @@ def test_a_full_disk_leaves_no_part_of_a_model(config: ExperimentConfig, monkeyp
 def raise_no_space(source: Path, target: Path, **options: Any) -> None:
     (target / "half").write_text("written")
     raise OSError(28, "No space left on device")
-
-
-def test_awkward_sources_are_evaluated_and_tracked(config: ExperimentConfig) -> None:
-    sources = ["", "..", "x" * 300, "维基", "百科", "a/b", "a_b", "Web"]
-    instances = Path(storage.local_path(config.layout.table("instances")))
-    shutil.rmtree(instances)
-    write_instances(instances, some_texts(len(sources), seed=3), sources, ["heldout"] * len(sources))
-    training = student(config)
-    bare = load_config(write_config_without_reference(config), [])
-    result = evaluation.evaluate(bare)["small"].evaluation
-    assert set(result.by_source) == set(sources)
-    metrics = connect(config).MlflowClient().get_run(training["run_id"]).data.metrics
-    by_source = [value for name, value in metrics.items() if name.startswith("heldout_bits_per_byte/")]
-    wanted = [loss.heldout_bits_per_byte for loss in result.by_source.values()]
-    assert sorted(by_source) == pytest.approx(sorted(wanted))
 
 
 def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig) -> None:
@@ -275,63 +257,6 @@ def test_packed_with_another_tokenizer(config: ExperimentConfig) -> None:
         student(config)
 
 
-def test_evaluation_counts_every_byte_and_is_not_repeated(config: ExperimentConfig) -> None:
-    with pytest.raises(CorpusError, match="train --reference"):
-        evaluation.evaluate(config)
-    trainings = {target.name: train(config, target).as_json() for target in all_targets(config)}
-    results = evaluation.evaluate(config)
-    assert set(results) == {"reference", "small"}
-    heldout = evaluation.read_heldout(config)
-    written = json.loads((folder(config, "small") / "evaluation.json").read_text())
-    assert results["small"].as_json() == {**written, "skipped": False}
-    assert written["n_instances"] == len(heldout.rows) == 6
-    assert written["n_bytes"] == sum(len(row["text"].encode()) for row in heldout.rows)
-    assert sum(numbers["n_bytes"] for numbers in written["by_source"].values()) == written["n_bytes"]
-    nats = written["heldout_nats_per_token"] * written["n_tokens"]
-    assert written["heldout_bits_per_byte"] == pytest.approx(nats / np.log(2) / written["n_bytes"])
-    metrics = connect(config).MlflowClient().get_run(trainings["small"]["run_id"]).data.metrics
-    assert metrics["heldout_bits_per_byte"] == pytest.approx(written["heldout_bits_per_byte"])
-    books = written["by_source"]["books"]["heldout_bits_per_byte"]
-    assert metrics["heldout_bits_per_byte/books"] == pytest.approx(books)
-    assert all(result.skipped for result in evaluation.evaluate(config).values())
-    assert results["small"] == EvaluateResult(read_evaluation(config, "small"), skipped=False)  # type: ignore[arg-type]
-    del written["by_source"]["books"]["n_bytes"]
-    (folder(config, "small") / "evaluation.json").write_text(json.dumps(written))
-    assert not evaluation.evaluate(config)["small"].skipped
-
-
-def test_a_model_that_lost_a_weight_is_not_evaluated(config: ExperimentConfig) -> None:
-    student(config)
-    bare = load_config(write_config_without_reference(config), [])
-    file = folder(config, "small") / "model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(file).items() if "up_proj" not in name}
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ModelLoadError, match=r"1 missing \(model\.layers\.0\.mlp\.up_proj\.weight\)"):
-        evaluation.evaluate(bare)
-    assert not (folder(config, "small") / "evaluation.json").exists()
-
-
-def test_evaluation_equals_a_plain_forward_pass(config: ExperimentConfig) -> None:
-    from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM
-
-    student(config)
-    bare = load_config(write_config_without_reference(config), [])
-    loss = evaluation.evaluate(bare)["small"].evaluation
-    model = AutoModelForCausalLM.from_pretrained(folder(config, "small"))
-    tokenizer = Tokenizer.from_file(str(folder(config, "small") / "tokenizer.json"))
-    total, n_tokens = 0.0, 0
-    short = [row["text"] for row in evaluation.read_heldout(bare).rows]
-    for text in short:
-        ids = torch.tensor([[0, *tokenizer.encode(text).ids]])
-        with torch.no_grad():
-            log_p = torch.log_softmax(model(input_ids=ids[:, :-1]).logits, -1)
-        total -= float(log_p.gather(2, ids[:, 1:, None]).sum())
-        n_tokens += ids.shape[1] - 1
-    assert loss.n_tokens == n_tokens
-    assert loss.heldout_nats_per_token == pytest.approx(total / n_tokens, abs=1e-4)
-
-
 def write_config_without_reference(config: ExperimentConfig) -> Path:
     """The same root with only the student, and a length in which every held-out text is one window."""
     root = Path(storage.local_path(config.root))
@@ -340,19 +265,6 @@ def write_config_without_reference(config: ExperimentConfig) -> Path:
     path = root.parent / "bare.yaml"
     path.write_text(json.dumps(raw))
     return path
-
-
-def test_no_heldout_text(config: ExperimentConfig) -> None:
-    shutil.rmtree(Path(storage.local_path(config.layout.table("instances"))))
-    with pytest.raises(CorpusError, match="run the ingest stage"):
-        evaluation.read_heldout(config)
-
-
-def test_the_bound_of_instances_per_source(config: ExperimentConfig, tmp_path: Path) -> None:
-    raw = json.loads((tmp_path / "experiment.yaml").read_text()) | {"evaluate": {"max_instances_per_source": 1}}
-    (tmp_path / "experiment.yaml").write_text(json.dumps(raw))
-    rows = evaluation.read_heldout(load_config(tmp_path / "experiment.yaml")).rows
-    assert sorted(row["source"] for row in rows) == ["books", "web"]
 
 
 def test_the_command(config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,124 @@
+"""`miniplm evaluate`: no Spark, one student by name, and the tables that it prints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import cli, evaluate, records, stage_runner, train
+from jobs.evaluation_text import evaluation_text
+from jobs.stages import Options, stage_named
+from jobs.summary import build_summary, summary_text
+from miniplm_udf import storage
+from miniplm_udf.config.evaluate import PAPER_TASKS
+from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.storage import Json
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def losses(nats: float | None) -> Json:
+    keys = ("nats_per_token", "nats_per_instance_mean", "official_loss", "bits_per_byte")
+    return {**dict.fromkeys(keys, nats), "n_tokens": 1234}
+
+
+def evaluation(*tasks: str) -> Json:
+    scores = {task: {"value": 0.25 + i / 100} for i, task in enumerate(tasks)}
+    average = sum(score["value"] for score in scores.values()) / len(scores) if scores else None
+    sets = {"dclm": losses(None), "heldout": losses(2.5)}
+    return {"sets": sets, "tasks": {"scores": scores, "average": average} if scores else None}
+
+
+def test_losses_and_tasks_are_printed_as_tables() -> None:
+    reverse = list(reversed(PAPER_TASKS))
+    students = {"miniplm": evaluation("mine", *reverse), "other": evaluation(*reverse), "third": evaluation()}
+    text = evaluation_text({"students": students})
+    loss_table, task_table = text.split("\n\n")
+    lines = [line.split() for line in loss_table.splitlines()]
+    assert [line[:2] for line in lines[1:4]] == [["heldout", name] for name in students]
+    assert lines[1][2:] == ["1,234", *["2.5000"] * 4]
+    assert lines[4] == ["dclm", "miniplm", "1,234", *["-"] * 4]
+    head, first, second = task_table.splitlines()
+    columns = ["HellaSwag", "LAMBADA", "WinoGrande", "OpenBookQA", "ARC-e", "ARC-c", "PIQA", "SIQA", "StoryCloze"]
+    assert head.split() == ["student", *columns, "mine", "Avg."]
+    assert first.split() == ["miniplm", *[f"{34 - i}.0" for i in range(9)], "25.0", "29.5"]
+    assert second.split()[-2:] == ["-", "-"]  # without one of the tasks, the average compares with nothing
+    assert evaluation_text({"students": ["a name of an earlier release"]}) == ""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The trainer's command lines; no trainer and no Spark is started."""
+    lines: list[list[str]] = []
+    monkeypatch.setattr(stage_runner, "spark_session", None)
+    for job in (evaluate, train):
+        monkeypatch.setattr(
+            job, "run_trainer", lambda command, path, overrides, *options: lines.append([command, *options])
+        )
+    return lines
+
+
+def test_one_student_without_spark(
+    tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root"]
+    config = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root"])
+    storage.write_json(config.layout.model("miniplm", "evaluation.json"), evaluation("piqa"))
+    assert cli.main(["evaluate", *arguments, "--student", "miniplm"]) == 0
+    printed = capsys.readouterr()
+    assert list(json.loads(printed.out)["evaluate"]["students"]) == ["miniplm"]
+    assert "PIQA" in printed.err
+    assert started == [["evaluate", "--student", "miniplm"]]
+    # A part of the stage leaves no record, so that `miniplm run` evaluates the others.
+    assert records.read_record(config, "evaluate") is None
+    storage.write_json(config.layout.model("conventional", "evaluation.json"), evaluation())
+    assert cli.main(["evaluate", *arguments]) == 0
+    assert started[1:] == [["evaluate"]]
+    assert records.read_record(config, "evaluate") is not None
+    assert cli.main(["train", *arguments]) == 0
+    assert started[2:] == [["train"]]
+
+
+def test_the_stage_runs_again_for_another_set_or_file(tmp_path: Path) -> None:
+    texts = tmp_path / "a.jsonl"
+    texts.write_text('{"text": "x"}')
+
+    def fingerprint(*overrides: str) -> str | None:
+        config = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root", *overrides])
+        return stage_named("evaluate").fingerprint(None, config)
+
+    inputs = f"evaluate.inputs={{a: {{path: {texts}}}}}"
+    before = [fingerprint(), fingerprint(inputs), fingerprint("evaluate.tasks=[paper]")]
+    assert len(set(before)) == 3
+    assert fingerprint(inputs) == before[1]
+    texts.write_text('{"text": "xy"}')
+    assert fingerprint(inputs) != before[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "applies"),
+    [
+        ([], True),
+        (["ingest.split.heldout=0"], False),
+        (["ingest.split.heldout=0", "evaluate.tasks=[paper]"], True),
+        (["ingest.split.heldout=0", "evaluate.inputs={a: {path: x}}"], True),
+        (["students={}"], False),
+    ],
+)
+def test_the_stage_needs_students_and_texts_or_tasks(overrides: list[str], applies: bool, tmp_path: Path) -> None:
+    config = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root", *overrides])
+    assert stage_named("evaluate").applies(config) is applies
+    assert Options(students=["a"]).students == ["a"]
+
+
+def test_the_summary_has_the_heldout_losses_and_the_tasks(tmp_path: Path) -> None:
+    config: ExperimentConfig = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root"])
+    without: dict[str, Any] = {"sets": {"dclm": losses(3.0)}, "tasks": None}
+    for name, numbers in {"miniplm": evaluation("piqa"), "conventional": without}.items():
+        storage.write_json(config.layout.model(name, "evaluation.json"), numbers)
+    summary = build_summary(config)
+    assert summary["students"] == {"miniplm": {"heldout_nats_per_token": 2.5, "heldout_bits_per_byte": 2.5}}
+    text = summary_text(config, summary)
+    assert "PIQA" in text
+    assert "3.0000" in text
