@@ -1,11 +1,12 @@
 """Starts the torch trainer as a process of its own: no torch on the Spark driver, no JVM in the trainer.
 
 Input: a trainer command and its options; output: the model folders that the trainer writes. The trainer's log goes to
-the stderr of this process; its stdout is dropped, because the model's JSON files hold the same. A killed trainer leaves
-its checkpoints, and the same command continues from them. Driver only.
+the stderr of this process; its stdout only tells whether a signal stopped a training, because the model's JSON files
+hold the rest. A killed trainer leaves its checkpoints, and the same command continues from them. Driver only.
 """
 
 import ctypes
+import json
 import logging
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def _end_with_parent() -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the trainer. A signal to the process group has reached it already; a second one would interrupt its end."""
+    """Ends the trainer, which first saves its last step. A signal to the process group has reached it already."""
     for seconds, end in ((1.0, process.terminate), (10.0, process.kill)):
         try:
             process.wait(seconds)
@@ -47,14 +48,15 @@ def run_trainer(command: str, config_path: str, overrides: Sequence[str], *optio
 
     Raises:
         ConfigError: the trainer refused the config (it has said why on stderr).
-        MiniplmError: the trainer failed.
+        MiniplmError: the trainer failed, or a signal to the trainer alone stopped it.
     """
     line = [sys.executable, "-m", "trainer", command, "-c", config_path, *options, *overrides]
     LOGGER.info("starting the trainer: %s", " ".join([command, *options]))
     # An orphan would write the checkpoints that the next run's trainer writes.
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, preexec_fn=_end_with_parent) as process:
+    with subprocess.Popen(line, stdout=subprocess.PIPE, preexec_fn=_end_with_parent) as process:
         try:
-            code = process.wait()
+            output, _ = process.communicate()
+            code = process.returncode
         except BaseException:
             _end(process)
             raise
@@ -67,3 +69,10 @@ def run_trainer(command: str, config_path: str, overrides: Sequence[str], *optio
             f"the trainer ended `{command} {' '.join(options)}` with code {code}: see its log above; "
             "the same command resumes from the last checkpoint"
         )
+    models = json.loads(output or "{}")
+    for name, model in models.items():
+        if "stopped_after" in model:
+            raise MiniplmError(
+                f"{name}: a signal stopped its training after step {model['stopped_after']}, which is saved; the same "
+                "command resumes from there"
+            )

@@ -4,7 +4,8 @@ The first signal raises `Stopped` in the main thread, so that leases are release
 the main thread waits for Java, an exception would leave Java's answer on the connection, where the next call would read
 it. A command with a JVM therefore passes `end_calls`, which ends the JVM, so that the waiting call fails by itself.
 Errors after a signal follow from it and are not reported. A second signal, or an end that takes longer than 20 s, ends
-the process at once. On the driver and in the trainer; imports no Spark.
+the process at once. Inside `deferred`, the first signal is only recorded: the work asks `received` at its next safe
+point and ends by itself, which may take longer. On the driver and in the trainer; imports no Spark.
 """
 
 import contextlib
@@ -18,6 +19,9 @@ from types import FrameType
 
 # Longest time from the first signal to the end of the process.
 _END_SECONDS = 20.0
+# Inside `deferred`, a second signal within this time repeats the first one: a terminal signals the parent process and
+# its child, and the parent then signals the child too.
+_SAME_REQUEST_SECONDS = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The first signal that this process received, if any.
 _received: list[int] = []
@@ -76,12 +80,46 @@ def stops_on_signals(
         if not waits_for_call(frame):
             raise Stopped(number)
 
+    with _handled_by(handle):
+        try:
+            yield
+        finally:
+            _received.clear()
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Records SIGTERM and SIGINT while the block runs, instead of raising `Stopped`; the work asks `received`.
+
+    A second signal, if it comes 5 s or more after the first, ends the process at once. Does nothing outside the main
+    thread, and outside `stops_on_signals`.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not is_taken(signal.getsignal(signal.SIGTERM)):
+        yield
+        return
+    first = 0.0
+
+    def record(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not _received:
+            first = time.monotonic()
+            _received.append(number)
+        elif time.monotonic() - first >= _SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+    with _handled_by(record):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Gives the signals to a handler while the block runs, except those that the process ignores."""
     before = {
-        number: signal.signal(number, handle) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+        number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         yield
     finally:
-        _received.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)

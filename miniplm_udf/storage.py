@@ -211,7 +211,11 @@ def upload_folder(folder: Path, uri: str) -> None:
         target = Path(local_path(uri))
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        shutil.copytree(folder, staging, dirs_exist_ok=True)
+        try:
+            shutil.copytree(folder, staging, dirs_exist_ok=True)
+        except BaseException:  # a full disk, for example: nothing half written stays
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         staging.chmod(0o755)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staging, target)

@@ -1,14 +1,16 @@
 """The trainer's command: `python -m trainer train|evaluate|scaling -c CONF ... [key=value ...]`; also under torchrun.
 
 Reads the command line, calls `train`, `evaluate` or `scaling`, and prints the result as JSON on stdout; logs and
-progress go to stderr. Exit codes: 0 done, 1 failed, 2 bad config or usage, 128 + signal after SIGTERM or Ctrl-C. An
-error that the user can fix, and a signal, print one line and no traceback.
+progress go to stderr. Exit codes: 0 done, 1 failed, 2 bad config or usage, 130 after Ctrl-C; SIGTERM lets a training
+save its last step and end with 0, and ends the other commands with 143. An error that the user can fix, and a signal,
+print one line and no traceback.
 """
 
 import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,7 +165,13 @@ def _run(arguments: argparse.Namespace) -> Json:
         )
         if arguments.dry_run:
             return {target.name: plan(config, target) for target in selected}
-        return {target.name: train(config, target, retrain=arguments.retrain).as_json() for target in selected}
+        results: Json = {}
+        with stopping.deferred():
+            for target in selected:
+                results[target.name] = train(config, target, retrain=arguments.retrain).as_json()
+                if stopping.received() is not None:
+                    break
+        return results
     if arguments.command == "scaling":
         from trainer import scaling_command
 
@@ -212,9 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         except MiniplmError as error:
             print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
             return error.exit_code
+        stopped_training = stopping.received()
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False))
-    return EXIT_DONE
+    if stopped_training is None:
+        return EXIT_DONE
+    print(f"miniplm: the training was {stopped_training.message}; its last step is saved", file=sys.stderr)
+    # A scheduler that ends a job with SIGTERM takes every other code for a failure; a shell expects 130 after Ctrl-C.
+    return EXIT_DONE if stopped_training.number == signal.SIGTERM else stopped_training.exit_code
 
 
 if __name__ == "__main__":

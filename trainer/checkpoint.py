@@ -1,11 +1,12 @@
 """Checkpoints of a training: everything that a killed run needs to reach the same weights.
 
 Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
-`run.json` (fingerprint, MLflow run id) and one `step-<N>/` per checkpoint, with `state.pt` (weights, optimiser) and
-`state.json` (steps done, seconds, last loss, fingerprint, SHA-256 of `state.pt`). The data order is a function of the
-step and needs no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill leaves the
-previous checkpoint. A checksum finds a damaged checkpoint, which is skipped with a warning. Rank 0 writes, all ranks
-read: ranks on several nodes must share the folder.
+`run.json` (fingerprint, MLflow run id) and one `step-<N>/` per checkpoint, with `state.pt` (`trainer.state.Tensors`)
+and `state.json` (steps done, seconds, last loss, points that MLflow lacks, fingerprint, SHA-256 of `state.pt`). The
+data order is a function of the step and needs no state. A `step-<N>` appears by one rename after its files are on the
+disk, so a kill or a full disk leaves the previous checkpoint; older ones are removed afterwards. A checksum finds a
+damaged checkpoint, which is skipped with a warning. Rank 0 writes, in a thread (`trainer.checkpoint_writer`); all ranks
+compare what they read: ranks on several nodes must share the folder.
 """
 
 import dataclasses
@@ -14,13 +15,16 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from miniplm_udf import storage
-from miniplm_udf.errors import CorpusError
+from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.storage import Json
+from trainer.outbox import Point
+from trainer.state import Tensors
 
 LOGGER = logging.getLogger("miniplm.trainer.checkpoint")
 
@@ -47,11 +51,13 @@ class SavedState:
         steps_done: optimiser steps that the weights have had.
         seconds: training time so far.
         loss: loss of the last step, in nats per token; None before the first step.
+        points: points of the curve that MLflow does not have yet; a resumed training logs them.
     """
 
     steps_done: int
     seconds: float = 0.0
     loss: float | None = None
+    points: tuple[Point, ...] = ()
 
 
 class Checkpoints:
@@ -59,13 +65,13 @@ class Checkpoints:
 
     Args:
         folder: see `checkpoint_folder`.
-        fingerprint: hash of config, data and tokenizer. Checkpoints with another fingerprint are not used, and are
-            removed at the first save.
+        fingerprint: hash of config, data and tokenizer. Checkpoints with another fingerprint are not used.
         keep: number of newest checkpoints to keep, at least 1.
+        replaceable: fingerprints of finished trainings, whose checkpoints are removed at the first save.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, keep: int):
-        self.folder, self.fingerprint, self.keep = folder, fingerprint, max(1, keep)
+    def __init__(self, folder: Path, fingerprint: str, keep: int, replaceable: Collection[str] = ()):
+        self.folder, self.fingerprint, self.keep, self.replaceable = folder, fingerprint, keep, replaceable
 
     def _steps(self) -> list[tuple[int, Path]]:
         """(step, folder) of each checkpoint, the newest first."""
@@ -82,34 +88,36 @@ class Checkpoints:
 
         Args:
             run_id: the run's id in MLflow.
-        """
-        storage.write_json(
-            str(self.folder / "run.json"),
-            {"fingerprint": self.fingerprint, "run_id": run_id},
-        )
-
-    def newest_whole(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
-        """Finds the newest usable checkpoint: same fingerprint, undamaged, same shapes. Warns about each skipped one.
-
-        Args:
-            model, optimizer: only the names and shapes of their weights are read.
-
-        Returns:
-            The step, or None if there is no checkpoint with this fingerprint.
 
         Raises:
-            CorpusError: all checkpoints with this fingerprint are damaged.
+            MiniplmError: the file cannot be written.
+        """
+        try:
+            storage.write_json(str(self.folder / "run.json"), {"fingerprint": self.fingerprint, "run_id": run_id})
+        except OSError as error:
+            raise MiniplmError(self._cannot_write(self.folder / "run.json", error)) from error
+
+    def newest_whole(self, model: torch.nn.Module) -> int | None:
+        """Finds the newest usable checkpoint: same fingerprint, undamaged, same shapes. Warns about each damaged one.
+
+        Args:
+            model: only the names and shapes of its weights are read.
+
+        Returns:
+            The step, or None if there is no checkpoint.
+
+        Raises:
+            CorpusError: all checkpoints are damaged, or there are only checkpoints of another training, unfinished.
         """
         damaged: list[str] = []
+        foreign: list[Path] = []
         for step, path in self._steps():
             state = _read(path / "state.json")
             if state is not None and state.get("fingerprint") != self.fingerprint:
-                LOGGER.warning(
-                    "%s was made with another config, data or tokenizer: not used, removed at the next save",
-                    path,
-                )
+                if state.get("fingerprint") not in self.replaceable:
+                    foreign.append(path)
                 continue
-            problem = _damage(path, state) or _misfit(path / "state.pt", model, optimizer)
+            problem = _damage(path, state) or _misfit(path / "state.pt", model)
             if problem is None:
                 return step
             damaged.append(f"{path.name}: {problem}")
@@ -119,46 +127,74 @@ class Checkpoints:
                 f"{self.folder}: expected an undamaged checkpoint to resume from, found none ({'; '.join(damaged)}); "
                 "restore the folder, or delete it to train from the first step"
             )
+        if foreign:
+            raise CorpusError(
+                f"{foreign[0]} is the checkpoint of another, unfinished training: its sections train and architecture, "
+                f"packed table or tokenizer differ; set them back to resume it, or delete {self.folder} to give it up"
+            )
         return None
 
-    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> SavedState:
-        """Loads a checkpoint into the model and the optimiser.
+    def checksum(self, step: int) -> str:
+        """Computes the SHA-256 of a checkpoint as this process reads it; ranks compare it.
+
+        Args:
+            step: a step that rank 0 chose.
+
+        Returns:
+            Fingerprint and checksum, or the reason why the checkpoint cannot be read.
+        """
+        path = self.folder / f"step-{step}"
+        state = _read(path / "state.json")
+        return _damage(path, state) or f"{(state or {}).get('fingerprint')} {(state or {}).get('sha256')}"
+
+    def load(self, step: int) -> tuple[SavedState, Tensors]:
+        """Reads a checkpoint.
 
         Args:
             step: a step that `newest_whole` returned.
-            model, optimizer: changed in place.
 
         Returns:
-            The checkpoint's numbers.
+            The checkpoint's numbers and its tensors.
         """
         path = self.folder / f"step-{step}"
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(tensors["model"])
-        optimizer.load_state_dict(tensors["optimizer"])
         LOGGER.info("resuming after step %d from %s", step, path)
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return SavedState(state["steps_done"], seconds=state["seconds"], loss=state["loss"])
+        points = tuple(Point(**point) for point in state.get("points", ()))
+        return SavedState(state["steps_done"], state["seconds"], state["loss"], points), tensors
 
-    def save(self, state: SavedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    def save(self, state: SavedState, tensors: Tensors) -> Path:
         """Writes `step-<steps_done>`, then removes older and unusable checkpoints.
 
         Args:
             state: the numbers of the checkpoint.
-            model: the model without its DDP wrapper.
-            optimizer: the model's optimiser.
+            tensors: weights and optimiser state, which nothing changes during the call.
 
         Returns:
             The folder of the checkpoint.
+
+        Raises:
+            MiniplmError: the files cannot be written, because the disk is full for example. Nothing is left of them.
         """
         target = self.folder / f"step-{state.steps_done}"
         staging = self.folder / f".step-{state.steps_done}.tmp"
-        self._remove_leftovers()
-        staging.mkdir(parents=True)
+        try:
+            self._remove_leftovers()
+            staging.mkdir(parents=True)
+            self._write(staging, state, tensors)
+            if target.exists():  # it has another fingerprint, or is damaged
+                os.replace(target, self.folder / f".step-{state.steps_done}.old")
+            os.replace(staging, target)
+            _sync_folder(self.folder)
+        except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if a file cannot be written
+            shutil.rmtree(staging, ignore_errors=True)
+            raise MiniplmError(self._cannot_write(target, error)) from error
+        self._remove_old(state.steps_done)
+        return target
+
+    def _write(self, staging: Path, state: SavedState, tensors: Tensors) -> None:
         with open(staging / "state.pt", "wb") as handle:
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-                handle,
-            )
+            torch.save(tensors, handle)
             handle.flush()
             os.fsync(handle.fileno())  # without it, the rename could reach the disk before the data
         sums = {"fingerprint": self.fingerprint, "sha256": _sha256(staging / "state.pt")}
@@ -167,12 +203,21 @@ class Checkpoints:
             text.flush()
             os.fsync(text.fileno())
         _sync_folder(staging)
-        if target.exists():  # it has another fingerprint, or is damaged
-            os.replace(target, self.folder / f".step-{state.steps_done}.old")
-        os.replace(staging, target)
-        _sync_folder(self.folder)
-        self._remove_old(state.steps_done)
-        return target
+
+    def _cannot_write(self, target: Path, error: Exception) -> str:
+        """The message for a save that failed."""
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
+        steps = [path.name for _, path in self._steps()]
+        left = f"{steps[0]} is whole, and the same command resumes from it" if steps else "no step was saved before"
+        try:
+            free = f", {shutil.disk_usage(self.folder).free // 2**20:,} MiB free"
+        except OSError:
+            free = ""
+        return (
+            f"{target}: cannot be written ({reason}{free}): free space there, lower "
+            f"train.keep_checkpoints, or move root to another disk; {left}"
+        )
 
     def _remove_old(self, newest: int) -> None:
         """Keeps the newest checkpoints up to the saved step. A later step is damaged: this run started before it."""
@@ -212,8 +257,8 @@ def _damage(path: Path, state: Json | None) -> str | None:
     return None
 
 
-def _misfit(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """Returns how the shapes in `state.pt` differ from those of model and optimiser, or None if they are equal."""
+def _misfit(file: Path, model: torch.nn.Module) -> str | None:
+    """Returns how names and shapes in `state.pt` differ from those of the model, or None if they are equal."""
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if set(tensors) != {"model", "optimizer"}:
         return f"state.pt holds {sorted(tensors)} instead of model and optimizer"
@@ -226,13 +271,10 @@ def _misfit(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
             f"{len(names)} weights differ from the model's, first {name}: "
             f"expected shape {expected.get(name)}, found {saved.get(name)}"
         )
-    expected_sizes, saved_sizes = (
-        [len(group["params"]) for group in state["param_groups"]]
-        for state in (optimizer.state_dict(), tensors["optimizer"])
-    )
-    if expected_sizes == saved_sizes:
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    if trained == set(tensors["optimizer"]["state"]):
         return None
-    return f"the optimiser's groups have {expected_sizes} weights, those in state.pt {saved_sizes}"
+    return f"the optimiser has the state of {len(tensors['optimizer']['state'])} weights, the model has {len(trained)}"
 
 
 def _sha256(file: Path) -> str:

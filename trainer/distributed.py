@@ -1,19 +1,25 @@
 """Ranks: one process, or several under `torchrun` (gloo on CPUs, nccl on GPUs).
 
-Owns the process group and the choice of device. Reads the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE); they are the launcher's interface and not configuration. Without torchrun the process is rank 0 of 1,
-and every collective returns its argument.
+Owns the process group, the choice of device, and what ranks tell each other outside the forward and backward pass: the
+choice of rank 0, an error of one rank, the wish to stop. Reads the variables that torchrun sets (RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE); they are the launcher's interface and not configuration. Without torchrun the process is
+rank 0 of 1, and every collective returns its argument.
 """
 
 import dataclasses
+import enum
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+from miniplm_udf.errors import ConfigError, MiniplmError
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +68,123 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def from_all(self, value: _T) -> list[_T]:
+        """Returns the values of all ranks, in the order of the ranks. Every rank waits here for every other.
+
+        Args:
+            value: this rank's value, which can be pickled.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first_decides(self, decide: Callable[[], _T]) -> _T:
+        """Calls `decide` on rank 0 only; returns its result, or raises its MiniplmError, on every rank.
+
+        Args:
+            decide: the call; its result can be pickled.
+        """
+        result, error = self.from_first(_attempt(decide) if self.is_first else None)
+        if error is not None:
+            raise error
+        return cast(_T, result)
+
+    def together(self, work: Callable[[], _T]) -> _T:
+        """Calls `work` on every rank; if it raises a MiniplmError on any rank, every rank raises an error.
+
+        Args:
+            work: the call, which does not wait for other ranks.
+
+        Returns:
+            This rank's result.
+
+        Raises:
+            MiniplmError: this rank's error, or the first error of another rank with the number of that rank.
+        """
+        result, error = _attempt(work)
+        errors = self.from_all(error)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(errors):
+            if other is not None:
+                raise type(other)(f"rank {rank}: {other}")
+        return cast(_T, result)
+
+
+def _attempt(work: Callable[[], _T]) -> tuple[_T | None, MiniplmError | None]:
+    """The result of a call and None, or None and the MiniplmError that it raised."""
+    try:
+        return work(), None
+    except MiniplmError as raised:
+        return None, raised
+
+
+class Wish(enum.IntEnum):
+    """How a rank wants to go on after a step. The largest wish of all ranks counts."""
+
+    GO_ON = 0
+    STOP = 1
+    FAIL = 2
+
+
+class Agreement:
+    """Lets all ranks leave the training loop after the same step. The exchange never waits for a GPU.
+
+    A wish that is told after step n is known to every rank after step n + 1: the exchange runs during the step.
+
+    Args:
+        world: the place of this process among the ranks.
+    """
+
+    def __init__(self, world: World) -> None:
+        # A group of its own, so that no collective of the backward pass can come between.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._running: tuple[dist.Work, torch.Tensor] | None = None
+
+    def after_step(self, wish: Wish) -> Wish:
+        """Tells this rank's wish after a step.
+
+        Args:
+            wish: what this rank wants.
+
+        Returns:
+            The wish of all ranks after the step before; the same on every rank. With one rank: `wish`.
+        """
+        if self._group is None:
+            return wish
+        agreed = self._result()
+        flag = torch.tensor([int(wish)])
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._running = (cast(dist.Work, work), flag)
+        return agreed
+
+    def now(self, wish: Wish) -> Wish:
+        """Tells this rank's wish, and waits for all ranks.
+
+        Args:
+            wish: what this rank wants.
+
+        Returns:
+            The wish of all ranks.
+        """
+        if self._group is None:
+            return wish
+        earlier = self._result()
+        self.after_step(wish)
+        return max(earlier, self._result())
+
+    def _result(self) -> Wish:
+        if self._running is None:
+            return Wish.GO_ON
+        work, flag = self._running
+        self._running = None
+        work.wait()
+        return Wish(int(flag))
 
 
 def _device(local_rank: int) -> torch.device:
@@ -73,12 +194,33 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _join(device: torch.device) -> None:
+    """Joins the process group.
+
+    Raises:
+        ConfigError: rank 0 cannot open the port, or this rank cannot reach it.
+    """
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).split("\n")[0]
+        raise ConfigError(
+            f"MASTER_PORT: the ranks cannot meet at {place}: {reason}; set MASTER_PORT, or torchrun's --master-port, "
+            "to a free port of rank 0's machine; on one machine, torchrun --standalone finds one"
+        ) from error
+
+
 @contextmanager
 def process_group() -> Iterator[World]:
     """Yields the `World` of this process; under torchrun, joins the process group and leaves it at the end.
 
     Create a DistributedDataParallel model in a function that this block calls, so that it is freed before the group
     ends. If it is freed later, it stops gloo's threads while it holds the GIL that they may wait for: a deadlock.
+
+    Raises:
+        ConfigError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
+        MiniplmError: another rank ended while this rank waited for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -86,11 +228,12 @@ def process_group() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _join(device)
+    rank = dist.get_rank()
     try:
         nodes = size // int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         yield World(
-            rank=dist.get_rank(),
+            rank=rank,
             size=size,
             local_rank=local_rank,
             nodes=nodes,
@@ -98,6 +241,16 @@ def process_group() -> Iterator[World]:
         )
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
+        if _is_lost_connection(error):
+            raise MiniplmError(
+                f"rank {rank} lost the connection to another rank, whose message says why; the same command resumes "
+                f"from the last checkpoint ({str(error).splitlines()[0]})"
+            ) from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone. gloo raises a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -10,14 +10,11 @@ Dropout is seeded by (seed, step, rank), and the order of rows by (seed, step). 
 the optimiser and the number of steps done.
 """
 
-import contextlib
 import dataclasses
 import time
-import typing
 from collections.abc import Callable
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
@@ -25,8 +22,8 @@ from trainer.batches import Batches, Sequences
 from trainer.distributed import World
 from trainer.document_masks import document_positions
 from trainer.flops import peak_flops_per_second, training_flops_per_token
-from trainer.lm_loss import CausalLMWithLoss
 from trainer.loss import target_weights
+from trainer.parallel import clip_gradient, gradient_sums, undivided
 from trainer.precision import autocast, product_dtype
 from trainer.schedule import learning_rate
 
@@ -75,8 +72,8 @@ class Loop:
     """Trains one model.
 
     Args:
-        module: a model with its loss on `world.device`, prepared by `blocks.prepare_blocks`; with `document_masks`, a
-            model that `check_follows_positions` accepts.
+        module: a model with its loss on `world.device`, prepared by `blocks.prepare_blocks` and divided among the ranks
+            by `parallel.divide`; with `document_masks`, a model that `check_follows_positions` accepts.
         optimizer: the optimiser of the model's weights.
         sequences: the training data.
         config: settings of the optimiser and the schedule.
@@ -92,7 +89,7 @@ class Loop:
 
     def __init__(
         self,
-        module: CausalLMWithLoss,
+        module: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         sequences: Sequences,
         config: TrainConfig,
@@ -103,13 +100,12 @@ class Loop:
             raise ConfigError(
                 f"train.batch_sequences: expected at least one per rank ({world.size}), found {config.batch_sequences}"
             )
-        self.optimizer, self.sequences, self.config = optimizer, sequences, config
+        self.module, self.optimizer, self.sequences, self.config = module, optimizer, sequences, config
         self.separator_id, self.world = separator_id, world
         self.batches = Batches(sequences, config, world)
-        self.model = module.model
-        self.module = DistributedDataParallel(module) if world.size > 1 else module
+        self.model = undivided(module).model
         peak = peak_flops_per_second(world.device, product_dtype(config, world.device))
-        flops = training_flops_per_token(module.model, sequences.sequence_length)
+        flops = training_flops_per_token(self.model, sequences.sequence_length)
         self._mfu_per_speed = None if peak is None else flops / (peak * world.size)
         # The first step whose loss or gradient is not finite; -1: none so far. Read only at logs and saves.
         self._first_bad_step = torch.tensor(-1, device=world.device)
@@ -119,14 +115,16 @@ class Loop:
         steps_done: int,
         on_step: Callable[[StepMeasures], None],
         on_save: Callable[[StepMeasures], None],
+        ends: Callable[[], bool] = lambda: False,
         on_evaluate: Callable[[int], None] | None = None,
     ) -> None:
-        """Trains from step `steps_done` to the last step of the config.
+        """Trains from step `steps_done` to the last step of the config, or until `ends` says so.
 
         Args:
             steps_done: optimiser steps that the weights have had.
             on_step: called every `log_every_steps` steps and after the last step.
-            on_save: called every `save_every_steps` steps and after the last step.
+            on_save: called every `save_every_steps` steps and after the last step, also if `ends` makes it the last.
+            ends: called after each step; whether it is the last one. It gives the same answer on every rank.
             on_evaluate: called every `evaluate_every_steps` steps, unless that is 0, with the optimiser steps done; its
                 time does not count in `tokens_per_second`. None calls nothing.
 
@@ -135,13 +133,14 @@ class Loop:
             CorpusError: a batch has no target, or cannot be read.
         """
         with self.batches.read_ahead(steps_done, self.config.steps):
-            self._run(steps_done, on_step, on_save, on_evaluate)
+            self._run(steps_done, on_step, on_save, ends, on_evaluate)
 
     def _run(
         self,
         steps_done: int,
         on_step: Callable[[StepMeasures], None],
         on_save: Callable[[StepMeasures], None],
+        ends: Callable[[], bool],
         on_evaluate: Callable[[int], None] | None,
     ) -> None:
         """Trains on the batches of the steps, which are read ahead."""
@@ -154,8 +153,9 @@ class Loop:
                 paused = time.perf_counter()
                 on_evaluate(done)
                 started += time.perf_counter() - paused
+            is_last = ends() or done == self.config.steps
             logs = done % self.config.log_every_steps == 0 or done == self.config.steps
-            saves = done % self.config.save_every_steps == 0 or done == self.config.steps
+            saves = done % self.config.save_every_steps == 0 or is_last
             if not (logs or saves):
                 continue  # reading the loss makes the CPU wait for the GPU
             loss_value, norm_value = self._read(loss, norm)
@@ -168,6 +168,8 @@ class Loop:
                 started, first = time.perf_counter(), done
             if saves:
                 on_save(measures)
+            if is_last:
+                return
 
     def _evaluates_at(self, steps_done: int) -> bool:
         every = self.config.evaluate_every_steps
@@ -187,7 +189,7 @@ class Loop:
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)
         loss = world.sum(self._backward(*self.batches.get(step)))
         limit = config.gradient_clip_norm if config.gradient_clip_norm > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        norm = clip_gradient(self.module, limit)
         rate = learning_rate(
             step,
             steps=config.steps,
@@ -217,23 +219,20 @@ class Loop:
         weights, count = target_weights(inputs, mask, self.separator_id, self.config.loss)
         weights = weights / self.world.sum(count).float()
         total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        starts = range(0, len(tokens), self.config.micro_batch_sequences)
+        # Ranks that share weights wait for each other in every micro-batch, so all have the same number of them. A rank
+        # without a row left repeats its first row with weight 0.
+        starts = range(0, -(-self.config.batch_sequences // self.world.size), self.config.micro_batch_sequences)
         for start in starts:
-            part = slice(start, start + self.config.micro_batch_sequences)
-            with self._sync(last=start == starts[-1]):
+            part = slice(start, start + self.config.micro_batch_sequences) if start < len(tokens) else slice(1)
+            weight = weights[part] if start < len(tokens) else torch.zeros_like(weights[part])
+            with gradient_sums(self.module, last=start == starts[-1]):
                 with autocast(self.config, self.world.device):
                     loss = self.module(
-                        inputs[part], targets[part], weights[part], None if positions is None else positions[part]
+                        inputs[part], targets[part], weight, None if positions is None else positions[part]
                     )
-                (loss * self.world.size).backward()  # DDP takes the mean over ranks; the batch needs the sum
+                (loss * self.world.size).backward()  # DDP and FSDP take the mean over ranks; the batch needs the sum
             total += loss.detach()
         return total
-
-    def _sync(self, last: bool) -> contextlib.AbstractContextManager[object]:
-        """A context in which ranks add up their gradients only in the last micro-batch of a step."""
-        if isinstance(self.module, DistributedDataParallel) and not last:
-            return typing.cast(contextlib.AbstractContextManager[object], self.module.no_sync())
-        return contextlib.nullcontext()
 
     def _read(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
         """Reads loss and norm from the device, after the check that all steps so far were finite."""

@@ -70,18 +70,22 @@ class TrainResult:
 
     Attributes:
         name: the model.
-        record: its `training.json`. None for a frozen model folder without this file, and on ranks other than 0.
+        record: its `training.json`. None for a frozen model folder without this file, for a training that was stopped,
+            and on ranks other than 0.
         skipped: whether the model was trained before.
+        stopped_after: the saved step after which a signal stopped the training; None if it is finished.
     """
 
     name: str
     record: TrainingRecord | None
     skipped: bool
+    stopped_after: int | None = None
 
     def as_json(self) -> Json:
-        """The record's keys, and `skipped`."""
+        """The record's keys, and `skipped`; for a training that was stopped also `stopped_after`."""
         keys = {"name": self.name} if self.record is None else dataclasses.asdict(self.record)
-        return {**keys, "skipped": self.skipped}
+        stop = {} if self.stopped_after is None else {"stopped_after": self.stopped_after}
+        return {**keys, **stop, "skipped": self.skipped}
 
 
 def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:

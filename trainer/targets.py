@@ -13,9 +13,11 @@ from miniplm_udf.errors import ConfigError
 from miniplm_udf.storage import Json
 
 # These keys do not change the result of a training, so a run resumes and a finished model stays when they change.
-# Another micro-batch size, or compilation, adds up the same batch in another order.
+# Another micro-batch size, another division among ranks, or compilation adds up the same batch in another order.
 _NOT_IN_FINGERPRINT = (
     "micro_batch_sequences",
+    "parallel",
+    "shard_ranks",
     "save_every_steps",
     "keep_checkpoints",
     "log_every_steps",

@@ -3,32 +3,33 @@
 Owns the connection to the store (from the config, else MLFLOW_TRACKING_URI, else SQLite next to the report) and the
 names of parameters, metrics and tags. Runs on rank 0. Needs no JVM: the dataset input names a table and a version and
 does not read them. A resumed training continues in its run; a step that is logged twice has the same value twice. URIs
-are redacted, so no secret is logged. Tracking never stops the work: a failed call is a warning, and after three
-failures in a row no further call is made. The numbers are in the model folder's JSON files in any case.
+are redacted, so no secret is logged. Tracking never stops the work: calls are made in a thread, in order, and held back
+while the store is away. The numbers are in the model folder's JSON files in any case.
 """
 
 import functools
 import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import mlflow_errors
 from miniplm_udf.storage import Json
 from trainer.metric_names import safe_names
+from trainer.outbox import Outbox, Point, is_refusal
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
 
 # MLflow's limits: parameters or tags in one call, metrics in one call.
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
-# After this many failures in a row no further call is made: each call to an unreachable server waits.
-_FAILURES_IN_A_ROW = 3
+# Whoever stops a training waits for its end.
+_WAIT_OF_A_STOPPED_RUN_SECONDS = 5.0
+# MLflow's own retries pass over a short trouble; the outbox tries again after them.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
@@ -70,29 +71,32 @@ def _existing_run(mlflow: Any, run_id: str | None) -> str | None:
         return None
     try:
         run = mlflow.MlflowClient().get_run(run_id)
-    except mlflow.exceptions.MlflowException:
+    except mlflow.exceptions.MlflowException as error:
+        if not is_refusal(error):  # the store is away
+            raise
         LOGGER.warning("MLflow run %s is not in this store: a new run is started", run_id)
         return None
     return run_id if run.info.lifecycle_stage == "active" else None
 
 
 class Run:
-    """An MLflow run. A call that fails logs a warning and raises nothing.
+    """An MLflow run. Its calls return at once: a thread makes them, again if the store is away (`outbox.Outbox`).
 
     Attributes:
         name: name of the model.
-        run_id: id of the run, or None if MLflow could not start it.
+        run_id: id of the run, or None as long as MLflow could not start it.
         is_new: whether the run was started here; False for a run that continues.
+        stopped: whether a signal stops the training; its run ends as KILLED.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.is_new = name, True
+        self.name, self.is_new, self.stopped = name, True, False
         self.run_id: str | None = None
         self._mlflow: Any = None
-        self._failures = 0
+        self._outbox = Outbox(name, self._send)
 
     def start(self, config: ExperimentConfig, run_id: str | None) -> None:
-        """Starts a new run, or continues `run_id` if the store has it.
+        """Starts a new run, or continues `run_id` if the store has it. Waits for the first attempt only.
 
         Args:
             config: the experiment.
@@ -103,37 +107,37 @@ class Run:
             mlflow = connect(config)
             existing = _existing_run(mlflow, run_id)
             active = mlflow.start_run(run_id=existing, run_name=None if existing else self.name)
-            self._mlflow, self.run_id, self.is_new = mlflow, active.info.run_id, existing is None
+            self._mlflow, self.is_new = mlflow, existing is None
+            self.run_id = active.info.run_id
 
-        self._try("the run cannot be started", start)
+        self._outbox.call("start of the run", start)
+        self._outbox.wait_for_attempt()
 
-    def end(self, status: str) -> None:
-        """Ends the run with an MLflow status: `FINISHED` or `FAILED`.
+    def end(self, status: str, wait_seconds: float) -> None:
+        """Ends the run, and waits until the store has every call and point.
 
         Args:
-            status: `FINISHED` or `FAILED`.
+            status: MLflow's status: `FINISHED`, `FAILED` or `KILLED`.
+            wait_seconds: longest time to wait for a store that is away.
         """
-        if self._mlflow is not None:
-            self._try("the run cannot be ended", lambda: self._mlflow.end_run(status))
+        self._log("end of the run", lambda: self._mlflow.end_run(status))
+        self._outbox.close(wait_seconds)
 
-    def _try(self, problem: str, call: Callable[[], Any]) -> None:
-        """Calls MLflow and turns a failure into a warning."""
-        if self._failures >= _FAILURES_IN_A_ROW:
+    def _log(self, what: str, call: Callable[[], Any]) -> None:
+        """Adds a call, which is not made if the run was never started."""
+        self._outbox.call(what, lambda: None if self._mlflow is None else call())
+
+    def _send(self, points: Sequence[Point]) -> None:
+        if self._mlflow is None:
             return
-        try:
-            call()
-        except mlflow_errors() as error:
-            self._failures += 1
-            shown = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
-            LOGGER.warning("%s: MLflow: %s: %s; the work continues", self.name, problem, shown)
-            if self._failures == _FAILURES_IN_A_ROW:
-                LOGGER.warning("%s: MLflow failed %d times in a row: no further calls", self.name, self._failures)
-        else:
-            self._failures = 0
+        from mlflow.entities import Metric
 
-    def _log(self, problem: str, call: Callable[[], Any]) -> None:
-        if self._mlflow is not None:
-            self._try(problem, call)
+        metrics = [
+            Metric(name, value, point.timestamp, point.step or 0)
+            for point in points
+            for name, value in point.values.items()
+        ]
+        self._mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
 
     def log_params(self, params: Json) -> None:
         """Logs the parameters of a new run; nested keys are joined with dots.
@@ -146,25 +150,36 @@ class Run:
         flat = _flatten(params)
         names = safe_names(flat)
         values = {names[key]: value for key, value in flat.items()}
-        if self.is_new:
-            for part in _parts(values, _PARAMS_A_CALL):
-                self._log("parameters are not logged", functools.partial(self._params, part))
+        for part in _parts(values, _PARAMS_A_CALL):
+            self._log("parameters", functools.partial(self._params, part))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Logs metric values.
+        """Logs metric values of this moment.
 
         Args:
             metrics: value by name.
             step: optimiser step of the values, for a curve; None for single values.
         """
+        now = time.time_ns() // 1_000_000
         for part in _parts(metrics, _METRICS_A_CALL):
-            self._log("metrics are not logged", functools.partial(self._metrics, part, step))
+            self._outbox.point(Point(part, step, now))
+
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Logs points that an earlier process held back.
+
+        Args:
+            points: from `held_points`; the store keeps one copy of a point that it has already.
+        """
+        for point in points:
+            self._outbox.point(point)
+
+    def held_points(self) -> tuple[Point, ...]:
+        """The points that MLflow does not have yet."""
+        return self._outbox.held_points()
 
     def _params(self, part: Json) -> None:
-        self._mlflow.log_params(part)
-
-    def _metrics(self, part: dict[str, float], step: int | None) -> None:
-        self._mlflow.log_metrics(part, step=step)
+        if self.is_new:
+            self._mlflow.log_params(part)
 
     def log_table(
         self,
@@ -174,7 +189,7 @@ class Run:
         digest: str,
         metadata: Json | None,
     ) -> None:
-        """Logs the packed table as dataset input and as tags, and its lineage as the artifact `lineage.json`.
+        """Logs the packed table of a new run as dataset input and as tags, and its lineage as artifact `lineage.json`.
 
         Args:
             uri: URI of the table.
@@ -193,7 +208,6 @@ class Run:
             dataset = MetaDataset(source=source, name=name, digest=digest)  # type: ignore[abstract,unused-ignore]
             self._mlflow.log_input(dataset, context="training")
 
-        self._log("the dataset is not logged", log_input)
         lineage = metadata or {}
         # DeltaDatasetSource drops version 0, so the version is also a tag.
         tags = {
@@ -207,8 +221,13 @@ class Run:
         }
         revisions = _find(lineage.get("refined_metadata"), "model_revisions")
         tags["model_revisions"] = json.dumps(revisions, sort_keys=True) if revisions else None
-        self.set_tags({key: str(value) for key, value in tags.items() if value is not None})
-        self._log("the lineage is not logged", lambda: self._mlflow.log_dict(lineage, "lineage.json"))
+        texts = {key: str(value) for key, value in tags.items() if value is not None}
+        for what, call in {
+            "dataset": log_input,
+            "tags of the dataset": lambda: self._mlflow.set_tags(texts),
+            "lineage": lambda: self._mlflow.log_dict(lineage, "lineage.json"),
+        }.items():
+            self._log(what, lambda call=call: call() if self.is_new else None)  # type: ignore[misc]
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Sets tags of the run.
@@ -216,12 +235,12 @@ class Run:
         Args:
             tags: values by name.
         """
-        self._log("tags are not set", lambda: self._mlflow.set_tags(tags))
+        self._log("tags", lambda: self._mlflow.set_tags(tags))
 
 
 @contextmanager
 def tracked_run(config: ExperimentConfig, name: str, run_id: str | None = None) -> Iterator[Run]:
-    """Yields the MLflow run of a model and ends it: as FAILED if the block raises, else as FINISHED.
+    """Yields the MLflow run of a model and ends it: as FAILED if the block raises, as KILLED if it was stopped.
 
     Args:
         config: the experiment, with the store.
@@ -232,8 +251,13 @@ def tracked_run(config: ExperimentConfig, name: str, run_id: str | None = None) 
     run.start(config, run_id)
     try:
         yield run
-    finally:
-        run.end("FINISHED" if sys.exc_info()[0] is None else "FAILED")
+    except BaseException:
+        run.end("FAILED", min(config.mlflow.wait_seconds, _WAIT_OF_A_STOPPED_RUN_SECONDS))
+        raise
+    if run.stopped:
+        run.end("KILLED", min(config.mlflow.wait_seconds, _WAIT_OF_A_STOPPED_RUN_SECONDS))
+    else:
+        run.end("FINISHED", config.mlflow.wait_seconds)
 
 
 def _parts(values: Json, size: int) -> Iterator[Json]:

@@ -313,7 +313,16 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlflowConfig:
-    """MLflow. A null `tracking_uri` takes `MLFLOW_TRACKING_URI` if that is set, else SQLite in the report folder."""
+    """MLflow. A null `tracking_uri` takes `MLFLOW_TRACKING_URI` if that is set, else SQLite in the report folder.
+
+    Attributes:
+        wait_seconds: longest time that a finished training or evaluation waits for an answer of the store, to log the
+            points that it holds back. The work itself never waits.
+    """
 
     tracking_uri: str | None = None
     experiment: str = "miniplm"
+    wait_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        check(self.wait_seconds >= 1, f"mlflow.wait_seconds: expected at least 1, found {self.wait_seconds}")

@@ -25,6 +25,9 @@ class TrainConfig:
             token_mean is the mean over all targets.
         document_masks: whether tokens see only their own document in a sequence; false as in the paper.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        parallel: what ranks share. ddp: each rank has all weights; fsdp: all ranks share one copy of the weights and of
+            the optimiser's state; hsdp: groups of `shard_ranks` ranks share one copy. One process ignores it.
+        shard_ranks: ranks that share a copy with hsdp; null: the ranks of one machine. It divides the number of ranks.
         compile: whether torch compiles the model's layers; auto compiles on a GPU, where that is possible.
         activation_checkpointing: whether the backward pass computes the layers again instead of keeping what they
             computed: slower, and with less memory.
@@ -46,6 +49,8 @@ class TrainConfig:
     loss: Literal["official", "token_mean"] = "official"
     document_masks: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard_ranks: int | None = None
     compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
     save_every_steps: int = 1000
@@ -55,8 +60,19 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_sequences", "micro_batch_sequences", "save_every_steps", "log_every_steps"):
+        for name in (
+            "steps",
+            "batch_sequences",
+            "micro_batch_sequences",
+            "save_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+        ):
             check(getattr(self, name) >= 1, f"train.{name}: expected at least 1, found {getattr(self, name)}")
+        check(
+            self.shard_ranks is None or (self.shard_ranks >= 1 and self.parallel == "hsdp"),
+            f"train.shard_ranks: expected null, or at least 1 with train.parallel: hsdp, found {self.shard_ranks}",
+        )
         check(
             0 <= self.warmup_steps <= self.steps,
             f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",

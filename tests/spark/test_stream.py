@@ -22,8 +22,9 @@ from miniplm_udf.scores.run import prepare
 from miniplm_udf.stopping import Stopped
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.runner import QueryRunner
+from tests.support.ports import free_port
 from tests.support.score_tables import Result, experiment, texts, two_models, write_instances
-from tests.support.services import Service, free_port, until
+from tests.support.services import Service, until
 
 
 def test_new_files_are_scored_until_sigterm_and_seen_from_outside(

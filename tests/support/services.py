@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -89,9 +88,3 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> No
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.3)
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])

@@ -1,40 +1,25 @@
 """The loop: micro-batches, ranks and restarts change nothing; the same seed gives the same weights; it learns."""
 
-import contextlib
-import faulthandler
-import gc
 import math
-import os
-import signal
-import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
-from tests.support.trainer_roots import FAMILIES, LLAMA
+from tests.support.loops import LENGTH, SEPARATOR, VOCAB, FakeSequences, make_loop, run, weights
+from tests.support.trainer_roots import FAMILIES
 from trainer import loop as loop_module
 from trainer.blocks import prepare_blocks
 from trainer.checkpoint import Checkpoints, SavedState
-from trainer.distributed import World, process_group
+from trainer.distributed import World
 from trainer.flops import training_flops_per_token
-from trainer.lm_loss import CausalLMWithLoss
-from trainer.loop import Loop, StepMeasures, make_optimizer
-from trainer.model import build_model, model_config
-
-LENGTH, VOCAB, SEPARATOR = 12, 40, 3
-# Without a sign of progress for this long, ranks count as hanging. A loaded machine starts them slowly, yet it works.
-SECONDS_WITHOUT_PROGRESS = 120
+from trainer.loop import Loop, StepMeasures
+from trainer.state import gather
 
 
 @pytest.fixture(autouse=True)
@@ -44,44 +29,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class FakeSequences:
-    """Rows that are a function of their number; the last one is mostly padding."""
-
-    sequence_length = LENGTH
-
-    def __init__(self, n_sequences: int = 10):
-        self.n_sequences = n_sequences
-        self.group_rows = np.array([n_sequences])
-        generator = np.random.default_rng(0)
-        self.tokens = generator.integers(0, 20, (n_sequences, LENGTH + 1)).astype("i4")
-        self.mask = np.ones((n_sequences, LENGTH), "u1")
-        self.mask[-1, 4:] = 0
-
-    def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.tokens[rows], self.mask[rows]
-
-
-def make_loop(
-    world: World | None = None, architecture: dict[str, Any] = LLAMA, sequences: Any = None, **train: Any
-) -> Loop:
-    settings = {"steps": 5, "batch_sequences": 6, "micro_batch_sequences": 6, "learning_rate": 0.01, "warmup_steps": 2}
-    config = TrainConfig(**settings | {"log_every_steps": 1, "save_every_steps": 2} | train)
-    shape = model_config(architecture, where="x", vocab_size=VOCAB, separator_id=SEPARATOR, max_positions=LENGTH)
-    model = build_model(shape, where="x", seed=config.seed)
-    sequences = sequences or FakeSequences()
-    return Loop(CausalLMWithLoss(model), make_optimizer(model, config), sequences, config, SEPARATOR, world or World())
-
-
-def run(loop: Loop, steps_done: int = 0) -> list[StepMeasures]:
-    measures: list[StepMeasures] = []
-    loop.run(steps_done, measures.append, lambda m: None)
-    return measures
-
-
-def weights(loop: Loop) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in loop.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("kind", ["official", "token_mean"])
@@ -161,16 +108,16 @@ def test_another_seed_gives_other_weights() -> None:
 def test_resumed_after_any_step_ends_bit_identical(tmp_path: Path, family: str) -> None:
     whole = make_loop(architecture=FAMILIES[family])
     run(whole)
-    for stop in range(5):
+    for stop in range(1, 5):
         killed = make_loop(architecture=FAMILIES[family])
         for step in range(stop):
             killed.step(step)
-        Checkpoints(tmp_path, "f", keep=1).save(SavedState(stop), killed.model, killed.optimizer)
-        resumed = make_loop(architecture=FAMILIES[family])
+        tensors = gather(killed.model, killed.optimizer)
+        assert tensors is not None
+        Checkpoints(tmp_path, "f", keep=1).save(SavedState(stop), tensors)
         checkpoints = Checkpoints(tmp_path, "f", keep=1)
-        assert checkpoints.newest_whole(resumed.model, resumed.optimizer) == stop
-        state = checkpoints.load(stop, resumed.model, resumed.optimizer)
-        assert state.steps_done == stop
+        assert checkpoints.newest_whole(killed.model) == stop
+        resumed = make_loop(architecture=FAMILIES[family], resumed=(checkpoints, stop))
         run(resumed, stop)
         assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
@@ -236,6 +183,23 @@ def test_saves_on_time_and_at_the_end() -> None:
     assert saved == [2, 4, 5]
 
 
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_a_stop_is_the_last_step_and_is_saved(stop: int) -> None:
+    loop = make_loop(log_every_steps=4, save_every_steps=4)
+    asked: list[int] = []
+    logged: list[int] = []
+    saved: list[int] = []
+
+    def ends() -> bool:
+        asked.append(len(asked) + 1)
+        return len(asked) == stop
+
+    loop.run(0, lambda m: logged.append(m.steps_done), lambda m: saved.append(m.steps_done), ends)
+    assert asked == list(range(1, stop + 1))
+    assert logged == ([4, 5] if stop == 5 else [])
+    assert saved == ([4, 5] if stop == 5 else [stop])
+
+
 def test_one_sequence_and_a_batch_larger_than_the_table() -> None:
     assert len(run(make_loop(sequences=FakeSequences(1)))) == 5
 
@@ -287,85 +251,6 @@ def test_no_target_at_all() -> None:
 
 
 def test_fewer_sequences_than_ranks() -> None:
+    one = make_loop(batch_sequences=6)
     with pytest.raises(ConfigError, match="at least one per rank"):
-        make_loop(World(size=7, rank=0))
-
-
-def _train_and_save(world: World, folder: Path) -> None:
-    loop = make_loop(world, batch_sequences=5, micro_batch_sequences=2)  # 3 rows and 2: unequal shares
-    measures = [(m.loss, m.gradient_norm) for m in run(loop)]
-    assert world.from_first(f"rank {world.rank}") == "rank 0"
-    torch.save({"measures": measures, "weights": weights(loop)}, folder / f"{world.rank}.pt")
-
-
-def _diverge(world: World, folder: Path) -> None:
-    loop = make_loop(world)
-    run(loop)
-    world.from_first("the last collective")
-    raise MiniplmError("diverged")
-
-
-def _rank(rank: int, port: int, work: Callable[[World, Path], None], folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    faulthandler.register(signal.SIGUSR1)
-    torch.set_num_threads(1)
-    try:
-        with process_group() as world:
-            work(world, folder)
-    except MiniplmError as error:
-        # The wrapped model must be gone with the process group, even if the error is kept.
-        alive = [item for item in gc.get_objects() if isinstance(item, DistributedDataParallel)]
-        (folder / f"{rank}.txt").write_text(f"{error}, {len(alive)} alive")
-
-
-def processor_seconds(processes: Sequence[Any]) -> float:
-    """Processor seconds that processes have used so far; those that have ended count nothing."""
-    total = 0.0
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = psutil.Process(process.pid).cpu_times()
-            total += times.user + times.system
-    return total
-
-
-def run_two_ranks(work: Callable[[World, Path], None], folder: Path) -> None:
-    """Runs `work` in two processes. Ranks that stop making progress print their stacks to stderr and are killed.
-
-    Progress is processor time: a rank that waits for another in a collective uses none.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.spawn(_rank, args=(port, work, folder), nprocs=2, join=False)
-    used, deadline = 0.0, time.monotonic() + SECONDS_WITHOUT_PROGRESS
-    try:
-        while not context.join(timeout=1):
-            if abs((now_used := processor_seconds(context.processes)) - used) > 0.1:
-                used, deadline = now_used, time.monotonic() + SECONDS_WITHOUT_PROGRESS
-            if time.monotonic() > deadline:
-                for process in filter(lambda process: process.is_alive(), context.processes):
-                    os.kill(process.pid, signal.SIGUSR1)
-                time.sleep(1)
-                pytest.fail(f"two ranks made no progress for {SECONDS_WITHOUT_PROGRESS} s")
-    finally:
-        for process in context.processes:
-            process.kill()
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    run_two_ranks(_train_and_save, tmp_path)
-    one = make_loop(batch_sequences=5)
-    measures = [(m.loss, m.gradient_norm) for m in run(one)]
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for found in ranks:
-        np.testing.assert_allclose(found["measures"], measures, rtol=1e-3)
-        for name, value in weights(one).items():
-            torch.testing.assert_close(found["weights"][name], value, atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_ranks_that_fail_do_not_hang(tmp_path: Path) -> None:
-    run_two_ranks(_diverge, tmp_path)
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["diverged, 0 alive"] * 2
+        Loop(one.module, one.optimizer, one.sequences, one.config, SEPARATOR, World(size=7))

@@ -57,28 +57,53 @@ def errors() -> list[Exception]:
 
 
 @pytest.mark.parametrize("error", errors(), ids=lambda error: type(error).__name__)
-def test_what_mlflow_refuses_is_a_warning_and_after_three_failures_it_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+def test_a_store_that_fails_stops_nothing_and_what_it_lacks_is_named(
+    caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    mlflow = Refusing(error)
     run = tracking.Run("small")
-    run._mlflow = mlflow
+    run._mlflow = Refusing(error)
     run.log_params({"a": 1})
     run.log_table("file:///t", 0, "packed/kept/bpe", "d", None)
     for step in range(5):
         run.log_metrics({"loss": 1.0}, step=step)
-    run.end("FINISHED")
-    assert mlflow.calls <= 3
-    assert "small: MLflow: parameters are not logged" in caplog.text
-    assert "failed 3 times in a row" in caplog.text
+    run.end("FINISHED", 0.5)
+    assert "small: MLflow is away: " in caplog.text
+    lost = "5 points of the curve (steps 0 to 4), parameters, dataset, tags of the dataset, lineage, end of the run"
+    assert f"small: MLflow does not have {lost}: no answer" in caplog.text
     assert "Traceback" not in caplog.text
+
+
+class Refuses:
+    """Stands for the `mlflow` module: counts its calls, and refuses all."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+        self.calls += 1
+        raise MlflowException("the run is deleted", error_code=INVALID_PARAMETER_VALUE)
+
+
+def test_after_three_refusals_in_a_row_mlflow_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    run = tracking.Run("small")
+    run._mlflow = mlflow = Refuses()
+    run.log_params({"a": 1})
+    run.log_table("file:///t", 0, "packed/kept/bpe", "d", None)
+    run.end("FINISHED", 60)
+    assert mlflow.calls == 3
+    assert "small: MLflow refuses the parameters: the run is deleted" in caplog.text
+    assert "no further calls" in caplog.text
 
 
 def test_an_error_of_ours_is_not_taken_for_mlflows() -> None:
     run = tracking.Run("small")
     run._mlflow = Refusing(KeyError("a fault in our code"))
-    with pytest.raises(KeyError):
-        run.log_metrics({"loss": 1.0})
+    run.log_metrics({"loss": 1.0})
+    with pytest.raises(KeyError, match="a fault in our code"):
+        run.end("FINISHED", 60)
 
 
 @pytest.mark.slow
@@ -94,4 +119,28 @@ def test_a_store_that_cannot_be_opened_gives_a_run_without_an_id(
     with tracking.tracked_run(config, "small", "1" * 32) as run:
         run.log_metrics({"loss": 1.0})
         assert run.run_id is None
-    assert "small: MLflow: the run cannot be started" in caplog.text
+    assert "small: MLflow refuses the start of the run" in caplog.text
+
+
+class Stores:
+    """Stands for the `mlflow` module with one run, in a store that is away, or has forgotten the run."""
+
+    class exceptions:
+        from mlflow.exceptions import MlflowException
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def MlflowClient(self) -> Any:
+        raise self.error
+
+
+def test_a_run_is_not_begun_again_because_the_store_is_away(caplog: pytest.LogCaptureFixture) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+    with pytest.raises(MlflowException, match="connection refused"):
+        tracking._existing_run(Stores(MlflowException("connection refused")), "1" * 32)
+    forgotten = Stores(MlflowException("no run", error_code=RESOURCE_DOES_NOT_EXIST))
+    assert tracking._existing_run(forgotten, "1" * 32) is None
+    assert "is not in this store: a new run is started" in caplog.text

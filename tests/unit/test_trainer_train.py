@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
-from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
+from tests.support.full_disk import largest_file
 from tests.support.trainer_roots import (
     FAMILIES,
     make_root,
@@ -25,6 +26,7 @@ from tests.support.trainer_roots import (
     write_packed,
     write_tokenizer,
 )
+from trainer import model_folder
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoints, SavedState
 from trainer.order import ORDER_VERSION
@@ -211,19 +213,31 @@ def test_a_training_whose_lease_was_taken_saves_nothing_more(
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-2"]
 
 
-def test_checkpoints_are_kept_and_others_removed(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    Checkpoints(tmp_path, "old", keep=2).save(SavedState(9), model, optimizer)
-    mine = Checkpoints(tmp_path, "new", keep=2)
-    assert mine.newest_whole(model, optimizer) is None
-    for step in (2, 4, 10):
-        mine.save(SavedState(step, seconds=1.5, loss=step), model, optimizer)
-    (tmp_path / "step-12").mkdir()  # without state.json: not whole
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-12", "step-4"]
-    assert mine.newest_whole(model, optimizer) == 10
-    assert mine.load(10, model, optimizer) == SavedState(10, seconds=1.5, loss=10)
-    assert json.loads((tmp_path / "step-10/state.json").read_text())["fingerprint"] == "new"
+def test_a_full_disk_leaves_no_part_of_a_model(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = model_folder.write_weights
+
+    def write(*arguments: Any) -> None:
+        with largest_file(5000):
+            original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_folder, "write_weights", write)
+        with pytest.raises(
+            MiniplmError, match=r"models/small: the model cannot be written \(.*\): free space .* step 6 is"
+        ):
+            student(config)
+    assert not [path for path in folder(config, "small").parent.iterdir() if "small" in path.name]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", raise_no_space)
+        with pytest.raises(MiniplmError, match="No space left on device"):
+            student(config)
+    assert not [path for path in folder(config, "small").parent.iterdir() if "small" in path.name]
+    assert student(config)["steps"] == 6
+
+
+def raise_no_space(source: Path, target: Path, **options: Any) -> None:
+    (target / "half").write_text("written")
+    raise OSError(28, "No space left on device")
 
 
 def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig) -> None:
