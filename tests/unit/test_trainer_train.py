@@ -114,7 +114,7 @@ def test_another_order_of_the_rows_continues_no_checkpoint(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = student(config)
-    monkeypatch.setattr("trainer.train.ORDER_VERSION", ORDER_VERSION - 1)
+    monkeypatch.setattr("trainer.training.ORDER_VERSION", ORDER_VERSION - 1)
     again = student(config)
     assert not again["skipped"]
     assert again["fingerprint"] != first["fingerprint"]
