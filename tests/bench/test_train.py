@@ -41,7 +41,7 @@ def losses_and_gradients(compiles: bool, n_layers: int, **train: Any) -> list[to
     return results + [weight.grad for weight in module.parameters() if weight.grad is not None]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("n_layers", "is_checkpointed"), [(12, False), (2, True)])
 def test_compiled_equals_eager_and_all_layers_share_the_code(n_layers: int, is_checkpointed: bool) -> None:
     torch.compiler.reset()

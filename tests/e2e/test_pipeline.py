@@ -103,7 +103,7 @@ def test_running_again_does_nothing(experiment: Experiment) -> None:
     assert experiment.summary == summary
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_file_is_all_that_is_scored(experiment: Experiment) -> None:
     before = read_table(experiment.root, "scores").to_pylist()
     version = table_version(experiment.root, "refined/difference")

@@ -282,7 +282,7 @@ def scored(spark: Any, config: ExperimentConfig, names: list[str]) -> None:
         write_record(config, alias)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
     names = sorted(TEXTS)
     scored(spark, copy, names)
@@ -355,7 +355,7 @@ def test_refinement_never_guesses_what_is_not_annotated(spark: Any, copy: Experi
         refine.follow(spark, clean)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_take_down_leaves_no_copy_of_nothing(spark: Any, copy: ExperimentConfig) -> None:
     gone = {"z copied", "q3 of it", "zh"}
     found = takedown.take_down(spark, copy, [f"document of {name}" for name in gone], Takedown("a test"))

@@ -148,7 +148,7 @@ def test_what_is_refused_leaves_all_as_it_was(spark: Any, copy: World, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "theirs"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_of_a_pinned_version_is_without_what_was_taken_down(spark: Any, copy: World, tmp_path: Path) -> None:
     made = versions.pin(spark, copy.config.root, "kept", "all")
     first = export(spark, copy.config, "kept@all", ExportRequest(to="parquet"))

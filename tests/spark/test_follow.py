@@ -428,7 +428,7 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_made(
     assert not tables.exists(spark, world.uri)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     rules = {
@@ -473,7 +473,7 @@ def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Pat
     assert third["half"]["followed"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_service_follows_until_sigterm(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     world.score(300)

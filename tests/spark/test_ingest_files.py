@@ -94,7 +94,7 @@ def test_parquet_columns_that_differ(spark: Any, make: Make, tmp_path: Path) -> 
     assert {"true", "false"} < set(found(spark, config))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_splits_of_a_parquet_file_read_by_pyarrow(spark: Any, make: Make, tmp_path: Path) -> None:
     """Packed, with small input splits: a file read by pyarrow gives the instances that Spark's reader gives."""
     ids = pa.array([str(i) for i in range(300)])

@@ -96,7 +96,7 @@ def test_copies_are_packed_once(spark: Any, make: Make, tmp_path: Path, monkeypa
     check_root(spark, apart)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_replay_packs_the_same_and_what_a_changed_file_has_more(
     spark: Any,
     make: Make,
@@ -133,7 +133,7 @@ def test_a_replay_packs_the_same_and_what_a_changed_file_has_more(
     assert run(spark, config)["documents"] == len(DISTINCT) + 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_taken_down_stays_away_without_moving_cuts(spark: Any, make: Make, tmp_path: Path) -> None:
     write(tmp_path / "in", "a.jsonl", FIRST, 1e9)
     config = make(str(tmp_path / "in"))

@@ -155,7 +155,7 @@ def test_who_writes_is_not_disturbed(spark: Any, tmp_path: Path) -> None:
         maintain.maintain(spark, config, retain_hours=-1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_table_whose_files_do_not_show_its_rows_is_rewritten(spark: Any, tmp_path: Path) -> None:
     """Columns of another type and of another name, and a removed row; afterwards the files are the table."""
     config = experiment(tmp_path / "root", {})

@@ -54,7 +54,7 @@ def test_notebook_is_committed_without_outputs() -> None:
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notebook_runs_and_shows_what_is_in_the_tables(built: Built) -> None:
     shown = "\n".join(_run(NOTEBOOK.parent))
     ranked = len(built.candidates)

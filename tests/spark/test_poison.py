@@ -96,7 +96,7 @@ class Session:
         self.process.stdin.flush()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_that_die_cost_nothing_and_the_process_ends_with_its_session(tmp_path: Path) -> None:
     session = Session(tmp_path)
     try:

@@ -113,7 +113,7 @@ def test_a_planted_difference_is_learnt_and_predicted_for_the_whole_pool(
     assert wrong(spark, config) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_done_twice_and_what_is_new_is_predicted(
     spark: Any, copied: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +176,7 @@ def test_a_score_that_words_do_not_tell_is_said_to_be_out_of_reach(
     assert any("worthless here" in note for note in refined["diagnostics"]["notes"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
     spark: Any, copied: ExperimentConfig
 ) -> None:
@@ -214,7 +214,7 @@ def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
     assert wrong(spark, more) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_larger_sample_scores_only_what_it_has_more(spark: Any, copied: ExperimentConfig) -> None:
     before = {row["instance_id"] for row in rows(spark, copied, "score_matrix")}
     whole = dataclasses.replace(copied, score=dataclasses.replace(copied.score, sample=1.0))

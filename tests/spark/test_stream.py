@@ -79,7 +79,7 @@ def test_new_files_are_scored_until_sigterm_and_seen_from_outside(
     assert len(calls) == len(set(calls)) == 10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_running_micro_batch_is_finished_and_no_other_begun(spark: Any, tmp_path: Path) -> None:
     service = Service(spark, tmp_path)
     config = dataclasses.replace(

@@ -98,7 +98,7 @@ def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: World) ->
     assert world.wrong() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_does_not_come_back(spark: Any, world: World) -> None:
     config = world.config
     takedown.take_down(spark, config, ["text 5"], ASKED)
@@ -154,7 +154,7 @@ def test_new_tables_have_no_feature_that_files_do_not_show(spark: Any, tmp_path:
         assert found["properties"]["delta.enableDeletionVectors"] == "false"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_goes_from_the_files_of_tables_with_deletion_vectors(spark: Any, world: World) -> None:
     config, features = world.config, ("instances", "scores", "score_matrix", "refined/kept", "pinned/kept/1")
     for name in features:
@@ -191,7 +191,7 @@ def test_it_goes_from_the_files_of_tables_with_deletion_vectors(spark: Any, worl
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_query_that_is_behind_begins_anew_without_it(spark: Any, world: World) -> None:
     config = world.config
     world.deliver("more", texts(16, start=12))
@@ -215,7 +215,7 @@ def test_a_query_that_is_behind_begins_anew_without_it(spark: Any, world: World)
     assert {"text 13", "text 26"}.isdisjoint(world.documents())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_that_was_killed_is_finished(spark: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     delete = tables.delete_matching
 

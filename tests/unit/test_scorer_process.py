@@ -90,7 +90,7 @@ def test_tasks_at_once_have_a_process_each_and_find_their_models_again(log: Path
         (33, [12]),
         pytest.param(2, [1], marks=pytest.mark.slow),
         pytest.param(33, [0], marks=pytest.mark.slow),
-        pytest.param(40, [5, 6, 38], marks=pytest.mark.slow),
+        pytest.param(40, [5, 6, 38], marks=pytest.mark.long),
     ],
 )
 def test_a_text_that_kills_the_process_is_found_and_the_rest_is_scored(log: Path, n: int, bad_rows: list[int]) -> None:
@@ -145,7 +145,7 @@ def test_an_error_of_cuda_is_a_death(log: Path) -> None:
     assert "RuntimeError: CUDA error: device-side assert triggered" in rows[9]["detail"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_machine_that_kills_everything_is_an_error_and_stays_known(log: Path) -> None:
     factories = {"teacher": Factory(1.0, log)}
     with pytest.raises(ScoringError, match=f"died {MAX_DEATHS} times and scored nothing.*SIGKILL"):

@@ -54,6 +54,7 @@ def test_second_resolve_converts_nothing(config: ModelConfig, monkeypatch: pytes
     assert model_folder(config) == folder
 
 
+@pytest.mark.long
 def test_equals_a_plain_forward_pass(config: ModelConfig) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -49,6 +49,7 @@ def test_a_corpus_of_ten_times_the_size_takes_the_same() -> None:
     assert found["peak_of_large"] < found["bytes_of_large"]
 
 
+@pytest.mark.long
 def test_a_document_of_50_mb() -> None:
     found = probe("document")
     assert found["n_tokens"] == [1, found["n_words"], 1]

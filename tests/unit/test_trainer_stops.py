@@ -40,13 +40,18 @@ def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> KillableT
     return training
 
 
+@pytest.mark.long
 def test_a_training_that_is_killed_three_times_ends_with_the_same_weights(
     prepared: Path, whole: KillableTraining, tmp_path: Path
 ) -> None:
     check_killed_training(whole, copied(prepared, tmp_path, STEPS), kills=3)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
+    ids=["SIGTERM", "SIGINT"],
+)
 def test_a_signal_saves_and_the_next_start_goes_on(
     prepared: Path, whole: KillableTraining, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -75,6 +80,7 @@ def _train_sharded(folder: Path) -> None:
     train(config, student_target(config, "small"))
 
 
+@pytest.mark.long
 def test_a_sharded_training_writes_the_model_folder_of_one_process(
     prepared: Path, whole: KillableTraining, tmp_path: Path
 ) -> None:

@@ -124,7 +124,7 @@ def test_the_example_of_the_docs_is_a_task(make: Make, tmp_path: Path) -> None:
         pytest.param(
             ["evaluate.tasks=[piqq]"],
             "expected names of lm-eval tasks or paper, found 'piqq'; did you mean 'piqa'",
-            marks=pytest.mark.slow,  # it reads all of lm-eval's tasks
+            marks=pytest.mark.long,  # it reads all of lm-eval's tasks
         ),
         (["evaluate.tasks=[piqa, lost]"], r"the task lost cannot be loaded with its data \(.*evaluate\.tasks_folder"),
         (
