@@ -140,6 +140,7 @@ def test_the_tables_answer_plain_sql(experiment: Experiment, spark: Any) -> None
     assert wrong_means == 0
 
 
+@pytest.mark.long
 def test_a_stage_is_a_file_for_spark_submit(experiment: Experiment) -> None:
     before = table_version(experiment.root, "refined/difference")
     submit = [
@@ -159,15 +160,6 @@ def test_a_stage_is_a_file_for_spark_submit(experiment: Experiment) -> None:
     assert (found["version"], found["skipped"]) == (before + 1, False)
 
 
-def test_too_many_rejects_end_with_exit_3_and_keep_what_is_good(experiment: Experiment, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "mixed.jsonl", [*make_documents(8, seed=4), {"id": "bad", "text": None}])
-    overrides = [f"root={tmp_path}/root", f"ingest.input={tmp_path}/mixed.jsonl"]
-    done = experiment.miniplm("ingest", *overrides)
-    assert done.returncode == 3, done.stderr[-3000:]
-    assert read_table(tmp_path / "root", "rejects").column("reason").to_pylist() == ["missing_text"]
-    assert read_table(tmp_path / "root", "instances").num_rows > 0
-
-
 BAD_INPUT = [
     ("ingest", "ingest.input=/no/such/*.jsonl", 2, "/no/such/*.jsonl"),
     ("ingest", "ingest.fields.text=body", 2, "body"),
@@ -178,15 +170,22 @@ BAD_INPUT = [
 
 
 def test_bad_input_exits_with_its_code_and_one_line(experiment: Experiment, tmp_path: Path) -> None:
-    """The commands share one process, and so one JVM; `test_too_many_rejects...` has a process of its own."""
+    """The commands share one process, and so one JVM."""
     lines = []
     for number, (command, override, _, _) in enumerate(BAD_INPUT):
         root = [] if override.startswith("root=") else [f"root={tmp_path}/root{number}"]
         lines.append(experiment.command_line(command, *root, override.replace("ROOT", str(tmp_path))))
+    write_jsonl(tmp_path / "mixed.jsonl", [*make_documents(8, seed=4), {"id": "bad", "text": None}])
+    mixed = [f"root={tmp_path}/root", f"ingest.input={tmp_path}/mixed.jsonl"]
+    lines.append(experiment.command_line("ingest", *mixed))
     done = experiment.python(str(REPOSITORY / "tests/support/commands.py"), json.dumps(lines))
     assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    *results, too_many_rejects = [json.loads(line) for line in done.stdout.splitlines()]
     for (command, override, code, message), result in zip(BAD_INPUT, results, strict=True):
         assert result["code"] == code, (command, override, result["stderr"][-3000:])
         assert message in result["stderr"]
         assert "Traceback" not in result["stderr"]
+    # What is good stays.
+    assert too_many_rejects["code"] == 3, too_many_rejects["stderr"][-3000:]
+    assert read_table(tmp_path / "root", "rejects").column("reason").to_pylist() == ["missing_text"]
+    assert read_table(tmp_path / "root", "instances").num_rows > 0

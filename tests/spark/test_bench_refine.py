@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.bench import bench_refine, results
 
 
+@pytest.mark.long
 def test_the_benchmark_measures_and_checks(spark: Any, tmp_path: Path) -> None:
     sized = bench_refine.Sized(spark, tmp_path / "300", 300)
     sized.generate()
@@ -19,6 +22,7 @@ def test_the_benchmark_measures_and_checks(spark: Any, tmp_path: Path) -> None:
     assert not sized.is_the_sorts()
 
 
+@pytest.mark.long
 def test_texts_are_joined_and_copied(spark: Any, tmp_path: Path) -> None:
     threshold = spark.conf.get("spark.sql.autoBroadcastJoinThreshold")
     try:

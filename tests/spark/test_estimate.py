@@ -69,6 +69,7 @@ def run(spark: Any, config: ExperimentConfig, sample_bytes: int = 10**7) -> dict
     return dataclasses.asdict(estimate(spark, config, sample_bytes, Gpus()))
 
 
+@pytest.mark.long
 def test_of_a_corpus_that_is_read_whole_every_count_is_exact(spark: Any, tmp_path: Path, teacher: ModelConfig) -> None:
     config = config_of(tmp_path / "root", teacher, jsonl(tmp_path / "texts"))
     found = run(spark, config)

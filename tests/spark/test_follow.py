@@ -153,6 +153,7 @@ class World:
         assert shown["inputs"].get("followed") == found.followed
 
 
+@pytest.mark.long
 def test_each_cut_is_within_a_bucket_of_the_exact_one(spark: Any, tmp_path: Path) -> None:
     by_tokens = SelectConfig(ratio=0.3, by="tokens")
     world = World(spark, tmp_path / "root", CorpusConfig(score=DIFFERENCE, select=by_tokens))
@@ -247,6 +248,7 @@ def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) ->
     ]
 
 
+@pytest.mark.long
 def test_a_full_refinement_in_between_is_taken_up(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     world.score(300)

@@ -102,6 +102,7 @@ def test_a_file_that_changes_between_a_batch_and_its_replay(
     assert sorted(found) == sorted(str(row["id"]) for row in ROWS[:12])
 
 
+@pytest.mark.long
 def test_parquet_and_delta_equal_jsonl(spark: Any, make: Make, tmp_path: Path) -> None:
     """The same rows from a Parquet file, a Delta table and JSON lines give the same ids, with mapped fields."""
     fields = FieldsConfig(id="key", text="body", source="source", metadata=["lang"])
@@ -214,6 +215,7 @@ def test_corrupt_parquet_beside_a_good_one(spark: Any, make: Make, tmp_path: Pat
     assert [row.reason for row in rejects(spark, config)] == ["invalid_utf8", "missing_text", "unreadable_file"]
 
 
+@pytest.mark.long
 def test_one_line_of_20_megabytes(spark: Any, make: Make, tmp_path: Path) -> None:
     text = SENTENCE * (20_000_000 // len(SENTENCE.encode()))
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": "long", "text": text}, {"id": "short", "text": "Short."}]))

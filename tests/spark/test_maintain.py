@@ -47,6 +47,7 @@ def rewrite(spark: Any, config: ExperimentConfig, times: int) -> None:
         versions.commit_derived(spark, config, rows, found, newest, {"by": "restore", "from_version": 1})
 
 
+@pytest.mark.long
 def test_a_pinned_version_outlives_every_retention(spark: Any, tmp_path: Path) -> None:
     models = {alias: ModelConfig(path="/nowhere") for alias in ALIASES}
     config = with_corpora(experiment(tmp_path / "root", models), kept=CORPUS)

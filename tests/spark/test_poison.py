@@ -34,6 +34,7 @@ def values(spark: Any, config: Any) -> dict[tuple[str, str], tuple[float, int, i
     return found
 
 
+@pytest.mark.long
 def test_poison_is_isolated_and_the_rest_is_scored_as_without_it(spark: Any, tmp_path: Path) -> None:
     good, bad = texts(9, words=12), ["nan one two", "panic one two", "kill one two"]
     models = two_models(tmp_path)

@@ -204,6 +204,7 @@ def in_batches(scored: Scored, n_batches: int, first: int = 0) -> None:
         write_instances(scored.spark, scored.config, texts(2, start=2 * number), batch_id=first + number)
 
 
+@pytest.mark.long
 def test_a_look_for_what_is_known_opens_what_came_with_it(scored: Scored) -> None:
     for number in range(3):
         write_instances(scored.spark, scored.config, texts(2, start=2 * number), batch_id=number)
@@ -347,6 +348,7 @@ class BareScorer:
         return self.score_tokenized(self.tokenize(texts, segment_ends), ends_document)
 
 
+@pytest.mark.long
 def test_sparks_batches_are_read_in_another_thread(spark: Any) -> None:
     """Twenty batches a task, on workers that are used again; a consumer that stops early; an error in the thread."""
     from pyspark.errors import PySparkException
@@ -413,6 +415,7 @@ def test_two_aliases_of_one_model_are_scored_once(scored: Scored, models: dict[s
     assert all(row["teacher_nll_mean"] == row["reference_nll_mean"] for row in same.table("score_matrix"))
 
 
+@pytest.mark.long
 def test_real_models_score_as_a_plain_forward_pass(spark: Any, tmp_path: Path, models: dict[str, ModelConfig]) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -13,10 +13,13 @@ import pytest
 @pytest.mark.parametrize(
     ("work", "number", "at", "ends_with"),
     [
-        ("ingest", signal.SIGTERM, "ingest: micro-batch 0", "stopped by SIGTERM before all input was read"),
+        pytest.param(
+            "ingest", signal.SIGTERM, "ingest: micro-batch 0", "stopped by SIGTERM before all input was read",
+            marks=pytest.mark.long,
+        ),
         ("batch", signal.SIGINT, "at work", "stopped by SIGINT"),
     ],
-)
+)  # fmt: skip
 def test_a_signal_to_the_group_is_one_line_and_leaves_no_process(
     tmp_path: Path, work: str, number: signal.Signals, at: str, ends_with: str
 ) -> None:

@@ -105,6 +105,7 @@ def test_the_running_micro_batch_is_finished_and_no_other_begun(spark: Any, tmp_
     assert len(calls) == len(set(calls)) == 16
 
 
+@pytest.mark.long
 def test_a_table_that_gains_a_column_goes_on(spark: Any, tmp_path: Path) -> None:
     service = Service(spark, tmp_path)
     source = tmp_path / "source"
@@ -141,6 +142,7 @@ class SlowFactory:
         return [Result(1.0, 1, len(text.encode())) for text in of]
 
 
+@pytest.mark.long
 def test_a_task_that_hangs_is_noticed(spark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     models = {"teacher": two_models(tmp_path)["teacher"]}
     config = dataclasses.replace(experiment(tmp_path / "root", models), stream=StreamConfig(stalled_seconds=3.0))

@@ -85,13 +85,18 @@ def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: World) ->
     assert newest.provenance.n_instances == before - len(gone)
     assert newest.provenance.derived == {"by": "take-down", "from_version": 1, "takedown_id": ASKED.id}
     assert world.wrong() == []
-    # The version stays pinned; its copy, and what is made from it, no longer have the rows.
     (pin,) = pins.find(spark, config.root)
     assert pin.n_instances == before - len(gone)
+
+
+@pytest.mark.long
+def test_what_is_made_from_a_pinned_version_has_no_such_rows(spark: Any, world: World) -> None:
+    config, before = world.config, len(world.rows("refined/kept"))
+    n_gone = takedown.take_down(spark, config, ["text 3"], ASKED).removed["instances"]
     refine.run(spark, config)
     versions.restore(spark, config, "kept@all")
     packed = pack_corpus(spark, config, "kept", "bpe")
-    assert (packed.n_instances, packed.skipped) == (before - len(gone), False)
+    assert (packed.n_instances, packed.skipped) == (before - n_gone, False)
     assert world.wrong() == []
     again = takedown.take_down(spark, config, ["text 3"], Takedown("another"))
     assert again.removed == {}

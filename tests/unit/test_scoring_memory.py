@@ -41,6 +41,7 @@ def test_a_vocabulary_of_152k_takes_less_than_its_logits() -> None:
     assert found["peak_of_eight"] < found["logits_of_one"] * 0.25, "eight texts take no more than one"
 
 
+@pytest.mark.long
 def test_a_corpus_of_ten_times_the_size_takes_the_same() -> None:
     found = probe("corpus")
     assert found["n_tokens"] == [100_000, 1_000_000]
