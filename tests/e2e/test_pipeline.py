@@ -185,7 +185,7 @@ def test_bad_input_exits_with_its_code_and_one_line(experiment: Experiment, tmp_
         assert result["code"] == code, (command, override, result["stderr"][-3000:])
         assert message in result["stderr"]
         assert "Traceback" not in result["stderr"]
-    # What is good stays.
+    # The good documents of the file are ingested all the same.
     assert too_many_rejects["code"] == 3, too_many_rejects["stderr"][-3000:]
     assert read_table(tmp_path / "root", "rejects").column("reason").to_pylist() == ["missing_text"]
     assert read_table(tmp_path / "root", "instances").num_rows > 0

@@ -7,7 +7,7 @@ JAVA_OPTIONS = (
     "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC -XX:-UsePerfData "
     "-XX:+UnlockDiagnosticVMOptions -XX:-BytecodeVerificationRemote"
 )
-# Compiling takes most of the time of a query over a few rows, and planning again after each of its stages a part of it.
+# For a query over a few rows, compiling takes most of the time. Adaptive execution plans it again after every stage.
 SMALL_TABLES = {
     "spark.sql.adaptive.enabled": "false",
     "spark.sql.codegen.wholeStage": "false",

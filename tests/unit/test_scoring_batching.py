@@ -4,7 +4,6 @@ The right value is a pass of the plain transformers model over one window, in a 
 """
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.batching import check_batching, length_limit
 from miniplm_udf.scoring.scorer import Score
+from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.scoring_oracles import Row, plain_model, plain_tokenizer, score
 from tests.support.tiny_models import make_model, make_model_folder, make_scorer
 
@@ -35,14 +35,6 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 # Shorter than the limit, just at it and above it, two of one length, and one of three windows.
 LENGTHS = (3, 16, 17, 18, 30, 30, 64, 65, 5, 150)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rope(kind: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import check_head
 from miniplm_udf.scoring.scorer import Score, Scorer
 from tests.support import tiny_models
+from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
 from tests.support.tiny_models import (
     BOS_ID,
@@ -29,15 +30,6 @@ from tests.support.tiny_models import (
 )
 
 NATS_PER_TOKEN = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tiny products wait for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)

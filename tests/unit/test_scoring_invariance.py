@@ -13,6 +13,7 @@ import torch
 from miniplm_udf.scoring.scorer import Score
 from miniplm_udf.workers.arrow import score_arrow
 from tests.support import tiny_models
+from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.scoring_oracles import CONTEXT, OVERLAP, ROWS, Row, plain_tokenizer, score, sequence
 from tests.support.tiny_models import decoder_of, make_model_folder, make_scorer
 
@@ -38,14 +39,6 @@ def check_equal(found: list[Any], expected: list[Any]) -> None:
         assert isinstance(one, Score), one
         assert (one.n_tokens, one.n_bytes) == (other.n_tokens, other.n_bytes)
         assert abs(one.nll_sum_nats - other.nll_sum_nats) <= NATS_PER_TOKEN * one.n_tokens
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "mamba"])

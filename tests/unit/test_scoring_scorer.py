@@ -13,6 +13,7 @@ import torch
 from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from tests.support import tiny_models
+from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.scoring_oracles import ROWS, Row, score
 from tests.support.tiny_models import decoder_of, make_scorer
 
@@ -23,15 +24,6 @@ def check_equal(found: list[Any], expected: list[Any]) -> None:
         assert isinstance(one, Score), one
         assert one.nll_sum_nats == pytest.approx(other.nll_sum_nats, abs=1e-5 * one.n_tokens)
         assert (one.n_tokens, one.n_bytes) == (other.n_tokens, other.n_bytes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tiny products wait for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)

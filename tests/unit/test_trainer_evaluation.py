@@ -23,6 +23,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
+from tests.support.one_thread import one_thread as one_thread
 from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import LENGTH, make_root, some_texts, write_config, write_instances
 from trainer.__main__ import main
@@ -37,15 +38,6 @@ from trainer.train import train
 
 Make = Callable[..., ExperimentConfig]
 SEPARATOR_ID = 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bit-identical weights need the same number of threads, and so small a model is fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

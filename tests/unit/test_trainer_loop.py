@@ -1,7 +1,6 @@
 """The loop: micro-batches, ranks and restarts change nothing; the same seed gives the same weights; it learns."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.loops import LENGTH, SEPARATOR, VOCAB, FakeSequences, make_loop, run, weights
+from tests.support.one_thread import one_thread as one_thread
 from tests.support.trainer_roots import FAMILIES
 from trainer import loop as loop_module
 from trainer.blocks import prepare_blocks
@@ -20,15 +20,6 @@ from trainer.distributed import World
 from trainer.flops import training_flops_per_token
 from trainer.loop import Loop, StepMeasures
 from trainer.state import gather
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models of some thousand weights run faster on one thread than on all."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["official", "token_mean"])

@@ -5,7 +5,6 @@ after the same step, and an error of one is the error of all.
 import itertools
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.loops import FakeSequences, make_loop, run, weights
+from tests.support.one_thread import one_thread as one_thread
 from tests.support.ranks import run_ranks
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoint import Checkpoints, SavedState
@@ -31,15 +31,6 @@ DIVISIONS: dict[str, dict[str, Any]] = {
 }
 # Four ranks have 2, 2, 2 and 1 of the 7 rows of a batch, in micro-batches of 1. The norm before clipping is about 1.
 TRAIN = {"batch_sequences": 7, "micro_batch_sequences": 1, "gradient_clip_norm": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models of some thousand weights run faster on one thread than on all."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class RecordedSequences(FakeSequences):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.full_disk import largest_file
+from tests.support.one_thread import one_thread as one_thread
 from tests.support.trainer_roots import (
     FAMILIES,
     make_root,
@@ -34,15 +34,6 @@ from trainer.records import TrainResult, read_training
 from trainer.targets import reference_target, student_target
 from trainer.tracking import connect
 from trainer.train import train
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bit-identical weights need the same number of threads, and so small a model is fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
