@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from miniplm_udf import stopping
+from miniplm_udf import stopping, storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import CorpusError, MiniplmError
@@ -95,7 +95,7 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
     newest = world.together(lambda: open_version(None))
     version = world.from_first(newest.sequences.version)
     inputs = world.together(lambda: newest if newest.sequences.version == version else open_version(version))
-    _check_equal(world, inputs.fingerprint, f"config, packed table ({uri}) or tokenizer")
+    _check_equal(world, inputs.fingerprint, f"config, packed table ({storage.redact(uri)}) or tokenizer")
     return inputs
 
 
@@ -303,6 +303,7 @@ class _Steps:
         self.latest = SavedState(measures.steps_done, seconds, measures.loss, points)
         tensors = gather(self._training.model, self._training.optimizer)
         if self._lease is not None and self._run is not None and tensors is not None:
+            self._attempt(self._writer.finish)  # the lease may be lost while this waits
             self._attempt(self._lease.check)
             self._attempt(functools.partial(record_run, self._training.checkpoints, self._run))
             self._attempt(functools.partial(self._writer.save, self.latest, tensors))
