@@ -114,6 +114,11 @@ class ExperimentConfig:
         for name, student in self.students.items():
             links += [(f"students.{name}.corpus", student.corpus, self.refine.corpora)]
             links += [(f"students.{name}.tokenizer", student.tokenizer, self.tokenizers)]
+            if student.train.kd_ratio:
+                # The reference that this experiment trains is no teacher.
+                links += [
+                    (f"students.{name}.train.kd_teacher", student.train.kd_teacher, self.models.keys() - {trained})
+                ]
         for key, found, known in links:
             check(found in known, f"{key}: expected one of {sorted(known)}, found {found!r}{_nearest(found, known)}")
         for alias, model in self.models.items():

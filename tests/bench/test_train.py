@@ -35,7 +35,7 @@ def losses_and_gradients(compiles: bool, n_layers: int, **train: Any) -> list[to
     results = []
     for n in (4, 2):
         tokens = torch.randint(0, VOCAB, (n, LENGTH + 1), generator=generator)
-        loss = module(tokens[:, :-1], tokens[:, 1:], torch.rand(n, LENGTH, generator=generator))
+        loss = module(tokens[:, :-1], tokens[:, 1:], torch.rand(n, LENGTH, generator=generator)).total
         loss.backward()
         results.append(loss.detach())
     return results + [weight.grad for weight in module.parameters() if weight.grad is not None]

@@ -128,7 +128,7 @@ def test_speed_is_that_of_the_last_interval(monkeypatch: pytest.MonkeyPatch) -> 
     def step(number: int) -> tuple[float, torch.Tensor, torch.Tensor]:
         nonlocal now
         now += next(seconds)
-        return 0.01, torch.tensor(1.0), torch.tensor(1.0)
+        return 0.01, torch.ones(1), torch.tensor(1.0)
 
     monkeypatch.setattr(loop_module.time, "perf_counter", lambda: now)
     monkeypatch.setattr(loop_module, "peak_flops_per_second", lambda device, dtype: 1e6)
