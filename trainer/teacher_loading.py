@@ -12,6 +12,7 @@ import torch
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
+from miniplm_udf.scoring.attention import plain_attention
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import describe, load_model, model_folder
 from miniplm_udf.scoring.tokenizer import load_tokenizer
@@ -112,9 +113,7 @@ def load_teacher(
             f"{description.bos_token} in front of those of models.{alias}; set train.document_masks=false, or "
             f"models.{alias}.bos_token=none"
         )
-    # Attention as transformers has it: the faster attention of scoring ignores the borders of documents.
-    attention = "sdpa" if has_masks else None
-    model = load_model(config.models[alias], description, str(device), attention)
+    model = load_model(config.models[alias], description, str(device))
     n_inputs = target.sequence_length + (0 if description.bos_token_id is None else 1)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and n_inputs > longest:
@@ -123,6 +122,7 @@ def load_teacher(
             f"teacher models.{alias}, found {n_inputs}; lower it, or choose another teacher"
         )
     if has_masks:
+        plain_attention(model)
         check_follows_positions(model, description.vocab_size, f"models.{alias}")
     return Teacher(model, tokenizer.vocab_size, description.bos_token_id)
 
