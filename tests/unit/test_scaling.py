@@ -293,6 +293,17 @@ def test_without_a_store_or_runs_the_error_says_what_to_do(
     assert not (tmp_path / "empty").exists()
 
 
+def test_the_teachers_forward_passes_count_in_the_compute(config: ExperimentConfig) -> None:
+    teacher = {"n_parameters": 4500}
+    with tracked_run(config, "small") as run:
+        run.log_params({**parameters(), "kd_teacher": teacher})
+        run.log_metrics({"heldout_nats_per_token": 3.0})
+    runs = small(config)
+    assert runs.curves[0].compute_flop == (100 * (6.0 * 1000 + 2.0 * 4500) * 8 * 16,)
+    assert runs.flop(12_800) == runs.curves[0].compute_flop[0]
+    assert runs.tokens(runs.flop(12_800)) == 12_800
+
+
 @pytest.mark.slow
 def test_the_trainers_own_runs_are_read(config: ExperimentConfig, tmp_path: Path) -> None:
     """The names of parameters and metrics are those that `train` and `evaluate` log."""
