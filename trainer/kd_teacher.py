@@ -1,4 +1,4 @@
-"""The teacher of Vanilla KD: a frozen model that runs beside the student in every step.
+"""The teacher of Vanilla KD: a frozen model that predicts the student's inputs in every step.
 
 A `Teacher` is no torch module: DDP and FSDP do not see it, no optimiser or checkpoint holds it, and each rank has a
 whole copy. teacher_loading.py makes it from the config. Its logits are computed for a few positions at a time.

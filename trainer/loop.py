@@ -188,9 +188,9 @@ class Loop:
             step: number of the step, from 0.
 
         Returns:
-            (learning rate, losses of the batch in nats, norm of the whole gradient before clipping). The losses are
-            that of the gradient and, with a teacher, those of `lm_loss.Losses.parts_P`. They are not finite if the
-            batch has no target.
+            (learning rate, losses of the batch in nats, norm of the whole gradient before clipping). The first loss is
+            the differentiated loss; with a teacher, `lm_loss.Losses.parts_P` follow. Losses are not finite if the batch
+            has no target.
         """
         config, world = self.config, self.world
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)

@@ -44,7 +44,7 @@ from trainer.tracking import Run
 
 @dataclasses.dataclass(frozen=True)
 class TrainingInputs:
-    """What a training reads.
+    """The inputs of a training.
 
     Attributes:
         sequences: the packed table.

@@ -17,10 +17,13 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError, ModelLoadError
+from miniplm_udf.scoring.attention import improve_attention
 from tests.support.loops import LENGTH, make_loop, make_teacher, run
+from tests.support.no_wait import NoWait
 from tests.support.one_thread import one_thread as one_thread
 from tests.support.tiny_models import make_model
 from tests.support.trainer_roots import LLAMA, make_root, write_config, write_tokenizer
+from trainer.blocks import prepare_blocks
 from trainer.distributed import World
 from trainer.flops import training_flops_per_token
 from trainer.records import TrainingRecord
@@ -46,7 +49,7 @@ def test_the_loss_is_the_mixture_in_any_micro_batches(kind: str) -> None:
         assert measures.loss == pytest.approx(0.5 * measures.lm_loss + 0.5 * measures.kd_loss, abs=1e-6)
         assert dataclasses.astuple(other)[1:4] == pytest.approx(dataclasses.astuple(measures)[1:4], abs=1e-4)
         assert (other.lm_loss, other.kd_loss) == pytest.approx((measures.lm_loss, measures.kd_loss), abs=1e-4)
-    # At the first step the LM loss is that of a training without a teacher.
+    # The first LM loss equals the first loss of a training without a teacher.
     assert whole[0].lm_loss == pytest.approx(run(make_loop(loss=kind))[0].loss, abs=1e-6)
     assert run(make_loop())[0].lm_loss is None
 
@@ -56,6 +59,17 @@ def test_the_student_learns_what_the_teacher_predicts() -> None:
     assert measures[-1].kd_loss is not None
     assert measures[0].kd_loss is not None
     assert measures[-1].kd_loss < 0.5 * measures[0].kd_loss
+
+
+def test_a_step_does_not_wait_for_the_device() -> None:
+    teacher = make_teacher()
+    improve_attention(teacher.model)  # as `load_model` does
+    loop = make_loop(teacher=teacher, micro_batch_sequences=2, **KD)
+    loop.model.config.use_cache = False  # as the trainer does
+    prepare_blocks(loop.module, loop.config, LENGTH, "x")  # type: ignore[arg-type]
+    with NoWait():
+        loop.step(0)
+        loop.step(1)
 
 
 def test_the_teachers_forward_pass_counts_in_the_flops() -> None:
@@ -183,7 +197,7 @@ def test_the_plan_shows_the_teacher_and_the_steps_of_equal_compute(root: Path) -
     assert facts["distillation"] == expected
     student = facts["n_parameters"]
     storage.write_json(config.layout.model_record("teacher"), {"n_parameters": 3 * student})
-    # Of the 6 steps of the section `train`: a step with this teacher costs 2 of the student alone.
+    # The section `train` has 6 steps, and a step with this teacher costs as much as 2 steps of the student alone.
     known = plan(config, target)["distillation"]
     assert (known["teacher_parameters"], known["steps_of_equal_compute"]) == (3 * student, 3)
     assert "distillation" not in plan(config_of(root), student_target(config_of(root), "small"))

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.loops import LENGTH, SEPARATOR, VOCAB, FakeSequences, make_loop, run, weights
+from tests.support.no_wait import NoWait
 from tests.support.one_thread import one_thread as one_thread
 from tests.support.trainer_roots import FAMILIES
 from trainer import loop as loop_module
@@ -145,15 +145,6 @@ def test_speed_is_that_of_the_last_interval(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_a_known_peak_there_is_no_mfu() -> None:
     assert {m.mfu for m in run(make_loop())} == {None}
-
-
-class NoWait(TorchDispatchMode):
-    """Fails when a value is read from a tensor, which makes the CPU wait for a GPU."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_local_scalar_dense" in str(function) or "is_nonzero" in str(function):
-            raise AssertionError(f"{function} waits for the device")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
