@@ -17,6 +17,7 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import describe, load_model, model_folder
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.storage import Json
+from trainer.blocks import drop_mask
 from trainer.data import TokenizerInfo
 from trainer.document_masks import check_follows_positions
 from trainer.kd_teacher import Teacher
@@ -124,6 +125,10 @@ def load_teacher(
     if has_masks:
         plain_attention(model)
         check_follows_positions(model, description.vocab_size, f"models.{alias}")
+    elif device.type == "cuda":
+        # With the attention of scoring, transformers searches the positions for documents, and the CPU waits for that.
+        plain_attention(model)
+        drop_mask(model, n_inputs)
     return Teacher(model, tokenizer.vocab_size, description.bos_token_id)
 
 

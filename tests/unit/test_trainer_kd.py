@@ -17,13 +17,12 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError, ModelLoadError
-from miniplm_udf.scoring.attention import improve_attention
 from tests.support.loops import LENGTH, make_loop, make_teacher, run
 from tests.support.no_wait import NoWait
 from tests.support.one_thread import one_thread as one_thread
 from tests.support.tiny_models import make_model
 from tests.support.trainer_roots import LLAMA, make_root, write_config, write_tokenizer
-from trainer.blocks import prepare_blocks
+from trainer.blocks import drop_mask, prepare_blocks
 from trainer.distributed import World
 from trainer.flops import training_flops_per_token
 from trainer.records import TrainingRecord
@@ -63,7 +62,7 @@ def test_the_student_learns_what_the_teacher_predicts() -> None:
 
 def test_a_step_does_not_wait_for_the_device() -> None:
     teacher = make_teacher()
-    improve_attention(teacher.model)  # as `load_model` does
+    assert drop_mask(teacher.model, LENGTH)  # as `load_teacher` does on a GPU
     loop = make_loop(teacher=teacher, micro_batch_sequences=2, **KD)
     loop.model.config.use_cache = False  # as the trainer does
     prepare_blocks(loop.module, loop.config, LENGTH, "x")  # type: ignore[arg-type]
