@@ -20,6 +20,8 @@ from trainer.chunked_head import PartLosses, chunk_positions
 
 # A teacher excludes an entry by the logit -inf, and 0 * inf is not a number. exp(-1e4) is 0 too.
 _LOWEST_LOGIT = -1e4
+# A chunk has three matrices as large as the student's float32 logits; on a GPU also the student's bfloat16 logits.
+_PARTS = {"cpu": 2, "cuda": 4}
 
 KdChunkLoss = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]
@@ -97,11 +99,12 @@ def kd_losses(
 
 
 def kd_chunk_positions(n_positions: int, vocab_size: int, device_type: str) -> int:
-    """Returns the number of positions in a chunk: half of that without a teacher, as a chunk has logits of two models.
+    """Returns the number of positions in a chunk, a part of the positions without a teacher.
 
     Args:
         n_positions: N, positions in one call.
         vocab_size: V, entries of the student's vocabulary.
         device_type: `cpu` or `cuda`.
     """
-    return max(1, chunk_positions(n_positions, vocab_size, device_type) // 2)
+    parts = _PARTS["cpu" if device_type == "cpu" else "cuda"]
+    return max(1, chunk_positions(n_positions, vocab_size, device_type) // parts)

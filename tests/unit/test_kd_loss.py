@@ -119,8 +119,9 @@ def test_the_padding_of_the_teachers_vocabulary_is_dropped() -> None:
     torch.testing.assert_close(q, whole[:, :VOCAB] / (1 - padding), atol=1e-6, rtol=1e-5)
 
 
-def test_a_chunk_is_half_as_long_as_without_a_teacher() -> None:
-    assert kd_chunk_positions(8192, 151_936, "cpu") * 2 == chunk_positions(8192, 151_936, "cpu")
+@pytest.mark.parametrize(("device", "parts"), [("cpu", 2), ("cuda", 4)])
+def test_a_chunk_is_a_part_of_a_chunk_without_a_teacher(device: str, parts: int) -> None:
+    assert kd_chunk_positions(16_384, 151_936, device) * parts == chunk_positions(16_384, 151_936, device)
     assert kd_chunk_positions(1, 40, "cpu") == 1
 
 
