@@ -17,16 +17,20 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError, ModelLoadError
+from miniplm_udf.scoring.gguf_models import gguf_folder
+from miniplm_udf.scoring.tokenizer import tokenizer_hash
 from tests.support.loops import LENGTH, make_loop, make_teacher, run
 from tests.support.no_wait import NoWait
 from tests.support.one_thread import one_thread as one_thread
-from tests.support.tiny_models import make_model
+from tests.support.tiny_models import make_model, write_gguf
 from tests.support.trainer_roots import LLAMA, make_root, write_config, write_tokenizer
 from trainer.blocks import drop_mask, prepare_blocks
+from trainer.data import TokenizerInfo
 from trainer.distributed import World
 from trainer.flops import training_flops_per_token
 from trainer.records import TrainingRecord
 from trainer.targets import student_target
+from trainer.teacher_loading import describe_teacher, load_teacher
 from trainer.tracking import connect
 from trainer.train import plan, train
 from trainer.training import open_inputs
@@ -71,12 +75,14 @@ def test_a_step_does_not_wait_for_the_device() -> None:
         loop.step(1)
 
 
-def test_the_teachers_forward_pass_counts_in_the_flops() -> None:
-    loop, teacher = make_loop(teacher=make_teacher(TWO_BLOCKS), **KD), make_teacher(TWO_BLOCKS).model
-    student = training_flops_per_token(loop.model, LENGTH)
+def test_the_teachers_forward_pass_counts_in_the_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.loop.peak_flops_per_second", lambda device, dtype: 1e6)
+    loop = make_loop(teacher=make_teacher(TWO_BLOCKS), **KD)
     block = 4 * 16 * 16 + 3 * 16 * 32
     forward = 2 * (2 * block + 16 * 40) + 2 * 2 * 16 * LENGTH
-    assert training_flops_per_token(loop.model, LENGTH, teacher) == student + forward
+    flops = training_flops_per_token(loop.model, LENGTH) + forward
+    measures = run(loop)
+    assert [m.mfu for m in measures] == pytest.approx([m.tokens_per_second * flops / 1e6 for m in measures])
 
 
 # --- a whole training ---
@@ -102,6 +108,7 @@ def write_teacher(folder: Path, tokenizer_folder: Path, **changes: Any) -> None:
 @pytest.fixture
 def root(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
     shutil.copytree(fresh, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -153,6 +160,21 @@ def test_another_teacher_or_ratio_is_another_training(root: Path) -> None:
         config_of(root, f"{RATIO}=0.5", "models.teacher.dtype=bfloat16"),
     ]
     assert len({open_inputs(config, student_target(config, "small"), World()).fingerprint for config in configs}) == 5
+
+
+def test_a_gguf_is_a_teacher(root: Path) -> None:
+    pytest.importorskip("gguf")
+    model = make_model("llama")
+    write_gguf(root / "teacher.gguf", model)
+    config = config_of(root, f"{RATIO}=0.5", teacher="teacher.gguf")
+    target, folder = student_target(config, "small"), gguf_folder(root / "teacher.gguf")
+    tokenizer = TokenizerInfo("<|endoftext|>", 0, tokenizer_hash(folder), 316)
+    description = describe_teacher(config, target, tokenizer)
+    assert description is not None
+    teacher = load_teacher(config, target, tokenizer, description, torch.device("cpu"))
+    tokens = torch.arange(LENGTH)[None]
+    logits = teacher.logits(teacher.hidden(tokens)[0])
+    torch.testing.assert_close(logits, model(input_ids=tokens).logits[0, :, :316], atol=1e-3, rtol=1e-3)
 
 
 def test_without_a_ratio_no_teacher_is_loaded_and_nothing_changes(root: Path) -> None:
