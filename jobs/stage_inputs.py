@@ -171,11 +171,11 @@ def train_inputs(config: ExperimentConfig) -> list[Any]:
         students,
         dict(zip(names, _versions(config, names), strict=True)),
         to_dict(config.mlflow),
-        *teachers(config),
+        *_teachers(config),
     ]
 
 
-def teachers(config: ExperimentConfig) -> list[Any]:
+def _teachers(config: ExperimentConfig) -> list[Any]:
     """The configs of the models that students are distilled from, and the states of their files; empty without any."""
     aliases = sorted({student.train.kd_teacher for student in config.students.values() if student.train.kd_ratio})
     models = {alias: config.models[alias] for alias in aliases}

@@ -203,11 +203,12 @@ def test_another_teacher_changes_the_training_of_the_students_that_have_one(tmp_
 
     expert = tmp_path / "expert"
     expert.mkdir()
-    ratio, teacher = "students.miniplm.train.kd_ratio=0.5", "students.miniplm.train.kd_teacher=expert"
-    plain, distilled = inputs(), inputs(ratio, teacher)
+    kd = ["tokenizers.bpe8k.path=expert", "students.miniplm.train.kd_teacher=expert"]
+    kd += ["students.miniplm.train.kd_ratio=0.5"]
+    plain, distilled = inputs(), inputs(*kd)
     dtype = "models.expert.dtype=bfloat16"
     assert inputs(dtype) == plain
-    assert inputs(ratio, teacher, dtype) != distilled
+    assert inputs(*kd, dtype) != distilled
     (expert / "model.safetensors").write_text("weights")
     assert inputs() == plain
-    assert inputs(ratio, teacher) != distilled
+    assert inputs(*kd) != distilled

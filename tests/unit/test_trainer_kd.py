@@ -114,7 +114,7 @@ def root(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config_of(root: Path, *overrides: str, teacher: str = "teacher") -> ExperimentConfig:
-    words = [f"models.teacher.path={root / teacher}", *overrides]
+    words = [f"models.teacher.path={root / teacher}", f"tokenizers.bpe.path={root / teacher}", *overrides]
     return load_config(write_config(root, root / "root"), words)
 
 
@@ -145,7 +145,7 @@ def test_a_training_with_a_teacher_is_recorded(root: Path) -> None:
     assert record.final_loss == pytest.approx(last["train_loss"])
     # The same teacher under another path and name is the same training.
     shutil.move(root / "teacher", root / "moved")
-    expert = [f"models.expert.path={root / 'moved'}", "models.expert.context_tokens=32"]
+    expert = ["tokenizers.bpe.path=/nowhere", f"models.expert.path={root / 'moved'}", "models.expert.context_tokens=32"]
     words = [f"{RATIO}=0.5", "students.small.train.kd_teacher=expert", "models.expert.window_overlap_tokens=8", *expert]
     renamed = load_config(root / "experiment.yaml", words)
     assert train(renamed, student_target(renamed, "small")).skipped
@@ -183,6 +183,10 @@ def test_without_a_ratio_no_teacher_is_loaded_and_nothing_changes(root: Path) ->
     expected = model_weights(plain)
     assert (record.kd_ratio, record.kd_teacher) == (0.0, None)
     assert "kd_ratio" not in (root / "experiment.yaml").read_text()
+    with pytest.raises(
+        ConfigError, match=r"students\.small\.tokenizer: .*'bpe', which is trained on the corpus; set tok"
+    ):
+        load_config(root / "experiment.yaml", [f"{RATIO}=0.5"])
     zero = load_config(root / "experiment.yaml", [f"{RATIO}=0.0"])
     assert train(zero, student_target(zero, "small")).skipped
     target = student_target(zero, "small")
