@@ -291,6 +291,10 @@ def test_a_reference_with_a_teacher_is_refused(root: Path) -> None:
 
 def test_document_masks_need_a_teacher_that_follows_them(root: Path) -> None:
     masks = "students.small.train.document_masks=true"
+    bos = "models.teacher.bos_token=<|endoftext|>"
+    refused(
+        root, ConfigError, r"^train\.document_masks: .* without a token .*models\.teacher\.bos_token=none$", masks, bos
+    )
     assert trained(config_of(root, f"{RATIO}=0.5", masks)).kd_ratio == 0.5
     make_model("mamba", vocab_size=320).save_pretrained(root / "recurrent")
     for name in ("tokenizer.json", "tokenizer_config.json"):
