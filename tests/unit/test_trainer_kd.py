@@ -21,7 +21,6 @@ from miniplm_udf.scoring.gguf_models import gguf_folder
 from miniplm_udf.scoring.tokenizer import tokenizer_hash
 from tests.support.loops import LENGTH, make_loop, make_teacher, run
 from tests.support.no_wait import NoWait
-from tests.support.one_thread import one_thread as one_thread
 from tests.support.tiny_models import make_model, write_gguf
 from tests.support.trainer_roots import LLAMA, make_root, write_config, write_tokenizer
 from trainer.blocks import drop_mask, prepare_blocks

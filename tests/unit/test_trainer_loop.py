@@ -10,7 +10,6 @@ import torch
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.loops import LENGTH, SEPARATOR, VOCAB, FakeSequences, make_loop, run, weights
 from tests.support.no_wait import NoWait
-from tests.support.one_thread import one_thread as one_thread
 from tests.support.trainer_roots import FAMILIES
 from trainer import loop as loop_module
 from trainer.blocks import prepare_blocks
@@ -33,6 +32,7 @@ def test_micro_batches_are_one_batch(kind: str, micro: int) -> None:
         torch.testing.assert_close(weights(parts)[name], value, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["official", "token_mean"])
 def test_the_loss_is_the_stated_mean(kind: str) -> None:
     loop = make_loop(loss=kind, batch_sequences=10)
@@ -78,6 +78,7 @@ def test_padding_at_the_end_of_an_instance_changes_nothing(family: str) -> None:
     assert float(loop.step(0)[1]) == pytest.approx(sum(means) / 2, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_seed_gives_the_same_weights_and_it_learns(family: str) -> None:
     # GPT-2 has dropout: its random numbers must be a function of the step, too.
@@ -94,6 +95,7 @@ def test_another_seed_gives_other_weights() -> None:
     assert run(first)[-1].loss != run(other)[-1].loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_resumed_after_any_step_ends_bit_identical(tmp_path: Path, family: str) -> None:
     whole = make_loop(architecture=FAMILIES[family])

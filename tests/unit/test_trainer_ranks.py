@@ -14,7 +14,6 @@ import torch
 
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.loops import FakeSequences, make_loop, make_teacher, run, weights
-from tests.support.one_thread import one_thread as one_thread
 from tests.support.ranks import run_ranks
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoint import Checkpoints, SavedState
@@ -186,6 +185,7 @@ def _refuse() -> None:
     raise ConfigError("refused")
 
 
+@pytest.mark.slow
 def test_ranks_agree(tmp_path: Path) -> None:
     run_ranks(_agree, tmp_path)
     stop, fail = [3, Wish.STOP], [3, Wish.FAIL]
