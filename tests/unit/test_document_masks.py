@@ -101,6 +101,7 @@ def test_a_recurrent_model_is_refused_with_the_remedy() -> None:
         check_follows_positions(build(FAMILIES["mamba"]), VOCAB, "here")
 
 
+@pytest.mark.slow
 def test_the_trainer_checks_the_model_before_it_trains(tmp_path: Path) -> None:
     make_root(tmp_path)
     config = load_config(

@@ -217,6 +217,7 @@ def small(config: ExperimentConfig, metric: str = "heldout_nats_per_token") -> S
     return read_runs(config, ["small"], metric)["small"]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_points(config: ExperimentConfig, caplog: pytest.LogCaptureFixture) -> None:
     log_run(config, "small", 4.0, train={"steps": 50})
     log_run(config, "small", 3.5)
@@ -237,6 +238,7 @@ def test_finished_runs_are_points(config: ExperimentConfig, caplog: pytest.LogCa
         scaling(config, ScalingOptions())
 
 
+@pytest.mark.slow
 def test_a_metric_of_steps_is_a_curve_after_the_warm_up(config: ExperimentConfig) -> None:
     of = law(5e4, 0.6, 2.0)
     curve_of_run = [(step, of.loss(step * FLOP_A_STEP) + (step <= 10)) for step in range(1, 501)]
@@ -273,6 +275,7 @@ def test_runs_of_another_model_or_text_are_refused(
         small(config)
 
 
+@pytest.mark.slow
 def test_losses_on_an_external_set_name_its_text(config: ExperimentConfig) -> None:
     for text in ("t", "u"):
         with tracked_run(config, "small") as run:
@@ -284,6 +287,7 @@ def test_losses_on_an_external_set_name_its_text(config: ExperimentConfig) -> No
         small(config, "evaluate/dclm/official_loss")
 
 
+@pytest.mark.slow
 def test_without_a_store_or_runs_the_error_says_what_to_do(
     config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +302,7 @@ def test_without_a_store_or_runs_the_error_says_what_to_do(
     assert not (tmp_path / "empty").exists()
 
 
+@pytest.mark.slow
 def test_the_teachers_forward_passes_count_in_the_compute(config: ExperimentConfig) -> None:
     teacher = {"n_parameters": 4500}
     with tracked_run(config, "small") as run:

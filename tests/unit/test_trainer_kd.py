@@ -288,6 +288,7 @@ def test_a_reference_with_a_teacher_is_refused(root: Path) -> None:
         config_of(root, "train.kd_ratio=0.5")
 
 
+@pytest.mark.slow
 def test_document_masks_need_a_teacher_that_follows_them(root: Path) -> None:
     masks = "students.small.train.document_masks=true"
     bos = "models.teacher.bos_token=<|endoftext|>"
