@@ -11,7 +11,7 @@ from pathlib import Path
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.rules import is_random, resolve
+from miniplm_udf.config.rules import is_random_corpus
 from miniplm_udf.storage import Json
 from trainer.scaling import COVERAGE, IntervalEstimate, ScalingFit, compute_saved, extrapolate, fit_law
 from trainer.scaling_runs import StudentRuns, read_runs
@@ -122,7 +122,8 @@ def _baseline(config: ExperimentConfig, options: ScalingOptions, studies: dict[s
     """Name of the student with which a student is compared; None for a baseline, or if there is none."""
     if options.baseline is not None:
         return options.baseline if name != options.baseline else None
-    random = [other for other in studies if is_random(resolve(config.refine.corpora[config.students[other].corpus]))]
+    corpora, students = config.refine.corpora, config.students
+    random = [other for other in studies if is_random_corpus(corpora, students[other].corpus)]
     same_size = [other for other in random if studies[other].runs.n_parameters == studies[name].runs.n_parameters]
     return same_size[0] if same_size and name not in random else None
 

@@ -131,6 +131,10 @@ class ExperimentConfig:
 
     def _check_generate(self, generate: GenerateConfig) -> None:
         """Checks the lengths of `generate` against the model's context and the instances."""
+        check(
+            self.models[generate.model].path is not None,
+            f"generate.model: expected a model with a path, found {generate.model!r}, which this experiment trains",
+        )
         context, n_tokens = self.models[generate.model].context_tokens, generate.prompt_tokens + generate.new_tokens
         check(
             n_tokens <= context,

@@ -13,7 +13,6 @@ Source: SeqKD as arXiv 2410.17215 uses it: the first 768 tokens of each instance
 the rest of 1,024. Axes: B rows, T tokens, V vocabulary.
 """
 
-import dataclasses
 import gc
 import hashlib
 import logging

@@ -5,8 +5,8 @@ Spark worker; a scorer that is no model runs in the worker itself. In both cases
 (`engine`). Does no numerics. Loads neither torch nor pyspark when imported.
 
 Input: columns of SCORE_REQUEST_SCHEMA (`messages`), and columns to carry. Output: columns of SCORED_SCHEMA, or of
-GENERATED_SCHEMA, and the carried ones, one row for each pair of instance and alias. A retried task scores its rows again, with the same numbers
-to about 1e-6, so only the output of a finished task may be written.
+GENERATED_SCHEMA, and the carried ones, one row for each pair of instance and alias. A retried task scores its rows
+again, with the same numbers to about 1e-6, so only the output of a finished task may be written.
 """
 
 import itertools

@@ -1,7 +1,8 @@
 """Makes a model's scorer or generator where it will run: on the GPU that Spark assigned, else where torch can.
 
 Input: a model's config and description, and settings. Output: a `Scorer` or a `Generator`. Executor side; torch and
-pyspark are loaded inside the functions. A retried task makes its scorer again, or finds the one that the scorer process kept.
+pyspark are loaded inside the functions. A retried task makes its scorer again, or finds the one that the scorer process
+kept.
 """
 
 import dataclasses
