@@ -157,16 +157,16 @@ class Generator:
         """Fills in the results of a batch. Halves a batch that does not fit in memory; a single row then fails."""
         out_of_memory: str | None = None
         try:
-            found = self._forward([prompts[row] for row in rows], [ids[row] for row in rows])
+            continued = self._forward([prompts[row] for row in rows], [ids[row] for row in rows])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             out_of_memory = str(error) or type(error).__name__
         if out_of_memory is None:
-            for row, result in zip(rows, found, strict=True):
+            for row, result in zip(rows, continued, strict=True):
                 results[row] = result
             if self.on_progress is not None:
-                self.on_progress(sum(result.n_tokens for result in found if isinstance(result, Generation)))
+                self.on_progress(sum(result.n_tokens for result in continued if isinstance(result, Generation)))
             return
         # Outside the except block: the traceback would keep the tensors of the failed pass.
         gc.collect()
@@ -216,7 +216,7 @@ class Generator:
         )
 
     def _processors(self, watch: "_Watch", seeds: list[int]) -> Any:
-        """What changes the logits in each step: transformers' processors, then noise, so that the largest is a draw."""
+        """The processors of each step's logits: those of transformers, then noise, so that the largest is a draw."""
         from transformers import (
             LogitsProcessorList,
             SuppressTokensLogitsProcessor,

@@ -37,7 +37,7 @@ class Generation:
     """A text whose beginning a model has continued.
 
     Attributes:
-        token_ids: prompt and continuation, int32 little-endian, without a BOS; a separator that ends it is part of it.
+        token_ids: prompt and continuation, int32 little-endian, without a BOS but with the separator at the end.
         n_prompt_tokens: ids that are the text's own.
         end_reason: eos (the model ended the document), length (it reached the limit), or prompt (the text has no more
             tokens than a prompt, and nothing was generated).

@@ -24,8 +24,8 @@ class QueryFacts:
             query where several may write the table.
         source: the table of the root that the query reads; None for ingest, which reads the user's files or table.
         sample: share of the source's pool that the query takes, above 0 and at most 1.
-        revisions: model revisions by alias (score, score_matrix, generate), the revision of the proxy under `proxy`, or
-            that of the generation under `generation`.
+        revisions: model revisions by alias (score, score_matrix, generate); the revision of the proxy under `proxy`;
+            the revision of the generation under `generation`.
     """
 
     stage: str

@@ -221,7 +221,7 @@ def _proxy(checked: CheckedRoot) -> Iterator[Check]:
 
 
 def _generations(checked: CheckedRoot) -> Iterator[Check]:
-    """Checks that every instance of the pool, or of a share of it, has one generation of each revision, or a reject."""
+    """Checks that every instance of the pool, or of its sample, has one generation of each revision, or a reject."""
     from pyspark.sql import functions as F
 
     rows, instances = checked.table("generations"), checked.table("instances")

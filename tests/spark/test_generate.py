@@ -51,9 +51,9 @@ def config(folder: Path, tmp_path: Path) -> ExperimentConfig:
 
 def rows_of(spark: Any, config: ExperimentConfig) -> dict[str, Any]:
     rows = tables.read(spark, config.layout.table("generations")).collect()
-    found = {row["instance_id"]: row for row in rows}
-    assert len(found) == len(rows), "each instance once"
-    return found
+    by_id = {row["instance_id"]: row for row in rows}
+    assert len(by_id) == len(rows), "each instance once"
+    return by_id
 
 
 def ids_of(row: Any) -> list[int]:
@@ -70,23 +70,23 @@ def test_a_pool_is_continued_and_packed(spark: Any, config: ExperimentConfig, fo
     write_instances(spark, config, [*long, *short])
     write_instances(spark, config, texts(2, start=50), split="heldout")
     summary = generate.run(spark, config)
-    found = rows_of(spark, config)
-    assert found.keys() == set(map(instance_id, [*long, *short]))
+    rows = rows_of(spark, config)
+    assert rows.keys() == set(map(instance_id, [*long, *short]))
     for text in long:
-        row = found[instance_id(text)]
+        row = rows[instance_id(text)]
         assert ids_of(row)[:30] == tokenizer.encode(text, add_special_tokens=False).ids[:30]
         assert (row["n_prompt_tokens"], row["n_tokens"]) == (30, len(ids_of(row)) - 30)
         assert row["end_reason"] == ("eos" if ids_of(row)[-1] == 0 else "length")
         assert (row["source"], row["document_ids"], row["seed"]) == ("web", [text[:20]], 3)
-    row = found[instance_id("short")]
+    row = rows[instance_id("short")]
     assert (ids_of(row), row["end_reason"]) == ([*tokenizer.encode("short").ids, 0], "prompt")
     record = storage.read_json(config.layout.model_record("teacher"))
-    assert {row["model_revision"] for row in found.values()} == {record["model_revision"]}
+    assert {row["model_revision"] for row in rows.values()} == {record["model_revision"]}
     assert config.generate is not None
     revision = config.generate.revision(record["model_revision"])
-    assert {row["generation_revision"] for row in found.values()} == {revision} == {summary["revision"]}
+    assert {row["generation_revision"] for row in rows.values()} == {revision} == {summary["revision"]}
     assert (summary["generated"], summary["new_generated"], summary["rejected"]) == (6, 7, 0)
-    assert summary["tokens"] == sum(row["n_tokens"] for row in found.values()) > 0
+    assert summary["tokens"] == sum(row["n_tokens"] for row in rows.values()) > 0
     assert tables.read(spark, config.layout.table("generations")).schema == schemas.GENERATIONS.spark_schema()
 
     packed = pack.run(spark, config)["packed"]
@@ -95,7 +95,7 @@ def test_a_pool_is_continued_and_packed(spark: Any, config: ExperimentConfig, fo
     # The very ids, one row after another: consecutive sequences share one token.
     stream = [i for n, row in enumerate(sequences) for i in ids_of(row)[1 if n else 0 :]]
     stream = stream[: packed["generated/same"]["n_tokens"]]
-    parts = [ids_of(row) for row in found.values()]
+    parts = [ids_of(row) for row in rows.values()]
     assert len(stream) == sum(map(len, parts))
     parts.sort(key=lambda ids: next(n for n in range(len(stream)) if stream[n : n + len(ids)] == ids))
     assert [i for ids in parts for i in ids] == stream

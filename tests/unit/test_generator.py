@@ -14,7 +14,7 @@ from miniplm_udf.scoring.generator import Generator, _GumbelNoise, row_seed, uni
 from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.results import Failure, Generation
 from miniplm_udf.scoring.tokenizer import load_tokenizer
-from tests.support.tiny_models import BOS_ID, make_bos_folder, make_model_folder
+from tests.support.tiny_models import BOS_ID, FAMILIES, make_bos_folder, make_model_folder
 
 TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog and the tests of it" for n in range(5)]
 SETTINGS = GenerateConfig(prompt_tokens=12, new_tokens=20)
@@ -53,7 +53,9 @@ def test_a_continuation_does_not_depend_on_its_batch(folder: Path, temperature: 
     assert run(generator) == alone
 
 
-def test_a_greedy_continuation_is_that_of_a_plain_loop(folder: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_greedy_continuation_is_that_of_a_plain_loop(tmp_path: Path, family: str) -> None:
+    folder = make_model_folder(tmp_path, family)
     generator = make(folder, temperature=0.0)
     tokenizer = load_tokenizer(folder)
     for text, result in zip(TEXTS, run(generator), strict=True):
@@ -136,9 +138,9 @@ def test_a_row_with_nan_fails_alone(folder: Path) -> None:
         return output
 
     generator._model.forward = breaks
-    found = run(generator)
-    assert found[1] == Failure("nan_logits", "expected finite logits for each next token, found NaN")
-    assert [*found[:1], *found[2:]] == [*good[:1], *good[2:]]
+    results = run(generator)
+    assert results[1] == Failure("nan_logits", "expected finite logits for each next token, found NaN")
+    assert [*results[:1], *results[2:]] == [*good[:1], *good[2:]]
 
 
 def test_a_batch_that_does_not_fit_is_halved(folder: Path) -> None:
@@ -160,7 +162,7 @@ def test_a_batch_that_does_not_fit_is_halved(folder: Path) -> None:
         raise RuntimeError("CUDA out of memory")
 
     generator._model.generate = fits_none
-    assert {result.reason for result in run(generator)} == {"out_of_memory"}  # type: ignore[union-attr]
+    assert {result.reason for result in run(generator, TEXTS[:2])} == {"out_of_memory"}  # type: ignore[union-attr]
 
 
 def test_progress_is_reported_in_each_step_and_may_stop_the_batch(folder: Path) -> None:
@@ -196,8 +198,8 @@ def test_a_bos_stands_in_front_and_is_not_part_of_the_text(tmp_path: Path) -> No
 def test_the_random_numbers_are_those_of_splitmix64() -> None:
     # The first outputs for the seed 1234567, as published with other implementations.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    found = uniform(torch.tensor(1234567), torch.arange(1, 5))
-    assert found.tolist() == [((number >> 11) + 0.5) * 2.0**-53 for number in expected]
+    results = uniform(torch.tensor(1234567), torch.arange(1, 5))
+    assert results.tolist() == [((number >> 11) + 0.5) * 2.0**-53 for number in expected]
 
 
 def test_draws_follow_the_softmax() -> None:

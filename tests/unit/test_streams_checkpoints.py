@@ -51,7 +51,15 @@ def test_checkpoints_of_older_roots_are_told_by_their_names(tmp_path: Path) -> N
     assert {name: one.sample for name, one in found.items() if one.sample != 1} == {
         "score-a-1e-05": 1e-05, "generate-d-0.5": 0.5,
     }  # fmt: skip
-    assert [one.stage for one in found.values()] == ["follow", "generate", "ingest", "proxy", "score", "score", "score_matrix"]
+    assert [one.stage for one in found.values()] == [
+        "follow",
+        "generate",
+        "ingest",
+        "proxy",
+        "score",
+        "score",
+        "score_matrix",
+    ]
     score = found["score-a"]
     assert (score.id, score.batch_id) == ("00scorea", 11)
     assert score.offset is not None

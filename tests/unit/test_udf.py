@@ -459,12 +459,12 @@ def test_a_generator_gets_the_ids_and_its_rows_come_out() -> None:
     function = score_arrow({"teacher": GeneratorFactory()}, ("text",), sink, GENERATED_SCHEMA)
     batches = list(function(iter([batch])))
     assert all(out.schema.names == [*GENERATED_SCHEMA.names, "text"] for out in batches)
-    found = {row["instance_id"]: row for out in batches for row in out.to_pylist()}
-    assert {row["text"]: row["reason"] for row in found.values() if row["reason"]} == {
+    results_by_id = {row["instance_id"]: row for out in batches for row in out.to_pylist()}
+    assert {row["text"]: row["reason"] for row in results_by_id.values() if row["reason"]} == {
         "refuse": "no_tokens", "raise": "scorer_error", "kill": "scorer_crashed",
     }  # fmt: skip
     for n, text in enumerate(texts):
-        row = found[f"id{n}"]
+        row = results_by_id[f"id{n}"]
         assert row["text"] == text
         if row["reason"] is None:
             assert row["token_ids"] == f"{text} id{n} ".encode()
