@@ -247,7 +247,8 @@ class Meter:
         self._progressed()
         self._tokens += tokens
         now = time.monotonic()
-        if now - self._logged >= _LOG_EVERY_SECONDS:
+        # A generator reports its tokens after a batch, and 0 in each step before.
+        if self._tokens and now - self._logged >= _LOG_EVERY_SECONDS:
             self._logged = now
             seconds = self._seconds + now - self._since
             LOGGER.info("%s: %d tokens, %.0f tokens/s", self._alias, self._tokens, self._tokens / max(seconds, 1e-9))
