@@ -23,7 +23,7 @@ from miniplm_udf.layout import Root
 from miniplm_udf.schemas import GENERATE_STAGE
 from miniplm_udf.scores.gpus import scoring_profile
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.store import rejections, tables
+from miniplm_udf.store import batch_range, rejections, tables
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
 from miniplm_udf.streams.query import Query
@@ -100,7 +100,7 @@ class GenerationQuery(Query):
                 f"table {self._instances_uri}: expected instances to continue, found no table; run `miniplm ingest` "
                 "first"
             )
-        tables.create(spark, self._uri, schemas.GENERATIONS)
+        batch_range.create(spark, self._uri, schemas.GENERATIONS, self._instances_uri)
         tables.create(spark, self._rejects_uri, schemas.REJECTS)
         facts = QueryFacts(
             stage="generate", lease=f"generate-{plan.revision}", source="instances", sample=plan.settings.sample,
@@ -120,8 +120,8 @@ class GenerationQuery(Query):
         return rows.select(*(name for name in _REQUESTED if name != "model_ids"), *_CARRIED)
 
     def micro_batch(self, batch: "DataFrame", query_id: str, batch_id: int) -> None:
-        ids = batch.select("instance_id").persist()
-        known = ids.join(self._known(), "instance_id", "left_semi").persist()
+        ids = batch.select("instance_id", "instance_batch_id").persist()
+        known = self._known(ids).persist()
         self._accumulator.value = ScoreCounts()
         try:
             if ids.count() > known.count():
@@ -146,13 +146,15 @@ class GenerationQuery(Query):
     def backlog(self, offset: Any) -> int:
         return rows_behind(self._spark, self._instances_uri, offset)
 
-    def _known(self) -> "DataFrame":
-        """Ids of the instances that were continued or rejected with this revision."""
+    def _known(self, ids: "DataFrame") -> "DataFrame":
+        """Those of the ids whose instances were continued or rejected with this revision."""
         from pyspark.sql import functions as F
 
         done = tables.read(self._spark, self._uri).where(F.col("generation_revision") == self._plan.revision)
+        done = done.where(batch_range.condition(ids, self._uri, self._instances_uri))
         rejected = tables.read(self._spark, self._rejects_uri).where(F.col("stage") == self._plan.stage)
-        return done.select("instance_id").unionAll(rejected.select("instance_id"))
+        known = done.select("instance_id").unionAll(rejected.select("instance_id"))
+        return ids.select("instance_id").join(known, "instance_id", "left_semi")
 
     def _generate(self, batch: "DataFrame", known: "DataFrame", query_id: str, batch_id: int) -> None:
         """Continues the rows of a micro-batch that are not known, and commits them once."""
@@ -190,7 +192,7 @@ class GenerationQuery(Query):
 
         columns = "instance_id string, model_id string, reason string, detail string"
         reasons = self._spark.createDataFrame(failures, columns).dropDuplicates(["instance_id"])
-        failed = tables.missing_from(ids, self._known()).join(reasons.drop("model_id"), "instance_id", "left")
+        failed = tables.missing_from(ids, self._known(ids)).join(reasons.drop("model_id"), "instance_id", "left")
         failed = failed.withColumns(
             {"stage": F.lit(self._plan.stage), "reason": F.coalesce("reason", F.lit("not_generated"))}
         )

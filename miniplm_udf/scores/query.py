@@ -99,7 +99,7 @@ class ScoringQuery(Query):
             raise CorpusError(
                 f"table {plan.instances_uri}: expected instances to score, found no table; run `miniplm ingest` first"
             )
-        batch_range.create_scores(spark, plan.scores_uri, plan.instances_uri)
+        batch_range.create(spark, plan.scores_uri, schemas.SCORES, plan.instances_uri)
         tables.create(spark, plan.rejects_uri, schemas.REJECTS)
         facts = QueryFacts(
             stage="score", lease=checkpoint_name(plan.models, config.sample), source="instances", sample=config.sample,
