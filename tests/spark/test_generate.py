@@ -64,7 +64,7 @@ def wrong(spark: Any, config: ExperimentConfig) -> list[verify.Check]:
     return [check for check in verify.verify(spark, config.root) if not check.ok or check.behind]
 
 
-def test_a_pool_is_continued_and_packed(spark: Any, config: ExperimentConfig, folder: Path) -> None:
+def test_a_pool_is_continued(spark: Any, config: ExperimentConfig, folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     long, short = texts(6), ["short"]
     write_instances(spark, config, [*long, *short])
@@ -89,13 +89,22 @@ def test_a_pool_is_continued_and_packed(spark: Any, config: ExperimentConfig, fo
     assert summary["tokens"] == sum(row["n_tokens"] for row in rows.values()) > 0
     assert tables.read(spark, config.layout.table("generations")).schema == schemas.GENERATIONS.spark_schema()
 
+
+@pytest.mark.long
+def test_generated_texts_are_packed_verified_maintained_and_taken_down(spark: Any, config: ExperimentConfig) -> None:
+    two = {**config.students, "two": dataclasses.replace(config.students["one"], tokenizer="other")}
+    config = dataclasses.replace(config, students=two)
+    long = texts(6)
+    write_instances(spark, config, [*long, "short"])
+    summary = generate.run(spark, config)
+    assert wrong(spark, config) == []
     packed = pack.run(spark, config)["packed"]
-    assert packed["generated/same"]["n_instances"] == 7
+    assert {name: each["n_instances"] for name, each in packed.items()} == {"generated/other": 7, "generated/same": 7}
     sequences = tables.read(spark, packed["generated/same"]["path"]).orderBy("sequence_id").collect()
     # The very ids, one row after another: consecutive sequences share one token.
     stream = [i for n, row in enumerate(sequences) for i in ids_of(row)[1 if n else 0 :]]
     stream = stream[: packed["generated/same"]["n_tokens"]]
-    parts = [ids_of(row) for row in rows.values()]
+    parts = [ids_of(row) for row in rows_of(spark, config).values()]
     assert len(stream) == sum(map(len, parts))
     parts.sort(key=lambda ids: next(n for n in range(len(stream)) if stream[n : n + len(ids)] == ids))
     assert [i for ids in parts for i in ids] == stream
@@ -105,18 +114,6 @@ def test_a_pool_is_continued_and_packed(spark: Any, config: ExperimentConfig, fo
     assert newest.metadata is not None
     assert newest.metadata["refined_metadata"] == {"model_revisions": {"teacher": record["model_revision"]}}
     assert (newest.metadata["generation_revision"], newest.metadata["generation"]["seed"]) == (revision, 3)
-
-
-@pytest.mark.long
-def test_generated_texts_are_verified_maintained_and_taken_down(spark: Any, config: ExperimentConfig) -> None:
-    two = {**config.students, "two": dataclasses.replace(config.students["one"], tokenizer="other")}
-    config = dataclasses.replace(config, students=two)
-    long = texts(6)
-    write_instances(spark, config, [*long, "short"])
-    generate.run(spark, config)
-    assert wrong(spark, config) == []
-    packed = pack.run(spark, config)["packed"]
-    assert {name: each["n_instances"] for name, each in packed.items()} == {"generated/other": 7, "generated/same": 7}
     # Maintenance merges files and changes no row: nothing is packed again.
     assert "generations" in {table.table for table in maintain(spark, config).tables}
     assert all(each["skipped"] for each in pack.run(spark, config)["packed"].values())
@@ -169,7 +166,7 @@ def test_lost_checkpoints_other_seeds_and_shares_generate_only_what_is_missing(
     assert (reject["instance_id"], reject["reason"]) == (instance_id("fail again"), "no_tokens")
     assert wrong(spark, config) == []
 
-    # Another seed: other texts in the same table. A share of the pool, later all of it: only the rest is generated.
+    # Another seed: other texts in the same table. With a share of the pool first and all later, only the rest is generated then.
     assert config.generate is not None
     half = dataclasses.replace(config, generate=dataclasses.replace(config.generate, seed=4, sample=0.5))
     some = generate.run(spark, half, factory)["generated"]
