@@ -64,6 +64,7 @@ def wrong(spark: Any, config: ExperimentConfig) -> list[verify.Check]:
     return [check for check in verify.verify(spark, config.root) if not check.ok or check.behind]
 
 
+@pytest.mark.long
 def test_a_pool_is_continued(spark: Any, config: ExperimentConfig, folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     long, short = texts(6), ["short"]
@@ -112,8 +113,9 @@ def test_generated_texts_are_packed_verified_maintained_and_taken_down(spark: An
     newest = corpus_records.newest(packed["generated/same"]["path"])
     assert newest is not None
     assert newest.metadata is not None
-    assert newest.metadata["refined_metadata"] == {"model_revisions": {"teacher": record["model_revision"]}}
-    assert (newest.metadata["generation_revision"], newest.metadata["generation"]["seed"]) == (revision, 3)
+    assert newest.metadata["refined_metadata"] == {"model_revisions": {"teacher": summary["model_revision"]}}
+    assert newest.metadata["generation_revision"] == summary["revision"]
+    assert newest.metadata["generation"]["seed"] == 3
     # Maintenance merges files and changes no row: nothing is packed again.
     assert "generations" in {table.table for table in maintain(spark, config).tables}
     assert all(each["skipped"] for each in pack.run(spark, config)["packed"].values())
@@ -139,7 +141,14 @@ def test_a_killed_job_continues_each_instance_once(spark: Any, config: Experimen
 
     with mock.patch.object(tables, "append", killed), pytest.raises(Exception, match="killed between"):
         generate.run(spark, config, factory)
-    assert len(rows_of(spark, config)) == 4
+    rows = rows_of(spark, config)
+    for text in texts(4):
+        row = rows[instance_id(text)]
+        assert ids_of(row) == [*text.encode(), sum(text.encode())]
+        assert (row["n_prompt_tokens"], row["n_tokens"], row["end_reason"]) == (len(text.encode()), 1, "length")
+        assert (row["source"], row["document_ids"], row["seed"]) == ("web", [text[:20]], 3)
+    assert len(rows) == 4
+    assert tables.read(spark, config.layout.table("generations")).schema == schemas.GENERATIONS.spark_schema()
     summary = generate.run(spark, config, factory)
     assert calls(log) == sorted([*map(instance_id, [*texts(4), "fail now"])])
     assert (summary["generated"], summary["new_generated"], summary["rejected"]) == (4, 0, 1)
@@ -166,7 +175,7 @@ def test_lost_checkpoints_other_seeds_and_shares_generate_only_what_is_missing(
     assert (reject["instance_id"], reject["reason"]) == (instance_id("fail again"), "no_tokens")
     assert wrong(spark, config) == []
 
-    # Another seed: other texts in the same table. With a share of the pool first and all later, only the rest is generated then.
+    # Another seed: other texts in the same table. First for a share of the pool, then for all of it.
     assert config.generate is not None
     half = dataclasses.replace(config, generate=dataclasses.replace(config.generate, seed=4, sample=0.5))
     some = generate.run(spark, half, factory)["generated"]

@@ -1,6 +1,7 @@
 """Generation: a continuation depends on its own row alone, its tokens have the model's distribution, and it ends."""
 
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from miniplm_udf.config.generate import GenerateConfig
-from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.scoring.generator import Generator, _GumbelNoise, row_seed, uniform
 from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.results import Failure, Generation
 from miniplm_udf.scoring.tokenizer import load_tokenizer
+from miniplm_udf.workers.model_scorers import ModelGeneratorFactory, ModelScorerFactory
+from miniplm_udf.workers.worker_scorers import TextGenerator
 from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.tiny_models import BOS_ID, FAMILIES, make_bos_folder, make_model_folder
 
@@ -52,6 +55,17 @@ def test_a_continuation_does_not_depend_on_its_batch(folder: Path, temperature: 
     generator = make(folder, 5, temperature=temperature)
     assert run(generator, TEXTS[::-1], [f"id{n}" for n in range(5)][::-1])[::-1] == alone
     assert run(generator) == alone
+
+
+def test_the_factory_of_the_workers_makes_it(folder: Path) -> None:
+    config = ModelConfig(path=str(folder), context_tokens=64, window_overlap_tokens=8)
+    description = describe("teacher", config, "float32")
+    factory = ModelGeneratorFactory(config, description, SETTINGS, ScoreConfig())
+    generator = pickle.loads(pickle.dumps(factory))()
+    assert isinstance(generator, TextGenerator)
+    assert run(generator) == run(make(folder))
+    other_seed = dataclasses.replace(factory, settings=dataclasses.replace(SETTINGS, seed=1))
+    assert len({factory.key, other_seed.key, ModelScorerFactory(config, description, ScoreConfig()).key}) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -84,7 +84,7 @@ def test_lost_generations_are_named_with_their_remedy(tmp_path: Path, command: s
     log.mkdir(parents=True)
     (log / f"{0:020}.json").write_text("{}")
     if command == "generate":
-        with pytest.raises(CorpusError, match=r"tables/generations .*remove .*generate-abc and run again"):
+        with pytest.raises(CorpusError, match=r"tables/generations\b.*remove .*generate-abc and run again"):
             preflight._require_tables_of_queries(str(tmp_path), ("generate",))
     else:
         with pytest.raises(CorpusError, match=r"tables/generations, which .*remove the checkpoints generate-\*"):
