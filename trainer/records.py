@@ -41,6 +41,8 @@ class TrainingRecord:
         lineage: `userMetadata` of the packed table, or None if it has none.
         tokenizer_hash: hash of the tokenizer.json that the data was packed with; None in a file of an earlier version.
         tokenizer_file_hash: hash of the tokenizer.json in the model's folder; None in a file of an earlier version.
+        kd_ratio: share of the KL divergence from the teacher in the loss.
+        kd_teacher: the teacher (`teacher_loading.teacher_record`); None without one.
     """
 
     name: str
@@ -62,6 +64,8 @@ class TrainingRecord:
     lineage: Json | None
     tokenizer_hash: str | None = None
     tokenizer_file_hash: str | None = None
+    kd_ratio: float = 0.0
+    kd_teacher: Json | None = None
 
 
 @dataclasses.dataclass(frozen=True)
