@@ -1,11 +1,11 @@
-"""Packs refined corpora into token sequences for the students.
+"""Packs refined corpora, and generated texts, into token sequences for the students.
 
     miniplm pack -c conf/demo.yaml [key=value ...]
     spark-submit --properties-file conf/spark/local.conf jobs/pack.py -c conf/demo.yaml
 
-Reads `refined/<corpus>` and `instances`; writes `packed/<corpus>/<tokenizer>` and `models/tokenizer_<name>`. A corpus
-that is packed already, from the same version with the same tokenizer, is left as it is: a rerun continues after a kill.
-Driver only.
+Reads `refined/<corpus>`, `instances` and `generations`; writes `packed/<corpus>/<tokenizer>` and
+`models/tokenizer_<name>`. A corpus that is packed already, from the same version with the same tokenizer, is left as it
+is: a rerun continues after a kill. Driver only.
 """
 
 import dataclasses
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.generate import GENERATED
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.lease import Lease
-from miniplm_udf.packing.corpus import pack_corpus, pack_reference
+from miniplm_udf.packing.corpus import PackSummary, pack_corpus, pack_generated, pack_reference
 from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
@@ -43,11 +44,17 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
         raise ConfigError("students: expected at least one to pack for, found none")
     started = time.monotonic()
     with _lease(config):
-        packed = {f"{corpus}/{tokenizer}": pack_corpus(spark, config, corpus, tokenizer) for corpus, tokenizer in pairs}
+        packed = {f"{corpus}/{tokenizer}": _packed(spark, config, corpus, tokenizer) for corpus, tokenizer in pairs}
     return {
         "packed": {name: dataclasses.asdict(summary) for name, summary in packed.items()},
         "seconds": time.monotonic() - started,
     }
+
+
+def _packed(spark: "SparkSession", config: ExperimentConfig, corpus: str, tokenizer: str) -> PackSummary:
+    if config.generate is not None and corpus == GENERATED:
+        return pack_generated(spark, config, tokenizer)
+    return pack_corpus(spark, config, corpus, tokenizer)
 
 
 def run_reference(spark: "SparkSession", config: ExperimentConfig) -> Json:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
+from miniplm_udf.config.generate import GENERATED
 from miniplm_udf.config.rules import resolve
 from miniplm_udf.ingestion import text_sets
 from miniplm_udf.storage import Json
@@ -140,6 +141,23 @@ def refine_inputs(config: ExperimentConfig) -> list[Any]:
     return [to_dict(config.refine), scores, _versions(config, refine_reads(config))]
 
 
+def generate_inputs(config: ExperimentConfig) -> list[Any]:
+    """Lists what the generated texts depend on: settings, the model with the state of its files, and `instances`."""
+    generate = config.generate
+    if generate is None:
+        return []
+    model = config.models[generate.model]
+    state = storage.folder_state(model.path or "")
+    settings = [generate.settings, generate.sample, config.score.max_reject_share]
+    return [settings, to_dict(model), state, *_versions(config, ["instances"])]
+
+
+def generate_reads(config: ExperimentConfig) -> list[str]:
+    """The table of instances and the model that continues them."""
+    model = config.models[config.generate.model].path if config.generate else None
+    return ["instances", *([model] if model else [])]
+
+
 def _pairs(config: ExperimentConfig) -> list[tuple[str, str]]:
     """Each (corpus, tokenizer) that a student trains on."""
     return sorted({(student.corpus, student.tokenizer) for student in config.students.values()})
@@ -147,7 +165,12 @@ def _pairs(config: ExperimentConfig) -> list[tuple[str, str]]:
 
 def student_corpora(config: ExperimentConfig) -> list[str]:
     """Names of the tables of the corpora that students train on."""
-    return sorted({f"refined/{corpus}" for corpus, _ in _pairs(config)})
+    return sorted({_table_of(config, corpus) for corpus, _ in _pairs(config)})
+
+
+def _table_of(config: ExperimentConfig, corpus: str) -> str:
+    """Name of the table that a corpus is packed from."""
+    return "generations" if config.generate and corpus == GENERATED else f"refined/{corpus}"
 
 
 def packed(config: ExperimentConfig) -> list[str]:
@@ -158,7 +181,10 @@ def packed(config: ExperimentConfig) -> list[str]:
 def pack_inputs(config: ExperimentConfig) -> list[Any]:
     """The section `pack`, the students' tokenizers and the versions of their corpora."""
     corpora = sorted({corpus for corpus, _ in _pairs(config)})
-    versions = dict(zip(corpora, _versions(config, student_corpora(config)), strict=True))
+    tables = [_table_of(config, corpus) for corpus in corpora]
+    versions: Json = dict(zip(corpora, _versions(config, tables), strict=True))
+    if "generations" in tables:
+        versions["generation"] = generate_inputs(config)
     tokenizers = {name: to_dict(config.tokenizers[name]) for _, name in _pairs(config)}
     return [to_dict(config.pack), _pairs(config), versions, tokenizers]
 

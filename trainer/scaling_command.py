@@ -11,7 +11,7 @@ from pathlib import Path
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.rules import is_random, resolve
+from miniplm_udf.config.rules import is_random_corpus
 from miniplm_udf.storage import Json
 from trainer.scaling import COVERAGE, IntervalEstimate, ScalingFit, compute_saved, extrapolate, fit_law
 from trainer.scaling_runs import StudentRuns, read_runs
@@ -130,7 +130,7 @@ def _baseline(config: ExperimentConfig, options: ScalingOptions, studies: dict[s
 def _is_conventional(config: ExperimentConfig, name: str) -> bool:
     """Whether a student is trained on a random corpus, without a teacher."""
     student = config.students[name]
-    return student.train.kd_ratio == 0 and is_random(resolve(config.refine.corpora[student.corpus]))
+    return student.train.kd_ratio == 0 and is_random_corpus(config.refine.corpora, student.corpus)
 
 
 def _law(study: _Study, options: ScalingOptions) -> Json:

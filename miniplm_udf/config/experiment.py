@@ -22,6 +22,7 @@ from typing import Any
 from miniplm_udf import storage
 from miniplm_udf.config.annotate import AnnotateConfig
 from miniplm_udf.config.evaluate import EvaluateConfig
+from miniplm_udf.config.generate import GENERATED, GenerateConfig
 from miniplm_udf.config.overrides import apply_override
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig
 from miniplm_udf.config.rules import DEFAULT, load_rules, resolve
@@ -67,6 +68,7 @@ class ExperimentConfig:
     proxy: ProxyConfig | None = None
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
+    generate: GenerateConfig | None = None
     tokenizers: dict[str, TokenizerConfig] = dataclasses.field(default_factory=dict)
     pack: PackConfig = dataclasses.field(default_factory=PackConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -112,13 +114,15 @@ class ExperimentConfig:
                 "(`proxy: {}` takes the defaults)",
             )
         for name, student in self.students.items():
-            links += [(f"students.{name}.corpus", student.corpus, self.refine.corpora)]
+            links += [(f"students.{name}.corpus", student.corpus, self.trainable_corpora)]
             links += [(f"students.{name}.tokenizer", student.tokenizer, self.tokenizers)]
             if student.train.kd_ratio:
                 # The reference that this experiment trains is no teacher.
                 links += [
                     (f"students.{name}.train.kd_teacher", student.train.kd_teacher, self.models.keys() - {trained})
                 ]
+        if self.generate:
+            links += [("generate.model", self.generate.model, self.models)]
         for key, found, known in links:
             check(found in known, f"{key}: expected one of {sorted(known)}, found {found!r}{_nearest(found, known)}")
         for name, student in self.students.items():
@@ -128,12 +132,39 @@ class ExperimentConfig:
                 f"found {student.tokenizer!r}, which is trained on the corpus; set tokenizers.{student.tokenizer}.path "
                 "to the teacher's path, or kd_ratio: 0 for this student",
             )
+        if self.generate:
+            self._check_generate(self.generate)
         for alias, model in self.models.items():
             check(
                 model.path is not None or alias == trained,
                 f"models.{alias}.path: expected a folder, a hub name or a .gguf file, found nothing "
                 "(only the model that the section reference trains needs none)",
             )
+
+    def _check_generate(self, generate: GenerateConfig) -> None:
+        """Checks the lengths of `generate` against the model's context and the instances."""
+        check(
+            self.models[generate.model].path is not None,
+            f"generate.model: expected a model with a path, found {generate.model!r}, which this experiment trains",
+        )
+        context, n_tokens = self.models[generate.model].context_tokens, generate.prompt_tokens + generate.new_tokens
+        check(
+            n_tokens <= context,
+            f"generate: expected prompt_tokens + new_tokens of at most models.{generate.model}.context_tokens "
+            f"({context}), found {n_tokens}: lower generate.prompt_tokens or generate.new_tokens, or name a model with "
+            "a longer context in generate.model",
+        )
+        chunking = self.ingest.chunking
+        check(
+            chunking.tokenizer != generate.model or generate.prompt_tokens < chunking.max_tokens,
+            f"generate.prompt_tokens: expected less than ingest.chunking.max_tokens ({chunking.max_tokens}), found "
+            f"{generate.prompt_tokens}: no instance would be longer than its prompt; lower generate.prompt_tokens",
+        )
+        check(
+            GENERATED not in self.refine.corpora,
+            f"refine.corpora.{GENERATED}: expected another name, because the section generate makes a corpus of this "
+            "name; rename it",
+        )
 
     def _rule_links(self, place: str, corpus: CorpusConfig) -> list[tuple[str, str, Collection[str]]]:
         """Checks that the rule of a corpus exists; returns the links of its models, which must be scored."""
@@ -161,6 +192,11 @@ class ExperimentConfig:
     def scored_aliases(self) -> list[str]:
         """Aliases of the models that score, in the order of `models`."""
         return [alias for alias in self.models if not self.score.models or alias in self.score.models]
+
+    @property
+    def trainable_corpora(self) -> list[str]:
+        """Names of the corpora that a student may name: refined ones, and `generated` with the section `generate`."""
+        return [*self.refine.corpora, *([GENERATED] if self.generate else [])]
 
     @property
     def layout(self) -> Root:

@@ -126,6 +126,16 @@ def is_random(corpus: CorpusConfig) -> bool:
     return corpus.rule == "random" or (corpus.select is not None and corpus.select.rule == "random")
 
 
+def is_random_corpus(corpora: Mapping[str, CorpusConfig], name: str) -> bool:
+    """Whether a corpus that a student names is selected at random; generated texts are not.
+
+    Args:
+        corpora: the section `refine.corpora`.
+        name: name of the corpus.
+    """
+    return name in corpora and is_random(resolve(corpora[name]))
+
+
 def _name_of(corpus: CorpusConfig) -> str | None:
     return corpus.rule or (DEFAULT if corpus.score is None and not corpus.is_of_proxy else None)
 

@@ -1,7 +1,7 @@
 """Taking documents down by id: out of every table of a root, pinned versions too, for good. Driver only.
 
-    request -> recorded -> packed, refined, pinned -> annotations, proxy_scores, score_matrix, scores, rejects,
-            instances -> old files removed
+    request -> recorded -> packed, refined, pinned -> annotations, proxy_scores, generations, score_matrix, scores,
+            rejects, instances -> old files removed
 
 Input: a config and ids of documents. Every instance that holds a byte of one is removed whole, because a
 score belongs to the text that was scored; other documents lose the slices that they share with it. The rows to remove
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.takedown")
 
 # Tables with rows by instance id; each before those that it is made from.
-_BY_INSTANCE = ("annotations", "proxy_scores", "score_matrix", "scores", "rejects", "instances")
+_BY_INSTANCE = ("annotations", "proxy_scores", "generations", "score_matrix", "scores", "rejects", "instances")
 # Columns of annotations that name another instance.
 _NAMING = ("duplicate_of", "near_duplicate_of")
 
@@ -242,7 +242,15 @@ class _Removal:
             instances = tables.read(self._spark, self._config.layout.table("instances"))
             return not self._rows_of_gone(instances.where("split = 'reference'")).isEmpty()
         newest = corpus_records.newest(uri)
-        version = ((newest.metadata if newest else None) or {}).get("refined_version")
+        metadata = (newest.metadata if newest else None) or {}
+        if metadata.get("generation_revision") is not None:
+            generations = self._config.layout.table("generations")
+            # If the table is gone, the rows that were packed are not known.
+            return (
+                not tables.exists(self._spark, generations)
+                or not self._rows_of_gone(tables.read(self._spark, generations)).isEmpty()
+            )
+        version = metadata.get("refined_version")
         if version is None:
             return True
         try:

@@ -1,26 +1,29 @@
-"""Packs refined corpora, and the reference split, into tables of token sequences, one Delta version each.
+"""Packs refined corpora, generated texts and the reference split into token sequences, one Delta version each.
 
-Inputs: `refined/<corpus>`, joined to `instances` for its text; or the split `reference` of `instances`. Output: the
-table `packed/<corpus>/<tokenizer>` (`schemas.packed`), at least one file a shard, with consecutive sequence ids over
-all shards. Owns the stored order and the recorded origin of the table; `sequences.py` says what a sequence is. A stream
-goes to a shard by a hash of its id; in a shard, streams stand in the order of another hash, whatever their source, and
-the texts of a stream in the order of their ordinals and ids. Driver; executors make the tokens. The same inputs give
-the same rows and are not packed again: a retry finds the version, or replaces the table in one commit.
+Inputs: `refined/<corpus>`, joined to `instances` for its text; `generations`; or the split `reference` of `instances`.
+Output: the table `packed/<corpus>/<tokenizer>` (`schemas.packed`), at least one file a shard, with consecutive sequence
+ids over all shards. Owns the stored order and the recorded origin of the table; `sequences.py` says what a sequence is,
+`generated.py` how generated ids become sequences. A stream goes to a shard by a hash of its id; in a shard, streams
+stand in the order of another hash, whatever their source, and the texts of a stream in the order of their ordinals and
+ids. Driver; executors make the tokens. The same inputs give the same rows and are not packed again: a retry finds the
+version, or replaces the table in one commit.
 """
 
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.generate import GENERATED
+from miniplm_udf.config.rules import in_sample
 from miniplm_udf.config.sections import PackConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.packing.file_layout import packed_files
-from miniplm_udf.packing.tokenizers import TOKENIZER_FILE, PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
+from miniplm_udf.packing.generated import SequenceMaker, sequences_of_generations
+from miniplm_udf.packing.tokenizers import PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
+from miniplm_udf.scores.models import read_record
 from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.text_join import texts_of
@@ -70,15 +73,18 @@ class _Source:
     """The text to pack.
 
     Attributes:
-        corpus: name of the refined corpus, or `reference`.
+        corpus: name of the refined corpus, `generated` or `reference`.
         identity: versions of the tables that the text is read from; recorded with the packed version.
-        read: returns the rows (`instance_id` and TEXT_COLUMNS), and their number.
+        read: returns the rows (`instance_id`, `stream_id`, `ordinal` and the columns that `make` reads), and their
+            number.
+        make: makes the sequences of a shard's rows, on an executor.
         if_empty: message of the error that is raised if the text gives no sequence.
     """
 
     corpus: str
     identity: Json
     read: Callable[[], tuple["DataFrame", int]]
+    make: SequenceMaker
     if_empty: str
 
 
@@ -119,7 +125,55 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
         corpus=corpus,
         identity={"refined_version": version, "refined_metadata": newest.metadata},
         read=read,
+        make=_sequences_of_texts(tokenizer, config.pack),
         if_empty=f"refined/{corpus} keeps nothing: refine it again",
+    )
+    return _pack(config, source, tokenizer)
+
+
+def pack_generated(spark: "SparkSession", config: ExperimentConfig, tokenizer_name: str) -> PackSummary:
+    """Packs the texts that a model generated with the settings of the section `generate`, for one student tokenizer.
+
+    Args:
+        spark: a session.
+        config: the experiment.
+        tokenizer_name: name in the section `tokenizers`.
+
+    Raises:
+        ConfigError: there is no section `generate`, no such tokenizer, or its document separator is not one token.
+        CorpusError: nothing was generated with these settings.
+        ModelLoadError: a tokenizer cannot be loaded.
+    """
+    settings = config.generate
+    if settings is None:
+        raise ConfigError("generate: expected the section that makes the corpus `generated`, found none")
+    uri = config.layout.table("generations")
+    newest = corpus_records.newest(uri)
+    if newest is None:
+        raise CorpusError(f"table {storage.redact(uri)}: expected generated texts, found none; run `miniplm generate`")
+    model_revision = read_record(config, settings.model).model_revision
+    revision = settings.revision(model_revision)
+    generator_tokenizer = ensure_model_tokenizer(spark, config, settings.model)
+    tokenizer = ensure_tokenizer(spark, config, tokenizer_name)
+
+    def read() -> tuple["DataFrame", int]:
+        generations = tables.read(spark, uri, newest.version).where(f"generation_revision = '{revision}'")
+        rows = generations.where(in_sample(settings.sample))
+        return rows.selectExpr("instance_id", "instance_id AS stream_id", "0L AS ordinal", "token_ids"), rows.count()
+
+    source = _Source(
+        corpus=GENERATED,
+        identity={
+            "refined_version": None,
+            "refined_metadata": {"model_revisions": {settings.model: model_revision}},
+            "generations_version": newest.version,
+            "generation_revision": revision,
+            "generation": {**settings.settings, "sample": settings.sample},
+        },
+        read=read,
+        make=sequences_of_generations(generator_tokenizer, tokenizer, config.pack),
+        if_empty=f"table {storage.redact(uri)}: expected texts generated with the settings of the section generate, "
+        "found only others; run `miniplm generate`",
     )
     return _pack(config, source, tokenizer)
 
@@ -141,6 +195,13 @@ def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSumma
     uri = config.layout.table("instances")
     rows = tables.read(spark, uri).where("split = 'reference'").select("instance_id", *TEXT_COLUMNS)
     n_instances = rows.count()
+    if_empty = (
+        f"no text of the reference split in {storage.redact(uri)}: raise ingest.split.reference "
+        f"(now {config.ingest.split.reference}) and ingest into a new root, or ingest more text"
+    )
+    if not n_instances:
+        raise CorpusError(if_empty)
+    tokenizer = ensure_model_tokenizer(spark, config, config.reference.tokenizer)
     source = _Source(
         corpus="reference",
         identity={
@@ -149,12 +210,10 @@ def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSumma
             "instances_version": delta_log.newest_version(uri),
         },
         read=lambda: (rows, n_instances),
-        if_empty=f"no text of the reference split in {storage.redact(uri)}: raise ingest.split.reference "
-        f"(now {config.ingest.split.reference}) and ingest into a new root, or ingest more text",
+        make=_sequences_of_texts(tokenizer, config.pack),
+        if_empty=if_empty,
     )
-    if not n_instances:
-        raise CorpusError(source.if_empty)
-    return _pack(config, source, ensure_model_tokenizer(spark, config, config.reference.tokenizer))
+    return _pack(config, source, tokenizer)
 
 
 def _pack(config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -> PackSummary:
@@ -170,7 +229,8 @@ def _pack(config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -
         return _summary(uri, newest.version, recorded, skipped=True)
     rows, n_instances = source.read()
     # The counts go into the commit, so the sequences are kept until they are written.
-    sequences = _sequences(rows, config.pack, tokenizer).persist(StorageLevel.DISK_ONLY)
+    in_order = _in_stored_order(rows, config.pack.shards)
+    sequences = in_order.mapInArrow(_pack_function(source.make), _PACKED_DDL).persist(StorageLevel.DISK_ONLY)
     try:
         counts = _counts_by_shard(sequences)
         if not counts:
@@ -208,11 +268,6 @@ def _summary(uri: str, version: int, metadata: Json, skipped: bool) -> PackSumma
         storage.redact(uri), version, counts["n_sequences"], counts["n_tokens"], ", unchanged" if skipped else "",
     )  # fmt: skip
     return PackSummary(path=uri, version=version, skipped=skipped, **counts)
-
-
-def _sequences(rows: "DataFrame", pack: PackConfig, tokenizer: PackTokenizer) -> "DataFrame":
-    """The sequences of all shards, with columns as in _PACKED_DDL; `position` counts the sequences of a shard."""
-    return _in_stored_order(rows, pack.shards).mapInArrow(_pack_function(tokenizer, pack), _PACKED_DDL)
 
 
 def _counts_by_shard(sequences: "DataFrame") -> dict[int, "Row"]:
@@ -254,30 +309,43 @@ def _in_stored_order(rows: "DataFrame", shards: int) -> "DataFrame":
     return placed.repartitionById(shards, "shard").sortWithinPartitions(*order)
 
 
-def _pack_function(
-    tokenizer: PackTokenizer, settings: PackConfig
-) -> Callable[[Iterator["pa.RecordBatch"]], Iterator["pa.RecordBatch"]]:
-    """Makes the function of a task: rows of one shard in stored order to its sequences."""
+def _sequences_of_texts(tokenizer: PackTokenizer, settings: PackConfig) -> SequenceMaker:
+    """Makes the function from a shard's instances, with TEXT_COLUMNS, to its sequences."""
 
-    def pack_shard(batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
+    def make(batches: Iterator["pa.RecordBatch"]) -> Iterator["PackedSequence"]:
         from miniplm_udf.packing import sequences  # loads the tokenizer library, which a driver need not have
 
-        loaded = _load(tokenizer)
-        make = sequences.pack_instances if settings.sequences == "instance" else sequences.pack_texts
-        shard: int | None = None
-
         def texts() -> Iterator["InstanceText"]:
-            nonlocal shard
             for batch in batches:
                 columns = [batch.column(name).to_pylist() for name in TEXT_COLUMNS]
-                if shard is None and batch.num_rows:
-                    shard = batch.column("shard")[0].as_py()
                 for values in zip(*columns, strict=True):
                     yield sequences.InstanceText(*values)
 
+        pack = sequences.pack_instances if settings.sequences == "instance" else sequences.pack_texts
+        return pack(texts(), tokenizer.load(), tokenizer.document_separator_id, settings.sequence_length)
+
+    return make
+
+
+def _pack_function(make: SequenceMaker) -> Callable[[Iterator["pa.RecordBatch"]], Iterator["pa.RecordBatch"]]:
+    """Makes the function of a task: rows of one shard in stored order to its sequences, with columns as in _PACKED_DDL.
+
+    `position` counts the sequences of a shard.
+    """
+
+    def pack_shard(batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
+        shard: int | None = None
+
+        def rows() -> Iterator["pa.RecordBatch"]:
+            nonlocal shard
+            for batch in batches:
+                if shard is None and batch.num_rows:
+                    shard = batch.column("shard")[0].as_py()
+                yield batch
+
         group: list[PackedSequence] = []
         position = 0
-        for sequence in make(texts(), loaded, tokenizer.document_separator_id, settings.sequence_length):
+        for sequence in make(rows()):
             group.append(sequence)
             if len(group) == _ROWS_PER_BATCH:
                 yield _to_arrow(group, shard, position)
@@ -287,14 +355,6 @@ def _pack_function(
             yield _to_arrow(group, shard, position)
 
     return pack_shard
-
-
-def _load(tokenizer: PackTokenizer) -> Any:
-    from miniplm_udf.scoring.tokenizer import load_tokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / TOKENIZER_FILE).write_bytes(tokenizer.content)
-        return load_tokenizer(Path(folder))
 
 
 def _to_arrow(group: list["PackedSequence"], shard: int | None, position: int) -> "pa.RecordBatch":

@@ -15,7 +15,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
@@ -61,6 +61,10 @@ class PackTokenizer:
     def tokenizer_hash(self) -> str:
         """Hash of tokenizer.json, 32 hexadecimal digits, as `scoring.tokenizer.tokenizer_hash` gives for its folder."""
         return hashlib.sha256(self.content).hexdigest()[:32]
+
+    def load(self) -> Any:
+        """Loads the tokenizer with the `tokenizers` library. On an executor."""
+        return _loaded(self.content)
 
 
 def ensure_tokenizer(spark: "SparkSession", config: ExperimentConfig, name: str) -> PackTokenizer:
@@ -177,6 +181,14 @@ def _save(uri: str, tokenizer: PackTokenizer, identity: str) -> None:
 # --- on an executor ---
 
 
+def _loaded(content: bytes) -> Any:
+    from miniplm_udf.scoring.tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / TOKENIZER_FILE).write_bytes(content)
+        return load_tokenizer(Path(folder))
+
+
 def _checked(name: str, key: str, content: bytes, separator: str) -> PackTokenizer:
     """Checks a tokenizer.json and returns its tokenizer.
 
@@ -191,12 +203,9 @@ def _checked(name: str, key: str, content: bytes, separator: str) -> PackTokeniz
             with it can be evaluated on every byte.
         ModelLoadError: the tokenizer cannot be loaded.
     """
-    from miniplm_udf.scoring.tokenizer import load_tokenizer
     from miniplm_udf.scoring.tokenizer_checks import lost_differences
 
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / TOKENIZER_FILE).write_bytes(content)
-        tokenizer = load_tokenizer(Path(folder))
+    tokenizer = _loaded(content)
     lost = lost_differences(tokenizer)
     if lost:
         raise ConfigError(

@@ -207,7 +207,7 @@ def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, J
 
 
 def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[TableFacts]:
-    names = ["instances", "scores", "score_matrix", "proxy_scores", "rejects", "corpora"]
+    names = ["instances", "scores", "score_matrix", "proxy_scores", "generations", "rejects", "corpora"]
     names += [f"refined/{corpus}" for corpus in config.refine.corpora]
     packed = {f"packed/{student.corpus}/{student.tokenizer}" for student in config.students.values()}
     for name in names + sorted(packed):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT, task_columns
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.rules import is_random, resolve
+from miniplm_udf.config.rules import is_random_corpus
 from miniplm_udf.errors import mlflow_errors
 from miniplm_udf.report.summary import PipelineSummary
 from miniplm_udf.storage import Json
@@ -112,13 +112,12 @@ def students(config: ExperimentConfig) -> list[StudentFacts]:
         training = storage.read_json(config.layout.model(name, "training.json"))
         if training is None:
             continue
-        corpus = resolve(config.refine.corpora[student.corpus])
         facts.append(
             StudentFacts(
                 name=name,
                 corpus=student.corpus,
                 tokenizer=student.tokenizer,
-                is_random=is_random(corpus),
+                is_random=is_random_corpus(config.refine.corpora, student.corpus),
                 training=training,
                 evaluation=storage.read_json(config.layout.model(name, "evaluation.json")) or {},
                 curve=_curve(config, training.get("run_id")),

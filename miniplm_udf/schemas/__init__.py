@@ -16,6 +16,8 @@ SPLITS = ("pool", "reference", "heldout")
 
 # `rejects.stage` of an instance that a model could not score: this prefix and the model's revision.
 SCORE_STAGE = "score:"
+# The same of an instance that a model could not continue, with the revision of the generation.
+GENERATE_STAGE = "generate:"
 
 _QUERY = (
     Column("query_id", "string", "id of the query that wrote the row (new with every new checkpoint)"),
@@ -95,17 +97,41 @@ PROXY_SCORES = Table(
     ),
 )
 
+GENERATIONS = Table(
+    name="generations",
+    key=("instance_id", "generation_revision"),
+    statistics=("instance_id", "generation_revision", "instance_batch_id", "query_id", "batch_id"),
+    columns=(
+        Column("instance_id", "string", "the instance whose beginning is the prompt"),
+        Column("generation_revision", "string", "hash of the model's revision and of all settings but `sample`"),
+        Column("model_id", "string", "alias in the config, for people"),
+        Column("model_revision", "string", "hash of weights, dtype, separator and prefix tokens, context"),
+        Column("tokenizer_hash", "string", "hash of the tokenizer that the ids belong to"),
+        Column("token_ids", "binary", "prompt and continuation, int32 little-endian, without a BOS"),
+        Column("n_prompt_tokens", "int64", "ids at the beginning that are the instance's own"),
+        Column("n_tokens", "int64", "generated ids, after the prompt"),
+        Column("end_reason", "string", "eos, length, or prompt: no longer than a prompt, so nothing was generated"),
+        Column("seed", "int64", "`generate.seed`"),
+        Column("source", "string", "domain of the instance"),
+        Column("document_ids", "list<string>", "documents in the instance"),
+        INSTANCE_BATCH_ID,
+        Column("run_id", "string", "the command that generated it"),
+        Column("generated_at", "timestamp", "when the micro-batch was written"),
+        *_QUERY,
+    ),
+)
+
 REJECTS = Table(
     name="rejects",
     key=("reject_id",),
     statistics=("stage", "reason", "query_id", "batch_id"),
     columns=(
         Column("reject_id", "string", "hash of stage, reason, place and bytes"),
-        Column("stage", "string", "ingest, or score:<model_revision>"),
+        Column("stage", "string", "ingest, score:<model_revision>, or generate:<generation_revision>"),
         Column("reason", "string", "a fixed word, e.g. invalid_json"),
         Column("detail", "string", "what was found, as a sentence", nullable=True),
         Column("source_file", "string", "the file it came from", nullable=True),
-        Column("instance_id", "string", "the instance that could not be scored", nullable=True),
+        Column("instance_id", "string", "the instance that could not be scored or continued", nullable=True),
         Column("raw", "binary", "the offending bytes, cut to 4,096", nullable=True),
         Column("n_bytes", "int64", "their full length", nullable=True),
         Column("rejected_at", "timestamp", "when the micro-batch was written"),

@@ -63,7 +63,7 @@ class MatrixQuery(Query):
         super().__init__("score_matrix", facts, checkpoint_uri)
         self._spark, self._revisions, self._root, self._config = spark, revisions, root, config
         self._scores_uri = root.table("scores")
-        batch_range.create_scores(spark, self._scores_uri, root.table("instances"))
+        batch_range.create(spark, self._scores_uri, schemas.SCORES, root.table("instances"))
 
     def source(self) -> "DataFrame":
         # Only here are the leases held: before, another driver could be using the checkpoint.

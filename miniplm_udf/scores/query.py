@@ -24,7 +24,7 @@ from miniplm_udf.schemas import SCORE_STAGE
 from miniplm_udf.scores.gpus import scoring_profile
 from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.store import batch_range, delta_log, tables
+from miniplm_udf.store import batch_range, delta_log, rejections, tables
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
 from miniplm_udf.streams.offsets import end_offset, is_behind
@@ -99,7 +99,7 @@ class ScoringQuery(Query):
             raise CorpusError(
                 f"table {plan.instances_uri}: expected instances to score, found no table; run `miniplm ingest` first"
             )
-        batch_range.create_scores(spark, plan.scores_uri, plan.instances_uri)
+        batch_range.create(spark, plan.scores_uri, schemas.SCORES, plan.instances_uri)
         tables.create(spark, plan.rejects_uri, schemas.REJECTS)
         facts = QueryFacts(
             stage="score", lease=checkpoint_name(plan.models, config.sample), source="instances", sample=config.sample,
@@ -350,26 +350,8 @@ def _reject(
     reasons = spark.createDataFrame(failures, columns).dropDuplicates(["instance_id", "model_id"])
     unscored = unscored.join(reasons, ["instance_id", "model_id"], "left")
     stage = F.concat(F.lit(SCORE_STAGE), F.col("model_revision"))
-    rows = unscored.select(
-        # Without the reason, which a replay no longer knows, so that the replay makes the same id.
-        F.md5(F.concat_ws("/", stage, "instance_id").cast("binary")).alias("reject_id"),
-        stage.alias("stage"),
-        F.coalesce("reason", F.lit("not_scored")).alias("reason"),
-        "detail",
-        F.lit(None).cast("string").alias("source_file"),
-        "instance_id",
-        F.lit(None).cast("binary").alias("raw"),
-        F.lit(None).cast("bigint").alias("n_bytes"),
-        F.current_timestamp().alias("rejected_at"),
-        F.lit(query_id).alias("query_id"),
-        F.lit(batch_id).cast("bigint").alias("batch_id"),
-    ).persist()
-    try:
-        # If an earlier attempt has written them, Delta drops the write by its (query_id, batch_id).
-        if not rows.isEmpty():
-            tables.append(rows, plan.rejects_uri, schemas.REJECTS, query_id, batch_id)
-    finally:
-        rows.unpersist()
+    rows = unscored.withColumns({"stage": stage, "reason": F.coalesce("reason", F.lit("not_scored"))})
+    rejections.append(rows, plan.rejects_uri, query_id, batch_id)
 
 
 def totals(spark: "SparkSession", plan: ScoringPlan) -> dict[str, int]:

@@ -23,6 +23,7 @@ from miniplm_udf.scoring.batching import length_limit
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.head import Head
 from miniplm_udf.scoring.inputs import EncodedText, TextEncoder, TextTokenizer, Tokenized
+from miniplm_udf.scoring.memory import is_out_of_memory
 from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.windows import Window, batches, windows
 
@@ -213,7 +214,7 @@ class Scorer:
         try:
             nll, n_scored = self._forward(jobs, encoded)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             out_of_memory = str(error) or type(error).__name__
         if out_of_memory is None:
@@ -271,15 +272,3 @@ def _finished(item: EncodedText | Failure, total: float) -> Score | Failure:
     if not math.isfinite(total):
         return Failure("nan_score", f"expected a finite sum over {n_tokens} tokens, found {total}")
     return Score(total, n_tokens, item.n_bytes)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory is full: CUDA has a class for it, the CPU allocator only a message."""
-    message = str(error).lower()
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "out of memory" in message
-        or "can't allocate memory" in message
-        or "alloc_failed" in message  # cuBLAS, cuDNN
-        or "bad_alloc" in message
-    )

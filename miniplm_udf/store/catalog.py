@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 _NAMES = (
-    "instances", "annotations", "scores", "score_matrix", "proxy_scores", "rejects", "corpora", "pins", "takedowns",
+    "instances", "annotations", "scores", "score_matrix", "proxy_scores", "generations", "rejects", "corpora", "pins",
+    "takedowns",
 )  # fmt: skip
 
 

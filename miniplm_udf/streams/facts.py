@@ -19,12 +19,13 @@ class QueryFacts:
     """Facts about a query that are known before it runs.
 
     Attributes:
-        stage: ingest, score, score_matrix, follow or proxy.
+        stage: ingest, score, score_matrix, follow, proxy or generate.
         lease: name of the lease that the query's driver holds: of the only table that the query writes, or of this one
             query where several may write the table.
         source: the table of the root that the query reads; None for ingest, which reads the user's files or table.
         sample: share of the source's pool that the query takes, above 0 and at most 1.
-        revisions: model revisions by alias (score, score_matrix), or the revision of the proxy under `proxy`.
+        revisions: model revisions by alias (score, score_matrix, generate); the revision of the proxy under `proxy`;
+            the revision of the generation under `generation`.
     """
 
     stage: str
@@ -88,9 +89,11 @@ def _facts_in_name(name: str) -> QueryFacts:
     Names of other queries, which this project did not start, have no stage that anything here looks for.
     """
     stage, *rest = name.split("-", 2)
-    if stage == "score":
+    if stage in ("score", "generate"):
         sample = float(rest[1]) if len(rest) == 2 else 1.0
-        return QueryFacts(stage=stage, lease=name, source="instances", sample=sample)
+        # One driver at a time generates with a model, seed and settings, whatever the share.
+        lease = name if stage == "score" else "-".join((stage, *rest[:1]))
+        return QueryFacts(stage=stage, lease=lease, source="instances", sample=sample)
     leases = {"ingest": "ingest", "score_matrix": "score_matrix", "proxy": "proxy_scores"}
     sources = {"score_matrix": "scores", "follow": "score_matrix", "proxy": "instances"}
     return QueryFacts(stage=stage, lease=leases.get(stage, name), source=sources.get(stage))

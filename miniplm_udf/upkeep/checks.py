@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _N_EXAMPLES = 5
 # In the order of reading: each table is written after those that follow it here.
-TABLES = ("corpora", "proxy_scores", "score_matrix", "scores", "rejects", "annotations", "instances")
+TABLES = ("corpora", "generations", "proxy_scores", "score_matrix", "scores", "rejects", "annotations", "instances")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,9 @@ ABANDONED_DAYS = 30.0
 _LONGEST_WRITE_HOURS = 24.0
 # Added to the age of the version that a query reads, because clocks differ and files are replaced around its commit.
 _MARGIN_HOURS = 1.0
-_MERGED = ("instances", "annotations", "scores", "score_matrix", "proxy_scores", "rejects", "document_keys")
+_MERGED = (
+    "instances", "annotations", "scores", "score_matrix", "proxy_scores", "generations", "rejects", "document_keys",
+)  # fmt: skip
 _OTHERS = ("corpora", "pins", "takedowns")
 # Users return to versions of these tables, so their files are kept for years unless a retention is given.
 _VERSIONED = ("refined", "packed")
@@ -179,8 +181,10 @@ def _writers(root: str, name: str, queries: list[Checkpoint]) -> list[Lease]:
         corpus = name.removeprefix("refined/")
         return [Lease(Root(root).lease(f"refined-{corpus}"), name, waits=True)]
     scoring = sorted(query.lease for query in queries if query.stage == "score")
+    generating = sorted({query.lease for query in queries if query.stage == "generate"})
     leases = {"instances": ["ingest"], "document_keys": ["ingest"], "scores": scoring, "score_matrix": ["score_matrix"]}
-    leases |= {"rejects": ["ingest", *scoring], "annotations": ["annotations"], "proxy_scores": ["proxy_scores"]}
+    leases |= {"rejects": ["ingest", *scoring, *generating], "annotations": ["annotations"]}
+    leases |= {"proxy_scores": ["proxy_scores"], "generations": generating}
     return [Lease(Root(root).lease(lease), lease) for lease in leases[name]]
 
 

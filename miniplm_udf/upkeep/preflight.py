@@ -32,13 +32,20 @@ LOGGER = logging.getLogger("miniplm.preflight")
 
 # The queries that a command runs, by the stage in their facts.
 _SCORING = ("score", "score_matrix")
-_QUERIES = {"ingest": ("ingest",), "score": _SCORING, "proxy": ("proxy",), "stream": ("ingest", *_SCORING)}
+_QUERIES = {
+    "ingest": ("ingest",),
+    "score": _SCORING,
+    "proxy": ("proxy",),
+    "generate": ("generate",),
+    "stream": ("ingest", *_SCORING),
+}
 # The tables that a query writes, by its stage. The queries in `_REBUILT` build their tables again by themselves.
 _WRITES = {
     "ingest": ("instances", "rejects"),
     "score": ("scores", "rejects"),
     "score_matrix": ("score_matrix",),
     "proxy": ("proxy_scores",),
+    "generate": ("generations", "rejects"),
 }
 _REBUILT = ("score_matrix", "proxy")
 _EFFECT_OF_REMOVAL = {
@@ -46,6 +53,7 @@ _EFFECT_OF_REMOVAL = {
     "score": "`miniplm score` then reads all instances again, and scores those that have no score in `scores`",
     "score_matrix": "`miniplm score` then builds the matrix again from `scores`",
     "proxy": "`miniplm proxy` then predicts all instances again",
+    "generate": "`miniplm generate` then reads all instances again, and continues those without a row in `generations`",
 }
 # The remedy for a lost table that has no copy, by the first part of its name.
 _REMEDIES = {
@@ -55,6 +63,7 @@ _REMEDIES = {
     "scores": f"remove the checkpoints score-* and score_matrix-*: {_EFFECT_OF_REMOVAL['score']}",
     "score_matrix": "run `miniplm score`, which builds it again from `scores`",
     "proxy_scores": "run `miniplm proxy`, which predicts all instances again",
+    "generations": f"remove the checkpoints generate-*: {_EFFECT_OF_REMOVAL['generate']}",
     "annotations": "run `miniplm annotate`, which makes it again",
     "corpora": "run `miniplm refine`, which records the newest version of each corpus again; older ones are forgotten",
     "refined": "refine under another name in refine.corpora: new versions would get the numbers of the recorded ones",
@@ -73,6 +82,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "annotate": ("instances",),
     "reference": ("instances",),
     "proxy": ("instances", "score_matrix"),
+    "generate": ("instances",),
     "refine": ("score_matrix",),
     "refine --follow": ("score_matrix",),
     "pack": ("instances",),

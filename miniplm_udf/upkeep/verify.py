@@ -20,7 +20,16 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.ingestion.batches import REFUSED_PREFIX
 from miniplm_udf.ingestion.documents import STAGE as INGEST_STAGE
 from miniplm_udf.layout import Root
-from miniplm_udf.schemas import DOCUMENT_KEYS, INSTANCES, PROXY_SCORES, REJECTS, SCORE_STAGE, SCORES
+from miniplm_udf.schemas import (
+    DOCUMENT_KEYS,
+    GENERATE_STAGE,
+    GENERATIONS,
+    INSTANCES,
+    PROXY_SCORES,
+    REJECTS,
+    SCORE_STAGE,
+    SCORES,
+)
 from miniplm_udf.store import batch_range, tables, takedowns
 from miniplm_udf.streams.checkpoints import Checkpoint
 from miniplm_udf.upkeep import preflight, verify_annotations, verify_files, verify_versions
@@ -55,6 +64,7 @@ def verify(spark: "SparkSession", root: str) -> list[Check]:
     checks += [_scores] if checked.has("scores") else []
     checks += [_matrix] if checked.has("score_matrix") and checked.has("scores") else []
     checks += [_proxy] if checked.has("proxy_scores") else []
+    checks += [_generations] if checked.has("generations") else []
     checks += [verify_versions.corpora_of] if checked.has("corpora") else []
     checks += [verify_versions.pinned] if tables.exists(spark, Root(checked.root).table("pins")) else []
     if tables.exists(spark, Root(checked.root).table("takedowns")):
@@ -159,7 +169,7 @@ def _scores(checked: CheckedRoot) -> Iterator[Check]:
         share = max((query.sample for query in queries), default=1.0)
         wanted = pool.where(in_sample(share))
         alias = aliases.get(revision, revision[:8])
-        name = f"{alias}: {'pool' if share >= 1 else f'{share:g} of the pool'} = scored + rejected"
+        name = f"{alias}: {_of_pool(share)} = scored + rejected"
         yield _pool(checked, name, wanted, of_revision, queries)
 
 
@@ -208,6 +218,37 @@ def _proxy(checked: CheckedRoot) -> Iterator[Check]:
     wrote = {row[0] for row in rows.select("query_id").distinct().collect()}
     queries = [query for query in checked.queries if query.id in wrote]
     yield _pool(checked, "proxy_scores: pool = predicted", pool, rows, queries)
+
+
+def _generations(checked: CheckedRoot) -> Iterator[Check]:
+    """Checks that every instance of the pool, or of its sample, has one generation of each revision, or a reject."""
+    from pyspark.sql import functions as F
+
+    rows, instances = checked.table("generations"), checked.table("instances")
+    pool = instances.where("split = 'pool'").select("instance_id")
+    yield unique(rows, "generations", GENERATIONS.key)
+    yield none("generations: each is of an instance", tables.missing_from(rows, pool), "instance_id")
+    wrong = rows.where("length(token_ids) <> 4 * (n_prompt_tokens + n_tokens)")
+    yield none("generations: each has as many ids as it says", wrong, "instance_id")
+    done = rows.select("instance_id", "generation_revision", "query_id")
+    if checked.has("rejects"):
+        rejects = checked.table("rejects").where(f"stage LIKE '{GENERATE_STAGE}%'")
+        revision = f"substring(stage, {len(GENERATE_STAGE) + 1}) AS generation_revision"
+        rejects = rejects.selectExpr("instance_id", revision, "query_id")
+        both = rejects.join(rows, ["instance_id", "generation_revision"], "left_semi")
+        yield none("generations: a rejected instance has none", both, "instance_id")
+        done = done.unionAll(rejects)
+    wrote = [tuple(row) for row in done.select("generation_revision", "query_id").distinct().collect()]
+    for revision in sorted({revision for revision, _ in wrote}):
+        queries = [query for query in checked.queries if (revision, query.id) in wrote]
+        share = max((query.sample for query in queries), default=1.0)
+        of_revision = done.where(F.col("generation_revision") == revision)
+        name = f"generation {revision[:8]}: {_of_pool(share)} = generated + rejected"
+        yield _pool(checked, name, pool.where(in_sample(share)), of_revision, queries)
+
+
+def _of_pool(share: float) -> str:
+    return "pool" if share >= 1 else f"{share:g} of the pool"
 
 
 def _matrix(checked: CheckedRoot) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""Scores slices with the scorers of this process: gives each row to its scorers, and turns errors into failures.
+"""Runs the scorers of this process on slices: gives each row to its scorers, and turns errors into failures.
 
 Input: a slice of Spark's rows; output: its scored rows and their `ScoreCounts`. `prepare` decodes and tokenizes in a
 thread that works ahead; `score` runs the models. Where a scorer raises, it is called again with each half of the texts,
@@ -18,8 +18,14 @@ from miniplm_udf import errors
 from miniplm_udf.scoring.results import Failure
 from miniplm_udf.workers.score_counts import ScoreCounts
 from miniplm_udf.workers.scorer_wire import ConnectionClosed
-from miniplm_udf.workers.slices import rows_by_alias, scored_rows
-from miniplm_udf.workers.worker_scorers import KeptScorer, ScorerLike, TokenizingScorer, WorkerScorers
+from miniplm_udf.workers.slices import result_rows, rows_by_alias
+from miniplm_udf.workers.worker_scorers import (
+    KeptScorer,
+    TextGenerator,
+    TokenizingScorer,
+    WorkerScorer,
+    WorkerScorers,
+)
 
 LOGGER = logging.getLogger("miniplm.udf")
 
@@ -52,12 +58,14 @@ class Texts:
         texts: the instances' texts, None where a row has none.
         segment_ends: UTF-8 byte offsets where one document ends and the next begins.
         ends_document: whether the text ends at a document's end.
+        ids: ids of the instances.
         tokenized: by tokenizer hash, what `TokenizingScorer.tokenize` returned.
     """
 
     texts: Sequence[str | None]
     segment_ends: Sequence[Sequence[int]]
     ends_document: Sequence[bool]
+    ids: Sequence[str]
     tokenized: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     def pick(self, rows: Sequence[int] | None) -> "Texts":
@@ -70,10 +78,14 @@ class Texts:
             return self
         tokenized: dict[str, Sequence[Any]] = {name: _pick(values, rows) for name, values in self.tokenized.items()}
         return Texts(
-            _pick(self.texts, rows), _pick(self.segment_ends, rows), _pick(self.ends_document, rows), tokenized
+            texts=_pick(self.texts, rows),
+            segment_ends=_pick(self.segment_ends, rows),
+            ends_document=_pick(self.ends_document, rows),
+            ids=_pick(self.ids, rows),
+            tokenized=tokenized,
         )
 
-    def tokenized_by(self, scorer: TokenizingScorer) -> Sequence[Any]:
+    def tokenized_by(self, scorer: TokenizingScorer | TextGenerator) -> Sequence[Any]:
         """Returns the tokenized texts, one entry per row; tokenizes only once per `tokenizer_hash`.
 
         Args:
@@ -83,12 +95,14 @@ class Texts:
             self.tokenized[scorer.tokenizer_hash] = scorer.tokenize(self.texts, self.segment_ends)
         return self.tokenized[scorer.tokenizer_hash]
 
-    def scored_by(self, scorer: ScorerLike) -> Sequence[Any]:
-        """Scores the texts and returns one result per row.
+    def results_of(self, scorer: WorkerScorer) -> Sequence[Any]:
+        """Scores or continues the texts and returns one result per row.
 
         Args:
-            scorer: the scorer; if it is a `TokenizingScorer`, the texts are tokenized in a separate call.
+            scorer: the scorer; if it is no plain `ScorerLike`, the texts are tokenized in a separate call.
         """
+        if isinstance(scorer, TextGenerator):
+            return scorer.generate(self.tokenized_by(scorer), self.ends_document, self.ids)
         if isinstance(scorer, TokenizingScorer):
             return scorer.score_tokenized(self.tokenized_by(scorer), self.ends_document)
         return scorer.score(self.texts, self.segment_ends, self.ends_document)
@@ -114,15 +128,16 @@ class PreparedSlice:
 
 
 class Engine:
-    """Scores the slices of one call.
+    """Runs the scorers on the slices of one call.
 
     Args:
         scorers: the scorers of the call.
         carried: names of the columns that come out unchanged, the instance's id first.
+        schema: columns of the results: SCORED_SCHEMA or GENERATED_SCHEMA.
     """
 
-    def __init__(self, scorers: WorkerScorers, carried: Sequence[str]) -> None:
-        self._scorers, self._carried = scorers, list(carried)
+    def __init__(self, scorers: WorkerScorers, carried: Sequence[str], schema: pa.Schema) -> None:
+        self._scorers, self._carried, self._schema = scorers, list(carried), schema
 
     def prepare(self, rows: pa.RecordBatch) -> PreparedSlice:
         """Decodes rows, and tokenizes them for the scorers that are made already. Called by the reading thread.
@@ -137,10 +152,11 @@ class Engine:
             texts=rows.column("text").to_pylist(),
             segment_ends=[ends or () for ends in segment_ends.to_pylist()] if in_many_segments else [()] * len(rows),
             ends_document=[bool(ends) for ends in rows.column("ends_document").to_pylist()],
+            ids=rows.column("instance_id").to_pylist(),
         )
         prepared = PreparedSlice(rows.select(self._carried), texts, rows_by_alias(rows.column("model_ids")))
         for scorer in map(self._scorers.existing, prepared.rows_of):
-            if isinstance(scorer, TokenizingScorer):
+            if isinstance(scorer, TokenizingScorer | TextGenerator):
                 _tokenize_ahead(texts, scorer)
         return prepared
 
@@ -163,14 +179,14 @@ class Engine:
             with self._scorers.meter(alias).working(scorer.scorer, counts):
                 results = _results(prepared.texts.pick(rows), alias, scorer)
             carried = prepared.carried if rows is None else prepared.carried.take(pa.array(rows, pa.int64()))
-            batch, batch_counts = scored_rows(carried, alias, results)
+            batch, batch_counts = result_rows(carried, alias, results, self._schema)
             batches.append(batch)
             counts.add(batch_counts)
         self._scorers.slice_done()
         return batches, counts
 
 
-def _tokenize_ahead(texts: Texts, scorer: TokenizingScorer) -> None:
+def _tokenize_ahead(texts: Texts, scorer: TokenizingScorer | TextGenerator) -> None:
     try:
         texts.tokenized_by(scorer)
     except _NO_FAULT_OF_A_TEXT:
@@ -183,7 +199,7 @@ def _results(texts: Texts, alias: str, scorer: KeptScorer) -> Sequence[Any]:
     """One result for each text. Where the scorer raises, scores each half by itself."""
     n = len(texts.texts)
     try:
-        results = texts.scored_by(scorer.scorer)
+        results = texts.results_of(scorer.scorer)
     except _NO_FAULT_OF_A_TEXT:
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception

@@ -1,7 +1,7 @@
-"""The rows that Spark and the executors' functions exchange when they score, each declared once as an Arrow schema.
+"""The rows that Spark and the executors' functions exchange when models run, each declared once as an Arrow schema.
 
-Owns the columns of a request to score and of a scored row, and the conversion of an Arrow schema to the DDL string that
-`DataFrame.mapInArrow` takes. Driver and executor side; pure.
+Owns the columns of a request, of a scored row and of a generated row, and the conversion of an Arrow schema to the DDL
+string that `DataFrame.mapInArrow` takes. Driver and executor side; pure.
 """
 
 from collections.abc import Iterable
@@ -18,16 +18,27 @@ SCORE_REQUEST_SCHEMA = pa.schema(
         ("model_ids", pa.list_(pa.string())),
     ]
 )
+_PAIR = (("instance_id", pa.string()), ("model_id", pa.string()))
+_FAILURE = (("reason", pa.string()), ("detail", pa.string()))
 # One pair of instance and model: numbers, or the reason why there are none.
 SCORED_SCHEMA = pa.schema(
     [
-        ("instance_id", pa.string()),
-        ("model_id", pa.string()),
+        *_PAIR,
         ("nll_sum_nats", pa.float64()),
         ("n_tokens", pa.int64()),
         ("n_bytes", pa.int64()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
+        *_FAILURE,
+    ]
+)
+# One instance that a model has continued: int32 token ids as bytes, or the reason why there are none.
+GENERATED_SCHEMA = pa.schema(
+    [
+        *_PAIR,
+        ("token_ids", pa.binary()),
+        ("n_prompt_tokens", pa.int64()),
+        ("n_tokens", pa.int64()),
+        ("end_reason", pa.string()),
+        *_FAILURE,
     ]
 )
 _SPARK_TYPES = {

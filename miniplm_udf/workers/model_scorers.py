@@ -1,19 +1,22 @@
-"""Makes the scorer of a model where it will run: on the GPU that Spark assigned to the task, else where torch can.
+"""Makes a model's scorer or generator where it will run: on the GPU that Spark assigned, else where torch can.
 
-Input: a model's config and description, and the scoring settings. Output: a `Scorer`. Executor side; torch and pyspark
-are loaded inside the functions. A retried task makes its scorer again, or finds the one that the scorer process kept.
+Input: a model's config and description, and settings. Output: a `Scorer` or a `Generator`. Executor side; torch and
+pyspark are loaded inside the functions. A retried task makes its scorer again, or finds the one that the scorer process
+kept.
 """
 
 import dataclasses
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from miniplm_udf.config.generate import GenerateConfig
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.workers.process_slots import gpu_address, keep_slot
 
 if TYPE_CHECKING:
+    from miniplm_udf.scoring.generator import Generator
     from miniplm_udf.scoring.scorer import Scorer
 
 LOGGER = logging.getLogger("miniplm.udf")
@@ -40,16 +43,12 @@ class ModelScorerFactory:
         return f"{self.description.model_revision}/{settings.tokens_per_batch}/{settings.compile}/{settings.attention}"
 
     def __call__(self) -> "Scorer":
-        from miniplm_udf.scoring.models import load_model, model_folder
+        from miniplm_udf.scoring.models import model_folder
         from miniplm_udf.scoring.prefix_probe import prefix_warnings
         from miniplm_udf.scoring.scorer import Scorer
         from miniplm_udf.scoring.tokenizer import load_tokenizer
 
-        start = time.monotonic()
-        device = assigned_device()
-        take_gpu(device, self.settings.workers_per_gpu)
-        attention = None if self.settings.attention == "auto" else self.settings.attention
-        model = load_model(self.config, self.description, device, attention)
+        device, model = _loaded(self.config, self.description, self.settings)
         folder = model_folder(self.config)
         tokenizer = load_tokenizer(folder)
         budget, compiled = self.settings.tokens_per_batch, self.settings.compile
@@ -57,14 +56,51 @@ class ModelScorerFactory:
         scorer.warnings = prefix_warnings(model, tokenizer, self.description, folder, device)
         for warning in scorer.warnings:
             LOGGER.warning("%s", warning)
-        LOGGER.info(
-            "%s: loaded on %s as %s in %.1f s",
-            self.description.model_id,
-            device,
-            self.description.dtype,
-            time.monotonic() - start,
-        )
         return scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelGeneratorFactory:
+    """Makes the `Generator` of a model on the executor. Picklable; equal keys make equal generators.
+
+    Attributes:
+        config: where the model is.
+        description: the model as `scoring.models.describe` found it.
+        settings: lengths, sampling, seed and token budget.
+        workers: attention, and how many processes share a GPU.
+    """
+
+    config: ModelConfig
+    description: ModelDescription
+    settings: GenerateConfig
+    workers: ScoreConfig
+
+    @property
+    def key(self) -> str:
+        """Names what the factory makes; a process uses one generator for all factories with the same key."""
+        settings = self.settings.revision(self.description.model_revision)
+        return f"generate/{settings}/{self.settings.tokens_per_batch}/{self.workers.attention}"
+
+    def __call__(self) -> "Generator":
+        from miniplm_udf.scoring.generator import Generator
+        from miniplm_udf.scoring.models import model_folder
+        from miniplm_udf.scoring.tokenizer import load_tokenizer
+
+        device, model = _loaded(self.config, self.description, self.workers)
+        return Generator(model, load_tokenizer(model_folder(self.config)), self.description, self.settings, device)
+
+
+def _loaded(config: ModelConfig, description: ModelDescription, settings: ScoreConfig) -> tuple[str, Any]:
+    """The device of this task and the model, loaded there."""
+    from miniplm_udf.scoring.models import load_model
+
+    start = time.monotonic()
+    device = assigned_device()
+    take_gpu(device, settings.workers_per_gpu)
+    model = load_model(config, description, device, None if settings.attention == "auto" else settings.attention)
+    seconds = time.monotonic() - start
+    LOGGER.info("%s: loaded on %s as %s in %.1f s", description.model_id, device, description.dtype, seconds)
+    return device, model
 
 
 def assigned_device() -> str:

@@ -1,6 +1,6 @@
 """Scores the rows of a Spark worker in a scorer process, and loses no row when the process dies.
 
-Input: Spark's batches; output: batches of SCORED_SCHEMA. When the process dies (`scorer_connection`), another one gets
+Input: Spark's batches; output: batches of results. When the process dies (`scorer_connection`), another one gets
 one slice at a time; a slice that kills it again is sent in halves, down to the row that kills it: this row is the
 failure scorer_crashed, all others are scored. Holds a bounded number of slices. Owns no models. Executor side; a
 retried task takes the slot again and finds the process that the first attempt left.
@@ -23,7 +23,8 @@ from miniplm_udf.workers.process_slots import ScorerSlot, take_scorer_slot
 from miniplm_udf.workers.read_ahead import ReadAhead
 from miniplm_udf.workers.score_counts import ScoreCounts
 from miniplm_udf.workers.scorer_connection import Factories, ProcessConnection, ProcessDied, task_request
-from miniplm_udf.workers.slices import full_slices, rows_by_alias, scored_rows
+from miniplm_udf.workers.scorer_wire import TaskRequest
+from miniplm_udf.workers.slices import full_slices, result_rows, rows_by_alias
 
 LOGGER = logging.getLogger("miniplm.udf")
 
@@ -43,8 +44,9 @@ _CHECK_EVERY_SECONDS = 0.01
 
 
 def score_in_process(
-    factories: Factories, carried: Sequence[str], batches: Iterator[pa.RecordBatch], counts: ScoreCounts
-) -> Iterator[pa.RecordBatch]:
+    factories: Factories, carried: Sequence[str], batches: Iterator[pa.RecordBatch], counts: ScoreCounts,
+    schema: pa.Schema,
+) -> Iterator[pa.RecordBatch]:  # fmt: skip
     """Scores with the models of a scorer process.
 
     Args:
@@ -52,9 +54,10 @@ def score_in_process(
         carried: names of the columns that come out unchanged, the instance's id first.
         batches: rows with the columns of SCORE_REQUEST_SCHEMA and the carried ones.
         counts: gets the counts of each slice added.
+        schema: columns of the results: SCORED_SCHEMA or GENERATED_SCHEMA.
 
     Yields:
-        Batches of SCORED_SCHEMA and the carried columns, one for each slice and model.
+        Batches of `schema` and the carried columns, one for each slice and model.
 
     Raises:
         ModelLoadError: a model cannot be loaded, or the process dies while it loads.
@@ -66,9 +69,9 @@ def score_in_process(
         return
     with contextlib.ExitStack() as stack:
         slot = stack.enter_context(contextlib.closing(take_scorer_slot([_key(make) for make in factories.values()])))
-        request = task_request(slot, factories, carried, rows_by_alias(first.column("model_ids")))
+        request = task_request(slot, factories, carried, rows_by_alias(first.column("model_ids")), schema)
         process = stack.enter_context(contextlib.closing(ProcessConnection(slot, request)))
-        task = _Task(slot, process, carried, counts)
+        task = _Task(slot, process, request, counts)
         task.open()
         rows = full_slices(itertools.chain((first,), batches), lambda: process.slice_bytes)
         slices = stack.enter_context(ReadAhead(rows, _SLICES_READ))
@@ -96,10 +99,8 @@ class _Part:
 class _Task:
     """Scores the slices of one task, even when the process dies."""
 
-    def __init__(
-        self, slot: ScorerSlot, process: ProcessConnection, carried: Sequence[str], counts: ScoreCounts
-    ) -> None:
-        self._slot, self._process, self._carried, self._counts = slot, process, list(carried), counts
+    def __init__(self, slot: ScorerSlot, process: ProcessConnection, request: TaskRequest, counts: ScoreCounts) -> None:
+        self._slot, self._process, self._request, self._counts = slot, process, request, counts
         self._deaths_while_loading = 0
 
     def open(self) -> None:
@@ -208,10 +209,10 @@ class _Task:
 
     def _rejected(self, row: pa.RecordBatch, death: ProcessDied) -> list[pa.RecordBatch]:
         """The output of a row that ends the process: a failure for each of its models."""
-        carried, batches = row.select(self._carried), []
+        carried, batches = row.select(self._request.carried), []
         for alias in rows_by_alias(row.column("model_ids")):
             failure = Failure("scorer_crashed", f"the scorer process died while it scored this text: {death.how}")
-            batch, counts = scored_rows(carried, alias, [failure])
+            batch, counts = result_rows(carried, alias, [failure], self._request.schema)
             self._counts.add(counts)
             batches.append(batch)
         LOGGER.warning("%s is rejected: %s", carried.column(0)[0], death.how)

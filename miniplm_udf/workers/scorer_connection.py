@@ -21,7 +21,7 @@ import pyarrow as pa
 from miniplm_udf.workers.process_slots import ScorerSlot
 from miniplm_udf.workers.score_counts import ScoreCounts
 from miniplm_udf.workers.scorer_wire import ConnectionClosed, TaskRequest, Wire, from_ipc, to_ipc
-from miniplm_udf.workers.worker_scorers import ScorerLike
+from miniplm_udf.workers.worker_scorers import WorkerScorer
 
 LOGGER = logging.getLogger("miniplm.udf")
 
@@ -29,10 +29,12 @@ _EXIT_SECONDS = 10.0
 # Processes that this worker started, by their socket: only the parent can read their exit status.
 _STARTED: dict[str, subprocess.Popen[bytes]] = {}
 
-Factories = Mapping[str, Callable[[], ScorerLike]]
+Factories = Mapping[str, Callable[[], WorkerScorer]]
 
 
-def task_request(slot: ScorerSlot, factories: Factories, carried: Sequence[str], aliases: Iterable[str]) -> TaskRequest:
+def task_request(
+    slot: ScorerSlot, factories: Factories, carried: Sequence[str], aliases: Iterable[str], schema: pa.Schema
+) -> TaskRequest:
     """The request of a task.
 
     Args:
@@ -40,6 +42,7 @@ def task_request(slot: ScorerSlot, factories: Factories, carried: Sequence[str],
         factories: by alias, a callable with a `key` that makes the scorer.
         carried: names of the columns that come out unchanged, the instance's id first.
         aliases: the models to load before the first slice.
+        schema: columns of the results.
     """
     try:
         # As Spark pickles functions: including code that is in no module.
@@ -52,6 +55,7 @@ def task_request(slot: ScorerSlot, factories: Factories, carried: Sequence[str],
         factories=pickle.dumps(dict(factories)),
         carried=list(carried),
         aliases=list(aliases),
+        schema=schema,
     )
 
 

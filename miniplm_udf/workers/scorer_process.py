@@ -30,7 +30,7 @@ from miniplm_udf.workers import process_slots
 from miniplm_udf.workers.engine import SLICES_AHEAD, Engine, PreparedSlice, loses_device
 from miniplm_udf.workers.read_ahead import ReadAhead
 from miniplm_udf.workers.scorer_wire import ConnectionClosed, TaskRequest, Wire, from_ipc, to_ipc
-from miniplm_udf.workers.worker_scorers import KeptScorer, ScorerLike, WorkerScorers
+from miniplm_udf.workers.worker_scorers import KeptScorer, WorkerScorer, WorkerScorers
 
 LOGGER = logging.getLogger("miniplm.udf")
 
@@ -110,7 +110,7 @@ class Lifetime:
 class ProcessScorers(WorkerScorers):
     """Scorers that tell the worker when they load a model, and stop when the worker has ended."""
 
-    def __init__(self, factories: dict[str, Callable[[], ScorerLike]], wire: Wire, lifetime: Lifetime) -> None:
+    def __init__(self, factories: dict[str, Callable[[], WorkerScorer]], wire: Wire, lifetime: Lifetime) -> None:
         super().__init__(factories)
         self._wire, self._lifetime = wire, lifetime
 
@@ -191,7 +191,7 @@ def _score_for(wire: Wire, lifetime: Lifetime) -> None:
     lifetime.connected(request.daemon)
     sys.path.extend(path for path in request.path if path not in sys.path)
     scorers = ProcessScorers(_factories(request.factories), wire, lifetime)
-    engine = Engine(scorers, request.carried)
+    engine = Engine(scorers, request.carried, request.schema)
     for alias in request.aliases:
         scorers.get(alias)
     wire.send("ready", scorers.slice_bytes())
@@ -204,7 +204,7 @@ def _score_for(wire: Wire, lifetime: Lifetime) -> None:
             wire.stop_reading()
 
 
-def _factories(pickled: bytes) -> dict[str, Callable[[], ScorerLike]]:
+def _factories(pickled: bytes) -> dict[str, Callable[[], WorkerScorer]]:
     try:
         return dict(pickle.loads(pickled))
     except Exception as error:

@@ -35,6 +35,7 @@ class TaskRequest:
         factories: makers of the scorers by alias, pickled as Spark pickles functions.
         carried: names of the columns that come out unchanged, the instance's id first.
         aliases: the models that the first rows name; loaded before the first slice.
+        schema: columns of the results.
     """
 
     daemon: int
@@ -42,6 +43,7 @@ class TaskRequest:
     factories: bytes
     carried: list[str]
     aliases: list[str]
+    schema: pa.Schema
 
 
 class Wire:

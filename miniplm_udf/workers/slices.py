@@ -1,8 +1,8 @@
 """Slices of rows: cut from Spark's batches, and joined with a scorer's results into the rows that come out. Arrow only.
 
 Input: batches of SCORE_REQUEST_SCHEMA (`messages`). Output: batches that hold as much text as a scorer wants in one
-call; and, from a scorer's results, batches of SCORED_SCHEMA with their `ScoreCounts`. Knows no scorers. Executor side,
-in the Spark worker and in the scorer process; pure, so a retry gives the same slices and rows.
+call; and, from a scorer's results, batches of SCORED_SCHEMA or GENERATED_SCHEMA with their `ScoreCounts`. Knows no
+scorers. Executor side, in the Spark worker and in the scorer process; pure, so a retry gives the same slices and rows.
 """
 
 import operator
@@ -11,12 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from miniplm_udf.workers.messages import SCORED_SCHEMA
 from miniplm_udf.workers.score_counts import ModelCounts, ScoreCounts
 
 _MAX_DETAIL = 1000
-_NUMBER_NAMES = ("nll_sum_nats", "n_tokens", "n_bytes")
-_NUMBERS = operator.attrgetter(*_NUMBER_NAMES)
 
 
 def full_slices(batches: Iterator[pa.RecordBatch], slice_bytes: Callable[[], int]) -> Iterator[pa.RecordBatch]:
@@ -76,52 +73,61 @@ def rows_by_alias(model_ids: pa.ListArray) -> dict[str, list[int] | None]:
     return rows_of
 
 
-def scored_rows(carried: pa.RecordBatch, alias: str, results: Sequence[Any]) -> tuple[pa.RecordBatch, ScoreCounts]:
-    """The output rows of one model, and their counts. A failure has no numbers, a score no reason.
+def result_rows(
+    carried: pa.RecordBatch, alias: str, results: Sequence[Any], schema: pa.Schema
+) -> tuple[pa.RecordBatch, ScoreCounts]:
+    """The output rows of one model, and their counts. A failure has no values, any other result no reason.
 
     Args:
         carried: the instances' ids in the first column, and the columns that come out unchanged.
         alias: alias of the model.
-        results: one for each row: a score with nll_sum_nats (nats), n_tokens and n_bytes, or a failure with reason and
-            detail. A sum that is not a finite number becomes a failure with the reason nan_score.
+        results: one for each row: a failure with reason and detail, or an object with the columns of `schema` between
+            the model's alias and the reason as attributes. A score whose first number, the sum in nats, is not finite
+            becomes a failure with the reason nan_score.
+        schema: SCORED_SCHEMA or GENERATED_SCHEMA.
 
     Returns:
-        A batch of SCORED_SCHEMA and the carried columns, and the counts with each failed row.
+        A batch of `schema` and the carried columns, and the counts with each failed row.
     """
     import numpy as np
     import pyarrow.compute as pc
 
-    numbers = _numbers(results)
-    failed = np.flatnonzero(~np.isfinite(np.array(numbers[0], np.float64))).tolist()
+    fields = list(schema)[2:-2]
+    columns = _columns(results, [field.name for field in fields])
+    if pa.types.is_floating(fields[0].type):
+        failed = np.flatnonzero(~np.isfinite(np.array(columns[0], np.float64))).tolist()
+    else:
+        failed = [row for row, value in enumerate(columns[0]) if value is None]
     reasons: list[str | None] = [None] * len(results)
     details: list[str | None] = [None] * len(results)
     for row in failed:
-        for values in numbers:
+        for values in columns:
             values[row] = None
         reasons[row] = getattr(results[row], "reason", None) or "nan_score"
         details[row] = str(getattr(results[row], "detail", None) or "")[:_MAX_DETAIL] or None
     arrays = [
         pa.array(values, field.type)
-        for values, field in zip([*numbers, reasons, details], list(SCORED_SCHEMA)[2:], strict=True)
+        for values, field in zip([*columns, reasons, details], list(schema)[2:], strict=True)
     ]
+    n_tokens = pc.sum(arrays[schema.get_field_index("n_tokens") - 2]).as_py() or 0
     ids = carried.column(0).cast(pa.string())
     counts = ScoreCounts(
-        models={alias: ModelCounts(len(results) - len(failed), len(failed), pc.sum(arrays[1]).as_py() or 0)},
+        models={alias: ModelCounts(len(results) - len(failed), len(failed), n_tokens)},
         failed=[(ids[row].as_py(), alias, str(reasons[row]), details[row]) for row in failed],
     )
     scored = pa.RecordBatch.from_arrays(
         [ids, pa.repeat(alias, len(results)), *arrays, *carried.columns[1:]],
-        schema=pa.schema([*SCORED_SCHEMA, *list(carried.schema)[1:]]),
+        schema=pa.schema([*schema, *list(carried.schema)[1:]]),
     )
     return scored, counts
 
 
-def _numbers(results: Sequence[Any]) -> list[list[Any]]:
-    """The columns nll_sum_nats, n_tokens and n_bytes of the results; None for a failure."""
+def _columns(results: Sequence[Any], names: Sequence[str]) -> list[list[Any]]:
+    """The values of the results by column; None for a failure."""
     rows: list[tuple[Any, ...]]
     try:
-        # Mostly all results are scores, and no attribute has to be tested for.
-        rows = list(map(_NUMBERS, results))
+        # Mostly no result is a failure, and no attribute has to be tested for.
+        rows = list(map(operator.attrgetter(*names), results))
     except AttributeError:
-        rows = [tuple(getattr(result, name, None) for name in _NUMBER_NAMES) for result in results]
+        rows = [tuple(getattr(result, name, None) for name in names) for result in results]
     return [list(column) for column in zip(*rows, strict=True)]

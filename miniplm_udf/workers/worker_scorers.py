@@ -76,11 +76,48 @@ class TokenizingScorer(ScorerLike, Protocol):
         """
 
 
+@runtime_checkable
+class TextGenerator(Protocol):
+    """A model that continues texts: `scoring.generator.Generator`, or a fake in a test.
+
+    It may have `slice_bytes` and `on_progress`, as a `ScorerLike`. A result has the columns of GENERATED_SCHEMA between
+    the alias and the reason, or reason and detail.
+    """
+
+    tokenizer_hash: str
+
+    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> Sequence[Any]:
+        """Tokenizes texts.
+
+        Args:
+            texts: the instances' texts, None where a row has none.
+            segment_ends: for each text, the UTF-8 byte offsets where one document ends and the next begins.
+
+        Returns:
+            One entry per text.
+        """
+
+    def generate(self, tokenized: Sequence[Any], ends_document: Sequence[bool], ids: Sequence[str]) -> Sequence[Any]:
+        """Continues tokenized texts.
+
+        Args:
+            tokenized: entries that `tokenize` returned.
+            ends_document: for each entry, whether its text ends at a document's end.
+            ids: for each entry, the id of its instance.
+
+        Returns:
+            One result per entry, in their order.
+        """
+
+
+WorkerScorer = ScorerLike | TextGenerator
+
+
 @dataclasses.dataclass
 class KeptScorer:
     """A scorer, and the number of texts in a row that it has raised an error for."""
 
-    scorer: ScorerLike
+    scorer: WorkerScorer
     errors_in_a_row: int = 0
 
 
@@ -91,7 +128,7 @@ class WorkerScorers:
         factories: by alias, a callable that makes the scorer.
     """
 
-    def __init__(self, factories: Mapping[str, Callable[[], ScorerLike]]) -> None:
+    def __init__(self, factories: Mapping[str, Callable[[], WorkerScorer]]) -> None:
         self._factories = factories
         self._own: dict[str, KeptScorer] = {}
         self._meters: dict[str, Meter] = {}
@@ -125,7 +162,7 @@ class WorkerScorers:
             self._clock.reset()
         return scorers[name]
 
-    def existing(self, alias: str) -> ScorerLike | None:
+    def existing(self, alias: str) -> WorkerScorer | None:
         """Returns the scorer of an alias without making it, so that the reading thread may call this.
 
         Args:
@@ -193,7 +230,7 @@ class Meter:
         self._since = self._logged = time.monotonic()
 
     @contextlib.contextmanager
-    def working(self, scorer: ScorerLike, counts: ScoreCounts) -> Iterator[None]:
+    def working(self, scorer: WorkerScorer, counts: ScoreCounts) -> Iterator[None]:
         """Measures a call of the scorer, which runs in the block.
 
         Args:
@@ -210,7 +247,8 @@ class Meter:
         self._progressed()
         self._tokens += tokens
         now = time.monotonic()
-        if now - self._logged >= _LOG_EVERY_SECONDS:
+        # A generator reports its tokens after a batch, and 0 in each step before.
+        if self._tokens and now - self._logged >= _LOG_EVERY_SECONDS:
             self._logged = now
             seconds = self._seconds + now - self._since
             LOGGER.info("%s: %d tokens, %.0f tokens/s", self._alias, self._tokens, self._tokens / max(seconds, 1e-9))

@@ -70,3 +70,22 @@ def test_the_summary_of_a_root_that_was_moved_names_the_new_place(tmp_path: Path
     assert build_summary(config)["refined"] == {
         "kept": {"path": f"file://{tmp_path}/new/tables/refined/kept", "version": 3}
     }
+
+
+@pytest.mark.parametrize("command", ["generate", "maintain", "corpus take-down"])
+def test_lost_generations_are_named_with_their_remedy(tmp_path: Path, command: str) -> None:
+    """A checkpoint remembers what its query has read, and the table that it wrote is gone."""
+    checkpoint = tmp_path / "_checkpoints/generate-abc"
+    for folder, content in (("offsets", 'v1\n{}\n{"reservoirVersion": 0}'), ("commits", "v1\n{}")):
+        (checkpoint / folder).mkdir(parents=True)
+        (checkpoint / folder / "0").write_text(content)
+    (checkpoint / "metadata").write_text('{"id": "0-1"}')
+    log = tmp_path / "tables/rejects/_delta_log"
+    log.mkdir(parents=True)
+    (log / f"{0:020}.json").write_text("{}")
+    if command == "generate":
+        with pytest.raises(CorpusError, match=r"tables/generations\b.*remove .*generate-abc and run again"):
+            preflight._require_tables_of_queries(str(tmp_path), ("generate",))
+    else:
+        with pytest.raises(CorpusError, match=r"tables/generations, which .*remove the checkpoints generate-\*"):
+            preflight.check_files(str(tmp_path), command)

@@ -27,7 +27,15 @@ def write_checkpoint(root: Path, name: str, n_finished: int, n_begun: int) -> No
 
 
 def test_checkpoints_of_older_roots_are_told_by_their_names(tmp_path: Path) -> None:
-    for name in ("ingest-jsonl", "score-a", "score-a-1e-05", "score_matrix-b", "follow-half", "proxy-c"):
+    for name in (
+        "ingest-jsonl",
+        "score-a",
+        "score-a-1e-05",
+        "score_matrix-b",
+        "follow-half",
+        "proxy-c",
+        "generate-d-0.5",
+    ):
         write_checkpoint(tmp_path, name, 12 if name == "score-a" else 0, 13)
     (tmp_path / "_checkpoints/train/model").mkdir(parents=True)
     found = {one.name: one for one in checkpoints.find(str(tmp_path))}
@@ -35,12 +43,23 @@ def test_checkpoints_of_older_roots_are_told_by_their_names(tmp_path: Path) -> N
         "ingest-jsonl": (None, "ingest"),
         "score-a": ("instances", "score-a"),
         "score-a-1e-05": ("instances", "score-a-1e-05"),
+        "generate-d-0.5": ("instances", "generate-d"),
         "score_matrix-b": ("scores", "score_matrix"),
         "follow-half": ("score_matrix", "follow-half"),
         "proxy-c": ("instances", "proxy_scores"),
     }
-    assert {name: one.sample for name, one in found.items() if one.sample != 1} == {"score-a-1e-05": 1e-05}
-    assert [one.stage for one in found.values()] == ["follow", "ingest", "proxy", "score", "score", "score_matrix"]
+    assert {name: one.sample for name, one in found.items() if one.sample != 1} == {
+        "score-a-1e-05": 1e-05, "generate-d-0.5": 0.5,
+    }  # fmt: skip
+    assert [one.stage for one in found.values()] == [
+        "follow",
+        "generate",
+        "ingest",
+        "proxy",
+        "score",
+        "score",
+        "score_matrix",
+    ]
     score = found["score-a"]
     assert (score.id, score.batch_id) == ("00scorea", 11)
     assert score.offset is not None

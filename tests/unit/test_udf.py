@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -15,10 +17,10 @@ import pyarrow as pa
 import pytest
 
 from miniplm_udf.errors import ScoringError
-from miniplm_udf.scoring.results import Failure
+from miniplm_udf.scoring.results import Failure, Generation
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.engine import MAX_ERRORS_IN_A_ROW
-from miniplm_udf.workers.messages import SCORE_REQUEST_SCHEMA, SCORED_SCHEMA
+from miniplm_udf.workers.messages import GENERATED_SCHEMA, SCORE_REQUEST_SCHEMA, SCORED_SCHEMA
 from miniplm_udf.workers.score_counts import ScoreCounts
 
 
@@ -413,3 +415,61 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     script = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'pyspark') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+class FakeGenerator:
+    """Continues a text by its id; refuses, breaks on or dies of some texts."""
+
+    tokenizer_hash, slice_bytes = "fake", 40
+
+    def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[str]:
+        return [str(text) for text in texts]
+
+    def generate(self, tokenized: Sequence[str], ends_document: Sequence[bool], ids: Sequence[str]) -> list[Any]:
+        if any("kill" in text for text in tokenized):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if any("raise" in text for text in tokenized):
+            raise ValueError("broken")
+        return [
+            Failure("no_tokens", "refused")
+            if "refuse" in text
+            else Generation(f"{text} {name}    ".encode()[:-3], 2, "length")
+            for text, name in zip(tokenized, ids, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorFactory:
+    key: str = "fake generator"
+
+    def __call__(self) -> FakeGenerator:
+        return FakeGenerator()
+
+
+@pytest.mark.slow  # starts a process after each of three kills
+def test_a_generator_gets_the_ids_and_its_rows_come_out() -> None:
+    texts = ["a", "b", "refuse", "c", "raise", "d", "kill", *"efghij"]
+    rows = [
+        {"instance_id": f"id{n}", "text": text, "segment_ends": [], "ends_document": True, "model_ids": ["teacher"]}
+        for n, text in enumerate(texts)
+    ]
+    batch = pa.RecordBatch.from_pylist(rows, schema=SCORE_REQUEST_SCHEMA)
+    totals: list[ScoreCounts] = []
+    sink = SimpleNamespace(add=totals.append)
+    function = score_arrow({"teacher": GeneratorFactory()}, ("text",), sink, GENERATED_SCHEMA)
+    batches = list(function(iter([batch])))
+    assert all(out.schema.names == [*GENERATED_SCHEMA.names, "text"] for out in batches)
+    results_by_id = {row["instance_id"]: row for out in batches for row in out.to_pylist()}
+    assert {row["text"]: row["reason"] for row in results_by_id.values() if row["reason"]} == {
+        "refuse": "no_tokens", "raise": "scorer_error", "kill": "scorer_crashed",
+    }  # fmt: skip
+    for n, text in enumerate(texts):
+        row = results_by_id[f"id{n}"]
+        assert row["text"] == text
+        if row["reason"] is None:
+            assert row["token_ids"] == f"{text} id{n} ".encode()
+            assert (row["n_prompt_tokens"], row["end_reason"]) == (2, "length")
+            assert row["n_tokens"] == len(row["token_ids"]) // 4 - 2
+        else:
+            assert (row["token_ids"], row["n_tokens"], row["end_reason"]) == (None, None, None)
+    assert (totals[0].of("teacher").n_scored, totals[0].of("teacher").n_failed) == (10, 3)
