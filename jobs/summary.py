@@ -30,14 +30,15 @@ def build_summary(config: ExperimentConfig) -> PipelineSummary:
         The summary, with all its keys.
     """
     records = {stage.name: record for stage in STAGES if (record := read_record(config, stage.name))}
-    names = ("ingest", "score", "proxy", "refine")
-    ingest, score, proxy, refine = (records[name]["summary"] if name in records else {} for name in names)
+    names = ("ingest", "score", "proxy", "refine", "generate")
+    ingest, score, proxy, refine, generate = (records[name]["summary"] if name in records else {} for name in names)
     evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
     return {
         "instances": ingest.get("instances", 0),
-        "rejected": ingest.get("rejected", 0) + score.get("rejected", 0),
+        "rejected": sum(stage.get("rejected", 0) for stage in (ingest, score, generate)),
         "scored": score.get("scored", {}),
         "proxy": {"predicted": proxy["rows"]["pool"], "spearman": proxy["heldout"]["spearman"]} if proxy else None,
+        "generated": generate.get("generated"),
         "kept": refine.get("kept", {}),
         "tokens_per_second": score.get("tokens_per_second", {}),
         "refined": {
@@ -73,6 +74,7 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         *((f"scored by {alias}", f"{n:,}") for alias, n in summary["scored"].items()),
         *([("predicted by the proxy", _predicted(summary["proxy"]))] if summary["proxy"] else []),
         *((f"kept in {name}", f"{n:,}") for name, n in summary["kept"].items()),
+        *([("generated", f"{summary['generated']:,}")] if summary["generated"] is not None else []),
     ]
     speeds = [
         (stage.name, f"{summary['seconds'][stage.name]:,.1f} s", _speeds(config, summary, stage.name))

@@ -29,6 +29,7 @@ class PipelineSummary(TypedDict, total=False):
         rejected: rows in `rejects`, of all stages.
         scored: scored instances by model alias.
         proxy: None without a proxy.
+        generated: instances that a model continued (SeqKD); None without the section `generate`.
         kept: instances by corpus.
         tokens_per_second: by model alias, at its last scoring; None: it was never measured.
         refined: by corpus.
@@ -40,6 +41,7 @@ class PipelineSummary(TypedDict, total=False):
     rejected: int
     scored: dict[str, int]
     proxy: ProxyNumbers | None
+    generated: int | None
     kept: dict[str, int]
     tokens_per_second: dict[str, float | None]
     refined: dict[str, RefinedCorpus]

@@ -1,12 +1,13 @@
 """A root that cannot be written, and small files that are damaged, are refused by name."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from jobs.stage_runner import must_run
 from jobs.stages import Options, stage_named
-from jobs.summary import build_summary
+from jobs.summary import build_summary, summary_text
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
@@ -89,3 +90,18 @@ def test_lost_generations_are_named_with_their_remedy(tmp_path: Path, command: s
     else:
         with pytest.raises(CorpusError, match=r"tables/generations, which .*remove the checkpoints generate-\*"):
             preflight.check_files(str(tmp_path), command)
+
+
+def test_the_summary_counts_generated_instances_and_the_rejects_of_every_stage(tmp_path: Path) -> None:
+    config = ExperimentConfig(root=str(tmp_path), models={"teacher": ModelConfig(path="x")})
+    assert build_summary(config)["generated"] is None
+    for stage, summary in {
+        "ingest": {"instances": 9, "rejected": 1},
+        "score": {"rejected": 2},
+        "generate": {"generated": 4, "rejected": 3},
+    }.items():
+        record = {"fingerprint": "x", "summary": summary, "seconds": 1.0}
+        storage.write_json(storage.join(config.root, "_stages", f"{stage}.json"), record)
+    summary = build_summary(config)
+    assert (summary["generated"], summary["rejected"]) == (4, 6)
+    assert re.search(r"generated +4\b", summary_text(config, summary))
