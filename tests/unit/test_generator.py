@@ -17,7 +17,6 @@ from miniplm_udf.scoring.results import Failure, Generation
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.workers.model_scorers import ModelGeneratorFactory, ModelScorerFactory
 from miniplm_udf.workers.worker_scorers import TextGenerator
-from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.tiny_models import BOS_ID, FAMILIES, make_bos_folder, make_model_folder
 
 TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog and the tests of it" for n in range(5)]
