@@ -55,6 +55,7 @@ def _record(training: "Training", run: Run, state: SavedState) -> TrainingRecord
         lineage=sequences.metadata,
         tokenizer_hash=training.files.packed_hash,
         tokenizer_file_hash=training.files.saved_hash,
+        tracking_id=training.checkpoints.tracking_id(),
     )
 
 

@@ -41,6 +41,7 @@ class TrainingRecord:
         lineage: `userMetadata` of the packed table, or None if it has none.
         tokenizer_hash: hash of the tokenizer.json that the data was packed with; None in a file of an earlier version.
         tokenizer_file_hash: hash of the tokenizer.json in the model's folder; None in a file of an earlier version.
+        tracking_id: id of the training in other trackers than MLflow; None in a file of an earlier version.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TrainingRecord:
     lineage: Json | None
     tokenizer_hash: str | None = None
     tokenizer_file_hash: str | None = None
+    tracking_id: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""What a start of a training tells MLflow about itself: the resolved config, the code, the packages and the devices.
+
+Input: the experiment and the place of this process among the ranks. Output: texts by the name of their file
+(`start_files`), and tags. Nothing is logged here. Secrets are not in the texts: the config is printable, and no
+environment variable is read. Rank 0 only.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+
+import torch
+
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig, to_yaml
+from miniplm_udf.revision import code_commit, code_revision
+from trainer.distributed import World
+
+COMMIT_TAG = "mlflow.source.git.commit"
+_BRANCH_TAG, _REPOSITORY_TAG = "mlflow.source.git.branch", "mlflow.source.git.repoURL"
+
+
+def start_files(config: ExperimentConfig, world: World) -> dict[str, str]:
+    """Returns the texts that describe a start of a training, by the name of their file.
+
+    Args:
+        config: the experiment.
+        world: the place of this process among the ranks.
+
+    Returns:
+        `config.yaml`, which the commands read again; `environment.json`; and `requirements.txt` with the version of
+        every installed package.
+    """
+    environment = {
+        "code_revision": code_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "ranks": world.size,
+        "machines": world.nodes,
+        "device": device_name(world),
+        "cuda": torch.version.cuda if world.device.type == "cuda" else None,
+    }
+    return {
+        "config.yaml": to_yaml(config),
+        "environment.json": json.dumps(environment, indent=2),
+        "requirements.txt": "\n".join(installed_packages()) + "\n",
+    }
+
+
+def start_tags(world: World) -> dict[str, str]:
+    """Returns the tags of the newest start of a training: the code's revision, the device and the number of ranks.
+
+    Args:
+        world: the place of this process among the ranks.
+    """
+    return {"code_revision": code_revision(), "device": device_name(world), "ranks": str(world.size)}
+
+
+def device_name(world: World) -> str:
+    """Returns the name of this rank's device: that of the GPU, or `cpu`.
+
+    Args:
+        world: the place of this process among the ranks.
+    """
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+
+
+def installed_packages() -> list[str]:
+    """The installed packages as `name==version`, sorted."""
+    packages = {f"{package.metadata['Name']}=={package.version}" for package in importlib.metadata.distributions()}
+    return sorted(packages, key=str.lower)
+
+
+def code_tags(tags: dict[str, str]) -> dict[str, str | None]:
+    """Returns the changes that make a run's tags describe this package's code.
+
+    MLflow itself records the git repository of the program's main file, which may be another one.
+
+    Args:
+        tags: the run's tags.
+
+    Returns:
+        New value by tag; None for a tag that has to be removed.
+    """
+    commit = code_commit()
+    changes: dict[str, str | None] = {}
+    if commit != tags.get(COMMIT_TAG):
+        changes = {COMMIT_TAG: commit, _BRANCH_TAG: None, _REPOSITORY_TAG: None}
+    elif _REPOSITORY_TAG in tags:  # the URI of a remote may have a password
+        changes = {_REPOSITORY_TAG: storage.redact(tags[_REPOSITORY_TAG])}
+    return {tag: value for tag, value in changes.items() if value is not None or tag in tags}
