@@ -109,6 +109,7 @@ class TensorBoard:
         self._step = self._step if step is None else step
         for name, value in values.items():
             self._writer.add_scalar(name, value, self._step)
+        self._writer.flush()  # a training that is killed resumes after a step whose points must be in the file
 
     def on_end(self, status: str) -> None:
         self._writer.close()

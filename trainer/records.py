@@ -13,6 +13,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.storage import Json
 
 TRAINING_FILE = "training.json"
+REGISTRATION_FILE = "registration.json"
 
 _T = TypeVar("_T")
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import mlflow_errors
 from miniplm_udf.storage import Json
 from trainer import parent_runs
 from trainer.callbacks import Callbacks
@@ -70,8 +71,13 @@ def connect(config: ExperimentConfig) -> Any:
     return mlflow
 
 
-def _existing_run(mlflow: Any, run_id: str | None) -> str | None:
-    """Returns `run_id` if the store has this run and it is not deleted, else None."""
+def existing_run(mlflow: Any, run_id: str | None) -> str | None:
+    """Returns `run_id` if the store has this run and it is not deleted, else None.
+
+    Args:
+        mlflow: from `connect`.
+        run_id: id of a run.
+    """
     if run_id is None:
         return None
     try:
@@ -82,6 +88,16 @@ def _existing_run(mlflow: Any, run_id: str | None) -> str | None:
         LOGGER.warning("MLflow run %s is not in this store: a new run is started", run_id)
         return None
     return run_id if run.info.lifecycle_stage == "active" else None
+
+
+def is_artifact_error(error: Exception) -> bool:
+    """Whether an error comes from MLflow or its place of artifacts (a folder, an object store), and not from our code.
+
+    Args:
+        error: raised while artifacts were written.
+    """
+    # The packages of object stores have their own classes; a package that is missing is an ImportError.
+    return isinstance(error, (*mlflow_errors(), ImportError)) or type(error).__module__ != "builtins"
 
 
 class Run:
@@ -115,7 +131,7 @@ class Run:
 
         def start() -> None:
             mlflow = connect(config)
-            existing = _existing_run(mlflow, run_id)
+            existing = existing_run(mlflow, run_id)
             tags = {}
             if config.mlflow.parent_run is not None:
                 self._experiment_id = mlflow.get_experiment_by_name(config.mlflow.experiment).experiment_id
@@ -302,11 +318,12 @@ class Run:
             try:
                 call()
             except Exception as error:
-                # MLflow and its server are asked again; a folder or an object store is not.
                 import requests
                 from mlflow.exceptions import MlflowException
 
-                if isinstance(error, MlflowException | requests.exceptions.RequestException):
+                # MLflow and its server are asked again; a folder or an object store is not.
+                is_asked_again = isinstance(error, MlflowException | requests.exceptions.RequestException)
+                if is_asked_again or not is_artifact_error(error):
                     raise
                 reason = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
                 LOGGER.warning("%s: MLflow does not take the %s: %s; the work continues", self.name, what, reason)

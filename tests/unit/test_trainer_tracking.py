@@ -140,7 +140,7 @@ def test_a_run_is_not_begun_again_because_the_store_is_away(caplog: pytest.LogCa
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
     with pytest.raises(MlflowException, match="connection refused"):
-        tracking._existing_run(Stores(MlflowException("connection refused")), "1" * 32)
+        tracking.existing_run(Stores(MlflowException("connection refused")), "1" * 32)
     forgotten = Stores(MlflowException("no run", error_code=RESOURCE_DOES_NOT_EXIST))
-    assert tracking._existing_run(forgotten, "1" * 32) is None
+    assert tracking.existing_run(forgotten, "1" * 32) is None
     assert "is not in this store: a new run is started" in caplog.text
