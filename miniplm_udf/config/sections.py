@@ -339,7 +339,7 @@ class MlflowConfig:
             f"mlflow.parent_run: expected a name without quotes and backslashes, found {self.parent_run!r}",
         )
         # MLflow refuses names of registered models with these characters.
-        bare = (self.registered_model or "model").replace("{student}", "student")
+        bare = "model" if self.registered_model is None else self.registered_model.replace("{student}", "student")
         check(
             re.fullmatch(r"[^/:{}]+", bare) is not None,
             "mlflow.registered_model: expected a name without / and :, in which {student} may stand, "

@@ -5,11 +5,13 @@ as long as several of these trainings.
 """
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -37,8 +39,15 @@ def _main(arguments: Sequence[str], log: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """A root with a prepared MLflow store (5 s to make), to be copied."""
-    connect(dataclasses.replace(make_root(folder), mlflow=MlflowConfig(experiment="prepared")))
+    """Fills a folder with a root that has a prepared MLflow store, which takes 5 s to make: once in a process."""
+    shutil.copytree(_prepared().name, folder, dirs_exist_ok=True)
+
+
+@functools.cache
+def _prepared() -> "tempfile.TemporaryDirectory[str]":
+    folder = tempfile.TemporaryDirectory()  # removed at the end of the process
+    connect(dataclasses.replace(make_root(Path(folder.name)), mlflow=MlflowConfig(experiment="prepared")))
+    return folder
 
 
 def copied(prepared: Path, folder: Path, steps: int) -> "KillableTraining":
