@@ -35,6 +35,8 @@ _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
 # Whoever stops a training waits for its end.
 _WAIT_OF_A_STOPPED_RUN_SECONDS = 5.0
+# The trainer's stdout has its result alone, as JSON; with a server, MLflow would print links to it.
+_STDOUT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 # MLflow's own retries pass over a short trouble; the outbox tries again after them.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
@@ -48,7 +50,7 @@ def connect(config: ExperimentConfig) -> Any:
     Returns:
         The `mlflow` module. It takes 3 s to import, so it is imported here.
     """
-    for variable, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_PATIENCE}.items():
+    for variable, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_STDOUT, **_PATIENCE}.items():
         os.environ.setdefault(variable, value)
     for name in ("alembic", "mlflow", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)

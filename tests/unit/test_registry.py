@@ -156,7 +156,7 @@ def test_nothing_is_registered_unless_it_is_asked_for(path: Path, monkeypatch: p
     assert trained_files(config) == [config.layout.model("small", "training.json")]
 
 
-@pytest.mark.parametrize("name", ["a/b", "a:b", "{model}", "''"])
+@pytest.mark.parametrize("name", ["a/b", "a:b", "{model}"])
 def test_a_name_that_mlflow_refuses_is_refused_first(path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"mlflow\.registered_model"):
         load_config(path, [f"mlflow.registered_model={name}"])
