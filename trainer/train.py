@@ -172,7 +172,7 @@ def _log_start(training: Training, run: Run) -> None:
         "packed_sequences": sequences.n_sequences,
     }
     tags = {"fingerprint": inputs.fingerprint, "tokenizer": target.tokenizer, "stage": "train"}
-    tags |= start_tags(training.world)
+    tags |= {"miniplm_root": storage.redact(training.config.root), **start_tags(training.world)}
     if training.config.mlflow.system_metrics:
         run.measure_system()
     run.log_params(params)
