@@ -21,7 +21,7 @@ from miniplm_udf.storage import Json
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
 
-# Longest time that W&B may take to start a run, and to send what it holds at the end.
+# Longest time that W&B may take to ask for a key, to start a run, and to send what it holds at the end.
 _WANDB_SECONDS = 60
 
 
@@ -150,7 +150,11 @@ class WeightsAndBiases:
             dir=str(self._folder),
             config={**params, "tags": tags} if params else None,
             settings=wandb.Settings(
-                console="off", silent=True, init_timeout=_WANDB_SECONDS, finish_timeout=_WANDB_SECONDS
+                console="off",
+                silent=True,
+                login_timeout=_WANDB_SECONDS,  # a terminal without a key is asked for one
+                init_timeout=_WANDB_SECONDS,
+                finish_timeout=_WANDB_SECONDS,
             ),
         )
 

@@ -1,7 +1,7 @@
-"""What a start of a training tells MLflow about itself: the resolved config, the code, the packages and the devices.
+"""Describes a start of a training for MLflow: the resolved config, the code, the packages, the devices and the data.
 
-Input: the experiment and the place of this process among the ranks. Output: texts by the name of their file
-(`start_files`), and tags. Nothing is logged here. Secrets are not in the texts: the config is printable, and no
+Input: the experiment, the place of this process among the ranks, and the packed table. Output: texts by the name of
+their file (`start_files`), and tags. Logs nothing. Secrets are not in the texts: the config is printable, and no
 environment variable is read. Rank 0 only.
 """
 
@@ -9,12 +9,14 @@ import importlib.metadata
 import json
 import os
 import platform
+from typing import Any
 
 import torch
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_yaml
 from miniplm_udf.revision import code_commit, code_revision
+from miniplm_udf.storage import Json
 from trainer.distributed import World
 
 COMMIT_TAG = "mlflow.source.git.commit"
@@ -59,7 +61,7 @@ def start_tags(world: World) -> dict[str, str]:
 
 
 def device_name(world: World) -> str:
-    """Returns the name of this rank's device: that of the GPU, or `cpu`.
+    """Returns the name of this rank's GPU, or `cpu`.
 
     Args:
         world: the place of this process among the ranks.
@@ -71,6 +73,36 @@ def installed_packages() -> list[str]:
     """The installed packages as `name==version`, sorted."""
     packages = {f"{package.metadata['Name']}=={package.version}" for package in importlib.metadata.distributions()}
     return sorted(packages, key=str.lower)
+
+
+def table_tags(uri: str, version: int, digest: str, lineage: Json) -> dict[str, str]:
+    """Returns the tags of the packed table that a model is trained on, and of the corpus in it.
+
+    Args:
+        uri: URI of the table.
+        version: its Delta version. A tag has it because MLflow's `DeltaDatasetSource` drops version 0.
+        digest: manifest hash of the version.
+        lineage: `userMetadata` of the table.
+    """
+    revisions = _find(lineage.get("refined_metadata"), "model_revisions")
+    tags = {
+        "delta_table_uri": storage.redact(uri),
+        "delta_table_version": version,
+        "manifest_hash": digest,
+        "corpus": lineage.get("corpus"),
+        "refined_version": lineage.get("refined_version"),
+        "model_revisions": json.dumps(revisions, sort_keys=True) if revisions else None,
+    }
+    return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def _find(value: Any, key: str) -> Any:
+    """The first value of `key` in nested dicts, searched depth first; None if there is none."""
+    if not isinstance(value, dict):
+        return None
+    if key in value:
+        return value[key]
+    return next((match for inner in value.values() if (match := _find(inner, key)) is not None), None)
 
 
 def code_tags(tags: dict[str, str]) -> dict[str, str | None]:

@@ -8,7 +8,6 @@ while the store is away. The numbers are in the model folder's JSON files in any
 """
 
 import functools
-import json
 import logging
 import os
 import time
@@ -23,7 +22,7 @@ from miniplm_udf.errors import mlflow_errors
 from miniplm_udf.storage import Json
 from trainer import parent_runs
 from trainer.callbacks import Callbacks
-from trainer.environment import code_tags
+from trainer.environment import code_tags, table_tags
 from trainer.metric_names import safe_names
 from trainer.outbox import Outbox, Point, is_refusal
 from trainer.system_metrics import SystemMetrics
@@ -257,19 +256,7 @@ class Run:
             self._mlflow.log_input(dataset, context="training")
 
         lineage = metadata or {}
-        # DeltaDatasetSource drops version 0, so the version is also a tag.
-        tags = {
-            "delta_table_uri": shown,
-            "delta_table_version": version,
-            "manifest_hash": digest,
-        }
-        tags |= {
-            "corpus": lineage.get("corpus"),
-            "refined_version": lineage.get("refined_version"),
-        }
-        revisions = _find(lineage.get("refined_metadata"), "model_revisions")
-        tags["model_revisions"] = json.dumps(revisions, sort_keys=True) if revisions else None
-        texts = {key: str(value) for key, value in tags.items() if value is not None}
+        texts = table_tags(uri, version, digest, lineage)
         for add, what, call in (
             (self._log, "dataset", log_input),
             (self._log, "tags of the dataset", lambda: self._mlflow.set_tags(texts)),
@@ -388,15 +375,3 @@ def _flatten(values: Json, prefix: str = "") -> Json:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _find(value: Any, key: str) -> Any:
-    """The first value of `key` in nested dicts, searched depth first; None if there is none."""
-    if not isinstance(value, dict):
-        return None
-    if key in value:
-        return value[key]
-    return next(
-        (match for inner in value.values() if (match := _find(inner, key)) is not None),
-        None,
-    )

@@ -45,13 +45,13 @@ def test_a_server_has_one_run_of_a_killed_and_resumed_training(
 
     mlflow = connect(config)
     client = mlflow.MlflowClient()
-    found = {
+    runs = {
         run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("miniplm").experiment_id])
     }
-    assert {name: run.info.status for name, run in found.items()} == {"small": "FINISHED", "sweep": "FINISHED"}
-    run = found["small"]
+    assert {name: run.info.status for name, run in runs.items()} == {"small": "FINISHED", "sweep": "FINISHED"}
+    run = runs["small"]
     assert run.info.run_id == training["run_id"]
-    assert run.data.tags["mlflow.parentRunId"] == found["sweep"].info.run_id
+    assert run.data.tags["mlflow.parentRunId"] == runs["sweep"].info.run_id
     steps = {point.step for point in client.get_metric_history(run.info.run_id, "train_loss")}
     assert steps == {1, 2, 3, 4, 5, 6}
     (dataset,) = run.inputs.dataset_inputs

@@ -1,4 +1,4 @@
-"""What MLflow has of each start of a training: config, code, packages, device, checkpoints, use of the machine."""
+"""MLflow has a description of each start of a training: config, code, packages, device, checkpoints, use of the machine."""
 
 import json
 import time
