@@ -1,4 +1,4 @@
-"""MLflow has a description of each start of a training: config, code, packages, device, checkpoints, use of the machine."""
+"""MLflow has a description of each start of a training: config, code, packages, device; checkpoints; the machine's use."""
 
 import json
 import time
