@@ -16,7 +16,7 @@ from miniplm_udf.config.sections import MlflowConfig, PackConfig, TokenizerConfi
 from miniplm_udf.config.training import StudentConfig, TrainConfig
 from miniplm_udf.store import tables
 from tests.support.killed_training import train_small
-from tests.support.score_tables import FakeFactory, experiment, instance_id, texts, two_models, write_instances
+from tests.support.score_tables import FakeFactory, experiment, texts, two_models, write_instances
 from tests.support.spark_session import REPOSITORY
 from tests.support.trainer_roots import LLAMA
 
@@ -31,7 +31,7 @@ def corpus(ratio: float) -> CorpusConfig:
 def config(tmp_path: Path) -> ExperimentConfig:
     train = TrainConfig(steps=4, batch_sequences=2, micro_batch_sequences=2, warmup_steps=1, log_every_steps=1)
     return dataclasses.replace(
-        experiment(tmp_path / "root", two_models(tmp_path), {"kept": corpus(0.5)}),
+        experiment(tmp_path / "root", two_models(tmp_path), {"kept": corpus(0.5)}, max_bytes_per_trigger="1"),
         tokenizers={"bpe": TokenizerConfig(vocab_size=300)},
         pack=PackConfig(sequence_length=16),
         students={"small": StudentConfig(corpus="kept", tokenizer="bpe", architecture=LLAMA, train=train)},
@@ -39,16 +39,13 @@ def config(tmp_path: Path) -> ExperimentConfig:
     )
 
 
-def score_more(spark: Any, config: ExperimentConfig, folder: Path, start: int, batch_id: int) -> str:
-    """Adds ten instances and scores them; returns the id of the command that did."""
+def score_in_several_batches(spark: Any, config: ExperimentConfig, folder: Path) -> dict[str, int]:
+    """Scores twenty texts, one file in a micro-batch; returns the number of the micro-batch of each instance."""
+    write_instances(spark, config, texts(20))
     factories = {"teacher": FakeFactory(1.0, f"{folder}/log"), "reference": FakeFactory(2.0, f"{folder}/log")}
-    added = texts(10, start)
-    write_instances(spark, config, added, batch_id=batch_id)
     score.run(spark, config, factories)
-    ids = {instance_id(text) for text in added}
     rows = tables.read(spark, config.layout.table("scores")).collect()
-    (run_id,) = {row["run_id"] for row in rows if row["instance_id"] in ids}
-    return str(run_id)
+    return {row["instance_id"]: row["batch_id"] for row in rows}
 
 
 def code_of_the_walk() -> str:
@@ -62,16 +59,14 @@ def code_of_the_walk() -> str:
 def test_a_metric_leads_to_the_batches_that_scored_its_texts(
     spark: Any, config: ExperimentConfig, tmp_path: Path
 ) -> None:
-    commands = [score_more(spark, config, tmp_path, start, start // 10) for start in (0, 10)]
+    batch_of = score_in_several_batches(spark, config, tmp_path)
     refine.run(spark, config)
     pack.run(spark, config)
     training = train_small(config)
     kept = {row["instance_id"] for row in tables.read(spark, config.layout.refined("kept")).collect()}
-    expected: collections.Counter[tuple[str, str]] = collections.Counter()
-    for number, text in enumerate(texts(20)):
-        if instance_id(text) in kept:
-            expected.update([("teacher", commands[number // 10]), ("reference", commands[number // 10])])
-    assert len(expected) == 4, "texts of both commands have to be kept"
+    counts = collections.Counter(batch_of[kept_id] for kept_id in kept)
+    assert len(counts) > 1, "texts of several micro-batches have to be kept"
+    expected = {(model, batch): count for model in ("teacher", "reference") for batch, count in counts.items()}
 
     # Newer versions of both tables do not belong to the run.
     newer = dataclasses.replace(config, refine=dataclasses.replace(config.refine, corpora={"kept": corpus(1.0)}))
@@ -83,11 +78,7 @@ def test_a_metric_leads_to_the_batches_that_scored_its_texts(
     assert names["loss"] == pytest.approx(training["final_loss"])
     assert names["lineage"] == training["lineage"]
     batches = pa.table(names["batches"]).to_pylist()
-    walked: collections.Counter[tuple[str, str]] = collections.Counter()
-    for row in batches:
-        walked[row["model_id"], row["run_id"]] += row["n_instances"]
-    assert walked == expected
-    # Each is one committed micro-batch of the table.
+    assert {(row["model_id"], row["batch_id"]): row["n_instances"] for row in batches} == expected
+    # Each of them is a committed micro-batch of the table.
     rows = tables.read(spark, config.layout.table("scores")).select("run_id", "query_id", "batch_id").distinct()
-    committed = {tuple(row) for row in rows.collect()}
-    assert {(row["run_id"], row["query_id"], row["batch_id"]) for row in batches} <= committed
+    assert {(row["run_id"], row["query_id"], row["batch_id"]) for row in batches} == set(map(tuple, rows.collect()))

@@ -1,4 +1,4 @@
-"""MLflow has a description of each start of a training: config, code, packages, device; checkpoints; the machine's use."""
+"""MLflow has a description of each start of a training: config, code, packages, device; checkpoints; system metrics."""
 
 import json
 import time
