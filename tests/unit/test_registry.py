@@ -107,6 +107,10 @@ def test_the_weights_are_sent_once_for_each_training(path: Path, monkeypatch: py
     assert registry.register(config, ["small"])["small"].version == "2"
     assert len(sent) == 2
     assert [str(version.version) for version in versions(config, "all")] == ["1"]
+    # A model that is no longer in the store is sent again.
+    connect(config).MlflowClient().delete_logged_model(recorded(path)["model_id"])
+    assert registry.register(renamed, ["small"])["small"].version == "2"
+    assert len(sent) == 3
 
 
 @pytest.mark.slow

@@ -158,8 +158,10 @@ def test_wandb_continues_one_run_without_doubled_points(path: Path, tmp_path: Pa
     with killed_after_logging(step=5):
         train_small(config)
     training = train_small(config)
-    first, second = wandb_runs(tmp_path / "root" / "wandb")
-    assert first[0] == second[0] == training["tracking_id"]
+    evaluate(config, [student_target(config, "small")])
+    first, second, evaluation = wandb_runs(tmp_path / "root" / "wandb")
+    assert first[0] == second[0] == evaluation[0] == training["tracking_id"]
+    assert (evaluation[1], evaluation[3]["heldout_nats_per_token"] > 0) == ([], True)
     assert (first[1], second[1]) == ([1, 2, 3, 4, 5], [6])
     assert first[2]["train"]["learning_rate"] == 0.01
     assert first[2]["tags"]["refined_version"] == "3"
