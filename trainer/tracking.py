@@ -307,13 +307,10 @@ class Run:
             try:
                 call()
             except Exception as error:
-                import requests
-                from mlflow.exceptions import MlflowException
-
-                # MLflow and its server are asked again; a folder or an object store is not.
-                is_asked_again = isinstance(error, MlflowException | requests.exceptions.RequestException)
-                if is_asked_again or not is_artifact_error(error):
+                if not is_artifact_error(error):
                     raise
+                # Raises if MLflow itself is away: then the call is made again.
+                self._mlflow.MlflowClient().get_run(self.run_id)
                 reason = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
                 LOGGER.warning("%s: MLflow does not take the %s: %s; the work continues", self.name, what, reason)
 

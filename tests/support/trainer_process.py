@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from tests.support.ranks import PRELOAD
+from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
 from trainer.tracking import connect
@@ -46,7 +47,8 @@ def prepare(folder: Path) -> None:
 @functools.cache
 def _prepared() -> "tempfile.TemporaryDirectory[str]":
     folder = tempfile.TemporaryDirectory()  # removed at the end of the process
-    connect(dataclasses.replace(make_root(Path(folder.name)), mlflow=MlflowConfig(experiment="prepared")))
+    with own_tracking_store():
+        connect(dataclasses.replace(make_root(Path(folder.name)), mlflow=MlflowConfig(experiment="prepared")))
     return folder
 
 
