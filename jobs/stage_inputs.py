@@ -164,10 +164,22 @@ def pack_inputs(config: ExperimentConfig) -> list[Any]:
 
 
 def train_inputs(config: ExperimentConfig) -> list[Any]:
-    """The students, the section `mlflow` and the versions of the packed tables."""
+    """The students, their teachers, the section `mlflow` and the versions of the packed tables."""
     names = packed(config)
     students = {name: to_dict(student) for name, student in config.students.items()}
-    return [students, dict(zip(names, _versions(config, names), strict=True)), to_dict(config.mlflow)]
+    return [
+        students,
+        dict(zip(names, _versions(config, names), strict=True)),
+        to_dict(config.mlflow),
+        *_teachers(config),
+    ]
+
+
+def _teachers(config: ExperimentConfig) -> list[Any]:
+    """The configs of the models that students are distilled from, and the states of their files; empty without any."""
+    aliases = sorted({student.train.kd_teacher for student in config.students.values() if student.train.kd_ratio})
+    models = {alias: config.models[alias] for alias in aliases}
+    return [[to_dict(model), storage.folder_state(model.path)] for model in models.values() if model.path is not None]
 
 
 def has_evaluation(config: ExperimentConfig) -> bool:

@@ -1,4 +1,8 @@
-"""For all tests: drivers are short-lived, and a module's experiments log to stores that no other module sees."""
+"""For all tests: drivers are short-lived, torch uses one thread, and a module's experiments log to stores of their own.
+
+Two tests run at a time on two cores, so a second thread of torch takes a core from the other test, and waits for work
+in a loop. Also, bit-identical weights need the same number of threads. The processes that tests start inherit both.
+"""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +13,7 @@ from tests.support.short_lived import JAVA_OPTIONS
 from tests.support.tracking_store import own_tracking_store
 
 os.environ.setdefault("SPARK_SUBMIT_OPTS", JAVA_OPTIONS)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, by the test modules
 
 
 @pytest.fixture(scope="module", autouse=True)

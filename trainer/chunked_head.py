@@ -5,8 +5,9 @@
 Axes in tensor names: N positions, n positions of a chunk, D hidden size, V entries of the vocabulary. Inputs: hidden
 states, the weight of the output layer, targets and their weights. Output: a float32 scalar, in nats. The gradients of
 hidden states and weight are computed in the forward pass, chunk by chunk, while the logits of the chunk exist. So
-nothing is computed twice, and no more than one chunk of logits is held (docs/training.md, Speed). Pure; needs torch
-alone. Products have the dtype of autocast, or else the dtype of the weight; sums and the weight's gradient are float32.
+nothing is computed twice, and no more than one chunk of logits is held (docs/training.md, Speed). `chunked_losses`
+does this for any losses of a chunk; kd_loss.py has those of distillation. Pure; needs torch alone. Products have the
+dtype of autocast, or else the dtype of the weight; sums and the weight's gradient are float32.
 """
 
 import functools
@@ -24,6 +25,9 @@ _FEWEST_CHUNKS = {"cpu": 16, "cuda": 8}
 _FEWEST_ENTRIES = 1 << 20
 
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# From the positions of a chunk and its logits to the chunk's losses; the logits are overwritten with the gradient of
+# the first loss.
+PartLosses = Callable[[slice, torch.Tensor], torch.Tensor]
 
 
 def chunk_positions(n_positions: int, vocab_size: int, device_type: str) -> int:
@@ -88,28 +92,25 @@ def _add_product(total_VD: torch.Tensor, left_Vn: torch.Tensor, right_nD: torch.
         total_VD += left_Vn @ right_nD
 
 
-class _WeightedNll(torch.autograd.Function):
+class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor,
-        loss_of: ChunkLoss,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, losses_of: PartLosses, n_losses: int, size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         dtype = _product_dtype(weight_VD)
         left_ND, right_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        losses_K = torch.zeros(n_losses, dtype=torch.float32, device=hidden_ND.device)
         d_hidden_ND = torch.empty_like(left_ND)
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for part in _parts(len(left_ND), len(right_VD), left_ND.device.type):
-                logits_nV = left_ND[part] @ right_VD.T
-                loss, at_target_n = loss_of(logits_nV, targets_N[part], weights_N[part])
-                total += loss
-                gradient_nV = logits_nV.scatter_(1, targets_N[part, None], at_target_n[:, None])
+            for part in _parts(len(left_ND), size):
+                gradient_nV = left_ND[part] @ right_VD.T  # the logits, until `losses_of` overwrites them
+                losses_K += losses_of(part, gradient_nV)
                 torch.mm(gradient_nV, right_VD, out=d_hidden_ND[part])
                 _add_product(d_weight_VD, gradient_nV.T, left_ND[part])
-                del logits_nV, gradient_nV  # before the next chunk's logits are made
+                del gradient_nV  # before the next chunk's logits are made
         ctx.gradients = d_hidden_ND.to(hidden_ND.dtype), d_weight_VD.to(weight_VD.dtype)
-        return total
+        return _outputs(ctx, losses_K)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,6 +118,69 @@ class _WeightedNll(torch.autograd.Function):
         d_hidden_ND, d_weight_VD = ctx.gradients
         ctx.gradients = None  # a second reference would make autograd copy the weight's gradient
         return d_hidden_ND.mul_(outputs[0]), d_weight_VD.mul_(outputs[0]), None, None, None
+
+
+class _LossesOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: torch.Tensor, losses_of: PartLosses, n_losses: int, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses_K = torch.zeros(n_losses, dtype=torch.float32, device=logits_NV.device)
+        gradient_NV = logits_NV.clone()
+        with torch.autocast(logits_NV.device.type, enabled=False):
+            for part in _parts(len(logits_NV), size):
+                losses_K += losses_of(part, gradient_NV[part])
+        ctx.gradient = gradient_NV
+        return _outputs(ctx, losses_K)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient_NV, ctx.gradient = ctx.gradient, None
+        return gradient_NV.mul_(outputs[0]), None, None, None
+
+
+def _outputs(ctx: Any, losses_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss that is differentiated, and the others, which are for the log alone."""
+    others_K = losses_K[1:].clone()
+    ctx.mark_non_differentiable(others_K)
+    return losses_K[0].clone(), others_K
+
+
+def chunked_losses(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, losses_of: PartLosses, n_losses: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes losses of the logits hidden_ND weight_VD^T, chunk by chunk, and the gradient of the first loss.
+
+    Args:
+        hidden_ND: hidden states in front of the output layer, float32 or bfloat16.
+        weight_VD: weight of the output layer, which has no bias.
+        losses_of: computes the losses of a chunk, and overwrites its logits with their gradient.
+        n_losses: K, losses that `losses_of` returns.
+        size: positions in a chunk.
+
+    Returns:
+        (the first loss, a float32 scalar, of which backward may be called once; the other K - 1 losses, float32,
+        without a gradient).
+    """
+    losses: tuple[torch.Tensor, torch.Tensor] = _ChunkedLosses.apply(hidden_ND, weight_VD, losses_of, n_losses, size)
+    return losses
+
+
+def losses_of_logits(
+    logits_NV: torch.Tensor, losses_of: PartLosses, n_losses: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the losses of `chunked_losses` for a model whose logits are no plain product.
+
+    Args:
+        logits_NV: the model's own logits, float32 or bfloat16; they stay as they are.
+        losses_of, n_losses, size: as for `chunked_losses`.
+
+    Returns:
+        As `chunked_losses`.
+    """
+    losses: tuple[torch.Tensor, torch.Tensor] = _LossesOfLogits.apply(logits_NV, losses_of, n_losses, size)
+    return losses
 
 
 def weighted_nll(
@@ -138,19 +202,24 @@ def weighted_nll(
     Returns:
         A float32 scalar, in nats.
     """
-    if torch.is_grad_enabled():
-        loss: torch.Tensor = _WeightedNll.apply(hidden_ND, weight_VD, targets_N, weights_N, loss_of)
+
+    def losses_of(part: slice, logits_nV: torch.Tensor) -> torch.Tensor:
+        loss, at_target_n = loss_of(logits_nV, targets_N[part], weights_N[part])
+        logits_nV.scatter_(1, targets_N[part, None], at_target_n[:, None])
         return loss
+
+    size = chunk_positions(len(hidden_ND), len(weight_VD), hidden_ND.device.type)
+    if torch.is_grad_enabled():
+        return chunked_losses(hidden_ND, weight_VD, losses_of, 1, size)[0]
     total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-    for part in _parts(len(hidden_ND), len(weight_VD), hidden_ND.device.type):
+    for part in _parts(len(hidden_ND), size):
         logits_nV = torch.nn.functional.linear(hidden_ND[part], weight_VD)
         nll_n = torch.nn.functional.cross_entropy(logits_nV.float(), targets_N[part], reduction="none")
         total += (nll_n * weights_N[part]).sum()
     return total
 
 
-def _parts(n_positions: int, vocab_size: int, device_type: str) -> list[slice]:
-    size = chunk_positions(n_positions, vocab_size, device_type)
+def _parts(n_positions: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n_positions, size)]
 
 

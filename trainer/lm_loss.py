@@ -1,22 +1,41 @@
 """A causal LM and its training loss as one module, so that DDP and FSDP wrap both.
 
-Axes in tensor names: B sequences, T input tokens. Inputs: token ids, targets and the weights of the targets (loss.py).
-Output: the weighted sum of -log p, in nats. The decoder gives hidden states, and `chunked_head` the loss without the
-logits of all positions. That is exact only where the model's logits are the product of the hidden states and a weight.
-A model with another output layer (a bias, a soft cap, a scale) goes through its own `.logits`. Which of the two it is
-gets tested on the model itself when the module is made. Needs torch and transformers; reads and writes nothing.
+Axes in tensor names: B sequences, T input tokens, N = B * T, V entries of the vocabulary, D hidden size.
+Inputs: token ids, targets and the weights of the targets (loss.py). Output: the weighted sum of -log p, in nats, or
+with a teacher its mixture with the KL divergence from the teacher. The decoder gives hidden states, and `chunked_head`
+the loss without the logits of all positions. That is exact only where the model's logits are the product of the hidden
+states and a weight. A model with another output layer (a bias, a soft cap, a scale) goes through its own `.logits`.
+Which of the two it is gets tested on the model itself when the module is made. Needs torch and transformers; reads and
+writes nothing.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from trainer.chunked_head import chunk_loss, weighted_nll
+from miniplm_udf.storage import Json
+from trainer.chunked_head import chunk_loss, chunked_losses, losses_of_logits, weighted_nll
+from trainer.kd_loss import kd_chunk_loss, kd_chunk_positions, kd_losses
+from trainer.kd_teacher import Teacher
 from trainer.loss import target_nll
 
 # The test enlarges the logits to this size: a soft cap does not change the small logits of new weights.
 _LARGEST_LOGIT = 100.0
 _PROBE_TOKENS = 4
+
+
+class Losses(NamedTuple):
+    """The result of a forward pass: sums over targets of weight * loss, in nats.
+
+    Attributes:
+        total: the loss to differentiate, a float32 scalar.
+        parts_P: losses that are only logged, float32, without a gradient: (P,) with P = 0 without a teacher; with a
+            teacher P = 2, -log p of the targets and the KL divergence from the teacher.
+    """
+
+    total: torch.Tensor
+    parts_P: torch.Tensor
 
 
 class CausalLMWithLoss(torch.nn.Module):
@@ -28,15 +47,18 @@ class CausalLMWithLoss(torch.nn.Module):
 
     Attributes:
         model: the causal LM.
+        teacher: the frozen model that the loss compares with; None: the loss is -log p of the targets.
         has_plain_head: whether the loss is computed in chunks; false: through `.logits`.
         chunk_loss: computes the loss of a chunk; `blocks.prepare_blocks` replaces it with a compiled one.
     """
+
+    teacher: Teacher | None = None
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model: Any = model
         self.has_plain_head = has_plain_head(model)
-        self.chunk_loss = chunk_loss
+        self.chunk_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = chunk_loss
 
     def forward(
         self,
@@ -44,7 +66,7 @@ class CausalLMWithLoss(torch.nn.Module):
         targets_BT: torch.Tensor,
         weights_BT: torch.Tensor,
         positions_BT: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Losses:
         """Computes sum(weight * -log p of the target).
 
         Args:
@@ -52,20 +74,72 @@ class CausalLMWithLoss(torch.nn.Module):
             targets_BT: int64 ids to predict.
             weights_BT: float32 weights of the targets.
             positions_BT: int64 positions of the tokens in their documents; None: 0, 1, ... in each sequence.
-
-        Returns:
-            A float32 scalar, in nats.
         """
-        # A cache would keep transformers from building the mask of the documents.
-        extra = {} if positions_BT is None else {"position_ids": positions_BT, "use_cache": False}
-        if not self.has_plain_head:
-            logits_BTV = self.model(input_ids=inputs_BT, **extra).logits
-            return (target_nll(logits_BTV, targets_BT) * weights_BT).sum()
-        hidden_BTD = self.model.base_model(input_ids=inputs_BT, **extra)[0]
+        if self.has_plain_head:
+            hidden_ND, weight_VD = self._hidden(inputs_BT, positions_BT)
+            loss = weighted_nll(hidden_ND, weight_VD, targets_BT.flatten(), weights_BT.flatten(), self.chunk_loss)
+        else:
+            loss = (target_nll(self._logits(inputs_BT, positions_BT), targets_BT) * weights_BT).sum()
+        return Losses(loss, loss.new_empty(0))
+
+    def _hidden(self, inputs_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decoder's hidden states, (N, D), and the weight of the output layer, (V, D)."""
+        hidden_BTD = self.model.base_model(input_ids=inputs_BT, **_positions(positions_BT))[0]
         # Read here and not kept: FSDP puts the whole weight in its place for the forward pass.
-        weight_VD = self.model.get_output_embeddings().weight
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        return weighted_nll(hidden_ND, weight_VD, targets_BT.flatten(), weights_BT.flatten(), self.chunk_loss)
+        return hidden_BTD.flatten(0, 1), self.model.get_output_embeddings().weight
+
+    def _logits(self, inputs_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
+        """The model's own logits, (B, T, V)."""
+        logits_BTV: torch.Tensor = self.model(input_ids=inputs_BT, **_positions(positions_BT)).logits
+        return logits_BTV
+
+
+class DistilledCausalLM(CausalLMWithLoss):
+    """A causal LM whose loss also compares its predictions with a teacher's (kd_loss.py).
+
+    Args:
+        model: as for `CausalLMWithLoss`.
+        teacher: on the same device. As it is no torch module, it is no part of this one.
+        ratio: share of the KL divergence in the loss, above 0 and at most 1.
+    """
+
+    def __init__(self, model: torch.nn.Module, teacher: Teacher, ratio: float):
+        super().__init__(model)
+        self.teacher: Teacher = teacher
+        self.ratio, self.chunk_loss = ratio, kd_chunk_loss
+
+    def forward(
+        self,
+        inputs_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        weights_BT: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+    ) -> Losses:
+        """Computes sum(weight * ((1 - ratio) * -log p of the target + ratio * KL(teacher || student))).
+
+        Args:
+            inputs_BT, targets_BT, weights_BT, positions_BT: as for `CausalLMWithLoss`.
+        """
+        # The teacher comes first: its activations are gone before those of the student are kept.
+        teacher_ND = self.teacher.hidden(inputs_BT, positions_BT).flatten(0, 1)
+        targets_N, weights_N = targets_BT.flatten(), weights_BT.flatten()
+
+        def teacher_logits(part: slice) -> torch.Tensor:
+            return self.teacher.logits(teacher_ND[part])
+
+        losses_of = kd_losses(teacher_logits, targets_N, weights_N, self.ratio, self.chunk_loss)
+        if self.has_plain_head:
+            hidden_ND, weight_VD = self._hidden(inputs_BT, positions_BT)
+            size = kd_chunk_positions(len(targets_N), len(weight_VD), weight_VD.device.type)
+            return Losses(*chunked_losses(hidden_ND, weight_VD, losses_of, 3, size))
+        logits_NV = self._logits(inputs_BT, positions_BT).flatten(0, 1)
+        size = kd_chunk_positions(len(targets_N), logits_NV.shape[1], logits_NV.device.type)
+        return Losses(*losses_of_logits(logits_NV, losses_of, 3, size))
+
+
+def _positions(positions_BT: torch.Tensor | None) -> Json:
+    """Arguments of a forward pass. A cache would keep transformers from building the mask of the documents."""
+    return {} if positions_BT is None else {"position_ids": positions_BT, "use_cache": False}
 
 
 @torch.no_grad()

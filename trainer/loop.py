@@ -34,12 +34,14 @@ class StepMeasures:
 
     Attributes:
         steps_done: optimiser steps of the whole run so far, including those before a resume.
-        loss: loss of the batch, in nats per token.
+        loss: loss of the batch, in nats per token; with a teacher the mixed loss.
         learning_rate: rate of this step.
         gradient_norm: norm of the whole gradient before clipping.
         tokens: input tokens of the whole run so far, including those before a resume.
         tokens_per_second: input tokens of all ranks per second, since the measures before, or since the start.
         mfu: the model FLOPs per second as a share of the peak of all chips (flops.py); None if the peak is not known.
+        lm_loss: -log p of the targets, in nats per token, the same mean as `loss`; None without a teacher.
+        kd_loss: KL divergence from the teacher to the student, in nats per token, likewise.
     """
 
     steps_done: int
@@ -49,6 +51,8 @@ class StepMeasures:
     tokens: int
     tokens_per_second: float
     mfu: float | None = None
+    lm_loss: float | None = None
+    kd_loss: float | None = None
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -103,9 +107,11 @@ class Loop:
         self.module, self.optimizer, self.sequences, self.config = module, optimizer, sequences, config
         self.separator_id, self.world = separator_id, world
         self.batches = Batches(sequences, config, world)
-        self.model = undivided(module).model
+        whole = undivided(module)
+        self.model = whole.model
+        teacher = None if whole.teacher is None else whole.teacher.model
         peak = peak_flops_per_second(world.device, product_dtype(config, world.device))
-        flops = training_flops_per_token(self.model, sequences.sequence_length)
+        flops = training_flops_per_token(self.model, sequences.sequence_length, teacher)
         self._mfu_per_speed = None if peak is None else flops / (peak * world.size)
         # The first step whose loss or gradient is not finite; -1: none so far. Read only at logs and saves.
         self._first_bad_step = torch.tensor(-1, device=world.device)
@@ -147,7 +153,7 @@ class Loop:
         self.module.train()
         started, first = time.perf_counter(), steps_done
         for step in range(steps_done, self.config.steps):
-            rate, loss, norm = self.step(step)
+            rate, losses, norm = self.step(step)
             done = step + 1
             if on_evaluate is not None and self._evaluates_at(done):
                 paused = time.perf_counter()
@@ -158,11 +164,11 @@ class Loop:
             saves = done % self.config.save_every_steps == 0 or is_last
             if not (logs or saves):
                 continue  # reading the loss makes the CPU wait for the GPU
-            loss_value, norm_value = self._read(loss, norm)
+            loss, *parts, norm_value = self._read(losses, norm)
             tokens_a_step = self.config.batch_sequences * self.sequences.sequence_length
             speed = (done - first) * tokens_a_step / (time.perf_counter() - started)
             mfu = None if self._mfu_per_speed is None else speed * self._mfu_per_speed
-            measures = StepMeasures(done, loss_value, rate, norm_value, done * tokens_a_step, speed, mfu)
+            measures = StepMeasures(done, loss, rate, norm_value, done * tokens_a_step, speed, mfu, *parts)
             if logs:
                 on_step(measures)
                 started, first = time.perf_counter(), done
@@ -182,12 +188,13 @@ class Loop:
             step: number of the step, from 0.
 
         Returns:
-            (learning rate, loss of the batch in nats, norm of the whole gradient before clipping). The loss is not
-            finite if the batch has no target.
+            (learning rate, losses of the batch in nats, norm of the whole gradient before clipping). The first loss is
+            the differentiated loss; with a teacher, `lm_loss.Losses.parts_P` follow. Losses are not finite if the batch
+            has no target.
         """
         config, world = self.config, self.world
         torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)
-        loss = world.sum(self._backward(*self.batches.get(step)))
+        losses = world.sum(self._backward(*self.batches.get(step)))
         limit = config.gradient_clip_norm if config.gradient_clip_norm > 0 else float("inf")
         norm = clip_gradient(self.module, limit)
         rate = learning_rate(
@@ -201,13 +208,13 @@ class Loop:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        is_first_bad = (self._first_bad_step < 0) & ~(torch.isfinite(loss) & torch.isfinite(norm))
+        is_first_bad = (self._first_bad_step < 0) & ~(torch.isfinite(losses[0]) & torch.isfinite(norm))
         # Not `where`: it copies the number to the GPU and waits for the copy.
         self._first_bad_step = self._first_bad_step.masked_fill(is_first_bad, step)
-        return rate, loss, norm
+        return rate, losses, norm
 
     def _backward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Computes this rank's gradients of the batch's loss; returns this rank's part of the loss.
+        """Computes this rank's gradients of the batch's loss; returns this rank's part of the losses, (1 or 3,).
 
         Args:
             tokens: int64 ids of this rank's sequences, (B, L + 1).
@@ -218,7 +225,7 @@ class Loop:
         positions = document_positions(inputs, mask, self.separator_id) if masks else None
         weights, count = target_weights(inputs, mask, self.separator_id, self.config.loss)
         weights = weights / self.world.sum(count).float()
-        total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+        totals: list[torch.Tensor] = []
         # Ranks that share weights wait for each other in every micro-batch, so all have the same number of them. A rank
         # without a row left repeats its first row with weight 0.
         starts = range(0, -(-self.config.batch_sequences // self.world.size), self.config.micro_batch_sequences)
@@ -227,19 +234,19 @@ class Loop:
             weight = weights[part] if start < len(tokens) else torch.zeros_like(weights[part])
             with gradient_sums(self.module, last=start == starts[-1]):
                 with autocast(self.config, self.world.device):
-                    loss = self.module(
+                    loss, parts_P = self.module(
                         inputs[part], targets[part], weight, None if positions is None else positions[part]
                     )
                 (loss * self.world.size).backward()  # DDP and FSDP take the mean over ranks; the batch needs the sum
-            total += loss.detach()
-        return total
+            totals.append(torch.cat([loss.detach()[None], parts_P]).double())
+        return torch.stack(totals).sum(dim=0)
 
-    def _read(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
-        """Reads loss and norm from the device, after the check that all steps so far were finite."""
-        values = torch.stack([loss.double(), norm.double(), self._first_bad_step.double()]).tolist()
-        bad_step = int(values[2])
+    def _read(self, losses: torch.Tensor, norm: torch.Tensor) -> list[float]:
+        """Reads losses and norm from the device, after the check that all steps so far were finite."""
+        *values, bad_step_value = torch.cat([losses, norm.double()[None], self._first_bad_step.double()[None]]).tolist()
+        bad_step = int(bad_step_value)
         if bad_step < 0:
-            return values[0], values[1]
+            return values
         rows = self.batches.rows(bad_step)
         numbers = ", ".join(str(row) for row in rows.tolist())
         tokens, mask = (torch.from_numpy(array) for array in self.sequences.get(rows))

@@ -24,6 +24,7 @@ from miniplm_udf.errors import MiniplmError
 from trainer.checkpoint import SavedState
 from trainer.model import n_parameters
 from trainer.records import TRAINING_FILE, TrainingRecord
+from trainer.teacher_loading import teacher_record
 from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer
 from trainer.tracking import Run
 
@@ -58,6 +59,8 @@ def _record(training: "Training", run: Run, state: SavedState) -> TrainingRecord
         tokenizer_hash=training.files.packed_hash,
         tokenizer_file_hash=training.files.saved_hash,
         tracking_id=training.checkpoints.tracking_id(),
+        kd_ratio=target.train.kd_ratio,
+        kd_teacher=teacher_record(inputs.teacher),
     )
 
 

@@ -43,6 +43,8 @@ class TrainingRecord:
         tokenizer_hash: hash of the tokenizer.json that the data was packed with; None in a file of an earlier version.
         tokenizer_file_hash: hash of the tokenizer.json in the model's folder; None in a file of an earlier version.
         tracking_id: id of the training in other trackers than MLflow; None in a file of an earlier version.
+        kd_ratio: share of the KL divergence from the teacher in the loss.
+        kd_teacher: the teacher (`teacher_loading.teacher_record`); None without one.
     """
 
     name: str
@@ -65,6 +67,8 @@ class TrainingRecord:
     tokenizer_hash: str | None = None
     tokenizer_file_hash: str | None = None
     tracking_id: str | None = None
+    kd_ratio: float = 0.0
+    kd_teacher: Json | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,9 +122,15 @@ def _baseline(config: ExperimentConfig, options: ScalingOptions, studies: dict[s
     """Name of the student with which a student is compared; None for a baseline, or if there is none."""
     if options.baseline is not None:
         return options.baseline if name != options.baseline else None
-    random = [other for other in studies if is_random(resolve(config.refine.corpora[config.students[other].corpus]))]
+    random = [other for other in studies if _is_conventional(config, other)]
     same_size = [other for other in random if studies[other].runs.n_parameters == studies[name].runs.n_parameters]
     return same_size[0] if same_size and name not in random else None
+
+
+def _is_conventional(config: ExperimentConfig, name: str) -> bool:
+    """Whether a student is trained on a random corpus, without a teacher."""
+    student = config.students[name]
+    return student.train.kd_ratio == 0 and is_random(resolve(config.refine.corpora[student.corpus]))
 
 
 def _law(study: _Study, options: ScalingOptions) -> Json:

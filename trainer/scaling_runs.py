@@ -3,10 +3,11 @@
 Inputs: the experiment's MLflow store, and the names of its students, which are the names of their runs. Output: a
 `StudentRuns` for each student. The trainer logs no compute; it follows from what the trainer does log:
 
-    compute = 6 * n_parameters * steps * train.batch_sequences * sequence_length        FLOP, forward and backward
+    compute = (6 * n_parameters + 2 * kd_teacher.n_parameters) * steps * train.batch_sequences * sequence_length
 
-Products of attention are not counted. Two students of one architecture have the same compute per token, so the ratio of
-their compute does not depend on this formula. Reads only; creates no store and no experiment.
+in FLOP: forward and backward pass of the student, and with a teacher (Vanilla KD) the teacher's forward pass.
+Products of attention are not counted. Two students of one architecture without a teacher have the same compute per
+token, so the ratio of their compute does not depend on this formula. Reads only; creates no store and no experiment.
 """
 
 import dataclasses
@@ -25,6 +26,8 @@ from trainer.scaling import LossCurve
 LOGGER = logging.getLogger("miniplm.trainer.scaling_runs")
 
 FLOP_PER_PARAMETER_AND_TOKEN = 6
+FLOP_PER_TEACHER_PARAMETER_AND_TOKEN = 2  # a forward pass
+_TEACHER_SIZE = "kd_teacher.n_parameters"
 # The points of a long curve are means of neighbours: a mean scatters less, and late steps do not outweigh early ones.
 _POINTS_PER_CURVE = 40
 _NEEDED = ("n_parameters", "sequence_length", "train.steps", "train.batch_sequences", "train.warmup_steps", "corpus",
@@ -38,6 +41,7 @@ class StudentRuns:
     Attributes:
         name: the student.
         n_parameters: number of its weights.
+        teacher_parameters: number of the weights of its teacher; 0 without one.
         tokenizer: name of its tokenizer.
         text: the text of the losses: the fingerprint of the held-out text, or the name of the training corpus.
         run_ids: MLflow runs, the oldest first.
@@ -46,6 +50,7 @@ class StudentRuns:
 
     name: str
     n_parameters: int
+    teacher_parameters: int
     tokenizer: str
     text: str
     run_ids: tuple[str, ...]
@@ -57,7 +62,7 @@ class StudentRuns:
         Args:
             tokens: input tokens, counted again in each epoch.
         """
-        return float(FLOP_PER_PARAMETER_AND_TOKEN * self.n_parameters * tokens)
+        return _flop_per_token(self.n_parameters, self.teacher_parameters) * tokens
 
     def tokens(self, compute_flop: float) -> float:
         """Returns the input tokens of a training of this student.
@@ -65,7 +70,12 @@ class StudentRuns:
         Args:
             compute_flop: training compute in FLOP.
         """
-        return compute_flop / (FLOP_PER_PARAMETER_AND_TOKEN * self.n_parameters)
+        return compute_flop / _flop_per_token(self.n_parameters, self.teacher_parameters)
+
+
+def _flop_per_token(n_parameters: int, teacher_parameters: int) -> float:
+    student = FLOP_PER_PARAMETER_AND_TOKEN * n_parameters
+    return float(student + FLOP_PER_TEACHER_PARAMETER_AND_TOKEN * teacher_parameters)
 
 
 def read_runs(config: ExperimentConfig, names: list[str], metric: str) -> dict[str, StudentRuns]:
@@ -138,6 +148,9 @@ def _student(client: Any, experiment_id: str, name: str, metric: str) -> Student
     return StudentRuns(
         name=name,
         n_parameters=int(_common(name, "n_parameters", [run.data.params["n_parameters"] for run in runs])),
+        teacher_parameters=int(
+            _common(name, "size of the teacher", [run.data.params.get(_TEACHER_SIZE, "0") for run in runs])
+        ),
         tokenizer=_common(name, "tokenizer", [run.data.params["tokenizer"] for run in runs]),
         text=_common(name, "text of the loss", [_text(run, metric) for run in runs]),
         run_ids=tuple(run.info.run_id for run in runs),
@@ -194,10 +207,10 @@ def _curve(run: Any, history: list[Any]) -> LossCurve | None:
     if not by_step:
         return None
     tokens_a_step = int(params["train.batch_sequences"]) * int(params["sequence_length"])
-    flop_a_step = FLOP_PER_PARAMETER_AND_TOKEN * int(params["n_parameters"]) * tokens_a_step
+    flop_a_step = _flop_per_token(int(params["n_parameters"]), int(params.get(_TEACHER_SIZE, "0"))) * tokens_a_step
     steps = np.array(sorted(by_step))
     losses = np.array([by_step[step] for step in steps])
-    flop, means = _thinned(steps * float(flop_a_step), losses)
+    flop, means = _thinned(steps * flop_a_step, losses)
     return LossCurve(compute_flop=tuple(flop.tolist()), loss=tuple(means.tolist()))
 
 

@@ -24,6 +24,7 @@ _NOT_IN_FINGERPRINT = (
     "compile",
     "activation_checkpointing",
     "evaluate_every_steps",
+    "kd_teacher",  # a name; the fingerprint of the training has the hash of the teacher's weights
 )
 
 
@@ -68,8 +69,9 @@ class Target:
         train = dataclasses.asdict(self.train)
         for key in _NOT_IN_FINGERPRINT:
             del train[key]
-        if not self.train.document_masks:  # models of versions without this key stay finished
-            del train["document_masks"]
+        for key in ("document_masks", "kd_ratio"):  # models of versions without these keys stay finished
+            if not train[key]:
+                del train[key]
         return fingerprint(
             self.architecture,
             train,

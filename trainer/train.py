@@ -25,11 +25,13 @@ from trainer.callbacks import callbacks_of, require_packages
 from trainer.data import read_tokenizer_info
 from trainer.distributed import World, process_group
 from trainer.environment import start_files, start_tags
+from trainer.flops import equal_compute_steps
 from trainer.model import build_model, model_config, n_parameters
 from trainer.model_folder import set_run, write_model
 from trainer.records import TrainResult, read_training
 from trainer.state import gather_weights
 from trainer.targets import Target
+from trainer.teacher_loading import teacher_record
 from trainer.tracking import Run, tracked_run
 from trainer.training import Training, TrainingInputs, open_inputs, prepare, record_run, run_steps
 
@@ -48,8 +50,9 @@ def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) ->
         The model's record, and whether the training was skipped, or stopped by a signal (`stopping.deferred`).
 
     Raises:
-        ConfigError: the architecture cannot be built or trained as the config says, or several nodes train under a
-            root that they do not share; or the package of a configured tracker is not installed.
+        ConfigError: the architecture cannot be built or trained as the config says, the teacher does not fit the
+            packed data, the package of a configured tracker is not installed, or several nodes train under a root that
+            they do not share.
         CorpusError: the packed table is missing, empty, or packed with another tokenizer; or another process trains
             this model; or no checkpoint can be used; or ranks see different data, checkpoints or weights.
         MiniplmError: the loss or the gradient is not finite, a file cannot be written, or another rank failed.
@@ -170,6 +173,7 @@ def _log_start(training: Training, run: Run) -> None:
         "sequence_length": target.sequence_length,
         "n_parameters": n_parameters(training.model),
         "packed_sequences": sequences.n_sequences,
+        **({} if inputs.teacher is None else {"kd_teacher": teacher_record(inputs.teacher)}),
     }
     tags = {"fingerprint": inputs.fingerprint, "tokenizer": target.tokenizer, "stage": "train"}
     tags |= {"miniplm_root": storage.redact(training.config.root), **start_tags(training.world)}
@@ -223,7 +227,28 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
     )
     with torch.device("meta"):
         facts["n_parameters"] = n_parameters(build_model(architecture, where=target.where, seed=0))
+    facts |= _distillation(config, target, facts["n_parameters"])
     return {**facts, "status": _status(config, target)}
+
+
+def _distillation(config: ExperimentConfig, target: Target, student_parameters: int) -> Json:
+    """The teacher of a plan, and the steps of equal compute; nothing for a model without a teacher.
+
+    The teacher's size comes from its record, which the scoring writes: a plan fetches no model.
+    """
+    alias, ratio = target.train.kd_teacher, target.train.kd_ratio
+    if ratio == 0:
+        return {}
+    record = storage.read_json(config.layout.model_record(alias)) or {}
+    size = record.get("n_parameters")
+    facts: Json = {
+        "teacher": alias,
+        "path": storage.redact(str(config.models[alias].path)),
+        "teacher_parameters": size,
+        "kd_ratio": ratio,
+        "steps_of_equal_compute": size and equal_compute_steps(config.train.steps, student_parameters, size),
+    }
+    return {"distillation": facts}
 
 
 def _status(config: ExperimentConfig, target: Target) -> str:

@@ -20,6 +20,7 @@ from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import Progress, progress
+from miniplm_udf.scoring.description import ModelDescription
 from trainer.blocks import prepare_blocks
 from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.checkpoint_writer import CheckpointWriter
@@ -27,7 +28,7 @@ from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
 from trainer.distributed import Agreement, Wish, World
 from trainer.document_masks import check_follows_positions
 from trainer.evaluation.during_training import TrainingEvaluation
-from trainer.lm_loss import CausalLMWithLoss
+from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
 from trainer.loop import Loop, StepMeasures, make_optimizer
 from trainer.model import build_model, choose_scan, model_config
 from trainer.model_folder import write_weights
@@ -36,16 +37,25 @@ from trainer.parallel import divide
 from trainer.records import read_training
 from trainer.state import check_equal_weights, gather, gather_weights, set_optimizer, set_weights
 from trainer.targets import Target
+from trainer.teacher_loading import describe_teacher, load_teacher, teacher_identity
 from trainer.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from trainer.tracking import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingInputs:
-    """The data that a training reads; `fingerprint` is a hash of config, data and tokenizer."""
+    """The inputs of a training.
+
+    Attributes:
+        sequences: the packed table.
+        tokenizer: the table's tokenizer.
+        teacher: the teacher, not loaded yet; None without one.
+        fingerprint: hash of config, data, tokenizer and teacher.
+    """
 
     sequences: PackedSequences
     tokenizer: TokenizerInfo
+    teacher: ModelDescription | None
     fingerprint: str
 
 
@@ -72,7 +82,7 @@ class Training:
 
 
 def open_inputs(config: ExperimentConfig, target: Target, world: World) -> TrainingInputs:
-    """Opens the tokenizer and the packed table; all ranks open the version that is the newest on rank 0.
+    """Opens tokenizer, packed table and teacher; all ranks open the version that is the newest on rank 0.
 
     Args:
         config: the experiment.
@@ -80,7 +90,9 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
         world: the place of this process among the ranks.
 
     Raises:
-        CorpusError: the table or the tokenizer cannot be used, or ranks see different ones.
+        ConfigError: the teacher does not fit the tokenizer.
+        CorpusError: the table or the tokenizer cannot be used, or ranks see different ones, or different teachers.
+        ModelLoadError: the teacher cannot be found or read.
     """
     uri = config.layout.table(target.packed_table)
 
@@ -90,12 +102,14 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
         # The manifest instead of the version: a commit that changes no file (by VACUUM) is no reason to train again.
         # Another order of the rows is another training: its checkpoints are not continued.
         hashes = (target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash, ORDER_VERSION)
-        return TrainingInputs(sequences, tokenizer, fingerprint(*hashes))
+        teacher = describe_teacher(config, target, tokenizer)
+        identity = teacher_identity(config, target, teacher)
+        return TrainingInputs(sequences, tokenizer, teacher, fingerprint(*hashes, *identity))
 
     newest = world.together(lambda: open_version(None))
     version = world.from_first(newest.sequences.version)
     inputs = world.together(lambda: newest if newest.sequences.version == version else open_version(version))
-    _check_equal(world, inputs.fingerprint, f"config, packed table ({storage.redact(uri)}) or tokenizer")
+    _check_equal(world, inputs.fingerprint, f"config, packed table ({storage.redact(uri)}), tokenizer or teacher")
     return inputs
 
 
@@ -123,8 +137,9 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
     Raises:
         ConfigError: the architecture cannot be built or trained as the config says.
         CorpusError: no checkpoint can be used, or the ranks do not see the same checkpoint or weights.
+        ModelLoadError: the teacher cannot be loaded.
     """
-    whole = world.together(lambda: _new_model(target, inputs, world))
+    whole = world.together(lambda: _new_model(config, target, inputs, world))
     model = whole.model
     checkpoints = _checkpoints(config, target, inputs)
     files = world.together(lambda: read_tokenizer_files(config.layout.model(target.tokenizer_folder)))
@@ -188,8 +203,8 @@ def resume(
     return divided, optimizer, world.from_first(state)
 
 
-def _new_model(target: Target, inputs: TrainingInputs, world: World) -> CausalLMWithLoss:
-    """The model with new weights and its loss, on this rank's device."""
+def _new_model(config: ExperimentConfig, target: Target, inputs: TrainingInputs, world: World) -> CausalLMWithLoss:
+    """The model with new weights and its loss, with its teacher if it has one, on this rank's device."""
     architecture = model_config(
         target.architecture,
         where=target.where,
@@ -205,7 +220,11 @@ def _new_model(target: Target, inputs: TrainingInputs, world: World) -> CausalLM
     model.to(world.device)
     if target.train.document_masks:
         check_follows_positions(model, architecture.vocab_size, target.where)
-    module = CausalLMWithLoss(model)
+    if inputs.teacher is None:
+        module = CausalLMWithLoss(model)
+    else:
+        teacher = load_teacher(config, target, inputs.tokenizer, inputs.teacher, world.device)
+        module = DistilledCausalLM(model, teacher, target.train.kd_ratio)
     prepare_blocks(module, target.train, target.sequence_length, target.where)
     return module
 
@@ -355,4 +374,5 @@ def _metrics(measures: StepMeasures) -> dict[str, float]:
         "tokens": measures.tokens,
         "tokens_per_second": measures.tokens_per_second,
     }
-    return metrics if measures.mfu is None else {**metrics, "train/mfu": measures.mfu}
+    optional = {"train/mfu": measures.mfu, "train/lm_loss": measures.lm_loss, "train/kd_loss": measures.kd_loss}
+    return metrics | {name: value for name, value in optional.items() if value is not None}

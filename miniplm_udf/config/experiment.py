@@ -122,8 +122,20 @@ class ExperimentConfig:
         for name, student in self.students.items():
             links += [(f"students.{name}.corpus", student.corpus, self.refine.corpora)]
             links += [(f"students.{name}.tokenizer", student.tokenizer, self.tokenizers)]
+            if student.train.kd_ratio:
+                # The reference that this experiment trains is no teacher.
+                links += [
+                    (f"students.{name}.train.kd_teacher", student.train.kd_teacher, self.models.keys() - {trained})
+                ]
         for key, found, known in links:
             check(found in known, f"{key}: expected one of {sorted(known)}, found {found!r}{_nearest(found, known)}")
+        for name, student in self.students.items():
+            check(
+                student.train.kd_ratio == 0 or self.tokenizers[student.tokenizer].path is not None,
+                f"students.{name}.tokenizer: expected the tokenizer of the teacher models.{student.train.kd_teacher}, "
+                f"found {student.tokenizer!r}, which is trained on the corpus; set tokenizers.{student.tokenizer}.path "
+                "to the teacher's path, or kd_ratio: 0 for this student",
+            )
         for alias, model in self.models.items():
             check(
                 model.path is not None or alias == trained,

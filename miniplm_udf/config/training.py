@@ -23,6 +23,9 @@ class TrainConfig:
         warmup_steps: steps in which the learning rate rises.
         loss: official is the mean over sequences of the mean over targets whose input is not the separator;
             token_mean is the mean over all targets.
+        kd_ratio: share of the forward KL divergence from the teacher in the loss (Vanilla KD); the rest is the LM loss.
+            0, the default, trains without a teacher.
+        kd_teacher: alias of the teacher in the section `models`.
         document_masks: whether tokens see only their own document in a sequence; false as in the paper.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
         parallel: what ranks share. ddp: each rank has all weights; fsdp: all ranks share one copy of the weights and of
@@ -47,6 +50,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     gradient_clip_norm: float = 1.0
     loss: Literal["official", "token_mean"] = "official"
+    kd_ratio: float = 0.0
+    kd_teacher: str = "teacher"
     document_masks: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
@@ -76,6 +81,10 @@ class TrainConfig:
         check(
             0 <= self.warmup_steps <= self.steps,
             f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",
+        )
+        check(
+            0 <= self.kd_ratio <= 1,
+            f"train.kd_ratio: expected 0 (no teacher) to 1 (the teacher alone), found {self.kd_ratio}",
         )
         check(
             self.evaluate_every_steps >= 0,
@@ -119,3 +128,10 @@ class ReferenceConfig:
     model: str | None = None
     architecture: Json = dataclasses.field(default_factory=dict)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            self.train.kd_ratio == 0,
+            f"reference.train.kd_ratio: expected 0, found {self.train.kd_ratio}: what a reference learns from the "
+            "teacher is missing in the difference of their scores; set reference.train.kd_ratio=0",
+        )

@@ -58,6 +58,16 @@ def improve_attention(model: Any) -> None:
         model.set_attn_implementation("sdpa")
 
 
+def plain_attention(model: Any) -> None:
+    """Takes back `improve_attention`, whose attention ignores the borders of documents in a sequence.
+
+    Args:
+        model: a loaded model of transformers; changed in place.
+    """
+    if model.config._attn_implementation in (_BLOCKED, _MASKLESS):
+        model.set_attn_implementation("sdpa")
+
+
 def causal_mask(
     batch_size: int, q_length: int, kv_length: int, *arguments: Any, attention_mask: torch.Tensor | None = None,
     local_size: int | None = None, **others: Any,

@@ -14,28 +14,34 @@ from torch._dynamo.utils import counters
 from miniplm_udf.config.training import TrainConfig
 from tests.bench import bench_train
 from tests.support.trainer_roots import LLAMA
-from trainer.blocks import prepare_blocks
-from trainer.lm_loss import CausalLMWithLoss
+from trainer.blocks import drop_mask, prepare_blocks
+from trainer.kd_teacher import Teacher
+from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
 from trainer.model import build_model, model_config
 
 VOCAB, LENGTH = 8192, 64
 SHAPE = bench_train.Shape(LLAMA | {"vocab_size": 40}, tokens=8, batch=4, micro=2)
 
 
-def losses_and_gradients(compiles: bool, n_layers: int, **train: Any) -> list[torch.Tensor]:
+def losses_and_gradients(compiles: bool, n_layers: int, has_teacher: bool = False, **train: Any) -> list[torch.Tensor]:
     """The losses of two micro-batches of different sizes, in chunks of 128 positions, and the gradients."""
     shape = LLAMA | {"num_hidden_layers": n_layers}
     config = model_config(shape, where="x", vocab_size=VOCAB, separator_id=3, max_positions=LENGTH)
     config.use_cache = False
-    module = CausalLMWithLoss(build_model(config, where="x", seed=0))
+    model = build_model(config, where="x", seed=0)
+    module = CausalLMWithLoss(model)
+    if has_teacher:
+        frozen = build_model(config, where="x", seed=1).eval().requires_grad_(False)
+        drop_mask(frozen, LENGTH)
+        module = DistilledCausalLM(model, Teacher(frozen, VOCAB - 5), 0.5)
     settings = TrainConfig(compile=compiles, micro_batch_sequences=4, batch_sequences=6, **train)
     prepare_blocks(module, settings, LENGTH, "x")
     module.train()
     generator = torch.Generator().manual_seed(0)
     results = []
     for n in (4, 2):
-        tokens = torch.randint(0, VOCAB, (n, LENGTH + 1), generator=generator)
-        loss = module(tokens[:, :-1], tokens[:, 1:], torch.rand(n, LENGTH, generator=generator))
+        tokens = torch.randint(0, VOCAB - 5, (n, LENGTH + 1), generator=generator)
+        loss = module(tokens[:, :-1], tokens[:, 1:], torch.rand(n, LENGTH, generator=generator)).total
         loss.backward()
         results.append(loss.detach())
     return results + [weight.grad for weight in module.parameters() if weight.grad is not None]
@@ -52,6 +58,13 @@ def test_compiled_equals_eager_and_all_layers_share_the_code(n_layers: int, is_c
     # Two for the blocks and two for the chunks: their last micro-batch is smaller.
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
     for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.long
+def test_compiled_equals_eager_with_a_teacher() -> None:
+    expected = losses_and_gradients(False, 2, has_teacher=True)
+    for result, value in zip(losses_and_gradients(True, 2, has_teacher=True), expected, strict=True):
         torch.testing.assert_close(result, value, atol=1e-5, rtol=1e-5)
 
 

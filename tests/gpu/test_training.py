@@ -11,10 +11,12 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from tests.support.allocations import peak_bytes
-from trainer.blocks import prepare_blocks
-from trainer.chunked_head import weighted_nll
+from trainer.blocks import drop_mask, prepare_blocks
+from trainer.chunked_head import chunked_losses, weighted_nll
 from trainer.distributed import World
-from trainer.lm_loss import CausalLMWithLoss
+from trainer.kd_loss import kd_chunk_positions, kd_losses
+from trainer.kd_teacher import Teacher
+from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
 from trainer.loop import Loop, make_optimizer
 from trainer.model import build_model, model_config
 
@@ -40,21 +42,31 @@ class Rows:
         return tokens[rows], np.ones((len(rows), LENGTH), "u1")
 
 
+def make_teacher(shape: Any) -> Teacher:
+    model = build_model(shape, where="x", seed=1).to(DEVICE, torch.bfloat16).eval().requires_grad_(False)
+    assert drop_mask(model, LENGTH)
+    return Teacher(model, VOCAB)
+
+
 def make_loop(family: str, **train: Any) -> Loop:
     shape = model_config(
         {"model_type": family} | SIZES, where="x", vocab_size=VOCAB, separator_id=3, max_positions=LENGTH
     )
     shape.use_cache = False
     config = TrainConfig(steps=8, warmup_steps=0, batch_sequences=6, micro_batch_sequences=4, **train)  # type: ignore[arg-type]
-    module = CausalLMWithLoss(build_model(shape, where="x", seed=0).to(DEVICE))
+    model = build_model(shape, where="x", seed=0).to(DEVICE)
+    module = (
+        DistilledCausalLM(model, make_teacher(shape), config.kd_ratio) if config.kd_ratio else CausalLMWithLoss(model)
+    )
     prepare_blocks(module, config, LENGTH, "x")
     module.train()
     return Loop(module, make_optimizer(module, config), Rows(), config, 3, World(device=DEVICE))
 
 
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.5])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_a_step_does_not_wait_for_the_gpu(compiles: bool) -> None:
-    loop = make_loop("llama", compile=compiles)
+def test_a_step_does_not_wait_for_the_gpu(compiles: bool, kd_ratio: float) -> None:
+    loop = make_loop("llama", compile=compiles, kd_ratio=kd_ratio)
     loop.step(0), loop.step(1)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -63,25 +75,34 @@ def test_a_step_does_not_wait_for_the_gpu(compiles: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_compiled_steps_equal_eager_steps(family: str) -> None:
+@pytest.mark.parametrize(("family", "kd_ratio"), [("llama", 0.0), ("qwen2", 0.0), ("llama", 0.5)])
+def test_compiled_steps_equal_eager_steps(family: str, kd_ratio: float) -> None:
     results = []
     for compiles in (False, True):
-        loop = make_loop(family, compile=compiles, dtype="float32")
-        results.append([[float(loss), float(norm)] for _, loss, norm in map(loop.step, range(4))])
+        loop = make_loop(family, compile=compiles, dtype="float32", kd_ratio=kd_ratio)
+        results.append([[*losses.tolist(), float(norm)] for _, losses, norm in map(loop.step, range(4))])
     np.testing.assert_allclose(results[1], results[0], rtol=1e-4)
 
 
-def test_the_peak_of_loss_and_backward_is_a_quarter_of_the_logits_at_most() -> None:
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_the_peak_of_loss_and_backward_is_a_quarter_of_the_logits_at_most(has_teacher: bool) -> None:
     n, vocabulary = 8192, 32_000
     hidden = torch.randn(n, WIDTH, device=DEVICE).requires_grad_()
     weight = torch.randn(vocabulary, WIDTH, device=DEVICE).requires_grad_()
     targets = torch.randint(0, vocabulary, (n,), device=DEVICE)
     weights = torch.full((n,), 1 / n, device=DEVICE)
+    teacher_hidden, teacher_weight = (value.detach().bfloat16() for value in (hidden, weight))
 
     def run() -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = weighted_nll(hidden, weight, targets, weights)
+            if has_teacher:
+                size = kd_chunk_positions(n, vocabulary, "cuda")
+                losses_of = kd_losses(
+                    lambda part: (teacher_hidden[part] @ teacher_weight.T).float(), targets, weights, 0.5
+                )
+                loss, _ = chunked_losses(hidden, weight, losses_of, 3, size)
+            else:
+                loss = weighted_nll(hidden, weight, targets, weights)
         loss.backward()
 
     assert peak_bytes(run, DEVICE) <= 0.25 * 4 * n * vocabulary

@@ -244,6 +244,7 @@ def test_what_is_new_is_added_and_as_good_as_at_once(
     assert rows_of(spark, config) == rows_of(spark, made[0])
 
 
+@pytest.mark.long
 def test_other_settings_make_it_anew_and_other_names_of_files_do_not(
     spark: Any, copy: ExperimentConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from miniplm_udf import schemas, storage
 from miniplm_udf.store import tables
 
@@ -49,6 +51,7 @@ def test_files_stay_few_and_a_stream_reads_each_row_once(spark: Any, tmp_path: P
     assert spark.conf.get("spark.databricks.delta.optimize.maxFileSize", "1") == "1"
 
 
+@pytest.mark.long
 def test_an_append_that_reads_its_table_outlives_a_compaction(spark: Any, tmp_path: Path) -> None:
     """The compaction comes between the plan of the write and its commit, as another driver's would."""
     from pyspark.sql import functions as F

@@ -385,6 +385,7 @@ def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path) -
     assert world.provenance().n_unscorable == 100
 
 
+@pytest.mark.long
 def test_another_config_or_matrix_is_not_mixed_in(spark: Any, tmp_path: Path) -> None:
     world = World(spark, tmp_path / "root")
     world.score(300)

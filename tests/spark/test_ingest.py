@@ -74,6 +74,7 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     assert len(instances(spark, config)) == third["instances"]
 
 
+@pytest.mark.long
 def test_a_file_that_changes_between_a_batch_and_its_replay(
     spark: Any, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

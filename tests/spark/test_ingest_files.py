@@ -157,6 +157,7 @@ def test_damaged_files(
     assert "good.jsonl" in after["said"]
 
 
+@pytest.mark.long
 def test_damaged_parquet_files(
     spark: Any, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -27,6 +27,7 @@ def settings(model: ModelConfig) -> dict[str, Any]:
     return {"document_separator": SEPARATOR, "context_tokens": 64, "window_overlap_tokens": 8, "tokens_per_batch": 256}
 
 
+@pytest.mark.long
 def test_sql_gives_the_numbers_of_the_score_job(spark: Any, model: ModelConfig) -> None:
     """Against the function that the job gives to mapInArrow, on the same table, in other batches and another order."""
     of = [*texts(20), *texts(10, start=100, words=3), "é ü, one token more\n\n", "x" * 300]

@@ -146,6 +146,7 @@ def test_nothing_is_done_twice_and_what_is_new_is_predicted(
     assert before.items() <= predictions(spark, copied).items()
 
 
+@pytest.mark.long
 def test_the_same_rows_give_the_same_proxy(spark: Any, copied: ExperimentConfig) -> None:
     before, record = predictions(spark, copied), proxy_records.read(copied.root)
     assert record is not None
@@ -161,6 +162,7 @@ def test_the_same_rows_give_the_same_proxy(spark: Any, copied: ExperimentConfig)
     assert predictions(spark, copied) == before
 
 
+@pytest.mark.long
 def test_a_score_that_words_do_not_tell_is_said_to_be_out_of_reach(
     spark: Any, copied: ExperimentConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -163,6 +163,7 @@ def test_gumbel_noise_is_seeded_and_samples_by_the_score(spark: Any, config: Exp
     assert {name for name in best if scores[name] > lowest} <= set(cold)
 
 
+@pytest.mark.long
 def test_monotone_equivalent_rules_select_the_same(spark: Any, config: ExperimentConfig) -> None:
     # Not half: sums and means have one sign.
     few = SelectConfig(ratio=0.2)

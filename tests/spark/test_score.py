@@ -221,6 +221,7 @@ def test_a_look_for_what_is_known_opens_what_came_with_it(scored: Scored) -> Non
     assert sorted(row[0] for row in known.collect()) == sorted(2 * [instance_id(text) for text in texts(2, start=2)])
 
 
+@pytest.mark.long
 def test_instances_that_were_made_anew_are_not_scored_again(scored: Scored) -> None:
     """Under other numbers than their scores have: a look must not go by the numbers then."""
     in_batches(scored, 3)
@@ -274,6 +275,7 @@ def test_a_model_is_scored_by_one_driver_at_a_time(scored: Scored) -> None:
         scored.run()
 
 
+@pytest.mark.long
 def test_a_replay_rejects_under_the_reason_not_scored(scored: Scored) -> None:
     write_instances(scored.spark, scored.config, [*texts(1), "fail once"])
     scored.run()

@@ -110,6 +110,7 @@ def test_rows_that_are_lost_are_found(spark: Any, copy: ExperimentConfig) -> Non
     }
 
 
+@pytest.mark.long
 def test_scores_that_are_lost_or_changed_are_found(spark: Any, copy: ExperimentConfig) -> None:
     _sql(spark, copy, "scores", "DELETE FROM TABLE WHERE instance_id = ONE AND model_id = 'teacher'")
     _sql(spark, copy, "scores", "UPDATE TABLE SET nll_sum_nats = nll_sum_nats + 1e-9 WHERE instance_id = OTHER")

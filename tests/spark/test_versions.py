@@ -119,6 +119,7 @@ def test_a_pin_has_a_name_and_is_a_copy(spark: Any, config: ExperimentConfig) ->
         versions.unpin(spark, config.root, f"kept@{first}")
 
 
+@pytest.mark.long
 def test_an_old_version_comes_back_as_a_new_one(spark: Any, config: ExperimentConfig) -> None:
     first = listing.listing(config.root)[0]
     before = ids(corpus_records.read_corpus(spark, config.root, "kept", first["version"]))

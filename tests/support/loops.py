@@ -9,7 +9,8 @@ from miniplm_udf.config.training import TrainConfig
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import World
-from trainer.lm_loss import CausalLMWithLoss
+from trainer.kd_teacher import Teacher
+from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
 from trainer.loop import Loop, StepMeasures
 from trainer.model import build_model, model_config
 from trainer.training import distribute, resume
@@ -39,19 +40,30 @@ def make_loop(
     architecture: dict[str, Any] = LLAMA,
     sequences: Any = None,
     resumed: tuple[Checkpoints, int] | None = None,
+    teacher: Teacher | None = None,
     **train: Any,
 ) -> Loop:
-    """A loop with new weights, or with those of a checkpoint after a step."""
+    """A loop with new weights, or with those of a checkpoint after a step; with a teacher it distils."""
     world = world or World()
     settings = {"steps": 5, "batch_sequences": 6, "micro_batch_sequences": 6, "learning_rate": 0.01, "warmup_steps": 2}
     config = TrainConfig(**settings | {"log_every_steps": 1, "save_every_steps": 2} | train)
     shape = model_config(architecture, where="x", vocab_size=VOCAB, separator_id=SEPARATOR, max_positions=LENGTH)
     model = build_model(shape, where="x", seed=config.seed)
+    whole = CausalLMWithLoss(model) if teacher is None else DistilledCausalLM(model, teacher, config.kd_ratio)
     if resumed:
-        module, optimizer, _ = resume(*resumed, CausalLMWithLoss(model), config, world)
+        module, optimizer, _ = resume(*resumed, whole, config, world)
     else:
-        module, optimizer = distribute(CausalLMWithLoss(model), config, world)
+        module, optimizer = distribute(whole, config, world)
     return Loop(module, optimizer, sequences or FakeSequences(), config, SEPARATOR, world)
+
+
+def make_teacher(architecture: dict[str, Any] = LLAMA, vocab_size: int = VOCAB, bos_id: int | None = None) -> Teacher:
+    """A frozen teacher with confident predictions for the ids of the loops' vocabulary."""
+    shape = model_config(architecture, where="x", vocab_size=vocab_size, separator_id=SEPARATOR, max_positions=64)
+    model: Any = build_model(shape, where="x", seed=7).eval().requires_grad_(False)
+    for weight in model.parameters():
+        weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(8)))
+    return Teacher(model, VOCAB, bos_id)
 
 
 def run(loop: Loop, steps_done: int = 0) -> list[StepMeasures]:

@@ -19,6 +19,7 @@ from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.scoring.tokenizer import tokenizer_hash
 from tests.support.packed_tables import packed_batch, write_rows
+from tests.support.tracking_store import write_empty_store
 
 SEPARATOR = "<|endoftext|>"
 LENGTH = 16
@@ -137,7 +138,7 @@ def write_config(folder: Path, root: Path, **train: Any) -> Path:
 
 
 def make_root(folder: Path, **train: Any) -> ExperimentConfig:
-    """Tokenizers, packed tables, instances and a config, all under `folder`."""
+    """Tokenizers, packed tables, instances, a config and an empty MLflow store, all under `folder`."""
     root = folder / "root"
     for name, corpus in (("bpe", "kept"), ("teacher", "reference")):
         tokenizer_folder = root / "models" / f"tokenizer_{name}"
@@ -148,6 +149,7 @@ def make_root(folder: Path, **train: Any) -> ExperimentConfig:
     texts = some_texts(9, seed=1)
     splits = ["heldout", "heldout", "pool"] * 3
     write_instances(root / "tables" / "instances", texts, ["web", "books", "web"] * 3, splits)
+    write_empty_store(root)
     return load_config(write_config(folder, root, **train))
 
 

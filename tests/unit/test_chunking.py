@@ -179,6 +179,7 @@ def byte_level_bpe() -> Encode:
     return lambda batch: [e.offsets for e in tokenizer.encode_batch(batch, add_special_tokens=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["document", "packed"])
 @pytest.mark.parametrize("kind", ["words", "bytes", "bpe"])
 def test_invariants_over_random_text(

@@ -41,6 +41,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 STAGES = [stage.name for stage in (*stages.STAGES, *stages.SERVICES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_one_help_and_one_dry_run_however_it_is_started(
     stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -78,6 +79,7 @@ def test_both_ways_to_start_a_stage_are_one_code_path(stage: str, monkeypatch: p
     assert calls == [(stage, ["-c", "x.yaml"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", ["run", "ingest", "reference", "score", "refine", "pack", "train", "evaluate", "report"]
 )
@@ -123,6 +125,7 @@ def test_bad_config_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "forbidden"),
     [

@@ -57,6 +57,7 @@ def test_a_small_corpus_is_read_whole(tmp_path: Path, suffix: str) -> None:
     assert (found.n_files, found.n_tried, found.unreadable) == (20, 20, {})
 
 
+@pytest.mark.slow
 def test_a_large_plain_file_is_sampled_all_along(tmp_path: Path) -> None:
     lines = [line(i) for i in range(20_000)]
     file = write(tmp_path / "all.jsonl", lines)
@@ -70,6 +71,7 @@ def test_a_large_plain_file_is_sampled_all_along(tmp_path: Path) -> None:
     assert found.rows.equals(sample_of([file], 160_000).rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_of_large_compressed_files_the_starts_are_read(tmp_path: Path, suffix: str) -> None:
     def noise(i: int) -> bytes:

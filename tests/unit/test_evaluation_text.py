@@ -80,6 +80,7 @@ def test_one_student_without_spark(
     assert started[2:] == [["train"]]
 
 
+@pytest.mark.slow
 def test_the_stage_runs_again_for_another_set_or_file(tmp_path: Path) -> None:
     texts = tmp_path / "a.jsonl"
     texts.write_text('{"text": "x"}')

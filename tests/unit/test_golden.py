@@ -2,11 +2,12 @@
 
 The model is a table of logits, one row per input token, so `math` alone computes every number. All constants stand in
 this file. Source: the official implementation of arXiv 2410.17215: its loss (`_get_lm_loss_from_logits`, with the mask
-of its `LMDataset`), its schedule (`WarmupCosineAnnealingLR`) and its AdamW with gradient clipping. The distillation
-loss of the baselines is not covered here.
+of its `LMDataset`), its distillation loss (`_get_kd_loss`), its schedule (`WarmupCosineAnnealingLR`) and its AdamW with
+gradient clipping.
 """
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from trainer.distributed import World
-from trainer.lm_loss import CausalLMWithLoss
+from trainer.kd_teacher import Teacher
+from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
 from trainer.loop import Loop, make_optimizer
 from trainer.loss import target_nll, target_weights
 from trainer.schedule import learning_rate
@@ -28,12 +30,21 @@ TABLE = [
     [-0.25, 3.0, 0.125, 1.0],
     [0.0, 0.5, -1.5, 2.5],
 ]
+# The teacher's.
+TEACHER_TABLE = [
+    [1.0, -0.5, 1.5, 0.0],
+    [-1.0, 2.0, 0.25, -0.75],
+    [0.5, 1.25, 2.5, -0.25],
+    [0.75, -1.5, 0.0, 3.0],
+]
+KD_RATIO = 0.5
 # Two sequences of L + 1 = 6 tokens: one with a document's end in its middle, one that ends with padding.
 TOKENS = [[0, 2, 3, 1, 1, 2], [2, 0, 1, 3, 3, 3]]
 # In the second sequence the targets end with the separator of its document; the rest is padding.
 MASK = [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
 
 GOLDEN_LOSS = 2.592549479  # of TABLE over TOKENS
+GOLDEN_KD_LOSS = 1.730497191  # of TABLE under the predictions of TEACHER_TABLE
 
 Matrix = list[list[float]]
 
@@ -68,6 +79,30 @@ def official_gradient(table: Matrix) -> Matrix:
             for entry, log_p in enumerate(log_softmax(table[token])):
                 gradient[token][entry] += weight * (math.exp(log_p) - (entry == target))
     return gradient
+
+
+def official_kd_loss(table: Matrix, teacher: Matrix = TEACHER_TABLE) -> float:
+    """`_get_kd_loss`: the cross-entropy of the student under the teacher's probabilities, with the weights above."""
+    return sum(
+        -weight
+        * sum(
+            math.exp(log_q) * log_p
+            for log_q, log_p in zip(log_softmax(teacher[token]), log_softmax(table[token]), strict=True)
+        )
+        for tokens, row in zip(TOKENS, official_weights(), strict=True)
+        for token, weight in zip(tokens[:-1], row, strict=True)
+    )
+
+
+def official_mixed_gradient(table: Matrix) -> Matrix:
+    """The derivative of (1 - kd_ratio) * `official_loss` + kd_ratio * `official_kd_loss`."""
+    mixed = [[(1 - KD_RATIO) * value for value in row] for row in official_gradient(table)]
+    for tokens, row in zip(TOKENS, official_weights(), strict=True):
+        for token, weight in zip(tokens[:-1], row, strict=True):
+            both = zip(log_softmax(table[token]), log_softmax(TEACHER_TABLE[token]), strict=True)
+            for entry, (log_p, log_q) in enumerate(both):
+                mixed[token][entry] += KD_RATIO * weight * (math.exp(log_p) - math.exp(log_q))
+    return mixed
 
 
 def official_rate(epoch: int, *, peak: float, lowest: float, warmup: int, total: int) -> float:
@@ -134,14 +169,14 @@ STEP = TrainConfig(
 )  # fmt: skip
 
 
-def adamw(steps: int) -> tuple[Matrix, list[float]]:
+def adamw(steps: int, gradient_of: Callable[[Matrix], Matrix] = official_gradient) -> tuple[Matrix, list[float]]:
     """The table after AdamW steps with decoupled weight decay and a clipped gradient, and the norms before clipping."""
     table = [list(row) for row in TABLE]
     first, second = ([[0.0] * len(TABLE) for _ in TABLE] for _ in range(2))
     norms = []
     for step in range(1, steps + 1):
         rate = official_rate(step, peak=0.5, lowest=0.05, warmup=2, total=6)
-        gradient = official_gradient(table)
+        gradient = gradient_of(table)
         norms.append(math.sqrt(sum(value * value for row in gradient for value in row)))
         scale = min(1.0, 0.125 / (norms[-1] + 1e-6))
         for i, row in enumerate(gradient):
@@ -163,6 +198,38 @@ def test_steps_of_the_loop_are_adamw_with_the_clipped_gradient(steps: int) -> No
     results = [loop.step(step) for step in range(steps)]
     expected, norms = adamw(steps)
     assert float(results[0][1]) == pytest.approx(official_loss(TABLE), abs=1e-6)
+    assert [float(norm) for _, _, norm in results] == pytest.approx(norms, abs=1e-6)
+    assert min(norms) > 0.125  # else nothing was clipped
+    torch.testing.assert_close(model.table.detach(), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+class TableTeacher(Teacher):
+    """A teacher whose hidden states are its logits."""
+
+    def __init__(self) -> None:
+        self.model, self.n_ids = Bigram(), len(TEACHER_TABLE)
+        self._table = torch.tensor(TEACHER_TABLE)
+
+    def hidden(self, inputs_BT: torch.Tensor, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
+        return self._table[inputs_BT]
+
+    def logits(self, hidden_nD: torch.Tensor) -> torch.Tensor:
+        return hidden_nD.clone()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_steps_with_a_teacher_are_adamw_on_the_official_mixture(steps: int) -> None:
+    model = Bigram()
+    module = DistilledCausalLM(model, TableTeacher(), KD_RATIO)
+    loop = Loop(module, make_optimizer(model, STEP), Sequences(), STEP, SEPARATOR, World())
+    results = [loop.step(step) for step in range(steps)]
+    # The official code logs the cross-entropy; ours is the KL divergence, the cross-entropy without q's own entropy.
+    entropy = official_kd_loss(TEACHER_TABLE)
+    kd_loss = official_kd_loss(TABLE) - entropy
+    assert official_kd_loss(TABLE) == pytest.approx(GOLDEN_KD_LOSS, abs=1e-6)
+    mixed = (1 - KD_RATIO) * official_loss(TABLE) + KD_RATIO * kd_loss
+    assert results[0][1].tolist() == pytest.approx([mixed, official_loss(TABLE), kd_loss], abs=1e-6)
+    expected, norms = adamw(steps, official_mixed_gradient)
     assert [float(norm) for _, _, norm in results] == pytest.approx(norms, abs=1e-6)
     assert min(norms) > 0.125  # else nothing was clipped
     torch.testing.assert_close(model.table.detach(), torch.tensor(expected), atol=1e-6, rtol=0)

@@ -170,6 +170,7 @@ def test_the_newest_version_is_read_from_the_log(root: Path, tmp_path: Path) -> 
     assert newest_version(f"file://{tmp_path}/t") is None, "a log without a commit"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["list"], ["show", "kept"], ["diff", "kept@0", "kept@1"]])
 def test_the_commands_start_no_spark(root: Path, words: list[str]) -> None:
     code = (

@@ -43,7 +43,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family: str) -> N
     weights = torch.rand(3, LENGTH, generator=generator)
     results = []
     for loss in (
-        module(tokens[:, :-1], tokens[:, 1:], weights),
+        module(tokens[:, :-1], tokens[:, 1:], weights).total,
         (target_nll(model(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]) * weights).sum(),
     ):
         loss.backward()

@@ -8,6 +8,7 @@ from trainer.order import RowOrder, count_lanes
 from trainer.row_cache import RowCache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [16, 500, 512, 4096])
 def test_an_epoch_of_twenty_windows_decodes_few_row_groups_twice(batch: int) -> None:
     group_rows = np.array([GROUP_ROWS] * 1280)

@@ -48,6 +48,7 @@ def test_the_constants_of_1_2b_stand_in_the_order_of_its_losses() -> None:
         assert matches == [method]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", PAPER)
 @pytest.mark.parametrize("method", ["without_kd", "vanilla_kd", "miniplm"])
 def test_losses_without_scatter_give_the_law_back(size: str, method: str) -> None:
@@ -64,6 +65,7 @@ def test_compute_is_the_inverse_of_loss() -> None:
     assert 0 < law(1.0, 1e-6, 1.0).compute(1e6) < 1e-300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.8, 1.2])
 @pytest.mark.parametrize("position", [0, 3, 11])
 def test_one_bad_run_hardly_moves_the_law(factor: float, position: int) -> None:
@@ -83,6 +85,7 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
 NARROW = np.logspace(18, 18.3, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("curves", "problem"),
     [
@@ -144,6 +147,7 @@ def test_compute_saved_is_the_ratio_of_two_laws(fits: dict[str, ScalingFit]) -> 
     assert compute_saved(baseline, miniplm, 1e30).value == 0
 
 
+@pytest.mark.slow
 def test_a_picture_is_a_png_and_repeats(fits: dict[str, ScalingFit], tmp_path: Path) -> None:
     flat = fit_law(runs_of_one_point([3.3] * 12), replicates=20)
     for name in ("a/one.png", "a/two.png"):
@@ -251,6 +255,7 @@ def test_a_metric_of_steps_is_a_curve_after_the_warm_up(config: ExperimentConfig
     assert fit.law.floor == pytest.approx(2.0, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -293,6 +298,17 @@ def test_without_a_store_or_runs_the_error_says_what_to_do(
     assert not (tmp_path / "empty").exists()
 
 
+def test_the_teachers_forward_passes_count_in_the_compute(config: ExperimentConfig) -> None:
+    teacher = {"n_parameters": 4500}
+    with tracked_run(config, "small") as run:
+        run.log_params({**parameters(), "kd_teacher": teacher})
+        run.log_metrics({"heldout_nats_per_token": 3.0})
+    runs = small(config)
+    assert runs.curves[0].compute_flop == (100 * (6.0 * 1000 + 2.0 * 4500) * 8 * 16,)
+    assert runs.flop(12_800) == runs.curves[0].compute_flop[0]
+    assert runs.tokens(runs.flop(12_800)) == 12_800
+
+
 @pytest.mark.slow
 def test_the_trainers_own_runs_are_read(config: ExperimentConfig, tmp_path: Path) -> None:
     """The names of parameters and metrics are those that `train` and `evaluate` log."""
@@ -333,6 +349,7 @@ def students(config: ExperimentConfig, **changes: dict[str, Any]) -> ExperimentC
     return config
 
 
+@pytest.mark.slow
 def test_students_are_compared_with_the_random_corpus_of_their_size(config: ExperimentConfig) -> None:
     config = students(config)
     options = ScalingOptions(tokens=(10**6,), replicates=20)
@@ -352,6 +369,7 @@ def test_students_are_compared_with_the_random_corpus_of_their_size(config: Expe
         scaling(config, dataclasses.replace(options, baseline="randon"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -371,6 +389,7 @@ def test_losses_that_mean_different_things_are_not_compared(
     assert (bits["not_comparable"] is None) == ("tokenizer" in changes)
 
 
+@pytest.mark.slow
 def test_an_undetermined_law_is_neither_extrapolated_nor_compared(
     config: ExperimentConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,6 +25,8 @@ from miniplm_udf.workers.scorer_wire import Wire
 from tests.support.crashing_scorer import Factory, Unloadable, made, pids, scored
 from tests.support.scorer_requests import is_gone, request, run, texts_of, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def node(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -136,7 +138,6 @@ def test_a_process_that_died_between_tasks_is_replaced_on_its_socket(log: Path) 
     assert len(set(pids(log))) == 2
 
 
-@pytest.mark.slow
 def test_an_error_of_cuda_is_a_death(log: Path) -> None:
     texts = [*texts_of(9), "cuda", *texts_of(4)]
     rows = run({"teacher": Factory(1.0, log)}, texts)
@@ -216,7 +217,6 @@ def test_no_more_is_read_than_a_few_slices(log: Path) -> None:
     assert len(list(task)) == 481
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_it_ends_within_two_seconds_of_its_owner(log: Path, how: str) -> None:
     code = (

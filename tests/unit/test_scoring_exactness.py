@@ -16,7 +16,6 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import check_head
 from miniplm_udf.scoring.scorer import Score, Scorer
 from tests.support import tiny_models
-from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
 from tests.support.tiny_models import (
     BOS_ID,
@@ -53,6 +52,7 @@ def check_rows(scorer: Any, model: Any, tokenizer: Any, rows: list[Row], **oracl
 # --- brute force ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context_prefix", ["none", "token"])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_equals_brute_force(tmp_path: Path, family: str, context_prefix: str) -> None:
@@ -106,6 +106,7 @@ def test_a_gguf_file_equals_brute_force_on_its_weights(tmp_path: Path, quantised
     check_rows(scorer, model, plain_tokenizer(tmp_path / "plain"), ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("context", "overlap"), [(2, 0), (2, 1), (7, 0), (7, 6), (24, 12), (128, 1)])
 def test_windows_of_any_overlap(tmp_path: Path, context: int, overlap: int) -> None:
     """Positions are learned: a window that did not start at position 0, or ran over, would differ or fail."""
@@ -115,6 +116,7 @@ def test_windows_of_any_overlap(tmp_path: Path, context: int, overlap: int) -> N
     check_rows(scorer, plain_model(folder), plain_tokenizer(folder), [*ROWS[2:4], ROWS[8]], **oracle)
 
 
+@pytest.mark.slow
 def test_another_separator_and_prefix(tmp_path: Path) -> None:
     """A chat-tuned teacher: its eos_token is no separator, so that one is named; so is a prefix of its own."""
     folder = make_model_folder(tmp_path, eos_token=CHAT_TOKEN)
@@ -125,6 +127,7 @@ def test_another_separator_and_prefix(tmp_path: Path) -> None:
     check_rows(make_scorer(folder, document_separator=CHAT_TOKEN), model, tokenizer, ROWS[:4], separator=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context_prefix", ["none", "token"])
 @pytest.mark.parametrize(
     ("family", "stated_by", "bos"),

@@ -13,7 +13,6 @@ import torch
 from miniplm_udf.scoring.scorer import Score
 from miniplm_udf.workers.arrow import score_arrow
 from tests.support import tiny_models
-from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.scoring_oracles import CONTEXT, OVERLAP, ROWS, Row, plain_tokenizer, score, sequence
 from tests.support.tiny_models import decoder_of, make_model_folder, make_scorer
 
@@ -55,6 +54,7 @@ def expected(folder: Path) -> list[Any]:
     return [score(scorer, [row])[0] for row in made_rows()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_per_batch", [1, 50, 300, 100_000])
 def test_batches_and_order(folder: Path, expected: list[Any], tokens_per_batch: int) -> None:
     rows = made_rows()
@@ -136,6 +136,7 @@ def seen_inputs(scorer: Any, rows: list[Row]) -> list[torch.Tensor]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_per_batch", [10, 100, 1000])
 def test_no_pass_is_longer_than_the_context_or_larger_than_the_budget(folder: Path, tokens_per_batch: int) -> None:
     seen = seen_inputs(make_scorer(folder, tokens_per_batch), made_rows())
@@ -154,6 +155,7 @@ def test_the_rows_of_all_passes_are_the_windows_of_all_texts(folder: Path) -> No
     assert n_windows * 0.9 <= sum(len(input_BT) for input_BT in seen) <= n_windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tokens", [1, 23, 24, 25, 42, 43, 1000])
 def test_every_token_of_a_long_text_counts_once(folder: Path, n_tokens: int) -> None:
     """No merge joins two "q": each is a token of one byte."""

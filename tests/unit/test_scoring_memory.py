@@ -34,6 +34,7 @@ def probe(name: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.long
 def test_a_vocabulary_of_152k_takes_less_than_its_logits() -> None:
     found = probe("vocabulary")
     assert found["n_tokens"] == [1024] * 9

@@ -13,7 +13,6 @@ import torch
 from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from tests.support import tiny_models
-from tests.support.one_thread import one_thread_in_module as one_thread_in_module
 from tests.support.scoring_oracles import ROWS, Row, score
 from tests.support.tiny_models import decoder_of, make_scorer
 
@@ -107,6 +106,7 @@ def test_a_batch_that_does_not_fit_is_split(llama: Path, error: Exception) -> No
         check_equal(score(scorer, ROWS[:5]), expected)
 
 
+@pytest.mark.slow
 def test_a_text_that_does_not_fit_alone_fails_alone(llama: Path) -> None:
     scorer = make_scorer(llama, 100_000)
     rows: list[Row] = [("hello", [], True), ("x" * 70, [], True), ("world", [], True)]

@@ -10,7 +10,7 @@ import pytest
 
 from jobs import plan, records, stage_runner, stages
 from jobs.command import Command, exit_code
-from jobs.stage_inputs import with_earlier_rates
+from jobs.stage_inputs import train_inputs, with_earlier_rates
 from jobs.stages import STAGES, Options, Stage, stage_named
 from jobs.text import as_json, table
 from miniplm_udf import storage
@@ -194,3 +194,21 @@ def test_a_plan_knows_that_files_of_a_model_change_the_model(config: ExperimentC
     lines = outcomes(config, ["reference", "score"], retrain_reference=True)
     assert "--retrain-reference" in lines["reference"]
     assert "the stages before it change" in lines["score"]
+
+
+def test_another_teacher_changes_the_training_of_the_students_that_have_one(tmp_path: Path) -> None:
+    def inputs(*overrides: str) -> str:
+        config = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root", f"models.expert.path={expert}", *overrides])
+        return json.dumps(train_inputs(config))
+
+    expert = tmp_path / "expert"
+    expert.mkdir()
+    kd = ["tokenizers.bpe8k.path=expert", "students.miniplm.train.kd_teacher=expert"]
+    kd += ["students.miniplm.train.kd_ratio=0.5"]
+    plain, distilled = inputs(), inputs(*kd)
+    dtype = "models.expert.dtype=bfloat16"
+    assert inputs(dtype) == plain
+    assert inputs(*kd, dtype) != distilled
+    (expert / "model.safetensors").write_text("weights")
+    assert inputs() == plain
+    assert inputs(*kd) != distilled

@@ -97,6 +97,7 @@ def test_facts_of_a_later_release_are_read(tmp_path: Path) -> None:
     assert checkpoint.facts == QueryFacts(stage="score", lease="x")
 
 
+@pytest.mark.slow
 def test_alone_keeps_the_queries_out_and_is_refused_where_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

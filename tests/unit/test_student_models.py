@@ -10,6 +10,7 @@ import yaml
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.student_models import load_student_models
 from miniplm_udf.errors import ConfigError
+from trainer.flops import equal_compute_steps
 from trainer.model import build_model, model_config, n_parameters
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -23,6 +24,12 @@ PARAMETERS = {
     "llama_212m": 211_766_016,
     "mamba_130m": 140_458_752,
 }
+# Qwen1.5-1.8B.
+TEACHER = {
+    "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 5504,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False,
+}  # fmt: skip
+KD_STEPS = {"qwen_200m": 24_940, "qwen_500m": 43_111, "qwen_1_2b": 65_464}
 RATES = {"qwen_200m": 6e-4, "qwen_500m": 3e-4, "qwen_1_2b": 2.5e-4, "llama_212m": 6e-4, "mamba_130m": 2e-3}
 
 
@@ -79,13 +86,32 @@ def test_recipes_are_the_papers(file: str) -> None:
         train = student.train
         assert student.architecture == load_student_models()[student.model].architecture
         assert train.learning_rate == RATES[student.model]
-        assert (train.steps, train.batch_sequences, train.loss) == (100_000, 512, "official")
+        assert (train.batch_sequences, train.loss) == (512, "official")
+        if train.kd_ratio == 0:
+            assert train.steps == 100_000
         assert (train.adam_beta1, train.adam_eps, train.gradient_clip_norm) == (0.9, 1e-6, 1.0)
         rest = (train.warmup_steps, train.weight_decay, train.adam_beta2, train.min_learning_rate_ratio)
         assert rest == ((10_000, 0.1, 0.95, 0.005) if student.model == "mamba_130m" else (2000, 0.01, 0.98, 0.1))
         assert train.min_learning_rate_ratio * train.learning_rate == pytest.approx(
             1e-5 if student.model == "mamba_130m" else RATES[student.model] / 10
         )
+
+
+def test_students_with_a_teacher_train_for_equal_compute() -> None:
+    students = load_config(CONF / "pile_qwen.yaml").students
+    shape = model_config(TEACHER, where="here", vocab_size=1000, separator_id=3, max_positions=1024)
+    with torch.device("meta"):
+        teacher_parameters = n_parameters(build_model(shape, where="here", seed=0))
+    assert teacher_parameters == 1_836_828_672
+    distilled = {name: student for name, student in students.items() if student.train.kd_ratio}
+    sizes, baselines = ("200m", "500m", "1_2b"), {"miniplm_kd": "difference", "vanilla_kd": "random"}
+    assert distilled.keys() == {f"qwen_{size}_{baseline}" for size in sizes for baseline in baselines}
+    for name, student in distilled.items():
+        assert student.model == "_".join(name.split("_")[:-2])
+        assert student.corpus == baselines["_".join(name.split("_")[-2:])]
+        assert (student.train.kd_ratio, student.train.kd_teacher) == (0.5, "teacher")
+        steps = equal_compute_steps(100_000, PARAMETERS[student.model], teacher_parameters)
+        assert student.train.steps == steps == KD_STEPS[student.model]
 
 
 def test_the_families_use_the_scores_of_the_qwen_experiment() -> None:

@@ -27,7 +27,7 @@ def build(architecture: dict[str, Any], length: int = LENGTH) -> Any:
 
 def loss_of(module: CausalLMWithLoss, length: int = LENGTH, n: int = 2) -> torch.Tensor:
     tokens = torch.randint(0, VOCAB, (n, length + 1), generator=torch.Generator().manual_seed(0))
-    loss: torch.Tensor = module(tokens[:, :-1], tokens[:, 1:], torch.ones(n, length))
+    loss: torch.Tensor = module(tokens[:, :-1], tokens[:, 1:], torch.ones(n, length)).total
     return loss
 
 

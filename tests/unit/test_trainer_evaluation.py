@@ -23,7 +23,6 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
-from tests.support.one_thread import one_thread as one_thread
 from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import LENGTH, make_root, some_texts, write_config, write_instances
 from trainer.__main__ import main
@@ -35,6 +34,8 @@ from trainer.records import read_training
 from trainer.targets import all_targets, student_target
 from trainer.tracking import Run, connect
 from trainer.train import train
+
+pytestmark = pytest.mark.slow
 
 Make = Callable[..., ExperimentConfig]
 SEPARATOR_ID = 0

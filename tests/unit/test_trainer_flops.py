@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from miniplm_udf.scoring.cpu import pack_linears
 from tests.support.trainer_roots import FAMILIES, LLAMA
-from trainer.flops import matrix_parameters, peak_flops_per_second, training_flops_per_token
+from trainer.flops import equal_compute_steps, matrix_parameters, peak_flops_per_second, training_flops_per_token
 from trainer.model import build_model, model_config
 
 BLOCK = 4 * 16 * 16 + 3 * 16 * 32  # of LLAMA: four products of attention, three of the MLP
@@ -23,6 +24,17 @@ def test_flops_by_hand(tied: bool) -> None:
     model = build(LLAMA | {"tie_word_embeddings": tied, "num_hidden_layers": 2})
     assert matrix_parameters(model) == 2 * BLOCK + HEAD
     assert training_flops_per_token(model, 100) == 6 * (2 * BLOCK + HEAD) + 6 * 2 * 16 * 100
+
+
+@pytest.mark.parametrize(("steps", "student", "teacher", "expected"), [(100, 10, 30, 50), (7, 1, 0, 7), (7, 1, 4, 3)])
+def test_steps_of_equal_compute_by_hand(steps: int, student: int, teacher: int, expected: int) -> None:
+    assert equal_compute_steps(steps, student, teacher) == expected
+
+
+def test_packed_weights_count() -> None:
+    model = build(LLAMA | {"num_hidden_layers": 2})
+    pack_linears(model)
+    assert matrix_parameters(model) == 2 * BLOCK + HEAD
 
 
 def test_other_families() -> None:

@@ -2,16 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.loops import LENGTH, SEPARATOR, VOCAB, FakeSequences, make_loop, run, weights
-from tests.support.one_thread import one_thread as one_thread
+from tests.support.no_wait import NoWait
 from tests.support.trainer_roots import FAMILIES
 from trainer import loop as loop_module
 from trainer.blocks import prepare_blocks
@@ -34,6 +32,7 @@ def test_micro_batches_are_one_batch(kind: str, micro: int) -> None:
         torch.testing.assert_close(weights(parts)[name], value, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["official", "token_mean"])
 def test_the_loss_is_the_stated_mean(kind: str) -> None:
     loop = make_loop(loss=kind, batch_sequences=10)
@@ -79,6 +78,7 @@ def test_padding_at_the_end_of_an_instance_changes_nothing(family: str) -> None:
     assert float(loop.step(0)[1]) == pytest.approx(sum(means) / 2, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_seed_gives_the_same_weights_and_it_learns(family: str) -> None:
     # GPT-2 has dropout: its random numbers must be a function of the step, too.
@@ -95,6 +95,7 @@ def test_another_seed_gives_other_weights() -> None:
     assert run(first)[-1].loss != run(other)[-1].loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_resumed_after_any_step_ends_bit_identical(tmp_path: Path, family: str) -> None:
     whole = make_loop(architecture=FAMILIES[family])
@@ -128,7 +129,7 @@ def test_speed_is_that_of_the_last_interval(monkeypatch: pytest.MonkeyPatch) -> 
     def step(number: int) -> tuple[float, torch.Tensor, torch.Tensor]:
         nonlocal now
         now += next(seconds)
-        return 0.01, torch.tensor(1.0), torch.tensor(1.0)
+        return 0.01, torch.ones(1), torch.tensor(1.0)
 
     monkeypatch.setattr(loop_module.time, "perf_counter", lambda: now)
     monkeypatch.setattr(loop_module, "peak_flops_per_second", lambda device, dtype: 1e6)
@@ -145,15 +146,6 @@ def test_speed_is_that_of_the_last_interval(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_a_known_peak_there_is_no_mfu() -> None:
     assert {m.mfu for m in run(make_loop())} == {None}
-
-
-class NoWait(TorchDispatchMode):
-    """Fails when a value is read from a tensor, which makes the CPU wait for a GPU."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_local_scalar_dense" in str(function) or "is_nonzero" in str(function):
-            raise AssertionError(f"{function} waits for the device")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

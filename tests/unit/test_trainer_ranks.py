@@ -13,17 +13,22 @@ import pytest
 import torch
 
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
-from tests.support.loops import FakeSequences, make_loop, run, weights
-from tests.support.one_thread import one_thread as one_thread
+from tests.support.loops import FakeSequences, make_loop, make_teacher, run, weights
 from tests.support.ranks import run_ranks
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoint import Checkpoints, SavedState
 from trainer.distributed import Agreement, Wish, World, process_group
+from trainer.kd_teacher import Teacher
+from trainer.loop import StepMeasures
 from trainer.parallel import divide
 from trainer.state import check_equal_weights, gather, gather_weights
 
 TWO_BLOCKS = LLAMA | {"num_hidden_layers": 2}
-ARCHITECTURES = {"tied": TWO_BLOCKS, "untied": TWO_BLOCKS | {"tie_word_embeddings": False}}
+ARCHITECTURES = {
+    "tied": TWO_BLOCKS,
+    "untied": TWO_BLOCKS | {"tie_word_embeddings": False},
+    "distilled": TWO_BLOCKS,
+}
 DIVISIONS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": "ddp"},
     "fsdp": {"parallel": "fsdp"},
@@ -45,16 +50,37 @@ class RecordedSequences(FakeSequences):
         return super().get(rows)
 
 
+def teacher_of(name: str) -> tuple[Teacher | None, float]:
+    """The teacher of a model, and the share of the KL divergence in its loss."""
+    return (make_teacher(), 0.5) if name == "distilled" else (None, 0.0)
+
+
+def check_is_frozen(teacher: Teacher | None) -> None:
+    """No rank has divided, synchronised or trained the teacher."""
+    if teacher is not None:
+        expected = make_teacher().model.state_dict()
+        for key, value in teacher.model.state_dict().items():
+            assert type(value) is torch.Tensor
+            assert torch.equal(value, expected[key])
+
+
+def numbers_of(measures: list[StepMeasures]) -> list[tuple[float, ...]]:
+    """Norms and losses of all steps."""
+    return [(m.gradient_norm, m.loss, m.lm_loss or 0.0, m.kd_loss or 0.0) for m in measures]
+
+
 def _train_each_way(world: World, folder: Path) -> None:
     """Five steps in each division; rank 0 writes losses, norms and weights."""
     for name, architecture in ARCHITECTURES.items():
         for way, division in DIVISIONS.items():
-            loop = make_loop(world, architecture, **TRAIN, **division)
+            teacher, ratio = teacher_of(name)
+            loop = make_loop(world, architecture, teacher=teacher, kd_ratio=ratio, **TRAIN, **division)
             measures = run(loop)
+            check_is_frozen(teacher)
             state = gather_weights(loop.model)
             assert (state is None) == (world.rank > 0)
             if state is not None:
-                numbers = [(m.loss, m.gradient_norm) for m in measures]
+                numbers = numbers_of(measures)
                 torch.save({"measures": numbers, "weights": state}, folder / f"{name}-{way}.pt")
 
 
@@ -69,9 +95,10 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("way", DIVISIONS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_four_ranks_train_as_one(four_ranks: Path, name: str, way: str) -> None:
-    one = make_loop(architecture=ARCHITECTURES[name], **TRAIN)
-    measures = [(m.loss, m.gradient_norm) for m in run(one)]
-    assert all(norm > TRAIN["gradient_clip_norm"] for _, norm in measures)
+    teacher, ratio = teacher_of(name)
+    one = make_loop(architecture=ARCHITECTURES[name], teacher=teacher, kd_ratio=ratio, **TRAIN)
+    measures = numbers_of(run(one))
+    assert all(norm > TRAIN["gradient_clip_norm"] for norm, *_ in measures)
     ranks = torch.load(four_ranks / f"{name}-{way}.pt")
     np.testing.assert_allclose(ranks["measures"], measures, atol=1e-4)
     assert ranks["weights"].keys() == weights(one).keys()
@@ -158,6 +185,7 @@ def _refuse() -> None:
     raise ConfigError("refused")
 
 
+@pytest.mark.slow
 def test_ranks_agree(tmp_path: Path) -> None:
     run_ranks(_agree, tmp_path)
     stop, fail = [3, Wish.STOP], [3, Wish.FAIL]

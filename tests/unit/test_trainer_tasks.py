@@ -24,6 +24,8 @@ from trainer.targets import student_target
 from trainer.tracking import connect
 from trainer.train import train
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., ExperimentConfig]
 
 

@@ -68,6 +68,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentConfig:
     return make_root(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name"), [(llama3_like, "small"), (gemma_like, "reference")])
 def test_a_trained_model_has_no_bos_where_its_data_has_none(config: ExperimentConfig, make: Any, name: str) -> None:
     target = reference_target(config) if name == "reference" else student_target(config, name)

@@ -15,7 +15,6 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.full_disk import largest_file
-from tests.support.one_thread import one_thread as one_thread
 from tests.support.trainer_roots import (
     FAMILIES,
     make_root,
@@ -84,6 +83,7 @@ def test_a_model_folder_is_whole(config: ExperimentConfig) -> None:
     assert not list(found.parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: ExperimentConfig, tmp_path: Path) -> None:
     first = student(config)
     before = (folder(config, "small") / "model.safetensors").stat().st_mtime_ns
@@ -143,6 +143,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours may catch it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_weights_in_the_same_run(
     config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: int
