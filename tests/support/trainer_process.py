@@ -5,13 +5,11 @@ as long as several of these trainings.
 """
 
 import dataclasses
-import functools
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -23,7 +21,6 @@ from safetensors.torch import load_file
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from tests.support.ranks import PRELOAD
-from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
 from trainer.tracking import connect
@@ -40,16 +37,8 @@ def _main(arguments: Sequence[str], log: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Makes `root` in a folder, with a prepared MLflow store, which takes 5 s to make: once in a process."""
-    shutil.copytree(f"{_prepared().name}/root", folder / "root")
-
-
-@functools.cache
-def _prepared() -> "tempfile.TemporaryDirectory[str]":
-    folder = tempfile.TemporaryDirectory()  # removed at the end of the process
-    with own_tracking_store():
-        connect(dataclasses.replace(make_root(Path(folder.name)), mlflow=MlflowConfig(experiment="prepared")))
-    return folder
+    """A root with a prepared MLflow store (5 s to make), to be copied."""
+    connect(dataclasses.replace(make_root(folder), mlflow=MlflowConfig(experiment="prepared")))
 
 
 def copied(prepared: Path, folder: Path, steps: int) -> "KillableTraining":

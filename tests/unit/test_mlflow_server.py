@@ -9,7 +9,6 @@ import pytest
 from miniplm_udf.config.experiment import load_config
 from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.mlflow_server import MlflowServer
-from tests.support.one_thread import one_thread as one_thread
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
 from trainer.tracking import connect

@@ -11,9 +11,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError
 from tests.support.killed_training import killed_after_logging, train_small
-from tests.support.one_thread import one_thread as one_thread
-from tests.support.trainer_process import prepare
-from tests.support.trainer_roots import write_config
+from tests.support.trainer_roots import make_root, write_config
 from trainer import parent_runs
 from trainer.__main__ import main
 from trainer.scaling_runs import read_runs
@@ -25,7 +23,8 @@ SWEEP = "mlflow.parent_run=learning rates"
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A config whose five students differ in the learning rate."""
+    """A config whose five students differ in the learning rate, with a root."""
+    make_root(tmp_path)
     path = write_config(tmp_path, tmp_path / "root", steps=4)
     raw = json.loads(path.read_text())
     small = raw["students"]["small"]
@@ -43,8 +42,7 @@ def runs_by_name(config: ExperimentConfig) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_five_students_are_children_of_one_parent_and_a_resumed_child_stays_one(path: Path, tmp_path: Path) -> None:
-    prepare(tmp_path)
+def test_five_students_are_children_of_one_parent_and_a_resumed_child_stays_one(path: Path) -> None:
     students = [word for name in RATES for word in ("--student", name)]
     assert main(["train", "-c", str(path), *students, SWEEP]) == 0
     config = load_config(path, [SWEEP])

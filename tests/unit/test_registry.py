@@ -14,9 +14,7 @@ from jobs.stage_inputs import trained_files
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError
 from tests.support.killed_training import train_small
-from tests.support.one_thread import one_thread as one_thread
-from tests.support.trainer_process import prepare
-from tests.support.trainer_roots import write_config
+from tests.support.trainer_roots import make_root, write_config
 from trainer import registry
 from trainer.__main__ import main
 from trainer.tracking import connect
@@ -28,7 +26,7 @@ REGISTERED = "mlflow.registered_model=demo {student}"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a finished student that is not registered."""
     folder = tmp_path_factory.mktemp("trained")
-    prepare(folder)
+    make_root(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         train_small(load_config(write_config(folder, folder / "root")))

@@ -11,9 +11,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config, to_yaml
 from miniplm_udf.revision import code_commit, code_revision
 from tests.support.killed_training import killed_after_logging, train_small
-from tests.support.one_thread import one_thread as one_thread
-from tests.support.trainer_process import prepare
-from tests.support.trainer_roots import write_config
+from tests.support.trainer_roots import make_root, write_config
 from trainer import environment
 from trainer.outbox import Outbox, Point
 from trainer.tracking import connect, tracked_run
@@ -25,7 +23,7 @@ SECRETS = ["mlflow.experiment=miniplm", "spark.conf={spark.hadoop.fs.s3a.secret.
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentConfig:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    prepare(tmp_path)
+    make_root(tmp_path)
     return load_config(write_config(tmp_path, tmp_path / "root"), SECRETS)
 
 

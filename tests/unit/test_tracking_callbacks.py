@@ -9,9 +9,7 @@ import pytest
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError
 from tests.support.killed_training import killed_after_logging, train_small
-from tests.support.one_thread import one_thread as one_thread
-from tests.support.trainer_process import prepare
-from tests.support.trainer_roots import write_config
+from tests.support.trainer_roots import make_root, write_config
 from trainer import callbacks, tracking
 from trainer.__main__ import main
 from trainer.callbacks import Callbacks
@@ -25,7 +23,7 @@ STEPS = [1, 2, 3, 4, 5, 6]
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    prepare(tmp_path)
+    make_root(tmp_path)
     return write_config(tmp_path, tmp_path / "root")
 
 
