@@ -28,6 +28,7 @@ def test_a_server_has_one_run_of_a_killed_and_resumed_training(
     server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_root(tmp_path)
+    (tmp_path / "root" / "mlflow.db").unlink()
     path = write_config(tmp_path, tmp_path / "root")
     words = [
         f"mlflow.tracking_uri={server.uri}",
