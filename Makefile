@@ -94,7 +94,8 @@ format: setup ## format the code
 
 constraints: setup ## write constraints.txt again (the pinned versions of the demo and of CI)
 	@mkdir -p build
-	printf 'torch==2.13.0\nmlflow==3.17.2\npyarrow==25.0.1\n' > build/pins.txt
+	@# wandb 0.31 needs a package that has only pre-releases.
+	printf 'torch==2.13.0\nmlflow==3.17.2\npyarrow==25.0.1\nwandb==0.28.0\n' > build/pins.txt
 	$(BIN)/uv pip compile --quiet setup.cfg --extra demo --extra dev --python-version 3.11 --universal \
 	  -c build/pins.txt --no-header --no-annotate -o constraints.txt
 	sed -i '1i # Pinned versions of the demo and of CI. Made by: make constraints' constraints.txt

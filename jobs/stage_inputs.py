@@ -249,6 +249,12 @@ def model_files(config: ExperimentConfig, file: str) -> list[str]:
     return [config.layout.model(name, file) for name in config.students]
 
 
+def trained_files(config: ExperimentConfig) -> list[str]:
+    """URIs of the records of the trained students, and of their registrations if they are registered."""
+    registered = model_files(config, "registration.json") if config.mlflow.registered_model else []
+    return [*model_files(config, "training.json"), *registered]
+
+
 def reference_files(config: ExperimentConfig) -> list[str]:
     """URI of the file that a trained reference has."""
     return [config.layout.model(config.reference.alias, "config.json")] if config.reference else []

@@ -343,7 +343,7 @@ STAGES = (
         needs_spark=False,
         inputs=stage_inputs.train_inputs,
         reads=stage_inputs.packed,
-        outputs=lambda config: Outputs(files=stage_inputs.model_files(config, "training.json")),
+        outputs=lambda config: Outputs(files=stage_inputs.trained_files(config)),
         applies=lambda config: bool(config.students),
         needs="at least one student under `students`",
         check=lambda config: config.mlflow_uri(),

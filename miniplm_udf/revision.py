@@ -1,6 +1,6 @@
 """Which code runs, for provenance: the package's version, and the commit where the code is a git checkout.
 
-Output: one string. Runs `git describe` once in a process. On the driver and in the trainer.
+Output: strings. Runs each git command once in a process. On the driver and in the trainer.
 """
 
 import functools
@@ -19,12 +19,25 @@ def code_revision() -> str:
     Returns:
         `0.1.0`; in a git checkout `0.1.0+g<commit>`, followed by `.dirty` if tracked files have changes.
     """
+    described = _git("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=.dirty")
+    return __version__ if described is None else f"{__version__}+g{described}"
+
+
+@functools.cache
+def code_commit() -> str | None:
+    """The commit of the running code, 40 hexadecimal digits; None outside a git checkout."""
+    return _git("rev-parse", "HEAD")
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of a git command in the checkout; None if the code is in none, or git fails."""
     if not (_CHECKOUT / ".git").exists():
-        return __version__
-    describe = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=.dirty"]
+        return None
     try:
-        result = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=60)
+        result = subprocess.run(
+            ["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=True, check=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         # git is not installed, or refuses a folder that belongs to another user.
-        return __version__
-    return f"{__version__}+g{result.stdout.strip()}"
+        return None
+    return result.stdout.strip()

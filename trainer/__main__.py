@@ -7,6 +7,7 @@ print one line and no traceback.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -170,7 +171,13 @@ def _run(arguments: argparse.Namespace) -> Json:
             for target in selected:
                 results[target.name] = train(config, target, retrain=arguments.retrain).as_json()
                 if stopping.received() is not None:
-                    break
+                    return results
+        if not arguments.reference and _is_first_rank():
+            from trainer.registry import register
+
+            # After all trainings: ranks that train the next student do not wait while rank 0 sends a model.
+            for name, registration in register(config, list(results)).items():
+                results[name]["registered"] = dataclasses.asdict(registration)
         return results
     if arguments.command == "scaling":
         from trainer import scaling_command
@@ -200,6 +207,10 @@ def _scaling_options(arguments: argparse.Namespace) -> "ScalingOptions":
     )
 
 
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
@@ -221,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
             return error.exit_code
         stopped_training = stopping.received()
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_rank():
         print(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False))
     if stopped_training is None:
         return EXIT_DONE

@@ -1,12 +1,12 @@
 """Checkpoints of a training: everything that a killed run needs to reach the same weights.
 
 Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
-`run.json` (fingerprint, MLflow run id) and one `step-<N>/` per checkpoint, with `state.pt` (`trainer.state.Tensors`)
-and `state.json` (steps done, seconds, last loss, points that MLflow lacks, fingerprint, SHA-256 of `state.pt`). The
-data order is a function of the step and needs no state. A `step-<N>` appears by one rename after its files are on the
-disk, so a kill or a full disk leaves the previous checkpoint; older ones are removed afterwards. A checksum finds a
-damaged checkpoint, which is skipped with a warning. Rank 0 writes, in a thread (`trainer.checkpoint_writer`); all ranks
-compare what they read: ranks on several nodes must share the folder.
+`run.json` (fingerprint, MLflow run id, id in other trackers) and one `step-<N>/` per checkpoint, with `state.pt`
+(`trainer.state.Tensors`) and `state.json` (steps done, seconds, last loss, points that MLflow lacks, fingerprint,
+SHA-256 of `state.pt`). The data order is a function of the step and needs no state. A `step-<N>` appears by one rename
+after its files are on the disk, so a kill or a full disk leaves the previous checkpoint; older ones are removed
+afterwards. A checksum finds a damaged checkpoint, which is skipped with a warning. Rank 0 writes, in a thread
+(`trainer.checkpoint_writer`); all ranks compare what they read: ranks on several nodes must share the folder.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Collection
 from pathlib import Path
 
@@ -80,8 +81,7 @@ class Checkpoints:
 
     def run_id(self) -> str | None:
         """The MLflow run in which a training with this fingerprint was started, or None."""
-        raw = _read(self.folder / "run.json")
-        return raw.get("run_id") if raw and raw.get("fingerprint") == self.fingerprint else None
+        return self._run().get("run_id")
 
     def set_run_id(self, run_id: str) -> None:
         """Records the MLflow run of this training.
@@ -92,8 +92,29 @@ class Checkpoints:
         Raises:
             MiniplmError: the file cannot be written.
         """
+        self._write_run({**self._run(), "run_id": run_id})
+
+    def tracking_id(self) -> str:
+        """The id of this training in other trackers; a new one is recorded if there is none yet.
+
+        Raises:
+            MiniplmError: the file cannot be written.
+        """
+        recorded = self._run().get("tracking_id")
+        if recorded is not None:
+            return str(recorded)
+        new = uuid.uuid4().hex
+        self._write_run({**self._run(), "tracking_id": new})
+        return new
+
+    def _run(self) -> Json:
+        """The content of `run.json`; empty if it belongs to a training with another fingerprint."""
+        raw = _read(self.folder / "run.json") or {}
+        return raw if raw.get("fingerprint") == self.fingerprint else {}
+
+    def _write_run(self, content: Json) -> None:
         try:
-            storage.write_json(str(self.folder / "run.json"), {"fingerprint": self.fingerprint, "run_id": run_id})
+            storage.write_json(str(self.folder / "run.json"), {**content, "fingerprint": self.fingerprint})
         except OSError as error:
             raise MiniplmError(self._cannot_write(self.folder / "run.json", error)) from error
 

@@ -5,6 +5,7 @@ so at most one copy is in memory. An error of the thread is raised at the next `
 """
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +21,16 @@ class CheckpointWriter:
 
     Args:
         checkpoints: where they are saved.
+        on_saved: told each checkpoint that is whole: its step and its folder. Called in the thread.
 
     Attributes:
         saved: the numbers of the newest checkpoint that is whole; None before the first.
     """
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
+    def __init__(
+        self, checkpoints: Checkpoints, on_saved: Callable[[int, Path], None] = lambda step, path: None
+    ) -> None:
+        self._checkpoints, self._on_saved = checkpoints, on_saved
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: tuple[SavedState, Future[Path]] | None = None
         self.saved: SavedState | None = None
@@ -54,7 +58,12 @@ class CheckpointWriter:
             MiniplmError: the save before failed.
         """
         self.finish()
-        self._running = (state, self._pool.submit(self._checkpoints.save, state, tensors))
+        self._running = (state, self._pool.submit(self._save, state, tensors))
+
+    def _save(self, state: SavedState, tensors: Tensors) -> Path:
+        path = self._checkpoints.save(state, tensors)
+        self._on_saved(state.steps_done, path)
+        return path
 
     def check(self) -> None:
         """Raises the error of a save that has failed; does not wait.

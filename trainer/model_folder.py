@@ -5,10 +5,12 @@ model.safetensors, tokenizer.json, tokenizer_config.json and training.json, writ
 moved by rename. Rank 0 writes; the other ranks take part in gathering the weights.
 """
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,7 @@ def _record(training: "Training", run: Run, state: SavedState) -> TrainingRecord
         lineage=sequences.metadata,
         tokenizer_hash=training.files.packed_hash,
         tokenizer_file_hash=training.files.saved_hash,
+        tracking_id=training.checkpoints.tracking_id(),
         kd_ratio=target.train.kd_ratio,
         kd_teacher=teacher_record(inputs.teacher),
     )
@@ -111,13 +114,20 @@ def write_weights(
         files: the tokenizer's files.
         folder: the local folder.
     """
-    disable_progress_bar()  # transformers draws its bar even if stderr is not a terminal
-    try:
+    with no_progress_bars():
         # One file: readers of the folder expect one.
         typing.cast(Any, model).save_pretrained(folder, state_dict=dict(weights), max_shard_size="1TB")
+    files.write(folder)
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """A block in which transformers draws no bars; it draws them even if stderr is not a terminal."""
+    disable_progress_bar()
+    try:
+        yield
     finally:
         enable_progress_bar()
-    files.write(folder)
 
 
 def set_run(config: ExperimentConfig, record: TrainingRecord, run_id: str | None) -> TrainingRecord:

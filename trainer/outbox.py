@@ -25,6 +25,8 @@ _MOST_POINTS = 50_000
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 15.0
 # A store that refuses this many calls in a row refuses all: the run was deleted, for example.
 _REFUSALS_IN_A_ROW = 3
+# Begins the names of values that belong to the machine; their steps are seconds.
+SYSTEM_PREFIX = "system/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,30 +72,33 @@ class Outbox:
         self._thread = threading.Thread(target=self._work, name=f"tracking {name}", daemon=True)
         self._thread.start()
 
-    def call(self, what: str, call: Callable[[], None]) -> None:
+    def call(self, what: str, call: Callable[[], None], *, raises: bool = True) -> None:
         """Adds a call.
 
         Args:
             what: what it sends, for messages.
             call: the call; it may be made again after a failure.
+            raises: whether an error that is not the store's is raised here; False in another thread than the caller's.
         """
-        self._add(_Call(what, call))
+        self._add(_Call(what, call), raises)
 
-    def point(self, point: Point) -> None:
+    def point(self, point: Point, *, raises: bool = True) -> None:
         """Adds a point.
 
         Args:
             point: metric values.
+            raises: as for `call`.
         """
-        self._add(point)
+        self._add(point, raises)
 
     def held_points(self) -> tuple[Point, ...]:
         """The points that the store does not have yet."""
         with self._changed:
             return tuple(item for item in self._items if isinstance(item, Point))
 
-    def _add(self, item: Point | _Call) -> None:
-        self._raise_error()
+    def _add(self, item: Point | _Call, raises: bool) -> None:
+        if raises:
+            self._raise_error()
         with self._changed:
             if self._refusals >= _REFUSALS_IN_A_ROW:
                 return
@@ -101,7 +106,8 @@ class Outbox:
                 oldest = next((held for held in self._items if isinstance(held, Point)), None)
                 if oldest is not None:
                     self._items.remove(oldest)
-                    self._dropped.append(dataclasses.replace(oldest, values={}))
+                    if not _is_of_system(oldest):
+                        self._dropped.append(dataclasses.replace(oldest, values={}))
             self._items.append(item)
             self._changed.notify_all()
 
@@ -137,7 +143,7 @@ class Outbox:
         return self._answered + self._patience - time.monotonic()
 
     def _report(self, lost: Sequence[Point | _Call], wait_seconds: float) -> None:
-        points = [*self._dropped, *(item for item in lost if isinstance(item, Point))]
+        points = [*self._dropped, *(item for item in lost if isinstance(item, Point) and not _is_of_system(item))]
         steps = [point.step for point in points if point.step is not None]
         texts = [item.what for item in lost if isinstance(item, _Call)]
         if points:
@@ -237,6 +243,11 @@ class Outbox:
             LOGGER.warning("%s: MLflow refused %d calls in a row: no further calls", self._name, self._refusals)
             self._items.clear()
         self._changed.notify_all()
+
+
+def _is_of_system(point: Point) -> bool:
+    """Whether a point has values of the machine, and not of the training."""
+    return any(name.startswith(SYSTEM_PREFIX) for name in point.values)
 
 
 def is_refusal(error: Exception) -> bool:

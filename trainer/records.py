@@ -13,6 +13,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.storage import Json
 
 TRAINING_FILE = "training.json"
+REGISTRATION_FILE = "registration.json"
 
 _T = TypeVar("_T")
 
@@ -41,6 +42,7 @@ class TrainingRecord:
         lineage: `userMetadata` of the packed table, or None if it has none.
         tokenizer_hash: hash of the tokenizer.json that the data was packed with; None in a file of an earlier version.
         tokenizer_file_hash: hash of the tokenizer.json in the model's folder; None in a file of an earlier version.
+        tracking_id: id of the training in other trackers than MLflow; None in a file of an earlier version.
         kd_ratio: share of the KL divergence from the teacher in the loss.
         kd_teacher: the teacher (`teacher_loading.teacher_record`); None without one.
     """
@@ -64,6 +66,7 @@ class TrainingRecord:
     lineage: Json | None
     tokenizer_hash: str | None = None
     tokenizer_file_hash: str | None = None
+    tracking_id: str | None = None
     kd_ratio: float = 0.0
     kd_teacher: Json | None = None
 

@@ -8,19 +8,24 @@ while the store is away. The numbers are in the model folder's JSON files in any
 """
 
 import functools
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import mlflow_errors
 from miniplm_udf.storage import Json
+from trainer import parent_runs
+from trainer.callbacks import Callbacks
+from trainer.environment import code_tags, table_tags
 from trainer.metric_names import safe_names
 from trainer.outbox import Outbox, Point, is_refusal
+from trainer.system_metrics import SystemMetrics
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
 
@@ -29,6 +34,8 @@ _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
 # Whoever stops a training waits for its end.
 _WAIT_OF_A_STOPPED_RUN_SECONDS = 5.0
+# The trainer's stdout has its result alone, as JSON; with a server, MLflow would print links to it.
+_STDOUT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 # MLflow's own retries pass over a short trouble; the outbox tries again after them.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
@@ -42,7 +49,7 @@ def connect(config: ExperimentConfig) -> Any:
     Returns:
         The `mlflow` module. It takes 3 s to import, so it is imported here.
     """
-    for variable, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_PATIENCE}.items():
+    for variable, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_STDOUT, **_PATIENCE}.items():
         os.environ.setdefault(variable, value)
     for name in ("alembic", "mlflow", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -65,8 +72,13 @@ def connect(config: ExperimentConfig) -> Any:
     return mlflow
 
 
-def _existing_run(mlflow: Any, run_id: str | None) -> str | None:
-    """Returns `run_id` if the store has this run and it is not deleted, else None."""
+def existing_run(mlflow: Any, run_id: str | None) -> str | None:
+    """Returns `run_id` if the store has this run and it is not deleted, else None.
+
+    Args:
+        mlflow: from `connect`.
+        run_id: id of a run.
+    """
     if run_id is None:
         return None
     try:
@@ -79,19 +91,34 @@ def _existing_run(mlflow: Any, run_id: str | None) -> str | None:
     return run_id if run.info.lifecycle_stage == "active" else None
 
 
+def is_artifact_error(error: Exception) -> bool:
+    """Whether an error comes from MLflow or its place of artifacts (a folder, an object store), and not from our code.
+
+    Args:
+        error: raised while artifacts were written.
+    """
+    # The packages of object stores have their own classes; a package that is missing is an ImportError.
+    return isinstance(error, (*mlflow_errors(), ImportError)) or type(error).__module__ != "builtins"
+
+
 class Run:
     """An MLflow run. Its calls return at once: a thread makes them, again if the store is away (`outbox.Outbox`).
 
     Attributes:
         name: name of the model.
+        callbacks: other trackers, which get the same metrics.
         run_id: id of the run, or None as long as MLflow could not start it.
         is_new: whether the run was started here; False for a run that continues.
         stopped: whether a signal stops the training; its run ends as KILLED.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, callbacks: Callbacks | None = None) -> None:
         self.name, self.is_new, self.stopped = name, True, False
+        self.callbacks = callbacks or Callbacks()
         self.run_id: str | None = None
+        self._started, self._experiment_id, self._parent = 0, "", ""
+        self._system_metrics: SystemMetrics | None = None
+        self._is_ending = False
         self._mlflow: Any = None
         self._outbox = Outbox(name, self._send)
 
@@ -105,10 +132,17 @@ class Run:
 
         def start() -> None:
             mlflow = connect(config)
-            existing = _existing_run(mlflow, run_id)
-            active = mlflow.start_run(run_id=existing, run_name=None if existing else self.name)
+            existing = existing_run(mlflow, run_id)
+            tags = {}
+            if config.mlflow.parent_run is not None:
+                self._experiment_id = mlflow.get_experiment_by_name(config.mlflow.experiment).experiment_id
+                self._parent = parent_runs.find_or_create(
+                    mlflow.MlflowClient(), self._experiment_id, config.mlflow.parent_run
+                )
+                tags = parent_runs.tag(self._parent)
+            active = mlflow.start_run(run_id=existing, run_name=None if existing else self.name, tags=tags)
             self._mlflow, self.is_new = mlflow, existing is None
-            self.run_id = active.info.run_id
+            self.run_id, self._started = active.info.run_id, active.info.start_time
 
         self._outbox.call("start of the run", start)
         self._outbox.wait_for_attempt()
@@ -120,12 +154,21 @@ class Run:
             status: MLflow's status: `FINISHED`, `FAILED` or `KILLED`.
             wait_seconds: longest time to wait for a store that is away.
         """
+        self._is_ending = True
+        if self._system_metrics is not None:
+            self._system_metrics.stop()
+        self.callbacks.on_end(status)
         self._log("end of the run", lambda: self._mlflow.end_run(status))
+        if self._parent:
+            self._log(
+                "end of the parent run",
+                lambda: parent_runs.end(self._mlflow.MlflowClient(), self._experiment_id, self._parent),
+            )
         self._outbox.close(wait_seconds)
 
-    def _log(self, what: str, call: Callable[[], Any]) -> None:
+    def _log(self, what: str, call: Callable[[], Any], raises: bool = True) -> None:
         """Adds a call, which is not made if the run was never started."""
-        self._outbox.call(what, lambda: None if self._mlflow is None else call())
+        self._outbox.call(what, lambda: None if self._mlflow is None else call(), raises=raises)
 
     def _send(self, points: Sequence[Point]) -> None:
         if self._mlflow is None:
@@ -160,6 +203,7 @@ class Run:
             metrics: value by name.
             step: optimiser step of the values, for a curve; None for single values.
         """
+        self.callbacks.on_metrics(metrics, step)
         now = time.time_ns() // 1_000_000
         for part in _parts(metrics, _METRICS_A_CALL):
             self._outbox.point(Point(part, step, now))
@@ -188,7 +232,7 @@ class Run:
         name: str,
         digest: str,
         metadata: Json | None,
-    ) -> None:
+    ) -> dict[str, str]:
         """Logs the packed table of a new run as dataset input and as tags, and its lineage as artifact `lineage.json`.
 
         Args:
@@ -197,6 +241,9 @@ class Run:
             name: name of the dataset: the table's name under `tables/`.
             digest: manifest hash of the version.
             metadata: `userMetadata` of the table, or None.
+
+        Returns:
+            The tags of the table.
         """
         shown = storage.redact(uri)
 
@@ -209,25 +256,75 @@ class Run:
             self._mlflow.log_input(dataset, context="training")
 
         lineage = metadata or {}
-        # DeltaDatasetSource drops version 0, so the version is also a tag.
-        tags = {
-            "delta_table_uri": shown,
-            "delta_table_version": version,
-            "manifest_hash": digest,
-        }
-        tags |= {
-            "corpus": lineage.get("corpus"),
-            "refined_version": lineage.get("refined_version"),
-        }
-        revisions = _find(lineage.get("refined_metadata"), "model_revisions")
-        tags["model_revisions"] = json.dumps(revisions, sort_keys=True) if revisions else None
-        texts = {key: str(value) for key, value in tags.items() if value is not None}
-        for what, call in {
-            "dataset": log_input,
-            "tags of the dataset": lambda: self._mlflow.set_tags(texts),
-            "lineage": lambda: self._mlflow.log_dict(lineage, "lineage.json"),
-        }.items():
-            self._log(what, lambda call=call: call() if self.is_new else None)  # type: ignore[misc]
+        texts = table_tags(uri, version, digest, lineage)
+        for add, what, call in (
+            (self._log, "dataset", log_input),
+            (self._log, "tags of the dataset", lambda: self._mlflow.set_tags(texts)),
+            (self._log_artifacts, "lineage", lambda: self._mlflow.log_dict(lineage, "lineage.json")),
+        ):
+            add(what, lambda call=call: call() if self.is_new else None)  # type: ignore[misc]
+        return texts
+
+    def log_start(self, files: dict[str, str], steps_done: int) -> None:
+        """Logs the files of a start as artifacts, and makes the tags of a git checkout describe this package's code.
+
+        Args:
+            files: texts by the name of their file. Those of a run that continues are below `resumed_after_step_N`, so
+                the files of every start are kept.
+            steps_done: optimiser steps that the weights have had.
+        """
+
+        def log_files() -> None:
+            folder = "" if self.is_new else f"resumed_after_step_{steps_done}/"
+            for name, text in files.items():
+                self._mlflow.log_text(text, f"{folder}{name}")
+
+        def tag_code() -> None:
+            for tag, value in code_tags(self._mlflow.active_run().data.tags).items():
+                if value is None:
+                    self._mlflow.delete_tag(tag)
+                else:
+                    self._mlflow.set_tag(tag, value)
+
+        self._log("tags of the code", tag_code)
+        self._log_artifacts("files of the start", log_files)
+
+    def measure_system(self) -> None:
+        """Logs the use of this machine until the end of the run, from the moment in which MLflow has the run."""
+
+        def measure() -> None:
+            log = functools.partial(self._outbox.point, raises=False)
+            self._system_metrics = SystemMetrics(str(self.run_id), self._started, log)
+            if self._is_ending:  # MLflow was away until now
+                self._system_metrics.stop()
+
+        self._log("start of the system metrics", measure)
+
+    def _log_artifacts(self, what: str, call: Callable[[], None]) -> None:
+        """Adds a call that writes artifacts; a place of artifacts that cannot be written holds nothing else back."""
+
+        def attempt() -> None:
+            try:
+                call()
+            except Exception as error:
+                if not is_artifact_error(error):
+                    raise
+                # Raises if MLflow itself is away: then the call is made again.
+                self._mlflow.MlflowClient().get_run(self.run_id)
+                reason = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
+                LOGGER.warning("%s: MLflow does not take the %s: %s; the work continues", self.name, what, reason)
+
+        self._log(what, attempt)
+
+    def tag_checkpoint(self, step: int, path: Path) -> None:
+        """Tags the run with its newest checkpoint. May be called in another thread than the caller's.
+
+        Args:
+            step: the checkpoint's step.
+            path: its folder.
+        """
+        tags = {"checkpoint_uri": storage.to_uri(str(path)), "checkpoint_step": str(step)}
+        self._log("tags of the checkpoint", lambda: self._mlflow.set_tags(tags), raises=False)
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Sets tags of the run.
@@ -239,15 +336,18 @@ class Run:
 
 
 @contextmanager
-def tracked_run(config: ExperimentConfig, name: str, run_id: str | None = None) -> Iterator[Run]:
+def tracked_run(
+    config: ExperimentConfig, name: str, run_id: str | None = None, callbacks: Callbacks | None = None
+) -> Iterator[Run]:
     """Yields the MLflow run of a model and ends it: as FAILED if the block raises, as KILLED if it was stopped.
 
     Args:
         config: the experiment, with the store.
         name: name of the model, which names a new run.
         run_id: run to continue, if the store has it.
+        callbacks: other trackers.
     """
-    run = Run(name)
+    run = Run(name, callbacks)
     run.start(config, run_id)
     try:
         yield run
@@ -272,15 +372,3 @@ def _flatten(values: Json, prefix: str = "") -> Json:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _find(value: Any, key: str) -> Any:
-    """The first value of `key` in nested dicts, searched depth first; None if there is none."""
-    if not isinstance(value, dict):
-        return None
-    if key in value:
-        return value[key]
-    return next(
-        (match for inner in value.values() if (match := _find(inner, key)) is not None),
-        None,
-    )

@@ -21,8 +21,10 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
+from trainer.callbacks import callbacks_of, require_packages
 from trainer.data import read_tokenizer_info
 from trainer.distributed import World, process_group
+from trainer.environment import start_files, start_tags
 from trainer.flops import equal_compute_steps
 from trainer.model import build_model, model_config, n_parameters
 from trainer.model_folder import set_run, write_model
@@ -49,11 +51,13 @@ def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) ->
 
     Raises:
         ConfigError: the architecture cannot be built or trained as the config says, the teacher does not fit the
-            packed data, or several nodes train under a root that they do not share.
+            packed data, the package of a configured tracker is not installed, or several nodes train under a root that
+            they do not share.
         CorpusError: the packed table is missing, empty, or packed with another tokenizer; or another process trains
             this model; or no checkpoint can be used; or ranks see different data, checkpoints or weights.
         MiniplmError: the loss or the gradient is not finite, a file cannot be written, or another rank failed.
     """
+    require_packages(config)
     with process_group() as world:
         if world.nodes > 1 and not storage.is_local(config.root):
             raise ConfigError(
@@ -128,7 +132,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         run: Run | None = None
         if lease is not None:
-            run = stack.enter_context(tracked_run(config, target.name, training.checkpoints.run_id()))
+            run = stack.enter_context(_run(training))
             record_run(training.checkpoints, run)
             _log_start(training, run)
             run.log_points(training.state.points)
@@ -144,30 +148,43 @@ def _train(
         metrics = {"seconds": round(state.seconds, 3), "final_loss": state.loss}
         run.log_metrics({name: value for name, value in metrics.items() if value is not None})
         record = write_model(training, weights, run, state)
+        run.set_tags({"model_uri": storage.redact(config.layout.model(target.name))})
     if run.run_id != record.run_id:  # MLflow was away until now
         record = set_run(config, record, run.run_id)
     return TrainResult(target.name, record, skipped=False)
 
 
+def _run(training: Training) -> contextlib.AbstractContextManager[Run]:
+    """The MLflow run of the training, which continues if the training does, with the other trackers."""
+    config, name, checkpoints = training.config, training.target.name, training.checkpoints
+    callbacks = callbacks_of(config, name, checkpoints.tracking_id(), training.state.steps_done)
+    return tracked_run(config, name, checkpoints.run_id(), callbacks)
+
+
 def _log_start(training: Training, run: Run) -> None:
-    """Logs parameters, tags and, for a new run, the packed table as dataset input."""
+    """Logs config, environment, parameters, tags and, for a new run, the packed table as dataset input."""
     target, inputs, sequences = training.target, training.inputs, training.inputs.sequences
-    run.log_params(
-        {
-            "train": dataclasses.asdict(target.train),
-            "architecture": target.architecture,
-            "corpus": target.corpus,
-            "tokenizer": target.tokenizer,
-            "vocab_size": inputs.tokenizer.vocab_size,
-            "sequence_length": target.sequence_length,
-            "n_parameters": n_parameters(training.model),
-            "packed_sequences": sequences.n_sequences,
-            **({} if inputs.teacher is None else {"kd_teacher": teacher_record(inputs.teacher)}),
-        }
-    )
+    params: Json = {
+        "train": dataclasses.asdict(target.train),
+        "architecture": target.architecture,
+        "corpus": target.corpus,
+        "tokenizer": target.tokenizer,
+        "vocab_size": inputs.tokenizer.vocab_size,
+        "sequence_length": target.sequence_length,
+        "n_parameters": n_parameters(training.model),
+        "packed_sequences": sequences.n_sequences,
+        **({} if inputs.teacher is None else {"kd_teacher": teacher_record(inputs.teacher)}),
+    }
+    tags = {"fingerprint": inputs.fingerprint, "tokenizer": target.tokenizer, "stage": "train"}
+    tags |= {"miniplm_root": storage.redact(training.config.root), **start_tags(training.world)}
+    if training.config.mlflow.system_metrics:
+        run.measure_system()
+    run.log_params(params)
     table, digest = target.packed_table, sequences.manifest_hash
-    run.log_table(sequences.uri, sequences.version, table, digest, sequences.metadata)
-    run.set_tags({"fingerprint": inputs.fingerprint, "tokenizer": target.tokenizer, "stage": "train"})
+    data_tags = run.log_table(sequences.uri, sequences.version, table, digest, sequences.metadata)
+    run.set_tags(tags)
+    run.log_start(start_files(training.config, training.world), training.state.steps_done)
+    run.callbacks.on_start(params, {**data_tags, **tags})
 
 
 def plan(config: ExperimentConfig, target: Target) -> Json:

@@ -260,7 +260,7 @@ def run_steps(training: Training, run: Run | None, lease: Lease | None) -> tuple
         return training.state, True
     name, total = training.target.name, training.target.train.steps - training.state.steps_done
     shown = progress(f"train {name}", total=total, unit="step") if training.world.is_first else contextlib.nullcontext()
-    with CheckpointWriter(training.checkpoints) as writer:
+    with CheckpointWriter(training.checkpoints, *(() if run is None else (run.tag_checkpoint,))) as writer:
         with shown as bar:
             steps = _Steps(training, run, lease, agreement, writer, bar)
             training.loop.run(training.state.steps_done, steps.on_step, steps.on_save, steps.ends, steps.on_evaluate)

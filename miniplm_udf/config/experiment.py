@@ -36,7 +36,9 @@ from miniplm_udf.config.sections import (
     ScoreConfig,
     SparkConfig,
     StreamConfig,
+    TensorboardConfig,
     TokenizerConfig,
+    WandbConfig,
     check,
     check_name,
 )
@@ -76,6 +78,8 @@ class ExperimentConfig:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     mlflow: MlflowConfig = dataclasses.field(default_factory=MlflowConfig)
+    tensorboard: TensorboardConfig | None = None
+    wandb: WandbConfig | None = None
 
     def __post_init__(self) -> None:
         check(bool(self.root), "root: where the tables go; set it in the file or as root=PATH")
@@ -91,6 +95,10 @@ class ExperimentConfig:
                 name not in self.models and not name.startswith("tokenizer_"),
                 f"student {name!r}: <root>/models has a folder of that name for another model; choose another name",
             )
+        check(
+            self.mlflow.parent_run not in {*self.students, *self.models, "comparison"},
+            f"mlflow.parent_run: other runs are named {self.mlflow.parent_run!r}; choose another name",
+        )
         self._check_links()
 
     def _check_links(self) -> None:
@@ -340,9 +348,16 @@ def printable(value: Any) -> Any:
             else printable(item)
             for key, item in value.items()
         }
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [printable(item) for item in value]
     return storage.redact(value) if isinstance(value, str) and "://" in value else value
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """Returns a config as a YAML file that `load_config` reads, with every key, and without secrets (`printable`)."""
+    import yaml
+
+    return str(yaml.safe_dump(printable(to_dict(config)), sort_keys=False, allow_unicode=True, width=120))
 
 
 def fingerprint(*parts: Any) -> str:

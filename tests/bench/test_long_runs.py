@@ -1,6 +1,5 @@
 """Long trainings as users run them: killed twenty times, under torchrun, and with an MLflow server that goes away."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
-import requests
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import MlflowConfig
-from tests.support.ports import free_port
+from tests.support.mlflow_server import MlflowServer
 from tests.support.trainer_process import KillableTraining, check_killed_training, copied, prepare
 from tests.support.trainer_roots import write_config
 from trainer import tracking
@@ -85,38 +83,6 @@ def test_sigterm_to_torchrun_saves_and_the_next_start_goes_on(prepared: Path, tm
     assert 0 < training.newest_step() < 600
     training.finish()  # on one process
     assert training.runs() == [("FINISHED", training.logged_steps())]
-
-
-class MlflowServer:
-    """A real server on loopback, with its database in a folder, which a test stops and starts."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        store = f"--backend-store-uri=sqlite:///{self.folder}/mlflow.db"
-        place = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        line = [sys.executable, "-m", "mlflow", "server", *place, store, f"--artifacts-destination={self.folder}/files"]
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 300
-        while not self.is_healthy():
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
-            time.sleep(0.2)
-
-    def is_healthy(self) -> bool:
-        with contextlib.suppress(requests.exceptions.RequestException):
-            return requests.get(f"{self.uri}/health", timeout=5).ok
-        return False
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 @pytest.fixture

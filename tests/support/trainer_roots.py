@@ -130,6 +130,7 @@ def write_config(folder: Path, root: Path, **train: Any) -> Path:
         "pack": {"sequence_length": LENGTH},
         "train": {**TRAIN, **train},
         "students": {"small": {"corpus": "kept", "tokenizer": "bpe", "architecture": LLAMA}},
+        "mlflow": {"system_metrics": False},
     }
     path = folder / "experiment.yaml"
     path.write_text(json.dumps(raw))  # JSON is YAML

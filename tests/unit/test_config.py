@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from miniplm_udf.config.experiment import ExperimentConfig, fingerprint, load_config, printable, to_dict
+from miniplm_udf.config.experiment import ExperimentConfig, fingerprint, load_config, printable, to_dict, to_yaml
 from miniplm_udf.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -153,3 +153,10 @@ def test_fingerprint_is_of_the_content() -> None:
     other = load_config(DEMO, ["score.workers=2"])
     assert fingerprint(first.score, {"a": 1, "b": 2}) == fingerprint(same.score, {"b": 2, "a": 1})
     assert fingerprint(first.score) != fingerprint(other.score)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_resolved_config_is_read_again(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config

@@ -44,14 +44,14 @@ def imported(folder: str) -> set[str]:
     ("folder", "extras"),
     [
         ("jobs", ("spark",)),
-        ("trainer", ("train", "eval")),
+        ("trainer", ("train", "tensorboard", "wandb", "eval")),
         ("miniplm_udf", LIBRARY),
         ("miniplm_udf/annotations", ("spark", "annotate")),
         ("miniplm_udf/store", ("spark",)),
         ("miniplm_udf/corpora", ("spark",)),
         ("miniplm_udf/scoring", ("score",)),
         ("miniplm_udf/workers", ("spark", "score")),
-        ("tests", (*LIBRARY, "eval", "notebooks", "dev")),
+        ("tests", (*LIBRARY, "tensorboard", "wandb", "eval", "notebooks", "dev")),
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...]) -> None:

@@ -1,11 +1,13 @@
 """MLflow's names from free text, and a tracking store that refuses or is away: the work continues."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.revision import code_commit
 from trainer import tracking
 from trainer.metric_names import safe_names
 
@@ -140,7 +142,55 @@ def test_a_run_is_not_begun_again_because_the_store_is_away(caplog: pytest.LogCa
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
     with pytest.raises(MlflowException, match="connection refused"):
-        tracking._existing_run(Stores(MlflowException("connection refused")), "1" * 32)
+        tracking.existing_run(Stores(MlflowException("connection refused")), "1" * 32)
     forgotten = Stores(MlflowException("no run", error_code=RESOURCE_DOES_NOT_EXIST))
-    assert tracking._existing_run(forgotten, "1" * 32) is None
+    assert tracking.existing_run(forgotten, "1" * 32) is None
     assert "is not in this store: a new run is started" in caplog.text
+
+
+class WithoutArtifacts:
+    """Stands for the `mlflow` module of a server that answers, but whose place of artifacts always fails."""
+
+    def __init__(self, is_away: bool) -> None:
+        self.is_away, self.sent = is_away, []  # type: bool, list[Any]
+
+    def log_text(self, text: str, path: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        raise MlflowException("the bucket refuses the server")
+
+    def MlflowClient(self) -> Any:
+        return self
+
+    def get_run(self, run_id: str) -> None:
+        if self.is_away:
+            self.log_text("", "")
+
+    def log_batch(self, run_id: str, metrics: Any) -> None:
+        self.sent += metrics
+
+    def active_run(self) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(tags={"mlflow.source.git.commit": code_commit()}))
+
+    def end_run(self, status: str) -> None:
+        self.sent.append(status)
+
+
+def test_artifacts_that_a_server_cannot_write_hold_no_metric_back(caplog: pytest.LogCaptureFixture) -> None:
+    run = tracking.Run("small")
+    run._mlflow = mlflow = WithoutArtifacts(is_away=False)
+    run.log_start({"config.yaml": "root: /"}, 0)
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.end("FINISHED", 60)
+    assert "small: MLflow does not take the files of the start: the bucket refuses the server; the work" in caplog.text
+    assert ([metric.value for metric in mlflow.sent[:-1]], mlflow.sent[-1]) == ([1.0], "FINISHED")
+
+
+def test_artifacts_wait_for_a_server_that_is_away(caplog: pytest.LogCaptureFixture) -> None:
+    run = tracking.Run("small")
+    run._mlflow = mlflow = WithoutArtifacts(is_away=True)
+    run.log_start({"config.yaml": "root: /"}, 0)
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.end("FINISHED", 0.5)
+    assert "small: MLflow does not have 1 points of the curve (steps 1 to 1), files of the start, end" in caplog.text
+    assert mlflow.sent == []

@@ -16,6 +16,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
+from trainer.callbacks import callbacks_of, require_packages
 from trainer.evaluation.losses import EvaluatedModel
 from trainer.evaluation.records import EvaluateResult, Evaluation, read_evaluation, write_evaluation
 from trainer.evaluation.tasks import Tasks
@@ -39,10 +40,11 @@ def evaluate(config: ExperimentConfig, targets: Sequence[Target]) -> dict[str, E
 
     Raises:
         ConfigError: the config names nothing to evaluate on; an external set or a task is missing or wrong; or lm-eval
-            is not installed.
+            or the package of a configured tracker is not installed.
         CorpusError: there is no held-out text, or a model is not trained yet.
     """
     _require_something(config)
+    require_packages(config)
     trainings = [(target, _training(config, target)) for target in targets]
     tasks = Tasks(config) if config.evaluate.tasks else None
     # A second process waits for the first one, and then skips every model.
@@ -164,11 +166,13 @@ def _log(
     sets: Sequence[EvaluationSet],
 ) -> Evaluation:
     """Logs an evaluation to the model's MLflow run, and returns it with the id of this run."""
-    with tracked_run(config, target.name, training.run_id) as run:
+    tags = {f"{each.name}_fingerprint": each.fingerprint for each in sets}
+    if evaluation.tasks is not None:
+        tags |= {"lm_eval_version": evaluation.tasks.lm_eval_version, "lm_eval_num_fewshot": "0"}
+        tags |= {f"task_version/{name}": score.version for name, score in evaluation.tasks.scores.items()}
+    callbacks = callbacks_of(config, target.name, training.tracking_id, training.steps)
+    with tracked_run(config, target.name, training.run_id, callbacks) as run:
+        callbacks.on_start({}, tags)
         run.log_metrics(evaluation.metrics())
-        tags = {f"{each.name}_fingerprint": each.fingerprint for each in sets}
-        if evaluation.tasks is not None:
-            tags |= {"lm_eval_version": evaluation.tasks.lm_eval_version, "lm_eval_num_fewshot": "0"}
-            tags |= {f"task_version/{name}": score.version for name, score in evaluation.tasks.scores.items()}
         run.set_tags(tags)
         return dataclasses.replace(evaluation, run_id=run.run_id)

@@ -1,0 +1,62 @@
+"""Parent runs: a run of a chosen name that groups the runs of several models, a sweep for example.
+
+Input: MLflow's client and the name. Processes that start at the same time agree on one parent: the oldest run of this
+name that is not itself a child. A parent has no parameters and no metrics. Its status follows from its children.
+"""
+
+from typing import Any
+
+_PARENT_TAG = "mlflow.parentRunId"
+# Not every store keeps a run's start in more than milliseconds; the id decides between equal ones.
+_ORDER = ["attributes.start_time ASC", "attributes.run_id ASC"]
+
+
+def find_or_create(client: Any, experiment_id: str, name: str) -> str:
+    """Returns the id of the parent run of a name, which is created if there is none; its status becomes RUNNING.
+
+    Args:
+        client: an `MlflowClient`.
+        experiment_id: the experiment that has the parent.
+        name: name of the run.
+    """
+    parent = _oldest(client, experiment_id, name)
+    if parent is None:
+        mine = client.create_run(experiment_id, run_name=name).info.run_id
+        # Another process may have created one at the same time.
+        parent = _oldest(client, experiment_id, name) or mine
+        if parent != mine:
+            client.delete_run(mine)
+    client.update_run(parent, status="RUNNING")
+    return str(parent)
+
+
+def tag(parent: str) -> dict[str, str]:
+    """Returns the tag that makes a run a child.
+
+    Args:
+        parent: id of the parent run.
+    """
+    return {_PARENT_TAG: parent}
+
+
+def end(client: Any, experiment_id: str, parent: str) -> None:
+    """Ends a parent run, unless one of its children is running: FINISHED if all children are, otherwise as a child.
+
+    Args:
+        client: an `MlflowClient`.
+        experiment_id: the experiment that has the runs.
+        parent: id of the parent run.
+    """
+    children = client.search_runs([experiment_id], f"tags.`{_PARENT_TAG}` = '{parent}'")
+    statuses = {child.info.status for child in children}
+    status = next((each for each in ("RUNNING", "FAILED", "KILLED") if each in statuses), "FINISHED")
+    if status != "RUNNING":
+        client.set_terminated(parent, status)
+
+
+def _oldest(client: Any, experiment_id: str, name: str) -> str | None:
+    """The oldest run of this name that is no child; None without one."""
+    for run in client.search_runs([experiment_id], f"attributes.run_name = '{name}'", order_by=_ORDER):
+        if _PARENT_TAG not in run.data.tags:
+            return str(run.info.run_id)
+    return None
