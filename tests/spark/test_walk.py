@@ -55,7 +55,7 @@ def code_of_the_walk() -> str:
     return match[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_metric_leads_to_the_batches_that_scored_its_texts(
     spark: Any, config: ExperimentConfig, tmp_path: Path
 ) -> None:
