@@ -25,7 +25,7 @@ from miniplm_udf.progress import configure_logging
 from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
-    from trainer.scaling_command import ScalingOptions
+    from trainer.scaling.command import ScalingOptions
 
 LOGGER = logging.getLogger("miniplm.trainer")
 _TRAIN = """Trains models on their packed tables and writes <root>/models/NAME/. A model that is finished with the same
@@ -173,14 +173,14 @@ def _run(arguments: argparse.Namespace) -> Json:
                 if stopping.received() is not None:
                     return results
         if not arguments.reference and _is_first_rank():
-            from trainer.registry import register
+            from trainer.results.registry import register
 
             # After all trainings: ranks that train the next student do not wait while rank 0 sends a model.
             for name, registration in register(config, list(results)).items():
                 results[name]["registered"] = dataclasses.asdict(registration)
         return results
     if arguments.command == "scaling":
-        from trainer import scaling_command
+        from trainer.scaling import command as scaling_command
 
         options = _scaling_options(arguments)
         return scaling_command.plan(config, options) if arguments.dry_run else scaling_command.scaling(config, options)
@@ -194,7 +194,7 @@ def _run(arguments: argparse.Namespace) -> Json:
 
 
 def _scaling_options(arguments: argparse.Namespace) -> "ScalingOptions":
-    from trainer.scaling_command import ScalingOptions
+    from trainer.scaling.command import ScalingOptions
 
     return ScalingOptions(
         students=tuple(arguments.student or ()),

@@ -18,13 +18,13 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
-from trainer.batches import Batches, Sequences
-from trainer.distributed import World
-from trainer.document_masks import document_positions
-from trainer.flops import peak_flops_per_second, training_flops_per_token
-from trainer.loss import target_weights
-from trainer.parallel import clip_gradient, gradient_sums, undivided
-from trainer.precision import autocast, product_dtype
+from trainer.loader.batches import Batches, Sequences
+from trainer.losses.loss import target_weights
+from trainer.models.document_masks import document_positions
+from trainer.models.flops import peak_flops_per_second, training_flops_per_token
+from trainer.models.precision import autocast, product_dtype
+from trainer.ranks.distributed import World
+from trainer.ranks.parallel import clip_gradient, gradient_sums, undivided
 from trainer.schedule import learning_rate
 
 

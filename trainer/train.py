@@ -21,19 +21,20 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
-from trainer.callbacks import callbacks_of, require_packages
-from trainer.data import read_tokenizer_info
-from trainer.distributed import World, process_group
-from trainer.environment import start_files, start_tags
-from trainer.flops import equal_compute_steps
-from trainer.model import build_model, model_config, n_parameters
-from trainer.model_folder import set_run, write_model
+from trainer.loader.data import read_tokenizer_info
+from trainer.models.flops import equal_compute_steps
+from trainer.models.model import build_model, model_config, n_parameters
+from trainer.models.teacher_loading import teacher_record
+from trainer.preparation import Training, TrainingInputs, open_inputs, prepare
+from trainer.ranks.distributed import World, process_group
+from trainer.ranks.state import gather_weights
 from trainer.records import TrainResult, read_training
-from trainer.state import gather_weights
+from trainer.results.model_folder import set_run, write_model
 from trainer.targets import Target
-from trainer.teacher_loading import teacher_record
-from trainer.tracking import Run, tracked_run
-from trainer.training import Training, TrainingInputs, open_inputs, prepare, record_run, run_steps
+from trainer.tracking.callbacks import callbacks_of, require_packages
+from trainer.tracking.environment import start_files, start_tags
+from trainer.tracking.run import Run, tracked_run
+from trainer.training import record_run, run_steps
 
 LOGGER = logging.getLogger("miniplm.trainer.train")
 

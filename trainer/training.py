@@ -1,243 +1,26 @@
-"""One training: its data, model, optimiser and checkpoints on each rank, equal on all ranks before the first step.
+"""Runs the steps of a prepared training, with metrics, checkpoints, evaluations and a progress bar.
 
-Inputs: a `Target` and the newest version of its packed table. `prepare` builds the model, lets rank 0 choose the
-checkpoint, checks that all ranks see the same data, checkpoint and weights, and divides the model among the ranks. No
-file is written before these checks. `run_steps` runs the loop with metrics, checkpoints and a progress bar; all ranks
-leave it after the same step, at the end, after a signal, or when one of them fails.
+Input: a `Training`. Output: the model's trained weights in its memory, and its checkpoints on the disk. All ranks leave
+the loop after the same step: at the end, after a signal, or when one of them fails.
 """
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
 
-import torch
-
-from miniplm_udf import stopping, storage
-from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
-from miniplm_udf.config.training import TrainConfig
-from miniplm_udf.errors import CorpusError, MiniplmError
+from miniplm_udf import stopping
+from miniplm_udf.errors import MiniplmError
 from miniplm_udf.lease import Lease
 from miniplm_udf.progress import Progress, progress
-from miniplm_udf.scoring.description import ModelDescription
-from trainer.blocks import prepare_blocks
-from trainer.checkpoint import Checkpoints, SavedState, checkpoint_folder
-from trainer.checkpoint_writer import CheckpointWriter
-from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info
-from trainer.distributed import Agreement, Wish, World
-from trainer.document_masks import check_follows_positions
-from trainer.evaluation.during_training import TrainingEvaluation
-from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
-from trainer.loop import Loop, StepMeasures, make_optimizer
-from trainer.model import build_model, choose_scan, model_config
-from trainer.model_folder import write_weights
-from trainer.order import ORDER_VERSION
-from trainer.parallel import divide
-from trainer.records import read_training
-from trainer.state import check_equal_weights, gather, gather_weights, set_optimizer, set_weights
-from trainer.targets import Target
-from trainer.teacher_loading import describe_teacher, load_teacher, teacher_identity
-from trainer.tokenizer_files import TokenizerFiles, read_tokenizer_files
-from trainer.tracking import Run
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingInputs:
-    """The inputs of a training.
-
-    Attributes:
-        sequences: the packed table.
-        tokenizer: the table's tokenizer.
-        teacher: the teacher, not loaded yet; None without one.
-        fingerprint: hash of config, data, tokenizer and teacher.
-    """
-
-    sequences: PackedSequences
-    tokenizer: TokenizerInfo
-    teacher: ModelDescription | None
-    fingerprint: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """One training and everything that it works on, on this rank.
-
-    Attributes:
-        model: the transformers model; its weights may be shards.
-        state: the numbers of the checkpoint that it resumes from, or those of a new training.
-    """
-
-    config: ExperimentConfig
-    target: Target
-    inputs: TrainingInputs
-    world: World
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    loop: Loop
-    checkpoints: Checkpoints
-    state: SavedState
-    files: TokenizerFiles
-    evaluation: TrainingEvaluation | None
-
-
-def open_inputs(config: ExperimentConfig, target: Target, world: World) -> TrainingInputs:
-    """Opens tokenizer, packed table and teacher; all ranks open the version that is the newest on rank 0.
-
-    Args:
-        config: the experiment.
-        target: the model.
-        world: the place of this process among the ranks.
-
-    Raises:
-        ConfigError: the teacher does not fit the tokenizer.
-        CorpusError: the table or the tokenizer cannot be used, or ranks see different ones, or different teachers.
-        ModelLoadError: the teacher cannot be found or read.
-    """
-    uri = config.layout.table(target.packed_table)
-
-    def open_version(version: int | None) -> TrainingInputs:
-        tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))
-        sequences = PackedSequences(uri, version, target.sequence_length, tokenizer)
-        # The manifest instead of the version: a commit that changes no file (by VACUUM) is no reason to train again.
-        # Another order of the rows is another training: its checkpoints are not continued.
-        hashes = (target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash, ORDER_VERSION)
-        teacher = describe_teacher(config, target, tokenizer)
-        identity = teacher_identity(config, target, teacher)
-        return TrainingInputs(sequences, tokenizer, teacher, fingerprint(*hashes, *identity))
-
-    newest = world.together(lambda: open_version(None))
-    version = world.from_first(newest.sequences.version)
-    inputs = world.together(lambda: newest if newest.sequences.version == version else open_version(version))
-    _check_equal(world, inputs.fingerprint, f"config, packed table ({storage.redact(uri)}), tokenizer or teacher")
-    return inputs
-
-
-def _check_equal(world: World, value: str, what: str) -> None:
-    """Raises a CorpusError on every rank if a value differs between ranks."""
-    values = world.from_all(value)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise CorpusError(
-                f"rank {rank} and rank 0 see another {what}: {other}, and {values[0]} on rank 0. Nothing was written; "
-                "root must be one folder that all machines share"
-            )
-
-
-def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, world: World, retrain: bool) -> Training:
-    """Builds a training, resumed from its newest checkpoint, with the same weights on every rank.
-
-    Args:
-        config: the experiment.
-        target: the model.
-        inputs: from `open_inputs`.
-        world: the place of this process among the ranks.
-        retrain: remove the checkpoints and begin at the first step.
-
-    Raises:
-        ConfigError: the architecture cannot be built or trained as the config says.
-        CorpusError: no checkpoint can be used, or the ranks do not see the same checkpoint or weights.
-        ModelLoadError: the teacher cannot be loaded.
-    """
-    whole = world.together(lambda: _new_model(config, target, inputs, world))
-    model = whole.model
-    checkpoints = _checkpoints(config, target, inputs)
-    files = world.together(lambda: read_tokenizer_files(config.layout.model(target.tokenizer_folder)))
-    evaluation = world.together(
-        lambda: TrainingEvaluation(config, target) if target.train.evaluate_every_steps else None
-    )
-    # Only rank 0 chooses the checkpoint: ranks could see a damaged disk differently and start from different steps.
-    step = world.first_decides(lambda: None if retrain else checkpoints.newest_whole(model))
-    if step is None:
-        module, optimizer, state = *distribute(whole, target.train, world), SavedState(0)
-    else:
-        module, optimizer, state = resume(checkpoints, step, whole, target.train, world)
-    if retrain and world.is_first:
-        checkpoints.clear()
-    loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
-    return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, state, files, evaluation)
-
-
-def distribute(
-    module: CausalLMWithLoss, config: TrainConfig, world: World
-) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Divides a model among the ranks, and makes its optimiser.
-
-    Args:
-        module: whole, with the same weights on every rank; its weights may become shards.
-        config: the division and the settings of the optimiser.
-        world: the place of this process among the ranks.
-
-    Returns:
-        The module to call in the training loop, and the optimiser.
-
-    Raises:
-        CorpusError: the weights of the ranks differ.
-    """
-    check_equal_weights(module.model, world)
-    divided = divide(module, config, world)
-    return divided, make_optimizer(module.model, config)
-
-
-def resume(
-    checkpoints: Checkpoints, step: int, module: CausalLMWithLoss, config: TrainConfig, world: World
-) -> tuple[torch.nn.Module, torch.optim.Optimizer, SavedState]:
-    """Loads a checkpoint into a model, divides it among the ranks, and makes its optimiser.
-
-    Args:
-        checkpoints: the training's checkpoints. Rank 0 reads the tensors; the other ranks only compare the checksum.
-        step: the step that rank 0 chose.
-        module, config, world: as for `distribute`.
-
-    Returns:
-        The module to call in the training loop, the optimiser, and the checkpoint's numbers.
-
-    Raises:
-        CorpusError: the ranks see different checkpoints of this step.
-    """
-    _check_equal(world, checkpoints.checksum(step), f"checkpoint {checkpoints.folder}/step-{step}")
-    state, tensors = checkpoints.load(step) if world.is_first else (SavedState(step), None)
-    set_weights(module.model, tensors, world)
-    divided, optimizer = distribute(module, config, world)
-    set_optimizer(module.model, optimizer, tensors, world)
-    return divided, optimizer, world.from_first(state)
-
-
-def _new_model(config: ExperimentConfig, target: Target, inputs: TrainingInputs, world: World) -> CausalLMWithLoss:
-    """The model with new weights and its loss, with its teacher if it has one, on this rank's device."""
-    architecture = model_config(
-        target.architecture,
-        where=target.where,
-        vocab_size=inputs.tokenizer.vocab_size,
-        separator_id=inputs.tokenizer.document_separator_id,
-        max_positions=target.max_positions,
-    )
-    # The cache of keys and values is for generation only; the saved config switches it on again.
-    if hasattr(architecture, "use_cache"):
-        architecture.use_cache = False
-    choose_scan(architecture, target.architecture, world.device, where=target.where)
-    model: torch.nn.Module = build_model(architecture, where=target.where, seed=target.train.seed)
-    model.to(world.device)
-    if target.train.document_masks:
-        check_follows_positions(model, architecture.vocab_size, target.where)
-    if inputs.teacher is None:
-        module = CausalLMWithLoss(model)
-    else:
-        teacher = load_teacher(config, target, inputs.tokenizer, inputs.teacher, world.device)
-        module = DistilledCausalLM(model, teacher, target.train.kd_ratio)
-    prepare_blocks(module, target.train, target.sequence_length, target.where)
-    return module
-
-
-def _checkpoints(config: ExperimentConfig, target: Target, inputs: TrainingInputs) -> Checkpoints:
-    """The checkpoints of the training; those of the finished model may be replaced."""
-    finished = read_training(config, target.name)
-    return Checkpoints(
-        checkpoint_folder(config.layout.checkpoint(f"train/{target.name}")),
-        inputs.fingerprint,
-        target.train.keep_checkpoints,
-        replaceable=() if finished is None else (finished.fingerprint,),
-    )
+from trainer.checkpoints.checkpoint import Checkpoints, SavedState
+from trainer.checkpoints.checkpoint_writer import CheckpointWriter
+from trainer.loop import StepMeasures
+from trainer.preparation import Training
+from trainer.ranks.distributed import Agreement, Wish
+from trainer.ranks.state import gather, gather_weights
+from trainer.results.model_folder import write_weights
+from trainer.tracking.run import Run
 
 
 def run_steps(training: Training, run: Run | None, lease: Lease | None) -> tuple[SavedState, bool]:

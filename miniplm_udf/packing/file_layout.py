@@ -1,8 +1,8 @@
 """How the files of packed tables are written, so that a trainer reads them in a random order at a low cost.
 
-Owns the rows of a row group and of a file, and the encoding of the columns. `trainer/order.py` permutes row groups, so
-small row groups make a good shuffle in little memory. Files are small enough that their footers are read quickly, and
-in parallel. Input: a session; while the block runs, its Parquet writer follows this layout. Driver.
+Owns the rows of a row group and of a file, and the encoding of the columns. `trainer/loader/order.py` permutes row
+groups, so small row groups make a good shuffle in little memory. Files are small enough that their footers are read
+quickly, and in parallel. Input: a session; while the block runs, its Parquet writer follows this layout. Driver.
 """
 
 import contextlib

@@ -46,10 +46,10 @@ from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.packing.file_layout import FILE_ROWS
 from tests.bench import results
 from tests.support.packed_tables import SCHEMA, packed_batch, write_rows
-from trainer.batches import Batches
-from trainer.data import PackedSequences, TokenizerInfo
-from trainer.distributed import World
-from trainer.order import RowOrder
+from trainer.loader.batches import Batches
+from trainer.loader.data import PackedSequences, TokenizerInfo
+from trainer.loader.order import RowOrder
+from trainer.ranks.distributed import World
 
 LENGTH, VOCABULARY = 1024, 151_936
 ROW_BYTES = 4 * (LENGTH + 1) + LENGTH

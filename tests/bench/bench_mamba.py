@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from tests.bench import results
-from trainer.loss import target_nll
-from trainer.model import build_model, model_config, n_parameters
+from trainer.losses.loss import target_nll
+from trainer.models.model import build_model, model_config, n_parameters
 
 VOCABULARY = 8192
 

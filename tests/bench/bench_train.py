@@ -29,14 +29,14 @@ from miniplm_udf.config.student_models import load_student_models
 from miniplm_udf.config.training import TrainConfig
 from tests.bench import results
 from tests.support.allocations import peak_bytes
-from trainer.blocks import prepare_blocks
-from trainer.chunked_head import chunk_loss, weighted_nll
-from trainer.distributed import World
-from trainer.flops import peak_flops_per_second, training_flops_per_token
-from trainer.lm_loss import CausalLMWithLoss
 from trainer.loop import Loop, make_optimizer
-from trainer.model import build_model, model_config
-from trainer.precision import autocast, product_dtype
+from trainer.losses.chunked_head import chunk_loss, weighted_nll
+from trainer.losses.lm_loss import CausalLMWithLoss
+from trainer.models.blocks import prepare_blocks
+from trainer.models.flops import peak_flops_per_second, training_flops_per_token
+from trainer.models.model import build_model, model_config
+from trainer.models.precision import autocast, product_dtype
+from trainer.ranks.distributed import World
 
 _SMALL = {
     "model_type": "qwen2", "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,

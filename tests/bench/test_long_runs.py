@@ -18,7 +18,7 @@ from miniplm_udf.config.sections import MlflowConfig
 from tests.support.mlflow_server import MlflowServer
 from tests.support.trainer_process import KillableTraining, check_killed_training, copied, prepare
 from tests.support.trainer_roots import write_config
-from trainer import tracking
+from trainer.tracking import run as tracking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

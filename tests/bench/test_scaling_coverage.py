@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support.scaling_losses import MINIPLM, WITHOUT_KD, losses, runs_of_one_point
-from trainer.scaling import LossCurve, compute_saved, extrapolate, fit_law
+from trainer.scaling.laws import LossCurve, compute_saved, extrapolate, fit_law
 
 
 def covering_share(computes: np.ndarray, scatter: float, *, one_curve: bool = False) -> dict[str, float]:

@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 from miniplm_udf.config.training import TrainConfig
 from tests.bench import bench_train
 from tests.support.trainer_roots import LLAMA
-from trainer.blocks import drop_mask, prepare_blocks
-from trainer.kd_teacher import Teacher
-from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
-from trainer.model import build_model, model_config
+from trainer.losses.kd_teacher import Teacher
+from trainer.losses.lm_loss import CausalLMWithLoss, DistilledCausalLM
+from trainer.models.blocks import drop_mask, prepare_blocks
+from trainer.models.model import build_model, model_config
 
 VOCAB, LENGTH = 8192, 64
 SHAPE = bench_train.Shape(LLAMA | {"vocab_size": 40}, tokens=8, batch=4, micro=2)

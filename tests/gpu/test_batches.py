@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from miniplm_udf.config.training import TrainConfig
-from trainer.batches import Batches
-from trainer.distributed import World
+from trainer.loader.batches import Batches
+from trainer.ranks.distributed import World
 
 pytestmark = [
     pytest.mark.gpu,

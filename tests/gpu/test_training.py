@@ -11,14 +11,14 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from tests.support.allocations import peak_bytes
-from trainer.blocks import drop_mask, prepare_blocks
-from trainer.chunked_head import chunked_losses, weighted_nll
-from trainer.distributed import World
-from trainer.kd_loss import kd_chunk_positions, kd_losses
-from trainer.kd_teacher import Teacher
-from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
 from trainer.loop import Loop, make_optimizer
-from trainer.model import build_model, model_config
+from trainer.losses.chunked_head import chunked_losses, weighted_nll
+from trainer.losses.kd_loss import kd_chunk_positions, kd_losses
+from trainer.losses.kd_teacher import Teacher
+from trainer.losses.lm_loss import CausalLMWithLoss, DistilledCausalLM
+from trainer.models.blocks import drop_mask, prepare_blocks
+from trainer.models.model import build_model, model_config
+from trainer.ranks.distributed import World
 
 pytestmark = [
     pytest.mark.gpu,

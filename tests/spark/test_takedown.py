@@ -18,7 +18,7 @@ from miniplm_udf.store.delta_files import parquet_files
 from miniplm_udf.store.takedowns import Takedown
 from tests.support.score_tables import experiment, texts, write_instances
 from tests.support.takedown_roots import ASKED, World, file_rows
-from trainer.data import open_delta
+from trainer.loader.data import open_delta
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from trainer.targets import student_target
-from trainer.tracking import Run
+from trainer.tracking.run import Run
 from trainer.train import train
 
 

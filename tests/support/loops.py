@@ -7,13 +7,13 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from tests.support.trainer_roots import LLAMA
-from trainer.checkpoint import Checkpoints
-from trainer.distributed import World
-from trainer.kd_teacher import Teacher
-from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.loop import Loop, StepMeasures
-from trainer.model import build_model, model_config
-from trainer.training import distribute, resume
+from trainer.losses.kd_teacher import Teacher
+from trainer.losses.lm_loss import CausalLMWithLoss, DistilledCausalLM
+from trainer.models.model import build_model, model_config
+from trainer.preparation import distribute, resume
+from trainer.ranks.distributed import World
 
 LENGTH, VOCAB, SEPARATOR = 12, 40, 3
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from miniplm_udf.errors import MiniplmError
 from tests.support.ports import free_port
-from trainer.distributed import World, process_group
+from trainer.ranks.distributed import World, process_group
 
 PRELOAD = ["tests.support.loops", "trainer.train", "mlflow", __name__]
 # Without a sign of progress for this long, ranks count as hanging. A loaded machine starts them slowly, yet it works.

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from trainer.scaling import LossCurve, ScalingLaw
+from trainer.scaling.laws import LossCurve, ScalingLaw
 
 
 def law(coefficient: float, exponent: float, floor: float) -> ScalingLaw:

@@ -23,7 +23,7 @@ from miniplm_udf.config.sections import MlflowConfig
 from tests.support.ranks import PRELOAD
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
-from trainer.tracking import connect
+from trainer.tracking.run import connect
 
 LOG_EVERY, SAVE_EVERY = 5, 3
 _PATIENCE_SECONDS = 120.0

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.allocations import peak_bytes
-from trainer import chunked_head
-from trainer.chunked_head import chunk_positions, weighted_nll
+from trainer.losses import chunked_head
+from trainer.losses.chunked_head import chunk_positions, weighted_nll
 
 
 def inputs(n: int, width: int, vocabulary: int, size: float = 1.0) -> tuple[torch.Tensor, ...]:

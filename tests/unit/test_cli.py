@@ -134,7 +134,7 @@ def test_bad_config_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) ->
         ("jobs.ingest, jobs.score, jobs.refine, jobs.pack, jobs.report", "torch transformers"),
         ("miniplm_udf.refinement.refine, miniplm_udf.store.tables", "torch transformers"),
         (
-            "trainer.loop, trainer.loss, trainer.blocks, trainer.order, trainer.schedule",
+            "trainer.loop, trainer.losses.loss, trainer.models.blocks, trainer.loader.order, trainer.schedule",
             "pyspark mlflow deltalake pyarrow jsonargparse yaml",
         ),
         pytest.param("trainer.train, trainer.evaluation.run", "pyspark", marks=pytest.mark.slow),

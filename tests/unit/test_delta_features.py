@@ -13,7 +13,7 @@ from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.store.delta_features import FILE_READER_PROPERTIES, needs_repair, refuse_unreadable_features
 from miniplm_udf.store.delta_files import parquet_files
-from trainer.data import open_delta
+from trainer.loader.data import open_delta
 
 # Rows 3, 4, 7, 11, 18 and 29 of a file: the example of Delta's protocol.
 VECTOR = {

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from miniplm_udf.config.training import TrainConfig
-from trainer.distributed import World
-from trainer.kd_teacher import Teacher
-from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM
 from trainer.loop import Loop, make_optimizer
-from trainer.loss import target_nll, target_weights
+from trainer.losses.kd_teacher import Teacher
+from trainer.losses.lm_loss import CausalLMWithLoss, DistilledCausalLM
+from trainer.losses.loss import target_nll, target_weights
+from trainer.ranks.distributed import World
 from trainer.schedule import learning_rate
 
 SEPARATOR = 3

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from tests.support.allocations import peak_bytes
 from tests.support.loops import LENGTH, VOCAB, make_teacher
 from tests.support.trainer_roots import FAMILIES, LLAMA
-from trainer import chunked_head
-from trainer.chunked_head import chunk_positions, chunked_losses, losses_of_logits
-from trainer.kd_loss import kd_chunk_loss, kd_chunk_positions, kd_losses
-from trainer.kd_teacher import Teacher
-from trainer.lm_loss import CausalLMWithLoss, DistilledCausalLM, Losses
-from trainer.model import build_model, model_config
+from trainer.losses import chunked_head
+from trainer.losses.chunked_head import chunk_positions, chunked_losses, losses_of_logits
+from trainer.losses.kd_loss import kd_chunk_loss, kd_chunk_positions, kd_losses
+from trainer.losses.kd_teacher import Teacher
+from trainer.losses.lm_loss import CausalLMWithLoss, DistilledCausalLM, Losses
+from trainer.models.model import build_model, model_config
 
 OTHER_HEADS: dict[str, dict[str, Any]] = {
     "gemma2": LLAMA | {"model_type": "gemma2", "head_dim": 8},

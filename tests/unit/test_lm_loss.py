@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.support.trainer_roots import FAMILIES, LLAMA
-from trainer.lm_loss import CausalLMWithLoss
-from trainer.loss import target_nll
-from trainer.model import build_model, model_config
+from trainer.losses.lm_loss import CausalLMWithLoss
+from trainer.losses.loss import target_nll
+from trainer.models.model import build_model, model_config
 
 VOCAB, LENGTH = 40, 12
 # The layers above the decoder: a soft cap, two scales, a bias, a decoder that `base_model` only wraps.

@@ -12,10 +12,9 @@ from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError
 from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config
-from trainer import parent_runs
 from trainer.__main__ import main
-from trainer.scaling_runs import read_runs
-from trainer.tracking import connect
+from trainer.scaling.runs import read_runs
+from trainer.tracking.run import connect, parent_runs
 
 RATES = {"lr1": 0.001, "lr2": 0.002, "lr3": 0.003, "lr4": 0.004, "lr5": 0.005}
 SWEEP = "mlflow.parent_run=learning rates"

@@ -15,9 +15,9 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError
 from tests.support.killed_training import train_small
 from tests.support.trainer_roots import make_root, write_config
-from trainer import registry
 from trainer.__main__ import main
-from trainer.tracking import connect
+from trainer.results import registry
+from trainer.tracking.run import connect
 
 REGISTERED = "mlflow.registered_model=demo {student}"
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from miniplm_udf.packing.file_layout import GROUP_ROWS
-from trainer.order import RowOrder, count_lanes
-from trainer.row_cache import RowCache
+from trainer.loader.order import RowOrder, count_lanes
+from trainer.loader.row_cache import RowCache
 
 
 @pytest.mark.slow

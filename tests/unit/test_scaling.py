@@ -22,11 +22,11 @@ from miniplm_udf.errors import ConfigError, CorpusError
 from tests.support.scaling_losses import COMPUTE, MINIPLM, PAPER, WITHOUT_KD, law, losses, runs_of_one_point
 from tests.support.trainer_roots import LENGTH, TRAIN, make_root, write_config
 from trainer.__main__ import main
-from trainer.scaling import LossCurve, ScalingFit, compute_saved, fit_law
-from trainer.scaling_command import ScalingOptions, scaling
-from trainer.scaling_plot import draw_laws
-from trainer.scaling_runs import StudentRuns, read_runs
-from trainer.tracking import tracked_run
+from trainer.scaling.command import ScalingOptions, scaling
+from trainer.scaling.laws import LossCurve, ScalingFit, compute_saved, fit_law
+from trainer.scaling.plot import draw_laws
+from trainer.scaling.runs import StudentRuns, read_runs
+from trainer.tracking.run import tracked_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
@@ -110,7 +110,7 @@ def test_fewer_than_five_values_of_compute_are_refused() -> None:
 
 
 def test_residuals_of_a_curve_are_drawn_in_blocks_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer import scaling as module
+    from trainer.scaling import laws as module
 
     blocks: list[int] = []
     original = module._resampled

@@ -10,8 +10,8 @@ import yaml
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.student_models import load_student_models
 from miniplm_udf.errors import ConfigError
-from trainer.flops import equal_compute_steps
-from trainer.model import build_model, model_config, n_parameters
+from trainer.models.flops import equal_compute_steps
+from trainer.models.model import build_model, model_config, n_parameters
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DEMO = CONF / "demo.yaml"

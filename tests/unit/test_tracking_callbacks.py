@@ -10,12 +10,12 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError
 from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config
-from trainer import callbacks, tracking
 from trainer.__main__ import main
-from trainer.callbacks import Callbacks
 from trainer.evaluation.run import evaluate
 from trainer.targets import student_target
-from trainer.tracking import connect
+from trainer.tracking import callbacks, connect
+from trainer.tracking import run as tracking
+from trainer.tracking.callbacks import Callbacks
 
 STEPS = [1, 2, 3, 4, 5, 6]
 

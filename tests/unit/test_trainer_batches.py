@@ -9,8 +9,8 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import CorpusError
-from trainer.batches import Batches
-from trainer.distributed import World
+from trainer.loader.batches import Batches
+from trainer.ranks.distributed import World
 
 LENGTH, ROWS, STEPS = 4, 300, 20
 CONFIG = TrainConfig(batch_sequences=12, steps=STEPS, warmup_steps=0, seed=7)

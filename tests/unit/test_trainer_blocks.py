@@ -10,10 +10,10 @@ from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError
 from tests.support.allocations import peak_bytes
 from tests.support.trainer_roots import FAMILIES, LLAMA
-from trainer import blocks
-from trainer.blocks import decoder_blocks, drop_mask, prepare_blocks
-from trainer.lm_loss import CausalLMWithLoss
-from trainer.model import build_model, model_config
+from trainer.losses.lm_loss import CausalLMWithLoss
+from trainer.models import blocks
+from trainer.models.blocks import decoder_blocks, drop_mask, prepare_blocks
+from trainer.models.model import build_model, model_config
 
 VOCAB, LENGTH = 40, 12
 

@@ -12,10 +12,10 @@ import torch
 from miniplm_udf.errors import CorpusError, MiniplmError
 from tests.support.full_disk import largest_file
 from tests.support.trainer_roots import LLAMA
-from trainer.checkpoint import Checkpoints, SavedState
-from trainer.checkpoint_writer import CheckpointWriter
-from trainer.model import build_model, model_config
-from trainer.state import Tensors, gather, gather_weights
+from trainer.checkpoints.checkpoint import Checkpoints, SavedState
+from trainer.checkpoints.checkpoint_writer import CheckpointWriter
+from trainer.models.model import build_model, model_config
+from trainer.ranks.state import Tensors, gather, gather_weights
 
 
 def trained(width: int = 2) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:

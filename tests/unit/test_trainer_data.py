@@ -13,9 +13,9 @@ from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
 from tests.support.packed_tables import packed_batch, write_rows
 from tests.support.trainer_roots import LENGTH, write_packed
-from trainer import data, order
-from trainer.data import PackedSequences, TokenizerInfo, read_tokenizer_info, user_metadata
-from trainer.packed_files import RowGroupReader, list_row_groups
+from trainer.loader import data, order
+from trainer.loader.data import PackedSequences, TokenizerInfo, read_tokenizer_info, user_metadata
+from trainer.loader.packed_files import RowGroupReader, list_row_groups
 
 INFO = TokenizerInfo(document_separator="x", document_separator_id=0, tokenizer_hash="h" * 32, vocab_size=3000)
 METADATA = {"tokenizer_hash": "h" * 32, "sequence_length": LENGTH}

@@ -7,8 +7,8 @@ import torch
 
 from miniplm_udf.scoring.cpu import pack_linears
 from tests.support.trainer_roots import FAMILIES, LLAMA
-from trainer.flops import equal_compute_steps, matrix_parameters, peak_flops_per_second, training_flops_per_token
-from trainer.model import build_model, model_config
+from trainer.models.flops import equal_compute_steps, matrix_parameters, peak_flops_per_second, training_flops_per_token
+from trainer.models.model import build_model, model_config
 
 BLOCK = 4 * 16 * 16 + 3 * 16 * 32  # of LLAMA: four products of attention, three of the MLP
 HEAD = 40 * 16

@@ -23,16 +23,16 @@ from tests.support.loops import LENGTH, make_loop, make_teacher, run
 from tests.support.no_wait import NoWait
 from tests.support.tiny_models import make_model, write_gguf
 from tests.support.trainer_roots import LLAMA, make_root, write_config, write_tokenizer
-from trainer.blocks import drop_mask, prepare_blocks
-from trainer.data import TokenizerInfo
-from trainer.distributed import World
-from trainer.flops import training_flops_per_token
+from trainer.loader.data import TokenizerInfo
+from trainer.models.blocks import drop_mask, prepare_blocks
+from trainer.models.flops import training_flops_per_token
+from trainer.models.teacher_loading import describe_teacher, load_teacher
+from trainer.preparation import open_inputs
+from trainer.ranks.distributed import World
 from trainer.records import TrainingRecord
 from trainer.targets import student_target
-from trainer.teacher_loading import describe_teacher, load_teacher
-from trainer.tracking import connect
+from trainer.tracking.run import connect
 from trainer.train import plan, train
-from trainer.training import open_inputs
 
 TWO_BLOCKS = LLAMA | {"num_hidden_layers": 2}
 KD = {"kd_ratio": 0.5, "gradient_clip_norm": 0.3}

@@ -12,12 +12,12 @@ from tests.support.loops import LENGTH, SEPARATOR, VOCAB, FakeSequences, make_lo
 from tests.support.no_wait import NoWait
 from tests.support.trainer_roots import FAMILIES
 from trainer import loop as loop_module
-from trainer.blocks import prepare_blocks
-from trainer.checkpoint import Checkpoints, SavedState
-from trainer.distributed import World
-from trainer.flops import training_flops_per_token
+from trainer.checkpoints.checkpoint import Checkpoints, SavedState
 from trainer.loop import Loop, StepMeasures
-from trainer.state import gather
+from trainer.models.blocks import prepare_blocks
+from trainer.models.flops import training_flops_per_token
+from trainer.ranks.distributed import World
+from trainer.ranks.state import gather
 
 
 @pytest.mark.parametrize("kind", ["official", "token_mean"])

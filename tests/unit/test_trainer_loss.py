@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer import loss as loss_module
-from trainer.loss import target_nll, target_weights
+from trainer.losses import loss as loss_module
+from trainer.losses.loss import target_nll, target_weights
 from trainer.schedule import learning_rate
 
 SEPARATOR = 0

@@ -7,8 +7,8 @@ import torch
 
 from miniplm_udf.errors import ConfigError
 from tests.support.trainer_roots import FAMILIES, LLAMA
-from trainer import model as model_module
-from trainer.model import build_model, choose_scan, model_config, n_parameters
+from trainer.models import model as model_module
+from trainer.models.model import build_model, choose_scan, model_config, n_parameters
 
 
 def config_of(architecture: dict[str, Any], vocab_size: int = 100, max_positions: int = 16) -> Any:

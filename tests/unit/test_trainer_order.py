@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.order import WINDOW_ROWS, RowOrder, count_lanes
+from trainer.loader.order import WINDOW_ROWS, RowOrder, count_lanes
 
 TABLES = {
     "one row": [1],

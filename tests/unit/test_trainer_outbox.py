@@ -10,8 +10,8 @@ import sqlalchemy.exc
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, TEMPORARILY_UNAVAILABLE
 
-from trainer import outbox
-from trainer.outbox import Outbox, Point, is_refusal
+from trainer.tracking import outbox
+from trainer.tracking.outbox import Outbox, Point, is_refusal
 
 AWAY = requests.exceptions.ConnectionError("connection refused")
 REFUSED = MlflowException("no such run", error_code=RESOURCE_DOES_NOT_EXIST)

@@ -16,12 +16,12 @@ from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.loops import FakeSequences, make_loop, make_teacher, run, weights
 from tests.support.ranks import run_ranks
 from tests.support.trainer_roots import LLAMA
-from trainer.checkpoint import Checkpoints, SavedState
-from trainer.distributed import Agreement, Wish, World, process_group
-from trainer.kd_teacher import Teacher
+from trainer.checkpoints.checkpoint import Checkpoints, SavedState
 from trainer.loop import StepMeasures
-from trainer.parallel import divide
-from trainer.state import check_equal_weights, gather, gather_weights
+from trainer.losses.kd_teacher import Teacher
+from trainer.ranks.distributed import Agreement, Wish, World, process_group
+from trainer.ranks.parallel import divide
+from trainer.ranks.state import check_equal_weights, gather, gather_weights
 
 TWO_BLOCKS = LLAMA | {"num_hidden_layers": 2}
 ARCHITECTURES = {

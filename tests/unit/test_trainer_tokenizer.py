@@ -17,8 +17,8 @@ from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash, withou
 from tests.support import tiny_models
 from tests.support.tiny_models import BOS, BOS_ID, SEPARATOR
 from tests.support.trainer_roots import make_root
+from trainer.models.tokenizer_files import check_auto_tokenizer, read_tokenizer_files
 from trainer.targets import reference_target, student_target
-from trainer.tokenizer_files import check_auto_tokenizer, read_tokenizer_files
 from trainer.train import train
 
 TEXT = "  the fox's 2024 naïve\n\n\te\u0301 東京 ---- "

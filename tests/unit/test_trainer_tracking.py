@@ -8,8 +8,8 @@ import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.revision import code_commit
-from trainer import tracking
-from trainer.metric_names import safe_names
+from trainer.tracking import run as tracking
+from trainer.tracking.metric_names import safe_names
 
 AWKWARD = [
     "", ".", "..", "../x", "a/b", "a//b", "a_b", "a b", "a:b", "/", "维基", "百科", "x" * 300, "x" * 301, "Web", "web",

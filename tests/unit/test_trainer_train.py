@@ -25,13 +25,13 @@ from tests.support.trainer_roots import (
     write_packed,
     write_tokenizer,
 )
-from trainer import model_folder
 from trainer.__main__ import main
-from trainer.checkpoint import Checkpoints, SavedState
-from trainer.order import ORDER_VERSION
+from trainer.checkpoints.checkpoint import Checkpoints, SavedState
+from trainer.loader.order import ORDER_VERSION
 from trainer.records import TrainResult, read_training
+from trainer.results import model_folder
 from trainer.targets import reference_target, student_target
-from trainer.tracking import connect
+from trainer.tracking.run import connect
 from trainer.train import train
 
 
@@ -105,7 +105,7 @@ def test_another_order_of_the_rows_continues_no_checkpoint(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = student(config)
-    monkeypatch.setattr("trainer.training.ORDER_VERSION", ORDER_VERSION - 1)
+    monkeypatch.setattr("trainer.preparation.ORDER_VERSION", ORDER_VERSION - 1)
     again = student(config)
     assert not again["skipped"]
     assert again["fingerprint"] != first["fingerprint"]
@@ -116,7 +116,7 @@ def test_a_mamba_student_trains_with_a_parallel_scan_or_not_at_all(
 ) -> None:
     mamba = load_config(write_config(tmp_path, tmp_path / "root"), [f"students.small.architecture={FAMILIES['mamba']}"])
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.model._is_installed", lambda package: False)
+        patch.setattr("trainer.models.model._is_installed", lambda package: False)
         with pytest.raises(ConfigError, match=r"^students\.small\.architecture: expected a parallel scan"):
             student(mamba)
     pytest.importorskip("mambapy", reason="the extra train has mambapy")

@@ -12,8 +12,8 @@ from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.storage import Json
-from trainer.metric_names import safe_names
 from trainer.records import from_json
+from trainer.tracking.metric_names import safe_names
 
 EVALUATION_FILE = "evaluation.json"
 _LOSSES = ("nats_per_token", "nats_per_instance_mean", "official_loss", "bits_per_byte")

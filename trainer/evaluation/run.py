@@ -16,14 +16,14 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
-from trainer.callbacks import callbacks_of, require_packages
 from trainer.evaluation.losses import EvaluatedModel
 from trainer.evaluation.records import EvaluateResult, Evaluation, read_evaluation, write_evaluation
 from trainer.evaluation.tasks import Tasks
 from trainer.evaluation.texts import EvaluationSet, evaluation_sets, external_sets, heldout_set
 from trainer.records import TRAINING_FILE, TrainingRecord, read_training
 from trainer.targets import Target
-from trainer.tracking import tracked_run
+from trainer.tracking.callbacks import callbacks_of, require_packages
+from trainer.tracking.run import tracked_run
 
 LOGGER = logging.getLogger("miniplm.trainer.evaluation")
 

@@ -20,7 +20,7 @@ from miniplm_udf.ingestion.chunking import Chunk, Chunker, Encode
 from miniplm_udf.ingestion.documents import Document
 from miniplm_udf.ingestion.text_sets import BadRow, TextSet, open_text_set
 from miniplm_udf.store import delta_files
-from trainer.data import open_delta
+from trainer.loader.data import open_delta
 
 _Row = TypeVar("_Row")
 

@@ -17,7 +17,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_yaml
 from miniplm_udf.revision import code_commit, code_revision
 from miniplm_udf.storage import Json
-from trainer.distributed import World
+from trainer.ranks.distributed import World
 
 COMMIT_TAG = "mlflow.source.git.commit"
 _BRANCH_TAG, _REPOSITORY_TAG = "mlflow.source.git.branch", "mlflow.source.git.repoURL"

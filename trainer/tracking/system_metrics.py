@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from trainer.outbox import SYSTEM_PREFIX, Point
+from trainer.tracking.outbox import SYSTEM_PREFIX, Point
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
 

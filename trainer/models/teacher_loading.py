@@ -17,10 +17,10 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import describe, load_model, model_folder
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.storage import Json
-from trainer.blocks import drop_mask
-from trainer.data import TokenizerInfo
-from trainer.document_masks import check_follows_positions
-from trainer.kd_teacher import Teacher
+from trainer.loader.data import TokenizerInfo
+from trainer.losses.kd_teacher import Teacher
+from trainer.models.blocks import drop_mask
+from trainer.models.document_masks import check_follows_positions
 from trainer.targets import Target
 
 # Parts of a tokenizer.json that do not change the ids of a text here (`scoring.tokenizer.load_tokenizer`).

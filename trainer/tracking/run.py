@@ -20,12 +20,12 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import mlflow_errors
 from miniplm_udf.storage import Json
-from trainer import parent_runs
-from trainer.callbacks import Callbacks
-from trainer.environment import code_tags, table_tags
-from trainer.metric_names import safe_names
-from trainer.outbox import Outbox, Point, is_refusal
-from trainer.system_metrics import SystemMetrics
+from trainer.tracking import parent_runs
+from trainer.tracking.callbacks import Callbacks
+from trainer.tracking.environment import code_tags, table_tags
+from trainer.tracking.metric_names import safe_names
+from trainer.tracking.outbox import Outbox, Point, is_refusal
+from trainer.tracking.system_metrics import SystemMetrics
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
 

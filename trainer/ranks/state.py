@@ -1,6 +1,6 @@
 """The whole state of a model and its optimiser as plain CPU tensors, whatever the ranks share.
 
-Input: a model whose weights are plain tensors or shards (`trainer.parallel`), and its optimiser. Output: on rank 0, one
+Input: a model whose weights are plain tensors or shards (parallel.py), and its optimiser. Output: on rank 0, one
 dict of whole tensors by name, which any number of ranks can load. Tied weights are one tensor in it. torch's
 `distributed.checkpoint.state_dict` gathers and divides; this module copies what the next step would overwrite, and
 compares the ranks.
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.storage import Json
-from trainer.distributed import World
+from trainer.ranks.distributed import World
 
 
 class OptimizerState(TypedDict):

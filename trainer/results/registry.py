@@ -23,9 +23,9 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.lease import Lease
-from trainer.model_folder import no_progress_bars
 from trainer.records import REGISTRATION_FILE, TrainingRecord, from_json, read_training
-from trainer.tracking import connect, existing_run, is_artifact_error
+from trainer.results.model_folder import no_progress_bars
+from trainer.tracking.run import connect, existing_run, is_artifact_error
 
 LOGGER = logging.getLogger("miniplm.trainer.registry")
 

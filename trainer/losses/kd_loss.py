@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.chunked_head import PartLosses, chunk_positions
+from trainer.losses.chunked_head import PartLosses, chunk_positions
 
 # A teacher excludes an entry by the logit -inf, and 0 * inf is not a number. exp(-1e4) is 0 too.
 _LOWEST_LOGIT = -1e4

@@ -21,7 +21,7 @@ import numpy as np
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError, MiniplmError, mlflow_errors
-from trainer.scaling import LossCurve
+from trainer.scaling.laws import LossCurve
 
 LOGGER = logging.getLogger("miniplm.trainer.scaling_runs")
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError
-from trainer.distributed import World
+from trainer.ranks.distributed import World
 
 
 def divide(module: torch.nn.Module, config: TrainConfig, world: World) -> torch.nn.Module:

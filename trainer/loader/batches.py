@@ -15,8 +15,8 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.workers.read_ahead import ReadAhead
-from trainer.distributed import World
-from trainer.order import RowOrder
+from trainer.loader.order import RowOrder
+from trainer.ranks.distributed import World
 
 _DEPTH = 4
 

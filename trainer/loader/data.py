@@ -3,7 +3,7 @@
 Inputs: the URI of a `packed/<corpus>/<tokenizer>` table (schemas.packed) and a version. Outputs: numpy blocks of
 token_ids (n, L + 1) int32 and target_mask (n, L) uint8. Row numbers count in the stored order: files sorted by their
 first sequence id, row groups in a file, rows in a row group; the manifest hash identifies that order. Row groups are
-decoded when they are first needed, and those of about one window of `trainer/order.py` are kept.
+decoded when they are first needed, and those of about one window of `trainer/loader/order.py` are kept.
 
 Uses delta-rs for the file list (miniplm_udf/store/delta_files.py) and pyarrow for the files (packed_files.py); needs no
 JVM. Writes nothing. A retry reads the same rows, because the files of a version never change.
@@ -21,9 +21,9 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.packing.file_layout import GROUP_ROWS
 from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files, delta_log
-from trainer.order import count_lanes
-from trainer.packed_files import RowGroupReader, list_row_groups, manifest_hash
-from trainer.row_cache import RowCache
+from trainer.loader.order import count_lanes
+from trainer.loader.packed_files import RowGroupReader, list_row_groups, manifest_hash
+from trainer.loader.row_cache import RowCache
 
 LOGGER = logging.getLogger("miniplm.trainer.data")
 

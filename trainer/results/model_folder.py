@@ -12,7 +12,7 @@ import tempfile
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,20 +21,18 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import MiniplmError
-from trainer.checkpoint import SavedState
-from trainer.model import n_parameters
+from trainer.checkpoints.checkpoint import SavedState
+from trainer.models.model import n_parameters
+from trainer.models.teacher_loading import teacher_record
+from trainer.models.tokenizer_files import TokenizerFiles, check_auto_tokenizer
+from trainer.preparation import Training
 from trainer.records import TRAINING_FILE, TrainingRecord
-from trainer.teacher_loading import teacher_record
-from trainer.tokenizer_files import TokenizerFiles, check_auto_tokenizer
-from trainer.tracking import Run
-
-if TYPE_CHECKING:
-    from trainer.training import Training
+from trainer.tracking.run import Run
 
 LOGGER = logging.getLogger("miniplm.trainer.train")
 
 
-def _record(training: "Training", run: Run, state: SavedState) -> TrainingRecord:
+def _record(training: Training, run: Run, state: SavedState) -> TrainingRecord:
     """The content of `training.json` at the end of a training."""
     target, inputs, sequences = training.target, training.inputs, training.inputs.sequences
     n_sequences = target.train.steps * target.train.batch_sequences
@@ -64,7 +62,7 @@ def _record(training: "Training", run: Run, state: SavedState) -> TrainingRecord
     )
 
 
-def write_model(training: "Training", weights: dict[str, torch.Tensor], run: Run, state: SavedState) -> TrainingRecord:
+def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, state: SavedState) -> TrainingRecord:
     """Writes the model folder in a temporary place, then moves it to its own place.
 
     Args:

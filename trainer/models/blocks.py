@@ -14,8 +14,8 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError
-from trainer.lm_loss import CausalLMWithLoss
-from trainer.precision import autocast
+from trainer.losses.lm_loss import CausalLMWithLoss
+from trainer.models.precision import autocast
 
 LOGGER = logging.getLogger("miniplm.trainer.blocks")
 

@@ -13,8 +13,8 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random_corpus
 from miniplm_udf.storage import Json
-from trainer.scaling import COVERAGE, IntervalEstimate, ScalingFit, compute_saved, extrapolate, fit_law
-from trainer.scaling_runs import StudentRuns, read_runs
+from trainer.scaling.laws import COVERAGE, IntervalEstimate, ScalingFit, compute_saved, extrapolate, fit_law
+from trainer.scaling.runs import StudentRuns, read_runs
 from trainer.targets import student_target
 
 LOGGER = logging.getLogger("miniplm.trainer.scaling")
@@ -94,7 +94,7 @@ def scaling(config: ExperimentConfig, options: ScalingOptions) -> Json:
         for problem in study.fit.undetermined:
             LOGGER.warning("%s: the runs do not determine the law: %s", name, problem)
     if options.plot is not None:
-        from trainer.scaling_plot import draw_laws  # imports matplotlib
+        from trainer.scaling.plot import draw_laws  # imports matplotlib
 
         largest = max(study.runs.flop(tokens) for study in studies.values() for tokens in (*options.tokens, 1))
         draw_laws({name: study.fit for name, study in studies.items()}, options.metric, largest, options.plot)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from miniplm_udf.storage import Json
-from trainer.chunked_head import chunk_loss, chunked_losses, losses_of_logits, weighted_nll
-from trainer.kd_loss import kd_chunk_loss, kd_chunk_positions, kd_losses
-from trainer.kd_teacher import Teacher
-from trainer.loss import target_nll
+from trainer.losses.chunked_head import chunk_loss, chunked_losses, losses_of_logits, weighted_nll
+from trainer.losses.kd_loss import kd_chunk_loss, kd_chunk_positions, kd_losses
+from trainer.losses.kd_teacher import Teacher
+from trainer.losses.loss import target_nll
 
 # The test enlarges the logits to this size: a soft cap does not change the small logits of new weights.
 _LARGEST_LOGIT = 100.0

@@ -1,7 +1,8 @@
 """Writes checkpoints in a thread, so that the next steps run while the disk works.
 
-Input: the numbers and a copy of the tensors (`trainer.state.gather`). At most one save runs: the next one waits for it,
-so at most one copy is in memory. An error of the thread is raised at the next `check`, `save` or `finish`. Rank 0 only.
+Input: the numbers and a copy of the tensors (`trainer.ranks.state.gather`). At most one save runs: the next one waits
+for it, so at most one copy is in memory. An error of the thread is raised at the next `check`, `save` or `finish`.
+Rank 0 only.
 """
 
 import logging
@@ -10,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from trainer.checkpoint import Checkpoints, SavedState
-from trainer.state import Tensors
+from trainer.checkpoints.checkpoint import Checkpoints, SavedState
+from trainer.ranks.state import Tensors
 
 LOGGER = logging.getLogger("miniplm.trainer.checkpoint")
 

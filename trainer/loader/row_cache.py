@@ -2,7 +2,7 @@
 
 Inputs: the rows of each row group, a number of slots, and a function that decodes a row group. Output: copies of the
 asked rows. A row group is decoded into a slot, an array for as many rows as the largest row group has. Memory: slots x
-rows of the largest row group x bytes of a row. In the order of `trainer/order.py`, with a slot for each lane and some
+rows of the largest row group x bytes of a row. In the order of order.py, with a slot for each lane and some
 more, each row group is decoded once an epoch, or twice where two lanes share it. Reads no file itself.
 """
 

@@ -2,11 +2,11 @@
 
 Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
 `run.json` (fingerprint, MLflow run id, id in other trackers) and one `step-<N>/` per checkpoint, with `state.pt`
-(`trainer.state.Tensors`) and `state.json` (steps done, seconds, last loss, points that MLflow lacks, fingerprint,
+(`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last loss, points that MLflow lacks, fingerprint,
 SHA-256 of `state.pt`). The data order is a function of the step and needs no state. A `step-<N>` appears by one rename
 after its files are on the disk, so a kill or a full disk leaves the previous checkpoint; older ones are removed
 afterwards. A checksum finds a damaged checkpoint, which is skipped with a warning. Rank 0 writes, in a thread
-(`trainer.checkpoint_writer`); all ranks compare what they read: ranks on several nodes must share the folder.
+(checkpoint_writer.py); all ranks compare what they read: ranks on several nodes must share the folder.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ import torch
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.storage import Json
-from trainer.outbox import Point
-from trainer.state import Tensors
+from trainer.ranks.state import Tensors
+from trainer.tracking.outbox import Point
 
 LOGGER = logging.getLogger("miniplm.trainer.checkpoint")
 

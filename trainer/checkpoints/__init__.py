@@ -1,0 +1,1 @@
+"""Checkpoints of a training, and the thread that writes them."""

@@ -1,0 +1,1 @@
+"""Token sequences of a packed table, in the order of the training."""

@@ -1,0 +1,1 @@
+"""The losses of a training, computed without the logits of all positions."""

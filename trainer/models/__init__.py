@@ -1,0 +1,1 @@
+"""Models to train and their teachers: architecture, weights, layers, arithmetic, tokenizer files."""

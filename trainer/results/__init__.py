@@ -1,0 +1,1 @@
+"""What a finished training leaves: the model folder, and its registration in MLflow."""

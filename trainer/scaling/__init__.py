@@ -1,0 +1,1 @@
+"""Laws of the loss as a function of compute."""
