@@ -1,1 +1,1 @@
-"""What a finished training leaves: the model folder, and its registration in MLflow."""
+"""The output of a finished training: the model folder, and its registration in MLflow."""
