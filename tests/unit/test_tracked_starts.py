@@ -12,8 +12,9 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config, to_yaml
 from miniplm_udf.revision import code_commit, code_revision
 from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config
+from trainer.tracking import environment
 from trainer.tracking.outbox import Outbox, Point
-from trainer.tracking.run import connect, environment, tracked_run
+from trainer.tracking.run import connect, tracked_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECRETS = ["mlflow.experiment=miniplm", "spark.conf={spark.hadoop.fs.s3a.secret.key: abc123}"]

@@ -13,9 +13,10 @@ from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
 from trainer.evaluation.run import evaluate
 from trainer.targets import student_target
-from trainer.tracking import callbacks, connect
+from trainer.tracking import callbacks
 from trainer.tracking import run as tracking
 from trainer.tracking.callbacks import Callbacks
+from trainer.tracking.run import connect
 
 STEPS = [1, 2, 3, 4, 5, 6]
 

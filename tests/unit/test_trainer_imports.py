@@ -11,8 +11,9 @@ import trainer
 FOLDER = Path(trainer.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
 MATHS = (
-    "loop", "loss", "lm_loss", "chunked_head", "blocks", "precision", "flops", "schedule", "order", "model",
-    "distributed", "batches", "row_cache",
+    "loop", "schedule", "losses/loss", "losses/lm_loss", "losses/chunked_head", "losses/kd_loss", "losses/kd_teacher",
+    "models/blocks", "models/precision", "models/flops", "models/model", "loader/order", "loader/batches",
+    "loader/row_cache", "ranks/distributed",
 )  # fmt: skip
 
 

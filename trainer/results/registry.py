@@ -118,7 +118,8 @@ def _has_model(mlflow: Any, model_id: str) -> bool:
 def _log_model(mlflow: Any, config: ExperimentConfig, training: TrainingRecord) -> str:
     """Logs the model folder as a model of the training's run; returns its id."""
     from mlflow import transformers as flavor
-    from mlflow.models import Model, infer_signature
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema
 
     folder = storage.local_folder(config.layout.model(training.name))
     # The folder itself cannot be given: MLflow 3.17 reads the tables of tasks of transformers 4 for it.
@@ -126,14 +127,14 @@ def _log_model(mlflow: Any, config: ExperimentConfig, training: TrainingRecord) 
         "model": AutoModelForCausalLM.from_pretrained(folder, local_files_only=True),
         "tokenizer": AutoTokenizer.from_pretrained(folder, local_files_only=True),
     }
-    facts = _facts(training)
+    facts, text = _facts(training), Schema([ColSpec("string")])
     info = Model.log(
         artifact_path=None,
         name=training.name,
         flavor=flavor,
         transformers_model=parts,
         task="text-generation",
-        signature=infer_signature(_EXAMPLE, _EXAMPLE),
+        signature=ModelSignature(inputs=text, outputs=text),  # inferring it would import Spark
         input_example=_EXAMPLE,
         validate_serving_input=False,  # it would load the model again and generate text
         metadata=facts,
