@@ -169,10 +169,12 @@ def _run(arguments: argparse.Namespace) -> Json:
         results: Json = {}
         with stopping.deferred():
             for target in selected:
-                results[target.name] = train(config, target, retrain=arguments.retrain).as_json()
-                if stopping.received() is not None:
+                result = train(config, target, retrain=arguments.retrain)
+                results[target.name] = result.as_json()
+                # A signal may reach one rank alone. Ranks agree on a stop during a training, so all go on until then.
+                if result.stopped_after is not None or (_is_alone() and stopping.received() is not None):
                     return results
-        if not arguments.reference and _is_first_rank():
+        if not arguments.reference and _is_first_rank() and stopping.received() is None:
             from trainer.results.registry import register
 
             # After all trainings: ranks that train the next student do not wait while rank 0 sends a model.
@@ -209,6 +211,10 @@ def _scaling_options(arguments: argparse.Namespace) -> "ScalingOptions":
 
 def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _is_alone() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import ConfigError
+from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
 from trainer.loader.data import read_tokenizer_info
@@ -139,7 +139,8 @@ def _train(
             run.log_points(training.state.points)
         state, is_stopped = run_steps(training, run, lease)
         if is_stopped:
-            LOGGER.warning("%s: stopped after step %d, which is saved", target.name, state.steps_done)
+            step = f"after step {state.steps_done}, which is saved" if state.steps_done else "before its first step"
+            LOGGER.warning("%s: stopped %s", target.name, step)
             if run is not None:
                 run.stopped = True
             return TrainResult(target.name, None, skipped=False, stopped_after=state.steps_done)
@@ -235,7 +236,7 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
 def _distillation(config: ExperimentConfig, target: Target, student_parameters: int) -> Json:
     """The teacher of a plan, and the steps of equal compute; nothing for a model without a teacher.
 
-    The teacher's size comes from its record, which the scoring writes: a plan fetches no model.
+    The teacher's size comes from its record, which the scoring writes.
     """
     alias, ratio = target.train.kd_teacher, target.train.kd_ratio
     if ratio == 0:
@@ -253,10 +254,14 @@ def _distillation(config: ExperimentConfig, target: Target, student_parameters: 
 
 
 def _status(config: ExperimentConfig, target: Target) -> str:
-    """Whether `train` would train the model."""
+    """Whether `train` would train the model. For a trained student with a teacher, the teacher's files are read."""
     training = read_training(config, target.name)
     if training is None:
         return "to train"
     if target.frozen:
         return "trained and frozen"
-    return "trained" if training.fingerprint == open_inputs(config, target, World()).fingerprint else "to train again"
+    try:
+        inputs = open_inputs(config, target, World())
+    except ModelLoadError as error:
+        return f"trained; not compared with its teacher: {error}"
+    return "trained" if training.fingerprint == inputs.fingerprint else "to train again"

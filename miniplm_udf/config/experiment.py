@@ -335,6 +335,12 @@ def to_dict(config: Any) -> Json:
     return dataclasses.asdict(config)
 
 
+# Of Spark's settings also `spark.executorEnv.HF_TOKEN`; `bos_token` of a model is no secret.
+_SECRET_KEY = re.compile(
+    r"secret|password|credential|(access|account|private|api|encryption)[._]?key|(^|\.)token$|\..*token$", re.IGNORECASE
+)
+
+
 def printable(value: Any) -> Any:
     """Returns plain data without secrets, for a terminal: URIs without user and query, values of secret keys hidden.
 
@@ -342,12 +348,7 @@ def printable(value: Any) -> Any:
         value: a dictionary, a list or a single value.
     """
     if isinstance(value, dict):
-        return {
-            key: "(hidden)"
-            if re.search(r"secret|password|access\.key|(^|\.)token$", str(key), re.I)
-            else printable(item)
-            for key, item in value.items()
-        }
+        return {key: "(hidden)" if _SECRET_KEY.search(str(key)) else printable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [printable(item) for item in value]
     return storage.redact(value) if isinstance(value, str) and "://" in value else value

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import schemas
+from miniplm_udf import schemas, storage
 from miniplm_udf.config.generate import GenerateConfig
 from miniplm_udf.config.rules import in_sample
 from miniplm_udf.config.sections import ScoreConfig
@@ -97,8 +97,8 @@ class GenerationQuery(Query):
         )
         if not tables.exists(spark, self._instances_uri):
             raise CorpusError(
-                f"table {self._instances_uri}: expected instances to continue, found no table; run `miniplm ingest` "
-                "first"
+                f"table {storage.redact(self._instances_uri)}: expected instances to continue, found no table; "
+                "run `miniplm ingest` first"
             )
         batch_range.create(spark, self._uri, schemas.GENERATIONS, self._instances_uri)
         tables.create(spark, self._rejects_uri, schemas.REJECTS)

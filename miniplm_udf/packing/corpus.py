@@ -24,6 +24,7 @@ from miniplm_udf.packing.file_layout import packed_files
 from miniplm_udf.packing.generated import SequenceMaker, sequences_of_generations
 from miniplm_udf.packing.tokenizers import PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
 from miniplm_udf.scores.models import read_record
+from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.text_join import texts_of
@@ -74,11 +75,12 @@ class _Source:
 
     Attributes:
         corpus: name of the refined corpus, `generated` or `reference`.
-        identity: versions of the tables that the text is read from; recorded with the packed version.
+        identity: what decides which text is read, for example a table's version; recorded with the packed version.
         read: returns the rows (`instance_id`, `stream_id`, `ordinal` and the columns that `make` reads), and their
             number.
         make: makes the sequences of a shard's rows, on an executor.
         if_empty: message of the error that is raised if the text gives no sequence.
+        facts: recorded with the packed version, too; other facts are no reason to pack again.
     """
 
     corpus: str
@@ -86,6 +88,7 @@ class _Source:
     read: Callable[[], tuple["DataFrame", int]]
     make: SequenceMaker
     if_empty: str
+    facts: Json = dataclasses.field(default_factory=dict)
 
 
 def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, tokenizer_name: str) -> PackSummary:
@@ -151,31 +154,46 @@ def pack_generated(spark: "SparkSession", config: ExperimentConfig, tokenizer_na
     newest = corpus_records.newest(uri)
     if newest is None:
         raise CorpusError(f"table {storage.redact(uri)}: expected generated texts, found none; run `miniplm generate`")
-    model_revision = read_record(config, settings.model).model_revision
-    revision = settings.revision(model_revision)
+    model = read_record(config, settings.model)
+    revision = settings.revision(model.model_revision)
     generator_tokenizer = ensure_model_tokenizer(spark, config, settings.model)
+    _check_tokenizer_of_ids(config, model, generator_tokenizer)
     tokenizer = ensure_tokenizer(spark, config, tokenizer_name)
-
-    def read() -> tuple["DataFrame", int]:
-        generations = tables.read(spark, uri, newest.version).where(f"generation_revision = '{revision}'")
-        rows = generations.where(in_sample(settings.sample))
-        return rows.selectExpr("instance_id", "instance_id AS stream_id", "0L AS ordinal", "token_ids"), rows.count()
+    generations = tables.read(spark, uri, newest.version).where(f"generation_revision = '{revision}'")
+    rows = generations.where(in_sample(settings.sample))
+    # Not the version: rows of another seed or model may be added to the table.
+    n_rows, hashes = rows.selectExpr(
+        "count(*)", "coalesce(sum(cast(xxhash64(instance_id) AS decimal(20, 0))), 0)"
+    ).collect()[0]
+    columns = ("instance_id", "instance_id AS stream_id", "0L AS ordinal", "token_ids")
 
     source = _Source(
         corpus=GENERATED,
         identity={
             "refined_version": None,
-            "refined_metadata": {"model_revisions": {settings.model: model_revision}},
-            "generations_version": newest.version,
+            "refined_metadata": {"model_revisions": {settings.model: model.model_revision}},
             "generation_revision": revision,
             "generation": {**settings.settings, "sample": settings.sample},
+            "generation_rows": f"{n_rows} {hashes}",
         },
-        read=read,
+        facts={"generations_version": newest.version},
+        read=lambda: (rows.selectExpr(*columns), n_rows),
         make=sequences_of_generations(generator_tokenizer, tokenizer, config.pack),
         if_empty=f"table {storage.redact(uri)}: expected texts generated with the settings of the section generate, "
         "found only others; run `miniplm generate`",
     )
     return _pack(config, source, tokenizer)
+
+
+def _check_tokenizer_of_ids(config: ExperimentConfig, model: ModelDescription, tokenizer: PackTokenizer) -> None:
+    """Raises a CorpusError if the copy of a model's tokenizer is not the one that the generated ids are of."""
+    expected = (model.tokenizer_hash, model.document_separator_id)
+    if (tokenizer.tokenizer_hash, tokenizer.document_separator_id) != expected:
+        folder = storage.redact(config.layout.model(f"tokenizer_{tokenizer.name}"))
+        raise CorpusError(
+            f"{folder}: expected the tokenizer of the model that generated the texts, found another: the files of "
+            f"models.{model.model_id} were replaced; remove this folder and pack again"
+        )
 
 
 def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSummary:
@@ -236,7 +254,7 @@ def _pack(config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -
         if not counts:
             raise CorpusError(source.if_empty)
         totals = {name: sum(row[name] for row in counts.values()) for name in ("n_sequences", "n_tokens", "n_targets")}
-        metadata = {**identity, **totals, "n_instances": n_instances}
+        metadata = {**source.facts, **identity, **totals, "n_instances": n_instances}
         table = schemas.packed(source.corpus, tokenizer.name)
         numbered = _numbered(sequences, counts, config.pack.shards).select(*table.column_names)
         with packed_files(numbered.sparkSession):

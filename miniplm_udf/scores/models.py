@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("miniplm.score")
 
 
 def read_record(config: ExperimentConfig, alias: str) -> ModelDescription:
-    """Reads the record of a model that has been used to score.
+    """Reads the record of a model that has scored or generated.
 
     Args:
         config: the experiment.
@@ -39,7 +39,7 @@ def read_record(config: ExperimentConfig, alias: str) -> ModelDescription:
     if record is None:
         raise CorpusError(
             f"{storage.redact(config.layout.model_record(alias))}: expected the record of model {alias}, found none; "
-            "run `miniplm score` first"
+            "run `miniplm score` first, or `miniplm generate` if the model is to generate"
         )
     return ModelDescription.from_dict(record)
 

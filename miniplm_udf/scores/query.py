@@ -15,7 +15,7 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import schemas
+from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import fingerprint
 from miniplm_udf.config.rules import in_sample
 from miniplm_udf.config.sections import ScoreConfig
@@ -97,7 +97,8 @@ class ScoringQuery(Query):
     ) -> None:
         if not tables.exists(spark, plan.instances_uri):
             raise CorpusError(
-                f"table {plan.instances_uri}: expected instances to score, found no table; run `miniplm ingest` first"
+                f"table {storage.redact(plan.instances_uri)}: expected instances to score, found no table; "
+                "run `miniplm ingest` first"
             )
         batch_range.create(spark, plan.scores_uri, schemas.SCORES, plan.instances_uri)
         tables.create(spark, plan.rejects_uri, schemas.REJECTS)

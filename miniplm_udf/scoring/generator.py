@@ -306,7 +306,7 @@ def uniform(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
         counter: int64, from 1, of a shape that broadcasts with `seed`.
 
     Returns:
-        float64 of the common shape, multiples of 2^-53 plus 2^-54.
+        float64 of the common shape: multiples of 2^-52, plus 2^-53. One bit more would round the largest to 1.
 
     Source: Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014).
     """
@@ -314,7 +314,7 @@ def uniform(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     state = (state ^ _shifted(state, 30)) * _signed(_FIRST)
     state = (state ^ _shifted(state, 27)) * _signed(_SECOND)
     state = state ^ _shifted(state, 31)
-    return (_shifted(state, 11).double() + 0.5) * 2.0**-53
+    return (_shifted(state, 12).double() + 0.5) * 2.0**-52
 
 
 def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The stage `generate`, with a tiny model or a fake: each instance once; packed, verified, taken down."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,18 @@ def test_generated_texts_are_packed_verified_maintained_and_taken_down(spark: An
     assert instance_id(gone) not in rows_of(spark, config)
     assert wrong(spark, config) == []
     assert pack.run(spark, config)["packed"]["generated/same"]["n_instances"] == 6
+    # Rows of another seed are no reason to pack again, either.
+    assert config.generate is not None
+    reseeded = dataclasses.replace(config, generate=dataclasses.replace(config.generate, seed=8))
+    assert generate.run(spark, reseeded)["new_generated"] == 6
+    assert all(each["skipped"] for each in pack.run(spark, config)["packed"].values())
+    # A copy of another tokenizer, as where the model's files were replaced.
+    kept = Path(storage.local_path(config.layout.model("tokenizer_teacher", "miniplm.json")))
+    record = kept.read_text()
+    kept.write_text(json.dumps(json.loads(record) | {"document_separator_id": 5}))
+    with pytest.raises(CorpusError, match=r"tokenizer_teacher: .*models\.teacher were replaced; remove this folder"):
+        pack.run(spark, config)
+    kept.write_text(record)
 
 
 def test_a_killed_job_continues_each_instance_once(spark: Any, config: ExperimentConfig, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from miniplm_udf.errors import MiniplmError
-from tests.support.ports import free_port
 from trainer.ranks.distributed import World, process_group
 
 PRELOAD = ["tests.support.loops", "trainer.train", "mlflow", __name__]
@@ -32,6 +31,8 @@ SECONDS_WITHOUT_PROGRESS = 120
 
 def _rank(rank: int, size: int, port: int, work: Callable[[Path], None], folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    # The store is in the parent, as torchrun's is, so no other process can take its port.
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
@@ -69,7 +70,8 @@ def run_processes(work: Callable[[Path], None], folder: Path, size: int = 2) -> 
     Ranks that stop making progress print their stacks to stderr and are killed.
     """
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    arguments = (size, free_port(), work, folder)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arguments = (size, store.port, work, folder)
     context = multiprocessing.start_processes(_rank, arguments, size, join=False, start_method="forkserver")
     used, deadline = 0.0, time.monotonic() + SECONDS_WITHOUT_PROGRESS
     try:
@@ -81,7 +83,9 @@ def run_processes(work: Callable[[Path], None], folder: Path, size: int = 2) -> 
                 for process in filter(lambda process: process.is_alive(), context.processes):
                     os.kill(process.pid, signal.SIGUSR1)
                 time.sleep(1)
-                pytest.fail(f"{size} ranks made no progress for {SECONDS_WITHOUT_PROGRESS} s")
+                said = {path.name: path.read_text() for path in folder.glob("*.txt")}
+                alive = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
+                pytest.fail(f"ranks {alive} made no progress for {SECONDS_WITHOUT_PROGRESS} s; they said {said}")
     finally:
         for process in context.processes:
             process.kill()

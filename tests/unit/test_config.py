@@ -90,6 +90,23 @@ def test_what_is_printed_holds_no_secret() -> None:
     assert "http://here" in shown
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "spark.hadoop.fs.s3a.access.key", "spark.hadoop.fs.azure.account.key.ACCOUNT.dfs.core.windows.net",
+        "spark.executorEnv.HF_TOKEN", "spark.executorEnv.AWS_SESSION_TOKEN", "spark.executorEnv.WANDB_API_KEY",
+        "spark.hadoop.google.cloud.auth.service.account.private.key", "spark.ssl.keyPassword", "token",
+    ],
+)  # fmt: skip
+def test_values_of_secret_keys_are_hidden(key: str) -> None:
+    assert printable({key: "hidden4"}) == {key: "(hidden)"}
+
+
+@pytest.mark.parametrize("key", ["bos_token", "tokens_of", "tokenizer", "max_tokens", "prompt_tokens"])
+def test_values_of_our_own_keys_are_shown(key: str) -> None:
+    assert printable({"section": {key: "shown"}}) == {"section": {key: "shown"}}
+
+
 def test_train_section_is_inherited_key_by_key() -> None:
     config = load_config(DEMO, ["train.learning_rate=0.5", "students.miniplm.train.warmup_steps=3"])
     assert config.reference is not None

@@ -213,7 +213,7 @@ def test_the_random_numbers_are_those_of_splitmix64() -> None:
     # The first outputs for the seed 1234567, as published with other implementations.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     results = uniform(torch.tensor(1234567), torch.arange(1, 5))
-    assert results.tolist() == [((number >> 11) + 0.5) * 2.0**-53 for number in expected]
+    assert results.tolist() == [((number >> 12) + 0.5) * 2.0**-52 for number in expected]
 
 
 def test_draws_follow_the_softmax() -> None:

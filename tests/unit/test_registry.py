@@ -109,6 +109,10 @@ def test_the_weights_are_sent_once_for_each_training(path: Path, monkeypatch: py
     connect(config).MlflowClient().delete_logged_model(recorded(path)["model_id"])
     assert registry.register(renamed, ["small"])["small"].version == "2"
     assert len(sent) == 3
+    # Another store has neither the model nor its versions.
+    moved = load_config(path, [REGISTERED, f"mlflow.tracking_uri=sqlite:///{path.parent}/moved.db"])
+    assert registry.register(moved, ["small"])["small"].version == "1"
+    assert len(sent) == 4
 
 
 @pytest.mark.slow

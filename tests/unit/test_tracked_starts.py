@@ -1,5 +1,6 @@
 """MLflow has a description of each start of a training: config, code, packages, device; checkpoints; system metrics."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -66,6 +67,30 @@ def test_each_start_of_one_run_keeps_its_own_files(config: ExperimentConfig, tmp
     assert files["resumed_after_step_4/config.yaml"] == to_yaml(other) != files["config.yaml"]
     experiment = client.get_experiment_by_name("miniplm").experiment_id
     assert [run.info.run_id for run in client.search_runs([experiment])] == [training["run_id"]]
+
+
+def test_a_run_that_was_killed_before_its_facts_were_sent_gets_them(config: ExperimentConfig) -> None:
+    client = connect(config).MlflowClient()
+    experiment = client.get_experiment_by_name("miniplm").experiment_id
+    bare = client.create_run(experiment, run_name="small").info.run_id
+    with tracked_run(config, "small", bare) as run:
+        assert (run.run_id, run.is_new) == (bare, True)
+        run.set_tags({"fingerprint": "f"})
+    with tracked_run(config, "small", bare) as run:
+        assert (run.run_id, run.is_new) == (bare, False)
+
+
+def test_a_run_of_another_experiment_is_not_continued(
+    config: ExperimentConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = train_small(config)["run_id"]
+    other = dataclasses.replace(config, mlflow=dataclasses.replace(config.mlflow, experiment="other"))
+    with tracked_run(other, "small", run_id) as run:
+        run.log_metrics({"loss": 1.0})
+    assert f"MLflow run {run_id} is in another experiment: a new run is started" in caplog.text
+    client = connect(other).MlflowClient()
+    (found,) = client.search_runs([client.get_experiment_by_name("other").experiment_id])
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"loss": 1.0})
 
 
 def test_tags_name_the_repository_of_this_package_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, MistralConfig
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
@@ -26,7 +27,7 @@ from tests.support.trainer_roots import LLAMA, make_root, write_config, write_to
 from trainer.loader.data import TokenizerInfo
 from trainer.models.blocks import drop_mask, prepare_blocks
 from trainer.models.flops import training_flops_per_token
-from trainer.models.teacher_loading import describe_teacher, load_teacher
+from trainer.models.teacher_loading import describe_teacher, has_shorter_windows, load_teacher
 from trainer.preparation import open_inputs
 from trainer.ranks.distributed import World
 from trainer.records import TrainingRecord
@@ -157,8 +158,15 @@ def test_another_teacher_or_ratio_is_another_training(root: Path) -> None:
         config_of(root, f"{RATIO}=0.25"),
         config_of(root, f"{RATIO}=0.5", teacher="other"),
         config_of(root, f"{RATIO}=0.5", "models.teacher.dtype=bfloat16"),
+        config_of(root, f"{RATIO}=0.5", "models.teacher.bos_token=<|endoftext|>"),
     ]
-    assert len({open_inputs(config, student_target(config, "small"), World()).fingerprint for config in configs}) == 5
+    assert len({open_inputs(config, student_target(config, "small"), World()).fingerprint for config in configs}) == 6
+
+
+def test_windows_shorter_than_the_inputs_keep_the_mask() -> None:
+    windows = (None, 16, 15)
+    assert [has_shorter_windows(MistralConfig(sliding_window=size), 16) for size in windows] == [False, False, True]
+    assert not has_shorter_windows(LlamaConfig(), 16)
 
 
 def test_a_gguf_is_a_teacher(root: Path) -> None:
@@ -235,7 +243,7 @@ def refused(root: Path, error: type[MiniplmError], message: str, *overrides: str
     with pytest.raises(error, match=message) as raised:
         train(config, student_target(config, "small"))
     assert "\n" not in str(raised.value)
-    assert not (root / "root" / "checkpoints").exists()
+    assert not (root / "root" / "_checkpoints" / "train" / "small").exists()
     assert not (root / "root" / "models" / "small").exists()
 
 

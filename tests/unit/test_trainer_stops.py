@@ -17,6 +17,7 @@ from miniplm_udf.config.experiment import load_config
 from tests.support.ranks import run_processes
 from tests.support.trainer_process import KillableTraining, check_killed_training, copied, prepare, until
 from tests.support.trainer_roots import pack, packed_metadata, some_texts, write_config, write_packed, write_tokenizer
+from trainer.__main__ import main
 from trainer.targets import student_target
 from trainer.train import train
 
@@ -94,18 +95,18 @@ def test_a_sharded_training_writes_the_model_folder_of_one_process(
     assert sharded.runs() == [("FINISHED", sharded.logged_steps())]
 
 
+def _stop_after_a_save(training: KillableTraining) -> None:
+    while training.newest_step() == 0:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _train_until_rank_1_is_stopped(folder: Path) -> None:
     """Trains; rank 1 gets SIGTERM once a checkpoint is there. Each rank writes after which step it stopped."""
     rank = int(os.environ["RANK"])
     training = KillableTraining(folder, 2000)
-
-    def stop() -> None:
-        while training.newest_step() == 0:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
     if rank == 1:
-        threading.Thread(target=stop, daemon=True).start()
+        threading.Thread(target=_stop_after_a_save, args=(training,), daemon=True).start()
     config = training.loaded_config()
     with stopping.stops_on_signals(), stopping.deferred():
         result = train(config, student_target(config, "small"))
@@ -118,6 +119,28 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(prepared: Path, tmp_
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1] == {"name": "small", "stopped_after": training.newest_step(), "skipped": False}
     assert 0 < training.newest_step() < 2000
+
+
+def _run_the_command_until_rank_1_is_stopped(folder: Path) -> None:
+    """As above, with the command and two students. Each rank writes the exit code."""
+    rank = int(os.environ["RANK"])
+    training = KillableTraining(folder, 2000)
+    second = folder / "two.yaml"
+    if rank == 1:
+        threading.Thread(target=_stop_after_a_save, args=(training,), daemon=True).start()
+    code = main(["train", "-c", str(second), *training.overrides])
+    (folder / f"{rank}.json").write_text(json.dumps(code))
+
+
+def test_a_signal_to_one_rank_starts_no_further_student(prepared: Path, tmp_path: Path) -> None:
+    training = copied(prepared, tmp_path, 2000)
+    config = json.loads(training.config.read_text())
+    config["students"]["next"] = config["students"]["small"]
+    (tmp_path / "two.yaml").write_text(json.dumps(config))
+    run_processes(_run_the_command_until_rank_1_is_stopped, tmp_path)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [0, 0]
+    assert 0 < training.newest_step() < 2000
+    assert not (tmp_path / "root" / "_checkpoints" / "train" / "next").exists()
 
 
 def _train_in_own_folder(folder: Path) -> None:

@@ -66,7 +66,7 @@ class Checkpoints:
 
     Args:
         folder: see `checkpoint_folder`.
-        fingerprint: hash of config, data and tokenizer. Checkpoints with another fingerprint are not used.
+        fingerprint: hash of config, data, tokenizer and teacher. Checkpoints with another fingerprint are not used.
         keep: number of newest checkpoints to keep, at least 1.
         replaceable: fingerprints of finished trainings, whose checkpoints are removed at the first save.
     """
@@ -151,7 +151,8 @@ class Checkpoints:
         if foreign:
             raise CorpusError(
                 f"{foreign[0]} is the checkpoint of another, unfinished training: its sections train and architecture, "
-                f"packed table or tokenizer differ; set them back to resume it, or delete {self.folder} to give it up"
+                "packed table, tokenizer or teacher differ; set them back to resume it, or delete "
+                f"{self.folder} to give it up"
             )
         return None
 

@@ -6,6 +6,7 @@ anything is written; a retry finds downloaded and converted files in the node's 
 """
 
 import json
+from typing import Any
 
 import torch
 
@@ -72,7 +73,10 @@ def teacher_identity(config: ExperimentConfig, target: Target, teacher: ModelDes
         teacher: from `describe_teacher`.
     """
     # The config's dtype, not the settled one: like `train.dtype: auto`, it may differ between machines.
-    return [] if teacher is None else [teacher.weights_hash, config.models[target.train.kd_teacher].dtype]
+    if teacher is None:
+        return []
+    bos = [] if teacher.bos_token_id is None else [f"bos {teacher.bos_token_id}"]
+    return [teacher.weights_hash, config.models[target.train.kd_teacher].dtype, *bos]
 
 
 def teacher_record(teacher: ModelDescription | None) -> Json | None:
@@ -83,7 +87,7 @@ def teacher_record(teacher: ModelDescription | None) -> Json | None:
     """
     if teacher is None:
         return None
-    names = ("model_id", "path", "weights_hash", "model_revision", "dtype", "n_parameters")
+    names = ("model_id", "path", "weights_hash", "model_revision", "dtype", "bos_token", "n_parameters")
     return {name: getattr(teacher, name) for name in names}
 
 
@@ -128,8 +132,22 @@ def load_teacher(
     elif device.type == "cuda":
         # With the attention of scoring, transformers searches the positions for documents, and the CPU waits for that.
         plain_attention(model)
-        drop_mask(model, n_inputs)
+        if not has_shorter_windows(model.config.get_text_config(), n_inputs):
+            drop_mask(model, n_inputs)
     return Teacher(model, tokenizer.vocab_size, description.bos_token_id)
+
+
+def has_shorter_windows(text_config: Any, n_inputs: int) -> bool:
+    """Whether some layers see fewer tokens than the inputs have, so that attention without a mask would differ.
+
+    The comparison that `drop_mask` makes is too coarse in bfloat16 to show it for certain.
+
+    Args:
+        text_config: the model's config in transformers.
+        n_inputs: tokens of an input.
+    """
+    sizes = (getattr(text_config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return any(size is not None and size < n_inputs for size in sizes)
 
 
 def _is_same_tokenizer(

@@ -25,7 +25,7 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.lease import Lease
 from trainer.records import REGISTRATION_FILE, TrainingRecord, from_json, read_training
 from trainer.results.model_folder import no_progress_bars
-from trainer.tracking.run import connect, existing_run, is_artifact_error
+from trainer.tracking.run import connect, existing_run, is_artifact_error, wait_for_uploads
 
 LOGGER = logging.getLogger("miniplm.trainer.registry")
 
@@ -40,12 +40,14 @@ class Registration:
     Attributes:
         tracking_id: id of the training that made the weights.
         model_id: id of the logged model in MLflow.
+        tracking_uri: the store that has it, without user and query.
         registered_model: name of the registered model; None until the version is registered.
         version: its version; None until the version is registered.
     """
 
     tracking_id: str | None
     model_id: str
+    tracking_uri: str | None = None
     registered_model: str | None = None
     version: str | None = None
 
@@ -64,12 +66,11 @@ def register(config: ExperimentConfig, names: Sequence[str]) -> dict[str, Regist
     if config.mlflow.registered_model is None:
         return registrations
     for name in names:
-        training = read_training(config, name)
-        if training is None:
-            continue
         try:
             with Lease(config.layout.lease(f"train-{name}"), name, what="training"):
-                registrations[name] = _register(config, training, config.mlflow.registered_model)
+                training = read_training(config, name)
+                if training is not None:
+                    registrations[name] = _register(config, training, config.mlflow.registered_model)
         except CorpusError as error:  # another process has the lease
             LOGGER.warning("%s", error)
         except Exception as error:
@@ -87,16 +88,18 @@ def _register(config: ExperimentConfig, training: TrainingRecord, pattern: str) 
     uri = config.layout.model(training.name, REGISTRATION_FILE)
     wanted = pattern.replace("{student}", training.name)
     registration = from_json(Registration, storage.read_json(uri))
-    if registration is None or registration.tracking_id != training.tracking_id:
+    store = storage.redact(config.mlflow_uri())
+    if registration is None or (registration.tracking_id, registration.tracking_uri) != (training.tracking_id, store):
         registration = None
     if registration is not None and registration.registered_model == wanted:
         return registration
     mlflow = connect(config)
+    wait_for_uploads()
     if registration is None or not _has_model(mlflow, registration.model_id):
         LOGGER.info("%s: sending the model to MLflow", training.name)
         with no_progress_bars():
             model_id = _log_model(mlflow, config, training)
-        registration = Registration(tracking_id=training.tracking_id, model_id=model_id)
+        registration = Registration(tracking_id=training.tracking_id, model_id=model_id, tracking_uri=store)
         storage.write_json(uri, dataclasses.asdict(registration))
     version = mlflow.register_model(f"models:/{registration.model_id}", wanted, tags=_facts(training)).version
     registration = dataclasses.replace(registration, registered_model=wanted, version=str(version))
@@ -172,6 +175,7 @@ def _requirements(folder: Path) -> list[str]:
     """The packages that load the model, with their installed versions."""
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = [*_PACKAGES, *(["mambapy"] if architecture.get("use_mambapy") else [])]
-    installed = {package.metadata["Name"].lower() for package in importlib.metadata.distributions()}
+    # A broken installation has no name.
+    installed = {str(package.metadata["Name"]).lower() for package in importlib.metadata.distributions()}
     # A local build (2.13.0+cpu) is not in any index.
     return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names if name in installed]

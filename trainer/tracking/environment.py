@@ -71,7 +71,11 @@ def device_name(world: World) -> str:
 
 def installed_packages() -> list[str]:
     """The installed packages as `name==version`, sorted."""
-    packages = {f"{package.metadata['Name']}=={package.version}" for package in importlib.metadata.distributions()}
+    packages = {
+        f"{package.metadata['Name']}=={package.version}"
+        for package in importlib.metadata.distributions()
+        if package.metadata["Name"] is not None  # a broken installation
+    }
     return sorted(packages, key=str.lower)
 
 

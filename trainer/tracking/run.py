@@ -38,6 +38,10 @@ _WAIT_OF_A_STOPPED_RUN_SECONDS = 5.0
 _STDOUT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 # MLflow's own retries pass over a short trouble; the outbox tries again after them.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+# A server that stores artifacts elsewhere answers when gigabytes are stored there.
+_SECONDS_OF_AN_UPLOAD = "1800"
+# The last tag of a training's start. A run without it lacks facts of the start, for example because it was killed.
+_LAST_TAG_OF_THE_START = "fingerprint"
 
 
 def connect(config: ExperimentConfig) -> Any:
@@ -72,12 +76,13 @@ def connect(config: ExperimentConfig) -> Any:
     return mlflow
 
 
-def existing_run(mlflow: Any, run_id: str | None) -> str | None:
+def existing_run(mlflow: Any, run_id: str | None, experiment_id: str | None = None) -> str | None:
     """Returns `run_id` if the store has this run and it is not deleted, else None.
 
     Args:
         mlflow: from `connect`.
         run_id: id of a run.
+        experiment_id: the experiment that the run has to be in; None allows any.
     """
     if run_id is None:
         return None
@@ -88,7 +93,17 @@ def existing_run(mlflow: Any, run_id: str | None) -> str | None:
             raise
         LOGGER.warning("MLflow run %s is not in this store: a new run is started", run_id)
         return None
+    if experiment_id not in (None, run.info.experiment_id):
+        LOGGER.warning("MLflow run %s is in another experiment: a new run is started", run_id)
+        return None
     return run_id if run.info.lifecycle_stage == "active" else None
+
+
+def wait_for_uploads() -> None:
+    """Lets MLflow wait longer for an answer to weights than `connect` does, unless the user has set the time."""
+    variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    if os.environ.get(variable) == _PATIENCE[variable]:
+        os.environ[variable] = _SECONDS_OF_AN_UPLOAD
 
 
 def is_artifact_error(error: Exception) -> bool:
@@ -108,7 +123,7 @@ class Run:
         name: name of the model.
         callbacks: other trackers, which get the same metrics.
         run_id: id of the run, or None as long as MLflow could not start it.
-        is_new: whether the run was started here; False for a run that continues.
+        is_new: whether the run lacks the facts of a training's start; False for a run that has them and continues.
         stopped: whether a signal stops the training; its run ends as KILLED.
     """
 
@@ -132,16 +147,16 @@ class Run:
 
         def start() -> None:
             mlflow = connect(config)
-            existing = existing_run(mlflow, run_id)
+            self._experiment_id = mlflow.get_experiment_by_name(config.mlflow.experiment).experiment_id
+            existing = existing_run(mlflow, run_id, self._experiment_id)
             tags = {}
             if config.mlflow.parent_run is not None:
-                self._experiment_id = mlflow.get_experiment_by_name(config.mlflow.experiment).experiment_id
                 self._parent = parent_runs.find_or_create(
                     mlflow.MlflowClient(), self._experiment_id, config.mlflow.parent_run
                 )
                 tags = parent_runs.tag(self._parent)
             active = mlflow.start_run(run_id=existing, run_name=None if existing else self.name, tags=tags)
-            self._mlflow, self.is_new = mlflow, existing is None
+            self._mlflow, self.is_new = mlflow, _LAST_TAG_OF_THE_START not in active.data.tags
             self.run_id, self._started = active.info.run_id, active.info.start_time
 
         self._outbox.call("start of the run", start)
