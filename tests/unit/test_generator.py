@@ -46,6 +46,7 @@ def tokens(result: Generation | Failure) -> list[int]:
     return list(np.frombuffer(result.token_ids, "<i4").tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_continuation_does_not_depend_on_its_batch(folder: Path, temperature: float) -> None:
     alone = run(make(folder, 1, temperature=temperature))
@@ -67,6 +68,7 @@ def test_the_factory_of_the_workers_makes_it(folder: Path) -> None:
     assert len({factory.key, other_seed.key, ModelScorerFactory(config, description, ScoreConfig()).key}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_greedy_continuation_is_that_of_a_plain_loop(tmp_path: Path, family: str) -> None:
     folder = make_model_folder(tmp_path, family)
@@ -157,6 +159,7 @@ def test_a_row_with_nan_fails_alone(folder: Path) -> None:
     assert [*results[:1], *results[2:]] == [*good[:1], *good[2:]]
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved(folder: Path) -> None:
     good = run(make(folder))
     generator = make(folder)

@@ -61,6 +61,7 @@ def test_a_killed_driver_is_succeeded_at_once(uri: str, holder: "subprocess.Pope
     assert lease.read(uri) is None
 
 
+@pytest.mark.slow
 def test_who_waits_has_it_when_the_other_lets_go(uri: str) -> None:
     first = Lease(uri, "score_matrix")
     first.__enter__()
@@ -101,6 +102,7 @@ def test_work_of_another_kind_is_named_as_such(uri: str, holder: "subprocess.Pop
         Lease(uri, "small", what="training").__enter__()
 
 
+@pytest.mark.slow
 def test_of_two_that_take_it_at_once_one_has_it(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.5)
     outcomes: list[str] = []
@@ -121,6 +123,7 @@ def test_of_two_that_take_it_at_once_one_has_it(uri: str, monkeypatch: pytest.Mo
     assert sorted(outcomes) == ["has it", "refused"]
 
 
+@pytest.mark.slow
 def test_a_second_run_of_a_root_is_refused_by_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Before any work: no JVM is started. A dry run takes no lease."""
     from jobs import pipeline

@@ -16,6 +16,8 @@ from trainer.__main__ import main
 from trainer.scaling.runs import read_runs
 from trainer.tracking.run import connect, parent_runs
 
+pytestmark = pytest.mark.slow
+
 RATES = {"lr1": 0.001, "lr2": 0.002, "lr3": 0.003, "lr4": 0.004, "lr5": 0.005}
 SWEEP = "mlflow.parent_run=learning rates"
 
@@ -40,7 +42,6 @@ def runs_by_name(config: ExperimentConfig) -> dict[str, Any]:
     return by_name
 
 
-@pytest.mark.slow
 def test_five_students_are_children_of_one_parent_and_a_resumed_child_stays_one(path: Path) -> None:
     students = [word for name in RATES for word in ("--student", name)]
     assert main(["train", "-c", str(path), *students, SWEEP]) == 0
@@ -97,7 +98,6 @@ def test_processes_that_start_at_once_share_the_older_parent() -> None:
     assert parent_runs.find_or_create(client, "0", "sweep") == "theirs"
 
 
-@pytest.mark.slow
 def test_a_parent_runs_until_its_last_child_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     client = connect(ExperimentConfig(root=str(tmp_path), mlflow=MlflowConfig())).MlflowClient()

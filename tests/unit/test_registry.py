@@ -146,6 +146,7 @@ def test_a_store_that_is_away_delays_the_registration(
     assert (registration.model_id, registration.version) == (model_id, "1")
 
 
+@pytest.mark.slow
 def test_an_error_of_ours_is_not_taken_for_mlflows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise KeyError("a fault in our code")

@@ -467,6 +467,7 @@ def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 # --- limited data ---
 
 
+@pytest.mark.slow
 def test_students_on_limited_data_see_equally_many_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     conf = ["-c", str(CONF / "data_limited.yaml"), f"root={tmp_path}/root"]
     config = load_config(CONF / "data_limited.yaml")

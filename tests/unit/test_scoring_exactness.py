@@ -86,6 +86,7 @@ def test_a_bias_of_the_output_layer_counts(tmp_path: Path) -> None:
     check_rows(make_scorer(folder), model, plain_tokenizer(folder), ROWS[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantised", [False, True])
 def test_a_gguf_file_equals_brute_force_on_its_weights(tmp_path: Path, quantised: bool) -> None:
     """The reference is the model that was written, its matrices through Q8_0 and back where the file is quantised."""

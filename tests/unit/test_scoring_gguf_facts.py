@@ -64,6 +64,7 @@ def test_the_folder_computes_what_the_model_does(tmp_path: Path, family: str, ti
     assert torch.allclose(logits(found), logits(model), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("facts", "message"),
     [

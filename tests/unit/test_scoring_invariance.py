@@ -100,6 +100,7 @@ def test_threads(folder: Path, expected: list[Any]) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_padding(folder: Path, expected: list[Any]) -> None:
     """Every input is followed by other tokens than it was, as if by worse padding."""
     scorer = make_scorer(folder, 400)

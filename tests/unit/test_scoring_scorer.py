@@ -95,6 +95,7 @@ def fail_above(scorer: Any, n_elements: int, error: Exception, n_columns: int = 
     return decoder_of(scorer).register_forward_pre_hook(check, with_kwargs=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: you tried")],

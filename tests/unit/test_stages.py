@@ -172,6 +172,7 @@ def test_a_command_prints_one_format_and_returns_its_code(
     assert "try: expected either -c CONFIG or --root ROOT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "train", "evaluate", "report"])
 def test_a_stage_without_a_place_for_its_results_is_refused_before_spark(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -196,6 +197,7 @@ def test_a_plan_knows_that_files_of_a_model_change_the_model(config: ExperimentC
     assert "the stages before it change" in lines["score"]
 
 
+@pytest.mark.slow
 def test_another_teacher_changes_the_training_of_the_students_that_have_one(tmp_path: Path) -> None:
     def inputs(*overrides: str) -> str:
         config = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root", f"models.expert.path={expert}", *overrides])

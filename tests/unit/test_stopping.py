@@ -70,6 +70,7 @@ def test_a_signal_is_one_line_and_the_lease_is_given_back(tmp_path: Path, number
     assert not lease.exists()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     command, _ = start(COMMAND, f"file://{tmp_path}/lease.json", "60")
     for _ in range(2):
@@ -78,6 +79,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     assert command.wait(30) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_the_trainer_ends_with_its_parent() -> None:
     command, child = start(PARENT)
     time.sleep(0.5)
@@ -103,6 +105,7 @@ with stopping.stops_on_signals():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_work_that_defers_signals_ends_by_itself(number: signal.Signals) -> None:
     work, _ = start(DEFERRED, "60", "1")

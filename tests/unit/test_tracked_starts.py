@@ -17,6 +17,8 @@ from trainer.tracking import environment
 from trainer.tracking.outbox import Outbox, Point
 from trainer.tracking.run import connect, tracked_run
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECRETS = ["mlflow.experiment=miniplm", "spark.conf={spark.hadoop.fs.s3a.secret.key: abc123}"]
 

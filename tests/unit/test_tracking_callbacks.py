@@ -18,6 +18,8 @@ from trainer.tracking import run as tracking
 from trainer.tracking.callbacks import Callbacks
 from trainer.tracking.run import connect
 
+pytestmark = pytest.mark.slow
+
 STEPS = [1, 2, 3, 4, 5, 6]
 
 
@@ -107,7 +109,6 @@ def tensorboard_points(folder: Path, name: str) -> list[int]:
     return [point.step for point in events.Scalars(name)]
 
 
-@pytest.mark.slow
 def test_tensorboard_shows_a_resumed_training_as_one_curve(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard")
     config = load_config(path, ["tensorboard={}"])
@@ -150,7 +151,6 @@ def wandb_runs(folder: Path) -> list[tuple[str, list[int], dict[str, Any], dict[
     return runs
 
 
-@pytest.mark.slow
 def test_wandb_continues_one_run_without_doubled_points(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="the extra wandb")
     config: ExperimentConfig = load_config(path, ["wandb={mode: offline}"])

@@ -88,6 +88,7 @@ def test_a_model_without_checkpointing_is_refused() -> None:
         prepare_blocks(module, TrainConfig(activation_checkpointing=True), LENGTH, "here")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_refused_or_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

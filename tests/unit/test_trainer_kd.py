@@ -131,6 +131,7 @@ def model_weights(config: ExperimentConfig) -> dict[str, torch.Tensor]:
 RATIO = "students.small.train.kd_ratio"
 
 
+@pytest.mark.slow
 def test_a_training_with_a_teacher_is_recorded(root: Path) -> None:
     config = config_of(root, f"{RATIO}=0.5")
     record = trained(config)
@@ -184,6 +185,7 @@ def test_a_gguf_is_a_teacher(root: Path) -> None:
     torch.testing.assert_close(logits, model(input_ids=tokens).logits[0, :, :316], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_without_a_ratio_no_teacher_is_loaded_and_nothing_changes(root: Path) -> None:
     plain = load_config(write_config(root, root / "root"))  # its teacher is at /nowhere
     record = trained(plain)
@@ -203,6 +205,7 @@ def test_without_a_ratio_no_teacher_is_loaded_and_nothing_changes(root: Path) ->
     assert all(torch.equal(value, expected[name]) for name, value in model_weights(zero).items())
 
 
+@pytest.mark.slow
 def test_a_killed_training_with_a_teacher_resumes_to_the_same_weights(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +250,7 @@ def refused(root: Path, error: type[MiniplmError], message: str, *overrides: str
     assert not (root / "root" / "models" / "small").exists()
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused_and_another_spelling_is_not(root: Path) -> None:
     write_tokenizer(root / "larger", vocab_size=310)
     write_teacher(root / "stranger", root / "larger")

@@ -63,6 +63,7 @@ def test_what_cannot_be_built_is_a_config_error(change: dict[str, Any], message:
         build_model(config_of(LLAMA | change), where="here", seed=0)
 
 
+@pytest.mark.slow
 def test_no_model_type_and_no_causal_lm() -> None:
     with pytest.raises(ConfigError, match="model_type"):
         config_of({})

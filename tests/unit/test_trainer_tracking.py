@@ -58,6 +58,7 @@ def errors() -> list[Exception]:
     return [MlflowException("refused"), requests.exceptions.ConnectionError("away"), locked, PermissionError("disk")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", errors(), ids=lambda error: type(error).__name__)
 def test_a_store_that_fails_stops_nothing_and_what_it_lacks_is_named(
     caplog: pytest.LogCaptureFixture, error: Exception

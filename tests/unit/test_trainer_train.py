@@ -64,6 +64,7 @@ def same_weights(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_model_folder_is_whole(config: ExperimentConfig) -> None:
     training = student(config)
     found = folder(config, "small")
@@ -101,6 +102,7 @@ def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: Exp
     assert student(other, retrain=True)["skipped"] is False
 
 
+@pytest.mark.slow
 def test_another_order_of_the_rows_continues_no_checkpoint(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +113,7 @@ def test_another_order_of_the_rows_continues_no_checkpoint(
     assert again["fingerprint"] != first["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_mamba_student_trains_with_a_parallel_scan_or_not_at_all(
     config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +128,7 @@ def test_a_mamba_student_trains_with_a_parallel_scan_or_not_at_all(
     assert json.loads((folder(mamba, "small") / "config.json").read_text())["use_mambapy"] is True
 
 
+@pytest.mark.slow
 def test_the_reference_is_frozen(config: ExperimentConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = train(config, reference_target(config))
     assert json.loads((folder(config, "reference") / "config.json").read_text())["max_position_embeddings"] == 32
@@ -178,6 +182,7 @@ def test_a_killed_run_ends_with_the_same_weights_in_the_same_run(
     assert {point.step for point in curve} == set(range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_by_one_process_at_a_time(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.1)
     uri = config.layout.lease("train-small")
@@ -205,6 +210,7 @@ def test_a_training_whose_lease_was_taken_saves_nothing_more(
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-2"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_part_of_a_model(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     original = model_folder.write_weights
 
@@ -270,6 +276,7 @@ def write_config_without_reference(config: ExperimentConfig) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command(config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conf = str(tmp_path / "experiment.yaml")
     assert main(["train", "train.steps=2", "-c", conf, "--student", "small", "train.warmup_steps=0", "--dry-run"]) == 0
@@ -284,6 +291,7 @@ def test_the_command(config: ExperimentConfig, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err.startswith("miniplm: CorpusError: no trained model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
