@@ -335,7 +335,7 @@ def to_dict(config: Any) -> Json:
     return dataclasses.asdict(config)
 
 
-# Of Spark's settings also `spark.executorEnv.HF_TOKEN`; `bos_token` of a model is no secret.
+# A setting of Spark may end in a token, as `spark.executorEnv.HF_TOKEN` does. The `bos_token` of a model is no secret.
 _SECRET_KEY = re.compile(
     r"secret|password|credential|(access|account|private|api|encryption)[._]?key|(^|\.)token$|\..*token$", re.IGNORECASE
 )

@@ -16,8 +16,8 @@ import pytest
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import MlflowConfig
 from tests.support.mlflow_server import MlflowServer
-from tests.support.trainer_process import KillableTraining, check_killed_training, copied, prepare
-from tests.support.trainer_roots import write_config
+from tests.support.trainer_process import KillableTraining, check_killed_training, copied
+from tests.support.trainer_roots import make_root, write_config
 from trainer.tracking import run as tracking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(folder)
+    make_root(folder)
     return folder
 
 

@@ -4,7 +4,6 @@ The processes are forked from one process that has imported everything: importin
 as long as several of these trainings.
 """
 
-import dataclasses
 import multiprocessing
 import os
 import random
@@ -19,9 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.config.sections import MlflowConfig
 from tests.support.ranks import PRELOAD
-from tests.support.trainer_roots import make_root, write_config
+from tests.support.trainer_roots import write_config
 from trainer.__main__ import main
 from trainer.tracking.run import connect
 
@@ -34,11 +32,6 @@ def _main(arguments: Sequence[str], log: Path) -> None:
     os.dup2(file, 1), os.dup2(file, 2)
     torch.set_num_threads(1)
     os._exit(main(arguments))
-
-
-def prepare(folder: Path) -> None:
-    """A root with a prepared MLflow store (5 s to make), to be copied."""
-    connect(dataclasses.replace(make_root(folder), mlflow=MlflowConfig(experiment="prepared")))
 
 
 def copied(prepared: Path, folder: Path, steps: int) -> "KillableTraining":

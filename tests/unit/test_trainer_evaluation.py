@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
 from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import LENGTH, make_root, some_texts, write_config, write_instances
@@ -47,8 +46,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     config = make_root(folder)
     with own_tracking_store():
-        # An experiment of another name: the artifacts of an experiment stay where it was made.
-        connect(dataclasses.replace(config, mlflow=MlflowConfig(experiment="prepared")))
         train(config, student_target(config, "small"))
     return folder
 

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, MistralConfig
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError, ModelLoadError
 from miniplm_udf.scoring.gguf_models import gguf_folder
@@ -90,9 +89,9 @@ def test_the_teachers_forward_pass_counts_in_the_flops(monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a prepared MLflow store and two teachers that have the tokenizer of its packed data."""
+    """A root with two teachers that have the tokenizer of its packed data."""
     folder = tmp_path_factory.mktemp("fresh")
-    connect(dataclasses.replace(make_root(folder), mlflow=MlflowConfig(experiment="prepared")))
+    make_root(folder)
     for seed, name in enumerate(("teacher", "other")):
         write_teacher(folder / name, folder / "root" / "models" / "tokenizer_bpe", seed=seed)
     return folder

@@ -15,8 +15,16 @@ import torch
 from miniplm_udf import stopping
 from miniplm_udf.config.experiment import load_config
 from tests.support.ranks import run_processes
-from tests.support.trainer_process import KillableTraining, check_killed_training, copied, prepare, until
-from tests.support.trainer_roots import pack, packed_metadata, some_texts, write_config, write_packed, write_tokenizer
+from tests.support.trainer_process import KillableTraining, check_killed_training, copied, until
+from tests.support.trainer_roots import (
+    make_root,
+    pack,
+    packed_metadata,
+    some_texts,
+    write_config,
+    write_packed,
+    write_tokenizer,
+)
 from trainer.__main__ import main
 from trainer.targets import student_target
 from trainer.train import train
@@ -29,7 +37,7 @@ STEPS = 120
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(folder)
+    make_root(folder)
     return folder
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.full_disk import largest_file
 from tests.support.trainer_roots import (
@@ -37,10 +36,9 @@ from trainer.train import train
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a prepared MLflow store (5 s to make), to be copied."""
+    """A root to be copied."""
     folder = tmp_path_factory.mktemp("fresh")
-    # An experiment of another name: one's artifacts stay where it was made.
-    connect(dataclasses.replace(make_root(folder), mlflow=MlflowConfig(experiment="prepared")))
+    make_root(folder)
     return folder
 
 
