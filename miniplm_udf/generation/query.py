@@ -14,14 +14,13 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import schemas, storage
+from miniplm_udf import schemas
 from miniplm_udf.config.generate import GenerateConfig
-from miniplm_udf.config.rules import in_sample
 from miniplm_udf.config.sections import ScoreConfig
-from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.schemas import GENERATE_STAGE
 from miniplm_udf.scores.gpus import scoring_profile
+from miniplm_udf.scores.instances import require_instances, stream_sample
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.store import batch_range, rejections, tables
 from miniplm_udf.streams.backlog import rows_behind
@@ -95,11 +94,7 @@ class GenerationQuery(Query):
         self._instances_uri, self._uri, self._rejects_uri = (
             plan.layout.table(name) for name in ("instances", "generations", "rejects")
         )
-        if not tables.exists(spark, self._instances_uri):
-            raise CorpusError(
-                f"table {storage.redact(self._instances_uri)}: expected instances to continue, found no table; "
-                "run `miniplm ingest` first"
-            )
+        require_instances(spark, self._instances_uri, "continue")
         batch_range.create(spark, self._uri, schemas.GENERATIONS, self._instances_uri)
         tables.create(spark, self._rejects_uri, schemas.REJECTS)
         facts = QueryFacts(
@@ -111,12 +106,9 @@ class GenerationQuery(Query):
         self._accumulator = spark.sparkContext.accumulator(ScoreCounts(), ScoreCountsParam())
 
     def source(self) -> "DataFrame":
-        reader = self._spark.readStream.format("delta")
-        reader = reader.option("maxBytesPerTrigger", self._plan.settings.max_bytes_per_trigger)
-        # Only a take-down changes existing rows.
-        instances = reader.option("skipChangeCommits", "true").load(self._instances_uri)
-        rows = instances.where("split = 'pool'").where(in_sample(self._plan.settings.sample))
-        rows = rows.withColumnRenamed("batch_id", "instance_batch_id")
+        settings = self._plan.settings
+        rows = stream_sample(self._spark, self._instances_uri, settings.sample, settings.max_bytes_per_trigger)
+        rows = rows.where("split = 'pool'").withColumnRenamed("batch_id", "instance_batch_id")
         return rows.select(*(name for name in _REQUESTED if name != "model_ids"), *_CARRIED)
 
     def micro_batch(self, batch: "DataFrame", query_id: str, batch_id: int) -> None:

@@ -15,13 +15,12 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
-from miniplm_udf import schemas, storage
+from miniplm_udf import schemas
 from miniplm_udf.config.experiment import fingerprint
-from miniplm_udf.config.rules import in_sample
 from miniplm_udf.config.sections import ScoreConfig
-from miniplm_udf.errors import CorpusError
 from miniplm_udf.schemas import SCORE_STAGE
 from miniplm_udf.scores.gpus import scoring_profile
+from miniplm_udf.scores.instances import require_instances, stream_sample
 from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.store import batch_range, delta_log, rejections, tables
@@ -95,11 +94,7 @@ class ScoringQuery(Query):
     def __init__(
         self, spark: "SparkSession", plan: ScoringPlan, checkpoint_uri: str, config: ScoreConfig, total: ScoreCounts
     ) -> None:
-        if not tables.exists(spark, plan.instances_uri):
-            raise CorpusError(
-                f"table {storage.redact(plan.instances_uri)}: expected instances to score, found no table; "
-                "run `miniplm ingest` first"
-            )
+        require_instances(spark, plan.instances_uri, "score")
         batch_range.create(spark, plan.scores_uri, schemas.SCORES, plan.instances_uri)
         tables.create(spark, plan.rejects_uri, schemas.REJECTS)
         facts = QueryFacts(
@@ -116,11 +111,8 @@ class ScoringQuery(Query):
     def source(self) -> "DataFrame":
         # This driver holds the lease, so no other query can have scored rows that are added from now on.
         self._history.begin(delta_log.newest_version(self._plan.instances_uri) or 0)
-        reader = self._spark.readStream.format("delta")
-        reader = reader.option("maxBytesPerTrigger", self._config.max_bytes_per_trigger)
-        # Only a take-down changes existing rows.
-        instances = reader.option("skipChangeCommits", "true").load(self._plan.instances_uri)
-        return pool(instances.where(in_sample(self._config.sample)))
+        uri, config = self._plan.instances_uri, self._config
+        return pool(stream_sample(self._spark, uri, config.sample, config.max_bytes_per_trigger))
 
     def micro_batch(self, batch: "DataFrame", query_id: str, batch_id: int) -> None:
         history, plan = self._history, self._plan
