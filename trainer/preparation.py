@@ -28,7 +28,7 @@ from trainer.models.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from trainer.ranks.distributed import World
 from trainer.ranks.parallel import divide
 from trainer.ranks.state import check_equal_weights, set_optimizer, set_weights
-from trainer.records import read_training
+from trainer.records import TrainingRecord, read_training
 from trainer.targets import Target
 
 
@@ -122,7 +122,7 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
         target: the model.
         inputs: from `open_inputs`.
         world: the place of this process among the ranks.
-        retrain: remove the checkpoints and begin at the first step.
+        retrain: begin at the first step, unless the checkpoints are those of an earlier `retrain` that was stopped.
 
     Raises:
         ConfigError: the architecture cannot be built or trained as the config says.
@@ -131,19 +131,22 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
     """
     whole = world.together(lambda: _new_model(config, target, inputs, world))
     model = whole.model
-    checkpoints = _checkpoints(config, target, inputs)
+    finished = world.together(lambda: read_training(config, target.name))
+    checkpoints = _checkpoints(config, target, inputs, finished)
+    replaced = "" if finished is None else str(finished.tracking_id)
     files = world.together(lambda: read_tokenizer_files(config.layout.model(target.tokenizer_folder)))
     evaluation = world.together(
         lambda: TrainingEvaluation(config, target) if target.train.evaluate_every_steps else None
     )
     # Only rank 0 chooses the checkpoint: ranks could see a damaged disk differently and start from different steps.
-    step = world.first_decides(lambda: None if retrain else checkpoints.newest_whole(model))
+    begins_again = world.first_decides(lambda: retrain and not checkpoints.is_replacing(replaced))
+    step = world.first_decides(lambda: None if begins_again else checkpoints.newest_whole(model))
     if step is None:
         module, optimizer, state = *distribute(whole, target.train, world), SavedState(0)
     else:
         module, optimizer, state = resume(checkpoints, step, whole, target.train, world)
-    if retrain and world.is_first:
-        checkpoints.clear()
+    if begins_again and world.is_first:
+        checkpoints.replace(replaced)
     loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
     return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, state, files, evaluation)
 
@@ -219,9 +222,10 @@ def _new_model(config: ExperimentConfig, target: Target, inputs: TrainingInputs,
     return module
 
 
-def _checkpoints(config: ExperimentConfig, target: Target, inputs: TrainingInputs) -> Checkpoints:
+def _checkpoints(
+    config: ExperimentConfig, target: Target, inputs: TrainingInputs, finished: TrainingRecord | None
+) -> Checkpoints:
     """The checkpoints of the training; those of the finished model may be replaced."""
-    finished = read_training(config, target.name)
     return Checkpoints(
         checkpoint_folder(config.layout.checkpoint(f"train/{target.name}")),
         inputs.fingerprint,

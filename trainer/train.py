@@ -159,8 +159,9 @@ def _train(
 def _run(training: Training) -> contextlib.AbstractContextManager[Run]:
     """The MLflow run of the training, which continues if the training does, with the other trackers."""
     config, name, checkpoints = training.config, training.target.name, training.checkpoints
-    callbacks = callbacks_of(config, name, checkpoints.tracking_id(), training.state.steps_done)
-    return tracked_run(config, name, checkpoints.run_id(), callbacks)
+    training_id = checkpoints.tracking_id()
+    callbacks = callbacks_of(config, name, training_id, training.state.steps_done)
+    return tracked_run(config, name, checkpoints.run_id(), callbacks, training_id)
 
 
 def _log_start(training: Training, run: Run) -> None:

@@ -14,7 +14,7 @@ from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
 from trainer.scaling.runs import read_runs
-from trainer.tracking.run import connect, parent_runs
+from trainer.tracking.run import connect, parent_runs, tracked_run
 
 pytestmark = pytest.mark.slow
 
@@ -113,3 +113,18 @@ def test_a_parent_runs_until_its_last_child_ends(tmp_path: Path, monkeypatch: py
     # A child of the same name is no parent.
     client.set_tag(parent, "mlflow.parentRunId", first)
     assert parent_runs.find_or_create(client, experiment, "sweep") != parent
+
+
+def test_two_parents_become_one_when_their_children_end(tmp_path: Path) -> None:
+    config = ExperimentConfig(root=str(tmp_path), mlflow=MlflowConfig(parent_run="sweep"))
+    client = connect(config).MlflowClient()
+    experiment = client.get_experiment_by_name("miniplm").experiment_id
+    with tracked_run(config, "first"):
+        # Another process did not see the parent of this one, and its clock is behind.
+        older = client.create_run(experiment, start_time=1, run_name="sweep").info.run_id
+        with tracked_run(config, "second"):
+            pass
+    runs = runs_by_name(config)
+    assert runs["sweep"].info.run_id == older
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("first", "second")} == {older}
+    assert runs["sweep"].info.status == "FINISHED"

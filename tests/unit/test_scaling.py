@@ -20,6 +20,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.sections import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from tests.support.scaling_losses import COMPUTE, MINIPLM, PAPER, WITHOUT_KD, law, losses, runs_of_one_point
+from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import LENGTH, TRAIN, make_root, write_config
 from trainer.__main__ import main
 from trainer.scaling.command import ScalingOptions, scaling
@@ -171,29 +172,22 @@ def parameters(**changes: Any) -> dict[str, Any]:
 FLOP_A_STEP = 6 * 1000 * 8 * 16
 
 
-def without_tracking_uri(patch: pytest.MonkeyPatch) -> None:
-    """Removes the variable now, and again at the end of the test: a tracked run sets it for the whole process."""
-    patch.setenv("MLFLOW_TRACKING_URI", "")
-    patch.delenv("MLFLOW_TRACKING_URI")
-
-
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with tokenizers, tables and a prepared MLflow store (5 s to make), to be copied."""
     folder = tmp_path_factory.mktemp("fresh")
     config = make_root(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        without_tracking_uri(patch)
-        with tracked_run(dataclasses.replace(config, mlflow=MlflowConfig(experiment="prepared")), "other"):
-            pass
+    prepared = dataclasses.replace(config, mlflow=MlflowConfig(experiment="prepared"))
+    with own_tracking_store(), tracked_run(prepared, "other"):
+        pass
     return folder
 
 
 @pytest.fixture
-def config(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExperimentConfig]:
-    without_tracking_uri(monkeypatch)
+def config(fresh: Path, tmp_path: Path) -> Iterator[ExperimentConfig]:
     shutil.copytree(fresh, tmp_path, dirs_exist_ok=True)
-    return load_config(write_config(tmp_path, tmp_path / "root"))
+    with own_tracking_store():
+        yield load_config(write_config(tmp_path, tmp_path / "root"))
 
 
 def log_run(config: ExperimentConfig, name: str, loss: float | None, text: str = "t", **changes: Any) -> None:
@@ -288,16 +282,13 @@ def test_losses_on_an_external_set_name_its_text(config: ExperimentConfig) -> No
 
 
 @pytest.mark.slow
-def test_without_a_store_or_runs_the_error_says_what_to_do(
-    config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_store_or_runs_the_error_says_what_to_do(config: ExperimentConfig, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="no experiment 'miniplm'"):
         small(config)
     log_run(config, "other", 1.0)
     with pytest.raises(CorpusError, match="trainer train --student small"):
         small(config)
-    without_tracking_uri(monkeypatch)
-    with pytest.raises(CorpusError, match="no experiment"):
+    with own_tracking_store(), pytest.raises(CorpusError, match="no experiment"):
         small(dataclasses.replace(config, root=str(tmp_path / "empty")))
     assert not (tmp_path / "empty").exists()
 
@@ -434,7 +425,6 @@ def close(value: Any, expected: Any) -> bool:
 def test_the_documented_example_prints_what_is_documented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without_tracking_uri(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf").symlink_to(CONF)
     (program,), (printed,) = blocks_of("python"), blocks_of("json")

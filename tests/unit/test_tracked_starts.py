@@ -82,6 +82,43 @@ def test_a_run_that_was_killed_before_its_facts_were_sent_gets_them(config: Expe
         assert (run.run_id, run.is_new) == (bare, False)
 
 
+def test_a_run_whose_start_was_not_answered_is_found_again(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = connect(config)
+    original, answers = mlflow.start_run, []
+
+    def create_and_lose_the_first_answer(**options: Any) -> Any:
+        answers.append(original(**options))
+        if len(answers) == 1:
+            mlflow.end_run("RUNNING")
+            raise ConnectionError("no answer")
+        return answers[-1]
+
+    monkeypatch.setattr(mlflow, "start_run", create_and_lose_the_first_answer)
+    run_id = train_small(config)["run_id"]
+    assert [answer.info.run_id for answer in answers] == [run_id, run_id]
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("miniplm").experiment_id])
+    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
+    assert run.data.params["train.steps"]
+
+
+def test_training_again_that_was_killed_goes_on(config: ExperimentConfig, tmp_path: Path) -> None:
+    first = train_small(config)
+    with killed_after_logging(step=5):
+        train_small(config, retrain=True)
+    assert train_small(config)["run_id"] == first["run_id"]  # the finished model is still there
+    second = train_small(config, retrain=True)
+    client = connect(config).MlflowClient()
+    assert any(name.startswith("resumed_after_step_4/") for name in artifacts(client, second["run_id"]))
+    assert train_small(config)["run_id"] == second["run_id"]
+    third = train_small(config, retrain=True)
+    assert not any(name.startswith("resumed_after") for name in artifacts(client, third["run_id"]))
+    assert len({first["run_id"], second["run_id"], third["run_id"]}) == 3
+    assert first["final_loss"] == second["final_loss"] == third["final_loss"]
+
+
 def test_a_run_of_another_experiment_is_not_continued(
     config: ExperimentConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,12 +1,13 @@
 """Checkpoints of a training: everything that a killed run needs to reach the same weights.
 
 Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
-`run.json` (fingerprint, MLflow run id, id in other trackers) and one `step-<N>/` per checkpoint, with `state.pt`
-(`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last loss, points that MLflow lacks, fingerprint,
-SHA-256 of `state.pt`). The data order is a function of the step and needs no state. A `step-<N>` appears by one rename
-after its files are on the disk, so a kill or a full disk leaves the previous checkpoint; older ones are removed
-afterwards. A checksum finds a damaged checkpoint, which is skipped with a warning. Rank 0 writes, in a thread
-(checkpoint_writer.py); all ranks compare what they read: ranks on several nodes must share the folder.
+`run.json` (fingerprint, MLflow run id, id of the training, the model that it replaces) and one `step-<N>/` per
+checkpoint, with `state.pt` (`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last loss, points
+that MLflow lacks, fingerprint, SHA-256 of `state.pt`). The data order is a function of the step and needs no state. A
+`step-<N>` appears by one rename after its files are on the disk, so a kill or a full disk leaves the previous
+checkpoint; older ones are removed afterwards. A checksum finds a damaged checkpoint, which is skipped with a warning.
+Rank 0 writes, in a thread (checkpoint_writer.py); all ranks compare what they read: ranks on several nodes must share
+the folder.
 """
 
 import dataclasses
@@ -95,7 +96,7 @@ class Checkpoints:
         self._write_run({**self._run(), "run_id": run_id})
 
     def tracking_id(self) -> str:
-        """The id of this training in other trackers; a new one is recorded if there is none yet.
+        """The id of this training in MLflow's tags and in other trackers; a new one is recorded if there is none yet.
 
         Raises:
             MiniplmError: the file cannot be written.
@@ -106,6 +107,26 @@ class Checkpoints:
         new = uuid.uuid4().hex
         self._write_run({**self._run(), "tracking_id": new})
         return new
+
+    def is_replacing(self, model_id: str) -> bool:
+        """Whether these are the checkpoints of a training that `replace` began to replace this model.
+
+        Args:
+            model_id: identifies the finished model that is there now.
+        """
+        return self._run().get("replaces") == model_id
+
+    def replace(self, model_id: str) -> None:
+        """Removes all checkpoints, and records that the training begins again to replace a finished model.
+
+        Args:
+            model_id: identifies the finished model that is there now.
+
+        Raises:
+            MiniplmError: the file cannot be written.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._write_run({"replaces": model_id})
 
     def _run(self) -> Json:
         """The content of `run.json`; empty if it belongs to a training with another fingerprint."""
@@ -257,10 +278,6 @@ class Checkpoints:
         """Removes the temporary folders of saves that were killed."""
         for path in [*self.folder.glob(".step-*.tmp"), *self.folder.glob(".step-*.old")]:
             shutil.rmtree(path, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Removes all checkpoints, so that the training starts from the first step."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _damage(path: Path, state: Json | None) -> str | None:

@@ -1,7 +1,8 @@
 """Parent runs: a run of a chosen name that groups the runs of several models, a sweep for example.
 
-Input: MLflow's client and the name. Processes that start at the same time agree on one parent: the oldest run of this
-name that is not itself a child. A parent has no parameters and no metrics. Its status follows from its children.
+Input: MLflow's client and the name. Processes that start at the same time agree on one parent, at the latest when their
+runs end: the oldest run of this name that is not itself a child. A parent has no parameters and no metrics. Its status
+follows from its children.
 """
 
 from typing import Any
@@ -39,6 +40,27 @@ def tag(parent: str) -> dict[str, str]:
     return {_PARENT_TAG: parent}
 
 
+def agree(client: Any, experiment_id: str, name: str, parent: str, child: str) -> str:
+    """Returns the one parent of a name, and moves a child there if processes that started at once made two.
+
+    A store has no call that creates a run unless its name is taken, so two processes can see no parent and create one
+    each, in either order of their clocks. At the end of a child, both are there.
+
+    Args:
+        client: an `MlflowClient`.
+        experiment_id: the experiment that has the runs.
+        name: name of the parent run.
+        parent: id of the parent that the child has.
+        child: id of the child.
+    """
+    oldest = _oldest(client, experiment_id, name) or parent
+    if oldest != parent:
+        client.set_tag(child, _PARENT_TAG, oldest)
+        if not _children(client, experiment_id, parent):
+            client.delete_run(parent)
+    return oldest
+
+
 def end(client: Any, experiment_id: str, parent: str) -> None:
     """Ends a parent run, unless one of its children is running: FINISHED if all children are, otherwise as a child.
 
@@ -47,11 +69,14 @@ def end(client: Any, experiment_id: str, parent: str) -> None:
         experiment_id: the experiment that has the runs.
         parent: id of the parent run.
     """
-    children = client.search_runs([experiment_id], f"tags.`{_PARENT_TAG}` = '{parent}'")
-    statuses = {child.info.status for child in children}
+    statuses = {child.info.status for child in _children(client, experiment_id, parent)}
     status = next((each for each in ("RUNNING", "FAILED", "KILLED") if each in statuses), "FINISHED")
     if status != "RUNNING":
         client.set_terminated(parent, status)
+
+
+def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
+    return list(client.search_runs([experiment_id], f"tags.`{_PARENT_TAG}` = '{parent}'"))
 
 
 def _oldest(client: Any, experiment_id: str, name: str) -> str | None:

@@ -40,6 +40,8 @@ _STDOUT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 # A server that stores artifacts elsewhere answers when gigabytes are stored there.
 _SECONDS_OF_AN_UPLOAD = "1800"
+# The tag by which a training finds a run that it created without knowing: the answer was lost, or it was killed then.
+_TRAINING_TAG = "training_id"
 # The last tag of a training's start. A run without it lacks facts of the start, for example because it was killed.
 _LAST_TAG_OF_THE_START = "fingerprint"
 
@@ -99,6 +101,13 @@ def existing_run(mlflow: Any, run_id: str | None, experiment_id: str | None = No
     return run_id if run.info.lifecycle_stage == "active" else None
 
 
+def _run_of_training(mlflow: Any, experiment_id: str, training_id: str) -> str | None:
+    """The oldest run that a training has created in an experiment; None without one."""
+    client, condition = mlflow.MlflowClient(), f"tags.{_TRAINING_TAG} = '{training_id}'"
+    runs = client.search_runs([experiment_id], condition, max_results=1, order_by=["attributes.start_time ASC"])
+    return runs[0].info.run_id if runs else None
+
+
 def wait_for_uploads() -> None:
     """Lets MLflow wait longer for an answer to weights than `connect` does, unless the user has set the time."""
     variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -131,18 +140,19 @@ class Run:
         self.name, self.is_new, self.stopped = name, True, False
         self.callbacks = callbacks or Callbacks()
         self.run_id: str | None = None
-        self._started, self._experiment_id, self._parent = 0, "", ""
+        self._started, self._experiment_id, self._parent, self._parent_name = 0, "", "", ""
         self._system_metrics: SystemMetrics | None = None
         self._is_ending = False
         self._mlflow: Any = None
         self._outbox = Outbox(name, self._send)
 
-    def start(self, config: ExperimentConfig, run_id: str | None) -> None:
-        """Starts a new run, or continues `run_id` if the store has it. Waits for the first attempt only.
+    def start(self, config: ExperimentConfig, run_id: str | None, training_id: str | None = None) -> None:
+        """Starts a new run, or continues the one that is there. Waits for the first attempt only.
 
         Args:
             config: the experiment.
-            run_id: id of the run to continue; None starts a new one.
+            run_id: id of the run to continue, if the store has it.
+            training_id: continues the run that this training created before, if there is no `run_id`; tags a new run.
         """
 
         def start() -> None:
@@ -150,11 +160,14 @@ class Run:
             self._experiment_id = mlflow.get_experiment_by_name(config.mlflow.experiment).experiment_id
             existing = existing_run(mlflow, run_id, self._experiment_id)
             tags = {}
+            if training_id is not None:
+                existing = existing or _run_of_training(mlflow, self._experiment_id, training_id)
+                tags = {_TRAINING_TAG: training_id}
             if config.mlflow.parent_run is not None:
                 self._parent = parent_runs.find_or_create(
                     mlflow.MlflowClient(), self._experiment_id, config.mlflow.parent_run
                 )
-                tags = parent_runs.tag(self._parent)
+                self._parent_name, tags = config.mlflow.parent_run, {**tags, **parent_runs.tag(self._parent)}
             active = mlflow.start_run(run_id=existing, run_name=None if existing else self.name, tags=tags)
             self._mlflow, self.is_new = mlflow, _LAST_TAG_OF_THE_START not in active.data.tags
             self.run_id, self._started = active.info.run_id, active.info.start_time
@@ -174,12 +187,15 @@ class Run:
             self._system_metrics.stop()
         self.callbacks.on_end(status)
         self._log("end of the run", lambda: self._mlflow.end_run(status))
-        if self._parent:
-            self._log(
-                "end of the parent run",
-                lambda: parent_runs.end(self._mlflow.MlflowClient(), self._experiment_id, self._parent),
-            )
+        self._log("end of the parent run", self._end_parent)
         self._outbox.close(wait_seconds)
+
+    def _end_parent(self) -> None:
+        if not self._parent:
+            return
+        client = self._mlflow.MlflowClient()
+        self._parent = parent_runs.agree(client, self._experiment_id, self._parent_name, self._parent, str(self.run_id))
+        parent_runs.end(client, self._experiment_id, self._parent)
 
     def _log(self, what: str, call: Callable[[], Any], raises: bool = True) -> None:
         """Adds a call, which is not made if the run was never started."""
@@ -352,7 +368,11 @@ class Run:
 
 @contextmanager
 def tracked_run(
-    config: ExperimentConfig, name: str, run_id: str | None = None, callbacks: Callbacks | None = None
+    config: ExperimentConfig,
+    name: str,
+    run_id: str | None = None,
+    callbacks: Callbacks | None = None,
+    training_id: str | None = None,
 ) -> Iterator[Run]:
     """Yields the MLflow run of a model and ends it: as FAILED if the block raises, as KILLED if it was stopped.
 
@@ -361,9 +381,10 @@ def tracked_run(
         name: name of the model, which names a new run.
         run_id: run to continue, if the store has it.
         callbacks: other trackers.
+        training_id: the training; see `Run.start`.
     """
     run = Run(name, callbacks)
-    run.start(config, run_id)
+    run.start(config, run_id, training_id)
     try:
         yield run
     except BaseException:
