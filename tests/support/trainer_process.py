@@ -21,7 +21,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from tests.support.ranks import PRELOAD
 from tests.support.trainer_roots import write_config
 from trainer.__main__ import main
-from trainer.tracking.run import connect
+from trainer.tracking.store import connect
 
 LOG_EVERY, SAVE_EVERY = 5, 3
 _PATIENCE_SECONDS = 120.0

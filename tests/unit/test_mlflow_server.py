@@ -11,7 +11,7 @@ from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.mlflow_server import MlflowServer
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
-from trainer.tracking.run import connect
+from trainer.tracking.store import connect
 
 pytestmark = pytest.mark.slow
 

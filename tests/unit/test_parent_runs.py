@@ -14,7 +14,9 @@ from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
 from trainer.scaling.runs import read_runs
-from trainer.tracking.run import connect, parent_runs, tracked_run
+from trainer.tracking import parent_runs
+from trainer.tracking.run import tracked_run
+from trainer.tracking.store import connect
 
 pytestmark = pytest.mark.slow
 

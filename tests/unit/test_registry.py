@@ -17,7 +17,7 @@ from tests.support.killed_training import train_small
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
 from trainer.results import registry
-from trainer.tracking.run import connect
+from trainer.tracking.store import connect
 
 REGISTERED = "mlflow.registered_model=demo {student}"
 

@@ -15,7 +15,8 @@ from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config
 from trainer.tracking import environment
 from trainer.tracking.outbox import Outbox, Point
-from trainer.tracking.run import connect, tracked_run
+from trainer.tracking.run import tracked_run
+from trainer.tracking.store import connect
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from trainer.targets import student_target
 from trainer.tracking import callbacks
 from trainer.tracking import run as tracking
 from trainer.tracking.callbacks import Callbacks
-from trainer.tracking.run import connect
+from trainer.tracking.store import connect
 
 pytestmark = pytest.mark.slow
 

@@ -31,7 +31,8 @@ from trainer.evaluation.during_training import TrainingEvaluation
 from trainer.evaluation.records import EvaluateResult, read_evaluation
 from trainer.records import read_training
 from trainer.targets import all_targets, student_target
-from trainer.tracking.run import Run, connect
+from trainer.tracking.run import Run
+from trainer.tracking.store import connect
 from trainer.train import train
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,7 @@ from trainer.preparation import open_inputs
 from trainer.ranks.distributed import World
 from trainer.records import TrainingRecord
 from trainer.targets import student_target
-from trainer.tracking.run import connect
+from trainer.tracking.store import connect
 from trainer.train import plan, train
 
 TWO_BLOCKS = LLAMA | {"num_hidden_layers": 2}

@@ -21,7 +21,7 @@ from trainer.evaluation import losses, run
 from trainer.evaluation.records import EvaluateResult
 from trainer.records import read_training
 from trainer.targets import student_target
-from trainer.tracking.run import connect
+from trainer.tracking.store import connect
 from trainer.train import train
 
 pytestmark = pytest.mark.slow

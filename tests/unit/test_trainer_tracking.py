@@ -10,6 +10,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.revision import code_commit
 from trainer.tracking import run as tracking
 from trainer.tracking.metric_names import safe_names
+from trainer.tracking.store import existing_run
 
 AWKWARD = [
     "", ".", "..", "../x", "a/b", "a//b", "a_b", "a b", "a:b", "/", "维基", "百科", "x" * 300, "x" * 301, "Web", "web",
@@ -143,9 +144,9 @@ def test_a_run_is_not_begun_again_because_the_store_is_away(caplog: pytest.LogCa
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
     with pytest.raises(MlflowException, match="connection refused"):
-        tracking.existing_run(Stores(MlflowException("connection refused")), "1" * 32)
+        existing_run(Stores(MlflowException("connection refused")), "1" * 32)
     forgotten = Stores(MlflowException("no run", error_code=RESOURCE_DOES_NOT_EXIST))
-    assert tracking.existing_run(forgotten, "1" * 32) is None
+    assert existing_run(forgotten, "1" * 32) is None
     assert "is not in this store: a new run is started" in caplog.text
 
 

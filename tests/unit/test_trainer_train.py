@@ -30,7 +30,7 @@ from trainer.loader.order import ORDER_VERSION
 from trainer.records import TrainResult, read_training
 from trainer.results import model_folder
 from trainer.targets import reference_target, student_target
-from trainer.tracking.run import connect
+from trainer.tracking.store import connect
 from trainer.train import train
 
 

@@ -25,7 +25,7 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.lease import Lease
 from trainer.records import REGISTRATION_FILE, TrainingRecord, from_json, read_training
 from trainer.results.model_folder import no_progress_bars
-from trainer.tracking.run import connect, existing_run, is_artifact_error, wait_for_uploads
+from trainer.tracking.store import connect, existing_run, is_artifact_error, wait_for_uploads
 
 LOGGER = logging.getLogger("miniplm.trainer.registry")
 

@@ -1,15 +1,13 @@
 """MLflow tracking: one run per model, with parameters, curves, and the packed table's Delta version as dataset input.
 
-Owns the connection to the store (from the config, else MLFLOW_TRACKING_URI, else SQLite next to the report) and the
-names of parameters, metrics and tags. Runs on rank 0. Needs no JVM: the dataset input names a table and a version and
-does not read them. A resumed training continues in its run; a step that is logged twice has the same value twice. URIs
-are redacted, so no secret is logged. Tracking never stops the work: calls are made in a thread, in order, and held back
-while the store is away. The numbers are in the model folder's JSON files in any case.
+Owns the names of parameters, metrics and tags. Runs on rank 0. Needs no JVM: the dataset input names a table and a
+version and does not read them. A resumed training continues in its run; a step that is logged twice has the same value
+twice. URIs are redacted, so no secret is logged. Tracking never stops the work: calls are made in a thread, in order,
+and held back while the store is away. The numbers are in the model folder's JSON files in any case.
 """
 
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +16,13 @@ from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import mlflow_errors
 from miniplm_udf.storage import Json
 from trainer.tracking import parent_runs
 from trainer.tracking.callbacks import Callbacks
 from trainer.tracking.environment import code_tags, table_tags
 from trainer.tracking.metric_names import safe_names
-from trainer.tracking.outbox import Outbox, Point, is_refusal
+from trainer.tracking.outbox import Outbox, Point
+from trainer.tracking.store import TRAINING_TAG, connect, existing_run, is_artifact_error, run_of_training
 from trainer.tracking.system_metrics import SystemMetrics
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
@@ -34,95 +32,8 @@ _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
 # Whoever stops a training waits for its end.
 _WAIT_OF_A_STOPPED_RUN_SECONDS = 5.0
-# The trainer's stdout has its result alone, as JSON; with a server, MLflow would print links to it.
-_STDOUT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-# MLflow's own retries pass over a short trouble; the outbox tries again after them.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-# A server that stores artifacts elsewhere answers when gigabytes are stored there.
-_SECONDS_OF_AN_UPLOAD = "1800"
-# The tag by which a training finds a run that it created without knowing: the answer was lost, or it was killed then.
-_TRAINING_TAG = "training_id"
 # The last tag of a training's start. A run without it lacks facts of the start, for example because it was killed.
 _LAST_TAG_OF_THE_START = "fingerprint"
-
-
-def connect(config: ExperimentConfig) -> Any:
-    """Connects MLflow to the store of the config and selects the experiment; creates the experiment if needed.
-
-    Args:
-        config: the experiment.
-
-    Returns:
-        The `mlflow` module. It takes 3 s to import, so it is imported here.
-    """
-    for variable, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_STDOUT, **_PATIENCE}.items():
-        os.environ.setdefault(variable, value)
-    for name in ("alembic", "mlflow", "mlflow.store.db.utils", "mlflow.tracking"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    import mlflow
-
-    for name in (
-        "alembic",
-        "mlflow",
-        "mlflow.store.db.utils",
-    ):  # the import sets them again
-        logging.getLogger(name).setLevel(logging.WARNING)
-    uri = config.mlflow_uri()
-    if uri.startswith("sqlite:"):
-        config.report_folder().mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
-    mlflow.disable_system_metrics_logging()
-    if mlflow.get_experiment_by_name(config.mlflow.experiment) is None:
-        mlflow.create_experiment(config.mlflow.experiment, artifact_location=config.artifact_uri())
-    mlflow.set_experiment(config.mlflow.experiment)
-    return mlflow
-
-
-def existing_run(mlflow: Any, run_id: str | None, experiment_id: str | None = None) -> str | None:
-    """Returns `run_id` if the store has this run and it is not deleted, else None.
-
-    Args:
-        mlflow: from `connect`.
-        run_id: id of a run.
-        experiment_id: the experiment that the run has to be in; None allows any.
-    """
-    if run_id is None:
-        return None
-    try:
-        run = mlflow.MlflowClient().get_run(run_id)
-    except mlflow.exceptions.MlflowException as error:
-        if not is_refusal(error):  # the store is away
-            raise
-        LOGGER.warning("MLflow run %s is not in this store: a new run is started", run_id)
-        return None
-    if experiment_id not in (None, run.info.experiment_id):
-        LOGGER.warning("MLflow run %s is in another experiment: a new run is started", run_id)
-        return None
-    return run_id if run.info.lifecycle_stage == "active" else None
-
-
-def _run_of_training(mlflow: Any, experiment_id: str, training_id: str) -> str | None:
-    """The oldest run that a training has created in an experiment; None without one."""
-    client, condition = mlflow.MlflowClient(), f"tags.{_TRAINING_TAG} = '{training_id}'"
-    runs = client.search_runs([experiment_id], condition, max_results=1, order_by=["attributes.start_time ASC"])
-    return runs[0].info.run_id if runs else None
-
-
-def wait_for_uploads() -> None:
-    """Lets MLflow wait longer for an answer to weights than `connect` does, unless the user has set the time."""
-    variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    if os.environ.get(variable) == _PATIENCE[variable]:
-        os.environ[variable] = _SECONDS_OF_AN_UPLOAD
-
-
-def is_artifact_error(error: Exception) -> bool:
-    """Whether an error comes from MLflow or its place of artifacts (a folder, an object store), and not from our code.
-
-    Args:
-        error: raised while artifacts were written.
-    """
-    # The packages of object stores have their own classes; a package that is missing is an ImportError.
-    return isinstance(error, (*mlflow_errors(), ImportError)) or type(error).__module__ != "builtins"
 
 
 class Run:
@@ -140,7 +51,8 @@ class Run:
         self.name, self.is_new, self.stopped = name, True, False
         self.callbacks = callbacks or Callbacks()
         self.run_id: str | None = None
-        self._started, self._experiment_id, self._parent, self._parent_name = 0, "", "", ""
+        self._started, self._experiment_id, self._parent = 0, "", ""
+        self._parent_name: str | None = None
         self._system_metrics: SystemMetrics | None = None
         self._is_ending = False
         self._mlflow: Any = None
@@ -161,17 +73,18 @@ class Run:
             existing = existing_run(mlflow, run_id, self._experiment_id)
             tags = {}
             if training_id is not None:
-                existing = existing or _run_of_training(mlflow, self._experiment_id, training_id)
-                tags = {_TRAINING_TAG: training_id}
+                existing = existing or run_of_training(mlflow, self._experiment_id, training_id)
+                tags = {TRAINING_TAG: training_id}
             if config.mlflow.parent_run is not None:
                 self._parent = parent_runs.find_or_create(
                     mlflow.MlflowClient(), self._experiment_id, config.mlflow.parent_run
                 )
-                self._parent_name, tags = config.mlflow.parent_run, {**tags, **parent_runs.tag(self._parent)}
+                tags |= parent_runs.tag(self._parent)
             active = mlflow.start_run(run_id=existing, run_name=None if existing else self.name, tags=tags)
             self._mlflow, self.is_new = mlflow, _LAST_TAG_OF_THE_START not in active.data.tags
             self.run_id, self._started = active.info.run_id, active.info.start_time
 
+        self._parent_name = config.mlflow.parent_run
         self._outbox.call("start of the run", start)
         self._outbox.wait_for_attempt()
 
@@ -187,14 +100,13 @@ class Run:
             self._system_metrics.stop()
         self.callbacks.on_end(status)
         self._log("end of the run", lambda: self._mlflow.end_run(status))
-        self._log("end of the parent run", self._end_parent)
+        if self._parent_name is not None:
+            self._log("end of the parent run", functools.partial(self._end_parent, self._parent_name))
         self._outbox.close(wait_seconds)
 
-    def _end_parent(self) -> None:
-        if not self._parent:
-            return
+    def _end_parent(self, name: str) -> None:
         client = self._mlflow.MlflowClient()
-        self._parent = parent_runs.agree(client, self._experiment_id, self._parent_name, self._parent, str(self.run_id))
+        self._parent = parent_runs.agree(client, self._experiment_id, name, self._parent, str(self.run_id))
         parent_runs.end(client, self._experiment_id, self._parent)
 
     def _log(self, what: str, call: Callable[[], Any], raises: bool = True) -> None:
