@@ -14,6 +14,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.store.model_records import TrainingRecord, read_training
 from trainer.checkpoints.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.evaluation.during_training import TrainingEvaluation
 from trainer.loader.data import PackedSequences, TokenizerInfo, read_tokenizer_info
@@ -28,7 +29,6 @@ from trainer.models.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from trainer.ranks.distributed import World
 from trainer.ranks.parallel import divide
 from trainer.ranks.state import check_equal_weights, set_optimizer, set_weights
-from trainer.records import TrainingRecord, read_training
 from trainer.targets import Target
 
 

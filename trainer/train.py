@@ -21,6 +21,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
+from miniplm_udf.store.model_records import read_training
 from trainer.loader.data import read_tokenizer_info
 from trainer.models.flops import equal_compute_steps
 from trainer.models.model import build_model, model_config, n_parameters
@@ -28,7 +29,7 @@ from trainer.models.teacher_loading import teacher_record
 from trainer.preparation import Training, TrainingInputs, open_inputs, prepare
 from trainer.ranks.distributed import World, process_group
 from trainer.ranks.state import gather_weights
-from trainer.records import TrainResult, read_training
+from trainer.records import TrainResult
 from trainer.results.model_folder import set_run, write_model
 from trainer.targets import Target
 from trainer.tracking.callbacks import callbacks_of, require_packages

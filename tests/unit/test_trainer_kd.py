@@ -19,6 +19,7 @@ from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError, ModelLoadError
 from miniplm_udf.scoring.gguf_models import gguf_folder
 from miniplm_udf.scoring.tokenizer import tokenizer_hash
+from miniplm_udf.store.model_records import TrainingRecord
 from tests.support.loops import LENGTH, make_loop, make_teacher, run
 from tests.support.no_wait import NoWait
 from tests.support.tiny_models import make_model, write_gguf
@@ -29,7 +30,6 @@ from trainer.models.flops import training_flops_per_token
 from trainer.models.teacher_loading import describe_teacher, has_shorter_windows, load_teacher
 from trainer.preparation import open_inputs
 from trainer.ranks.distributed import World
-from trainer.records import TrainingRecord
 from trainer.targets import student_target
 from trainer.tracking.store import connect
 from trainer.train import plan, train

@@ -28,7 +28,7 @@ from miniplm_udf.scoring.models import describe, load_model, model_folder
 from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
-from trainer.evaluation.records import SetEvaluation, TextLoss
+from miniplm_udf.store.model_records import SetEvaluation, TextLoss
 from trainer.evaluation.texts import EvaluationSet, InstanceCutter, TextRow
 from trainer.loader.data import read_tokenizer_info
 from trainer.targets import Target
