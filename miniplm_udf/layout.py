@@ -18,9 +18,10 @@ import dataclasses
 
 from miniplm_udf import storage
 
-# Records in a model folder; their keys are declared in `store.model_records`.
+# Records in a model folder or a tokenizer folder; their keys are declared in `store.model_records`.
 TRAINING_FILE = "training.json"
 EVALUATION_FILE = "evaluation.json"
+TOKENIZER_RECORD_FILE = "miniplm.json"
 
 
 def query_facts(checkpoint_uri: str) -> str:

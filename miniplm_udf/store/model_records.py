@@ -1,8 +1,13 @@
-"""The records in a model folder: `training.json`, how a model was trained, and `evaluation.json`, how good it is.
+"""The JSON records in the folders of models and tokenizers.
 
-Owns their keys, as frozen dataclasses, and reads both files. The trainer writes them; the report, a takedown and the
-maintenance of a root read them, so a key keeps its name and meaning. A file without one of the required keys counts as
-absent: the model is then trained or evaluated again. On the driver and in the trainer; needs neither torch nor Spark.
+    models/<name>/training.json              how a model was trained
+    models/<name>/evaluation.json            its losses on sets of texts, and its scores on tasks
+    models/tokenizer_<name>/miniplm.json     the separator, the hash and the size of a tokenizer
+
+Owns their keys, as frozen dataclasses, and reads the files. The trainer writes the first two and packing the third; the
+report, a take-down, the maintenance of a root and the trainer read them, so a key keeps its name and meaning. A file
+without one of the required keys counts as absent: the model is then trained or evaluated again, and the tokenizer made
+again. On the driver and in the trainer; needs neither torch nor Spark.
 """
 
 import dataclasses
@@ -10,7 +15,7 @@ from typing import Any, TypeVar
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.layout import EVALUATION_FILE, TRAINING_FILE
+from miniplm_udf.layout import EVALUATION_FILE, TOKENIZER_RECORD_FILE, TRAINING_FILE
 from miniplm_udf.storage import Json
 
 _T = TypeVar("_T")
@@ -67,6 +72,24 @@ class TrainingRecord:
     tracking_id: str | None = None
     kd_ratio: float = 0.0
     kd_teacher: Json | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerRecord:
+    """`miniplm.json` of a tokenizer folder.
+
+    Attributes:
+        document_separator, document_separator_id: the token that ends a document, and its id.
+        tokenizer_hash: hash of tokenizer.json.
+        vocab_size: one more than the largest id.
+        fingerprint: hash of the part of the config that the tokenizer was made from.
+    """
+
+    document_separator: str
+    document_separator_id: int
+    tokenizer_hash: str
+    vocab_size: int
+    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +199,18 @@ def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:
     """
     raw = storage.read_json(config.layout.model(name, TRAINING_FILE))
     return from_json(TrainingRecord, raw)
+
+
+def read_tokenizer_record(folder_uri: str) -> TokenizerRecord | None:
+    """Reads `miniplm.json` of a tokenizer folder; None if it is absent.
+
+    Args:
+        folder_uri: URI of the folder.
+
+    Raises:
+        DamagedRecordError: the file is not JSON.
+    """
+    return from_json(TokenizerRecord, storage.read_json(storage.join(folder_uri, TOKENIZER_RECORD_FILE)))
 
 
 def read_evaluation(config: ExperimentConfig, name: str) -> Evaluation | None:
