@@ -221,7 +221,10 @@ class _Removal:
         tables.vacuum(self._spark, uri, 0, is_logged)
 
     def _packed(self, name: str, tokenizer: str) -> None:
-        """Empties a packed table that was made from removed rows: which of its sequences hold them is not known."""
+        """Empties a packed table that was made from removed rows.
+
+        The table does not record which sequences contain the removed rows, so all are deleted.
+        """
         from delta.tables import DeltaTable
 
         table = f"packed/{name}/{tokenizer}"

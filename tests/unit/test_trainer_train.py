@@ -202,7 +202,7 @@ def test_a_training_whose_lease_was_taken_saves_nothing_more(
         return path
 
     monkeypatch.setattr(Checkpoints, "save", save_and_lose)
-    with pytest.raises(CorpusError, match="small: this process ran the training and was given up for dead"):
+    with pytest.raises(CorpusError, match="small: the training of this process did not renew its lease in time"):
         student(config)
     assert not folder(config, "small").exists()
     checkpoints = Path(storage.local_path(config.layout.checkpoint("train/small")))
