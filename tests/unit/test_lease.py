@@ -1,4 +1,4 @@
-"""The lease: one driver at a time; a dead driver is taken over; a driver that lost its lease is told. With processes."""
+"""The lease: one driver at a time; a dead driver is taken over; a driver that lost its lease is told. In processes."""
 
 import json
 import subprocess
