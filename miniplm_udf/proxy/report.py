@@ -11,9 +11,8 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.proxy.costs import FlopCounts, flops
 from miniplm_udf.scores.models import read_record
-from miniplm_udf.storage import Json
 from miniplm_udf.store import proxy_records, tables
-from miniplm_udf.store.proxy_records import FittedRows, ProxyRecord
+from miniplm_udf.store.proxy_records import FittedRows, ProxyRecord, Quality
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -35,7 +34,7 @@ class ProxyReport:
         revision: of the proxy.
         path: of its coefficients.
         fitted_on: the rows that it was fitted on (`ProxyRecord.fitted_on`).
-        heldout: its quality on held-out rows (`quality.Quality`), from the record.
+        heldout: its quality on held-out rows, from the record.
         rows: of the pool.
         flops: costs with the proxy and without.
         fit_seconds: how long the fit took.
@@ -45,7 +44,7 @@ class ProxyReport:
     revision: str
     path: str
     fitted_on: FittedRows
-    heldout: Json
+    heldout: Quality
     rows: PoolRows
     flops: FlopCounts
     fit_seconds: float
