@@ -6,7 +6,7 @@ and the order of the columns; `jobs.text.table` aligns them. Reads and writes no
 
 from collections.abc import Mapping
 
-from jobs.text import table
+from jobs.text import decimal, table
 from miniplm_udf.config.evaluate import HELDOUT, task_columns
 from miniplm_udf.storage import Json
 
@@ -18,18 +18,7 @@ _LOSSES = {
 }
 
 
-def evaluation_text(summary: Json) -> str:
-    """Formats the summary of the stage `evaluate`.
-
-    Args:
-        summary: `students` holds the evaluations by name.
-    """
-    students = summary.get("students", {})
-    # A record of an earlier release holds only names.
-    return evaluation_tables(students) if isinstance(students, dict) else ""
-
-
-def evaluation_tables(students: Mapping[str, Json]) -> str:
+def evaluation_text(students: Mapping[str, Json]) -> str:
     """Formats evaluations: one table of losses, and one of tasks if there are any.
 
     Args:
@@ -37,7 +26,7 @@ def evaluation_tables(students: Mapping[str, Json]) -> str:
     """
     sets = {name: evaluation.get("sets", {}) for name, evaluation in students.items()}
     rows = [
-        (texts, name, numbers[texts]["n_tokens"], *(_decimal(numbers[texts][key]) for key in _LOSSES))
+        (texts, name, numbers[texts]["n_tokens"], *(decimal(numbers[texts][key]) for key in _LOSSES))
         for texts in dict.fromkeys([HELDOUT, *(texts for numbers in sets.values() for texts in numbers)])
         for name, numbers in sets.items()
         if texts in numbers
@@ -60,10 +49,6 @@ def _task_table(students: Mapping[str, Json]) -> str:
         shown = [_percent(scores[task]["value"]) if task in scores else None for task in tasks]
         rows.append((name, *shown, _percent(each["average"]) if None not in shown else None))
     return table(("student", *tasks.values(), "Avg."), rows, "  ")
-
-
-def _decimal(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
 
 
 def _percent(share: float) -> str:

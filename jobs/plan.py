@@ -8,8 +8,8 @@ import datetime
 import enum
 from collections.abc import Sequence
 
-from jobs.records import StageRecord, read_record
-from jobs.stages import Options, Stage
+from jobs.records import StageRecord
+from jobs.stage import Options, Stage
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
@@ -63,14 +63,14 @@ def _outcome(
         return _Outcome.REFUSED, f": {error}"
     if stage.is_service(options):
         return _Outcome.RUNS, " as a service, until it is stopped or has read all its input (stream.trigger)"
-    missing, record = stage.missing(config), read_record(config, stage.name)
-    if stage.is_frozen:
-        if options.retrain_reference:
-            return _Outcome.RUNS, ": --retrain-reference"
+    missing, record = stage.missing(config), stage.record(config)
+    if stage.frozen is not None:
+        if stage.frozen.is_asked_for(options):
+            return _Outcome.RUNS, f": {stage.frozen.option}"
         if not missing:
-            return _Outcome.SKIPPED, ": it exists; --retrain-reference trains it again"
+            return _Outcome.SKIPPED, f": it exists; {stage.frozen.option} replaces it"
         try:
-            stage.require(config)
+            stage.frozen.require(config)
         except CorpusError as error:
             return _Outcome.REFUSED, f": {error}"
     if record is None:
@@ -79,10 +79,10 @@ def _outcome(
         return _Outcome.RUNS, f": {_names(missing)} is missing"
     finished = _finished(record)
     fingerprint = stage.fingerprint(None, config)
-    if fingerprint is not None and fingerprint != record["fingerprint"]:
+    if fingerprint is not None and fingerprint != record.fingerprint:
         return _Outcome.RUNS, f": its config or its inputs have changed since it finished ({finished})"
     if is_named:
-        return _Outcome.RUNS, f" again, as it was asked for by name; it finished before ({finished})"
+        return _Outcome.RUNS, f" again, because you named it; it finished before ({finished})"
     if fingerprint is None:
         return _Outcome.MAY_RUN, f" its config or its input files have changed since it finished ({finished})"
     changed = [place.rstrip("/") for place in changing]
@@ -94,8 +94,8 @@ def _outcome(
 
 
 def _finished(record: StageRecord) -> str:
-    seconds = f"{record['seconds']:.0f} s"
-    if (at := record.get("finished_at")) is None:
+    seconds = f"{record.seconds:.0f} s"
+    if (at := record.finished_at) is None:
         return seconds
     return f"{datetime.datetime.fromtimestamp(at, datetime.UTC):%Y-%m-%d %H:%M} UTC, {seconds}"
 

@@ -8,7 +8,6 @@ the user are listed by Spark, which reads them. Owns no stage (`stages.py`). Wri
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.config.generate import GENERATED
@@ -105,22 +104,6 @@ def score_inputs(config: ExperimentConfig) -> list[Any]:
         {alias: [file for file in state if not file[0].endswith("evaluation.json")] for alias, state in states.items()},
         [config.score.max_reject_share, config.score.sample],
     ]
-
-
-def with_earlier_rates(earlier: Json, summary: Json) -> Json:
-    """Keeps the rates of the last scoring: a run that found nothing to score has no rate.
-
-    Args:
-        earlier: the summary in the record of the stage; empty if the stage never finished.
-        summary: the new summary.
-
-    Returns:
-        The new summary, in which `tokens_per_second` has the earlier rate of every model without a new one.
-    """
-    if "tokens_per_second" not in summary:
-        return summary
-    measured = {alias: rate for alias, rate in summary["tokens_per_second"].items() if rate is not None}
-    return {**summary, "tokens_per_second": {**earlier.get("tokens_per_second", {}), **measured}}
 
 
 def proxy_inputs(config: ExperimentConfig) -> list[Any]:
@@ -231,12 +214,6 @@ def evaluate_inputs(config: ExperimentConfig) -> list[Any]:
     sets = {name: text_sets.state_of(section) for name, section in config.evaluate.inputs.items()}
     tasks = storage.folder_state(config.evaluate.tasks_folder) if config.evaluate.tasks_folder else []
     return [to_dict(config.evaluate), runs, sets, tasks, *_versions(config, ["instances"])]
-
-
-def report_inputs(config: ExperimentConfig) -> list[Any]:
-    """The section `report`, and when the stages before it finished."""
-    records = [read_record(config, stage) for stage in ("ingest", "score", "refine", "train", "evaluate")]
-    return [to_dict(config.report), [record.get("finished_at") if record else None for record in records]]
 
 
 def model_files(config: ExperimentConfig, file: str) -> list[str]:

@@ -5,11 +5,11 @@ are public, and lines of text. A rerun that skipped everything gives the same su
 """
 
 import shlex
+from collections.abc import Mapping
 
-from jobs.evaluation_text import evaluation_tables
-from jobs.records import read_record
+from jobs.evaluation_text import evaluation_text
 from jobs.stages import STAGES
-from jobs.text import table
+from jobs.text import decimal, table
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -29,26 +29,26 @@ def build_summary(config: ExperimentConfig) -> PipelineSummary:
     Returns:
         The summary, with all its keys.
     """
-    records = {stage.name: record for stage in STAGES if (record := read_record(config, stage.name))}
-    names = ("ingest", "score", "proxy", "refine", "generate")
-    ingest, score, proxy, refine, generate = (records[name]["summary"] if name in records else {} for name in names)
     evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
-    return {
-        "instances": ingest.get("instances", 0),
-        "rejected": sum(stage.get("rejected", 0) for stage in (ingest, score, generate)),
-        "scored": score.get("scored", {}),
-        "proxy": {"predicted": proxy["rows"]["pool"], "spearman": proxy["heldout"]["spearman"]} if proxy else None,
-        "generated": generate.get("generated"),
-        "kept": refine.get("kept", {}),
-        "tokens_per_second": score.get("tokens_per_second", {}),
-        "refined": {
-            # Under the present root: it may have been moved since the record was written.
-            name: {"path": storage.redact(config.layout.table(f"refined/{name}")), "version": corpus["version"]}
-            for name, corpus in refine.get("refined", {}).items()
-        },
+    summary: PipelineSummary = {
+        "instances": 0,
+        "rejected": 0,
+        "scored": {},
+        "proxy": None,
+        "generated": None,
+        "kept": {},
+        "tokens_per_second": {},
+        "refined": {},
         "students": {name: losses for name in config.students if (losses := _heldout(evaluations[name]))},
-        "seconds": {stage: record["seconds"] for stage, record in records.items()},
+        "seconds": {},
     }
+    for stage in STAGES:
+        if record := stage.record(config):
+            numbers = stage.numbers(config, record.summary)
+            rejected = summary["rejected"] + numbers.get("rejected", 0)
+            seconds = {**summary["seconds"], stage.name: record.seconds}
+            summary = {**summary, **numbers, "rejected": rejected, "seconds": seconds}
+    return summary
 
 
 def write_summary(config: ExperimentConfig, summary: PipelineSummary) -> None:
@@ -77,12 +77,12 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         *([("generated", f"{summary['generated']:,}")] if summary["generated"] is not None else []),
     ]
     speeds = [
-        (stage.name, f"{summary['seconds'][stage.name]:,.1f} s", _speeds(config, summary, stage.name))
+        (stage.name, f"{summary['seconds'][stage.name]:,.1f} s", _speeds(stage.rates(config, summary)))
         for stage in STAGES
         if stage.name in summary["seconds"]
     ]
     students = [
-        (name, config.students[name].corpus, *(_decimal(losses[key]) for key in _HELDOUT))
+        (name, config.students[name].corpus, *(decimal(losses[key]) for key in _HELDOUT))
         for name, losses in summary["students"].items()
     ]
     root = storage.redact(config.root)
@@ -102,7 +102,7 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
     evaluations = {name: each for name in config.students if (each := _model_file(config, name, "evaluation.json"))}
     if any(each.get("tasks") or each.get("sets", {}).keys() - {HELDOUT} for each in evaluations.values()):
-        parts.append(evaluation_tables(evaluations))
+        parts.append(evaluation_text(evaluations))
     return "\n\n".join([*parts, table(None, places, "  ")])
 
 
@@ -117,25 +117,13 @@ def _heldout(evaluation: Json | None) -> dict[str, float | None] | None:
     return losses and {public: losses[key] for public, key in _HELDOUT.items()}
 
 
-def _decimal(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
-
-
 def _predicted(proxy: ProxyNumbers) -> str:
     rho = proxy["spearman"]
     return f"{proxy['predicted']:,} (Spearman on held-out instances {'none' if rho is None else format(rho, '.3f')})"
 
 
-def _speeds(config: ExperimentConfig, summary: PipelineSummary, stage: str) -> str:
-    """`NAME RATE` for each model that the stage ran, in tokens per second."""
-    if stage == "score":
-        rates = {alias: rate for alias, rate in summary["tokens_per_second"].items() if rate}
-    elif stage in ("reference", "train"):
-        names = [config.reference.alias] if stage == "reference" and config.reference else list(config.students)
-        trainings = {name: _model_file(config, name, "training.json") for name in names}
-        rates = {name: t["tokens"] / t["seconds"] for name, t in trainings.items() if t and t.get("seconds")}
-    else:
-        rates = {}
+def _speeds(rates: Mapping[str, float]) -> str:
+    """`NAME RATE` for each model that a stage ran, in tokens per second."""
     return ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
 
 
