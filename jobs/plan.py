@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jobs.records import StageRecord
 from jobs.stage import Options, Stage
+from jobs.text import table
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
@@ -35,20 +36,20 @@ def plan_text(stages: Sequence[Stage], config: ExperimentConfig, options: Option
     Returns:
         For each stage one line that says whether it would run, and below it what it reads and writes.
     """
-    lines = []
+    rows: list[tuple[str, str]] = []
     changing: set[str] = set()
     for stage in stages:
         outcome, reason = _outcome(stage, config, options, is_named, changing)
-        lines.append(f"  {stage.name:<10} {outcome.value}{reason}")
+        rows.append((stage.name, f"{outcome.value}{reason}"))
         if outcome in (_Outcome.ABSENT, _Outcome.REFUSED):
             continue
         outputs = stage.outputs(config)
         written = [*outputs.tables, *stage.may_write, *outputs.files]
         if outcome is not _Outcome.SKIPPED:
             changing.update(written)
-        lines.append(f"             reads   {_names(stage.reads(config))}")
-        lines.append(f"             writes  {_names(written)}")
-    return "\n".join(lines)
+        places = table(None, [("reads", _names(stage.reads(config))), ("writes", _names(written))])
+        rows += [("", line) for line in places.splitlines()]
+    return table(None, rows, "  ")
 
 
 def _outcome(

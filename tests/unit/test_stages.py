@@ -227,7 +227,7 @@ def test_a_stage_without_a_place_for_its_results_is_refused_before_spark(
     assert "report.folder: root memory://bucket/run is not local" in capsys.readouterr().err
     assert stage_runner.stage_main(name, [*arguments, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert f"{name:<10} would be refused: report.folder: " in printed
+    assert f"{name}  would be refused: report.folder: " in printed
     assert '"root": "memory://bucket/run"' in printed
 
 
