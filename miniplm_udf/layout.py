@@ -18,6 +18,11 @@ import dataclasses
 
 from miniplm_udf import storage
 
+# Records in a model folder or a tokenizer folder; their keys are declared in `store.model_records`.
+TRAINING_FILE = "training.json"
+EVALUATION_FILE = "evaluation.json"
+TOKENIZER_RECORD_FILE = "miniplm.json"
+
 
 def query_facts(checkpoint_uri: str) -> str:
     """URI of the facts about a query: a file next to its checkpoint folder, which belongs to Spark.

@@ -118,10 +118,10 @@ class Lease:
         """
         record = read(self._uri)
         if record is None or record.token != self._token:
-            by = "nobody: the file of its lease was removed" if record is None else record.holder
+            by = "the file of the lease was removed" if record is None else f"{record.holder} has taken over"
             raise CorpusError(
-                f"{self._name}: this process ran the {self._what} and was given up for dead; it is run by {by} now. "
-                "Nothing is lost: all commits count, and the other process continues from there"
+                f"{self._name}: the {self._what} of this process did not renew its lease in time, and {by}. All "
+                "commits are kept."
             )
 
     def _wait_for_holder(self) -> LeaseRecord | None:
@@ -133,7 +133,7 @@ class Lease:
                 self._refuse(record)
                 last_beat, since = _beat(record), time.monotonic()
             if time.monotonic() - since >= _PATIENCE_SECONDS:
-                LOGGER.warning("%s: taking over from %s, which is silent", self._name, record.holder)
+                LOGGER.warning("%s: taking over from %s, which has not renewed its lease", self._name, record.holder)
                 return record
             if next_log <= time.monotonic():
                 LOGGER.info("%s: waiting for %s, which holds its lease", self._name, record.holder)

@@ -14,9 +14,10 @@ from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.store.model_records import TokenizerRecord, TrainingRecord, read_training
 from trainer.checkpoints.checkpoint import Checkpoints, SavedState, checkpoint_folder
 from trainer.evaluation.during_training import TrainingEvaluation
-from trainer.loader.data import PackedSequences, TokenizerInfo, read_tokenizer_info
+from trainer.loader.data import PackedSequences, read_tokenizer
 from trainer.loader.order import ORDER_VERSION
 from trainer.loop import Loop, make_optimizer
 from trainer.losses.lm_loss import CausalLMWithLoss, DistilledCausalLM
@@ -28,7 +29,6 @@ from trainer.models.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from trainer.ranks.distributed import World
 from trainer.ranks.parallel import divide
 from trainer.ranks.state import check_equal_weights, set_optimizer, set_weights
-from trainer.records import TrainingRecord, read_training
 from trainer.targets import Target
 
 
@@ -44,7 +44,7 @@ class TrainingInputs:
     """
 
     sequences: PackedSequences
-    tokenizer: TokenizerInfo
+    tokenizer: TokenizerRecord
     teacher: ModelDescription | None
     fingerprint: str
 
@@ -87,7 +87,7 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
     uri = config.layout.table(target.packed_table)
 
     def open_version(version: int | None) -> TrainingInputs:
-        tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))
+        tokenizer = read_tokenizer(config.layout.model(target.tokenizer_folder))
         sequences = PackedSequences(uri, version, target.sequence_length, tokenizer)
         # The manifest instead of the version: a commit that changes no file (by VACUUM) is no reason to train again.
         # Another order of the rows is another training: its checkpoints are not continued.

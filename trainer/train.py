@@ -19,16 +19,18 @@ import torch
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
+from miniplm_udf.layout import TOKENIZER_RECORD_FILE
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
-from trainer.loader.data import read_tokenizer_info
+from miniplm_udf.store.model_records import read_training
+from trainer.loader.data import read_tokenizer
 from trainer.models.flops import equal_compute_steps
 from trainer.models.model import build_model, model_config, n_parameters
 from trainer.models.teacher_loading import teacher_record
 from trainer.preparation import Training, TrainingInputs, open_inputs, prepare
 from trainer.ranks.distributed import World, process_group
 from trainer.ranks.state import gather_weights
-from trainer.records import TrainResult, read_training
+from trainer.records import TrainResult
 from trainer.results.model_folder import set_run, write_model
 from trainer.targets import Target
 from trainer.tracking.callbacks import callbacks_of, require_packages
@@ -218,9 +220,9 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
         "sequences": sequences,
         "tokens": sequences * target.sequence_length,
     }
-    if not storage.exists(config.layout.model(target.tokenizer_folder, "miniplm.json")):
+    if not storage.exists(config.layout.model(target.tokenizer_folder, TOKENIZER_RECORD_FILE)):
         return {**facts, "status": "waits for the pack stage"}
-    tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))
+    tokenizer = read_tokenizer(config.layout.model(target.tokenizer_folder))
     architecture = model_config(
         target.architecture,
         where=target.where,

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from miniplm_udf import storage
 from miniplm_udf.annotations.words import WORDS, ngram_hashes, plain_form, plain_forms, with_words, words_of_plain
 from miniplm_udf.config.annotate import ContaminationConfig
@@ -28,9 +30,9 @@ from miniplm_udf.ingestion.listing import (
     left_out,
     plain_path,
 )
+from miniplm_udf.workers.messages import ddl
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
 _KEY = "annotate.contamination.files"
@@ -40,7 +42,7 @@ _SUFFIXES = tuple(f".{kind}{packed}" for kind in _KINDS for packed in _PACKED)
 _NAMES = re.compile(rf"\.(?i:{'|'.join(_KINDS)})({'|'.join(map(re.escape, _PACKED))})$")
 # At most this many hashes are sent to every executor; with more, Spark decides.
 _BROADCAST_NGRAMS = 20_000_000
-_RECORD_DDL = "file string, texts array<string>, problem string"
+_RECORD_SCHEMA = pa.schema([("file", pa.string()), ("texts", pa.list_(pa.string())), ("problem", pa.string())])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,26 +154,24 @@ def _records(spark: "SparkSession", paths: list[str]) -> "DataFrame":
 
     lines = reader("jsonl").text(paths).selectExpr("CAST(value AS BINARY) AS line", "_metadata.file_path AS file")
     whole = reader("txt").text(paths, wholetext=True)
-    return lines.mapInArrow(_records_of_lines, _RECORD_DDL).union(
+    return lines.mapInArrow(_records_of_lines, ddl(_RECORD_SCHEMA)).union(
         whole.select("_metadata.file_path", plain("value").alias("value")).selectExpr(
             "file_path", "array(value)", "CAST(NULL AS STRING)"
         )
     )
 
 
-def _records_of_lines(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
-    import pyarrow as pa
-
+def _records_of_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         parsed = [_record_of(line) for line in batch.column("line").to_pylist()]
         kept = [number for number, record in enumerate(parsed) if record is not None]
         records = [record for record in parsed if record is not None]
-        columns = [
-            batch.column("file").take(pa.array(kept, pa.int64())).cast(pa.string()),
-            pa.array([texts for texts, _ in records], pa.list_(pa.string())),
-            pa.array([problem for _, problem in records], pa.string()),
-        ]
-        yield pa.RecordBatch.from_arrays(columns, names=["file", "texts", "problem"])
+        columns = {
+            "file": batch.column("file").take(pa.array(kept, pa.int64())),
+            "texts": [texts for texts, _ in records],
+            "problem": [problem for _, problem in records],
+        }
+        yield pa.RecordBatch.from_pydict(columns, schema=_RECORD_SCHEMA)
 
 
 def _record_of(line: bytes) -> tuple[list[str], str | None] | None:

@@ -8,9 +8,14 @@ Source: Lui and Baldwin, langid.py, ACL 2012.
 import functools
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from miniplm_udf.workers.messages import ddl
+
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import DataFrame
+
+_LANGUAGE_SCHEMA = pa.schema([("language", pa.string()), ("language_confidence", pa.float64())])
 
 
 def with_language(rows: "DataFrame") -> "DataFrame":
@@ -22,32 +27,26 @@ def with_language(rows: "DataFrame") -> "DataFrame":
     from pyspark.sql import functions as F
     from pyspark.sql.functions import ArrowUDFType, arrow_udf
 
-    ddl = "struct<language: string, language_confidence: double>"
-    identified = arrow_udf(languages, ddl, ArrowUDFType.SCALAR)(F.col("text"))
+    identified = arrow_udf(languages, ddl(_LANGUAGE_SCHEMA), ArrowUDFType.SCALAR)(F.col("text"))
     named = rows.withColumn("_identified", identified)
-    return named.withColumns({name: F.col(f"_identified.{name}") for name in ("language", "language_confidence")}).drop(
+    return named.withColumns({name: F.col(f"_identified.{name}") for name in _LANGUAGE_SCHEMA.names}).drop(
         "_identified"
     )
 
 
-def languages(texts: "pa.Array") -> "pa.Array":
+def languages(texts: pa.Array) -> pa.Array:
     """Identifies the language of each text.
 
     Args:
         texts: string array.
 
     Returns:
-        struct<language: string, language_confidence: double>, one per text.
+        A struct with the fields of _LANGUAGE_SCHEMA per text.
     """
-    import pyarrow as pa
-
     identifier = _identifier()
     results = [identifier.classify(text) for text in texts.to_pylist()]
-    columns = [
-        pa.array([language for language, _ in results], pa.string()),
-        pa.array([float(confidence) for _, confidence in results], pa.float64()),
-    ]
-    return pa.StructArray.from_arrays(columns, names=["language", "language_confidence"])
+    rows = [{"language": language, "language_confidence": float(confidence)} for language, confidence in results]
+    return pa.array(rows, pa.struct(list(_LANGUAGE_SCHEMA)))
 
 
 @functools.cache

@@ -2,9 +2,10 @@
 
 Input: a YAML file and dotted overrides (`ingest.input=/texts/*.jsonl`). Output: an `ExperimentConfig`. jsonargparse
 makes the dataclasses and checks types; this module refuses unknown keys and checks the links between sections;
-student_models.py fills in the keys that models inherit. Other functions take these dataclasses, never a dict. Two
-environment variables count: MLFLOW_TRACKING_URI (`mlflow_uri`) and MINIPLM_CACHE (storage.py). Imports nothing heavy at
-module level, and jsonargparse only inside `load_config`.
+student_models.py fills in the keys that models inherit. Other functions take these dataclasses, never a dict. The
+library reads four environment variables: MLFLOW_TRACKING_URI (`mlflow_uri`), MINIPLM_CACHE (storage.py),
+MINIPLM_LOG_LEVEL (progress.py) and MINIPLM_SPARK_LOG_LEVEL (streams/spark_log.py). Imports nothing heavy at module
+level, and jsonargparse only inside `load_config`.
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.corpora import versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root
-from miniplm_udf.store import corpus_records, pins, tables, takedowns
+from miniplm_udf.store import corpus_records, model_records, pins, tables, takedowns
 from miniplm_udf.store.provenance import DerivedFrom
 from miniplm_udf.store.takedowns import WHOLE, Takedown
 from miniplm_udf.streams import checkpoints
@@ -187,8 +187,9 @@ class _Removal:
         ends = tuple(f"/tables/{table}" for table in self._emptied)
         packed_uris = {}
         for name in storage.list_folder(self._config.layout.model()):
-            training = storage.read_json(self._config.layout.model(name, "training.json")) or {}
-            packed_uris[name] = str(training.get("packed_uri", ""))
+            training = model_records.read_training(self._config, name)
+            if training is not None:
+                packed_uris[name] = training.packed_uri
         return sorted(name for name, uri in packed_uris.items() if ends and uri.endswith(ends))
 
     def _folders(self, name: str) -> list[str]:
@@ -220,7 +221,10 @@ class _Removal:
         tables.vacuum(self._spark, uri, 0, is_logged)
 
     def _packed(self, name: str, tokenizer: str) -> None:
-        """Empties a packed table that was made from removed rows: which of its sequences hold them is not known."""
+        """Empties a packed table that was made from removed rows.
+
+        The table does not record which sequences contain the removed rows, so all are deleted.
+        """
         from delta.tables import DeltaTable
 
         table = f"packed/{name}/{tokenizer}"

@@ -5,9 +5,12 @@ with the nearest name. Spark reads the first lines of the first JSONL files. Wri
 """
 
 import difflib
+import json
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
+
+import pyarrow as pa
 
 from miniplm_udf import storage
 from miniplm_udf.config.sections import FieldsConfig
@@ -15,14 +18,15 @@ from miniplm_udf.errors import ConfigError
 from miniplm_udf.ingestion.documents import field_names
 from miniplm_udf.ingestion.listing import escape_glob
 from miniplm_udf.streams.spark_log import TASK_LOGGERS, silenced
+from miniplm_udf.workers.messages import ddl
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import SparkSession
 
     from miniplm_udf.ingestion.listing import InputFile
 
 _FILES, _LINES = 5, 100
+_KEYS_SCHEMA = pa.schema([("keys", pa.list_(pa.string()))])
 
 
 def check_columns(path: str, types: dict[str, str], fields: FieldsConfig) -> None:
@@ -68,7 +72,7 @@ def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: Fie
         frame = spark.read.text(escape_glob(unquote(file.path))).selectExpr("CAST(value AS BINARY) AS line")
         try:
             with silenced(spark, TASK_LOGGERS):
-                rows = frame.limit(_LINES).mapInArrow(_line_keys, "keys array<string>").collect()
+                rows = frame.limit(_LINES).mapInArrow(_line_keys, ddl(_KEYS_SCHEMA)).collect()
         except (Py4JJavaError, PySparkException):
             continue  # an unreadable file, which quarantine.py reports
         keys.update(key for row in rows for key in row[0])
@@ -93,12 +97,8 @@ def _no_field(key: str, name: str, names: Collection[str], place: str) -> str:
     return f"ingest.fields.{key}: expected a column or field {name!r} in {place}, found {sorted(names)[:30]}{hint}"
 
 
-def _line_keys(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
+def _line_keys(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The keys of each line that is a JSON object; keys of nested objects have dots."""
-    import json
-
-    import pyarrow as pa
-
     for batch in batches:
         keys = []
         for line in batch.column(0).to_pylist():
@@ -107,4 +107,4 @@ def _line_keys(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]
                 keys.append([key for key in field_names(row) if key.isprintable()] if isinstance(row, dict) else [])
             except (ValueError, RecursionError):
                 keys.append([])
-        yield pa.RecordBatch.from_arrays([pa.array(keys, pa.list_(pa.string()))], names=["keys"])
+        yield pa.RecordBatch.from_pydict({"keys": keys}, schema=_KEYS_SCHEMA)

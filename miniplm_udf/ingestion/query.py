@@ -224,7 +224,7 @@ class IngestQuery(Query):
         self._function = (pack_function if self._is_packed else make_ingest_function)(config.ingest, model, spec)
         checkpoint = _checkpoint(config, inputs.format)
         # The table's lease: it has one writer, whatever the input's format.
-        super().__init__(QUERY, QueryFacts(stage=QUERY, lease=QUERY), checkpoint)
+        super().__init__(QUERY, QueryFacts(stage=QUERY, lease=QUERY, input_format=inputs.format), checkpoint)
         self.backlog_unit = "rows" if inputs.format == "delta" else "files"
         self._spark, self._config, self._inputs = spark, config, inputs
         self.session = _query_session(spark, config)

@@ -9,11 +9,14 @@ same.
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
 
 from miniplm_udf.ingestion.footers import Damage, same_name
 from miniplm_udf.ingestion.parquet_columns import open_file
 from miniplm_udf.ingestion.unpacking import DamagedDataError, unpacked_chunks
+from miniplm_udf.workers.messages import ddl
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -24,7 +27,25 @@ LOGGER = logging.getLogger("miniplm.ingest")
 
 _MAX_TASKS = 1000
 _PARQUET_ROWS = 1000
-_RESULT = "path string, problem string, n_rows bigint, unchecked string"
+_CHECK_SCHEMA = pa.schema(
+    [("path", pa.string()), ("problem", pa.string()), ("n_rows", pa.int64()), ("unchecked", pa.string())]
+)
+
+
+class FileCheck(NamedTuple):
+    """The result of the check of one file.
+
+    Attributes:
+        path: URI of the file, percent-encoded.
+        problem: what is wrong with it; None if it can be read to its end, or was not checked.
+        n_rows: about how many rows a damaged file holds; None if that is unknown.
+        unchecked: why it cannot be checked; None if it was.
+    """
+
+    path: str
+    problem: str | None = None
+    n_rows: int | None = None
+    unchecked: str | None = None
 
 
 def damaged_files(spark: "SparkSession", files: Sequence["InputFile"], columns: Sequence[str] | None) -> list[Damage]:
@@ -43,12 +64,13 @@ def damaged_files(spark: "SparkSession", files: Sequence["InputFile"], columns: 
     if not chosen:
         return []
 
-    def check_batches(batches: Iterator[Any]) -> Iterator[Any]:
+    def check_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            yield _as_batch([check_file(path, columns) for path in batch.column(0).to_pylist()])
+            checks = [check_file(path, columns)._asdict() for path in batch.column(0).to_pylist()]
+            yield pa.RecordBatch.from_pylist(checks, schema=_CHECK_SCHEMA)
 
     paths = spark.createDataFrame([(path,) for path in chosen], "path string")
-    rows = paths.repartition(min(len(chosen), _MAX_TASKS)).mapInArrow(check_batches, _RESULT).collect()
+    rows = paths.repartition(min(len(chosen), _MAX_TASKS)).mapInArrow(check_batches, ddl(_CHECK_SCHEMA)).collect()
     unchecked = [row for row in rows if row.unchecked]
     if unchecked:
         LOGGER.warning(
@@ -58,34 +80,21 @@ def damaged_files(spark: "SparkSession", files: Sequence["InputFile"], columns: 
     return [Damage(chosen[row.path], row.problem, row.n_rows) for row in sorted(rows) if row.problem]
 
 
-def _as_batch(results: Sequence[tuple[Any, ...]]) -> Any:
-    import pyarrow as pa
-
-    columns = zip(*results, strict=True) if results else [()] * 4
-    types = (pa.string(), pa.string(), pa.int64(), pa.string())
-    arrays = [pa.array(values, kind) for values, kind in zip(columns, types, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, names=["path", "problem", "n_rows", "unchecked"])
-
-
-def check_file(path: str, columns: Sequence[str] | None) -> tuple[str, str | None, int | None, str | None]:
+def check_file(path: str, columns: Sequence[str] | None) -> FileCheck:
     """Checks one file, on an executor.
 
     Args:
         path: URI of the file, percent-encoded.
         columns: as for `damaged_files`.
-
-    Returns:
-        The path; what is wrong with the file; about how many rows a damaged file holds; why it cannot be checked. The
-        last three are None if they do not apply.
     """
     try:
         handle = open_file(path)
     except (ImportError, ValueError, OSError) as error:
-        return path, None, None, f"{type(error).__name__}: {error}"
+        return FileCheck(path, unchecked=f"{type(error).__name__}: {error}")
     with handle:
         if columns is not None:
-            return path, *_check_parquet(handle, columns)
-        return path, *_check_packed(path, handle), None
+            return FileCheck(path, *_check_parquet(handle, columns))
+        return FileCheck(path, *_check_packed(path, handle))
 
 
 def _check_packed(path: str, handle: IO[bytes]) -> tuple[str | None, int | None]:
@@ -106,7 +115,6 @@ def _check_packed(path: str, handle: IO[bytes]) -> tuple[str | None, int | None]
 
 def _check_parquet(handle: IO[bytes], wanted: Sequence[str]) -> tuple[str | None, int | None, str | None]:
     """Decodes the wanted columns; returns what is wrong, the rows in the footer, and why the file cannot be checked."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     n_rows = None

@@ -14,6 +14,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.generate import GENERATED
@@ -28,9 +30,9 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.text_join import texts_of
+from miniplm_udf.workers.messages import ddl
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import DataFrame, Row, SparkSession
 
     from miniplm_udf.packing.sequences import InstanceText, PackedSequence
@@ -42,7 +44,17 @@ PACKING_RULE = 2  # raised when packing makes other sequences of the same text: 
 TEXT_COLUMNS = (
     "stream_id", "ordinal", "text", "segment_ends", "starts_document", "ends_document", "document_ids", "start_byte",
 )  # fmt: skip
-_PACKED_DDL = "shard int, position bigint, token_ids binary, target_mask binary, n_targets int, n_new_tokens bigint"
+# The sequences of a shard. `position` counts them.
+_SEQUENCE_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("position", pa.int64()),
+        ("token_ids", pa.binary()),
+        ("target_mask", pa.binary()),
+        ("n_targets", pa.int32()),
+        ("n_new_tokens", pa.int64()),
+    ]
+)
 _ROWS_PER_BATCH = 256
 
 
@@ -248,7 +260,7 @@ def _pack(config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -
     rows, n_instances = source.read()
     # The counts go into the commit, so the sequences are kept until they are written.
     in_order = _in_stored_order(rows, config.pack.shards)
-    sequences = in_order.mapInArrow(_pack_function(source.make), _PACKED_DDL).persist(StorageLevel.DISK_ONLY)
+    sequences = in_order.mapInArrow(_pack_function(source.make), ddl(_SEQUENCE_SCHEMA)).persist(StorageLevel.DISK_ONLY)
     try:
         counts = _counts_by_shard(sequences)
         if not counts:
@@ -330,7 +342,7 @@ def _in_stored_order(rows: "DataFrame", shards: int) -> "DataFrame":
 def _sequences_of_texts(tokenizer: PackTokenizer, settings: PackConfig) -> SequenceMaker:
     """Makes the function from a shard's instances, with TEXT_COLUMNS, to its sequences."""
 
-    def make(batches: Iterator["pa.RecordBatch"]) -> Iterator["PackedSequence"]:
+    def make(batches: Iterator[pa.RecordBatch]) -> Iterator["PackedSequence"]:
         from miniplm_udf.packing import sequences  # loads the tokenizer library, which a driver need not have
 
         def texts() -> Iterator["InstanceText"]:
@@ -345,16 +357,13 @@ def _sequences_of_texts(tokenizer: PackTokenizer, settings: PackConfig) -> Seque
     return make
 
 
-def _pack_function(make: SequenceMaker) -> Callable[[Iterator["pa.RecordBatch"]], Iterator["pa.RecordBatch"]]:
-    """Makes the function of a task: rows of one shard in stored order to its sequences, with columns as in _PACKED_DDL.
+def _pack_function(make: SequenceMaker) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Makes the function of a task: rows of one shard in stored order to its sequences (_SEQUENCE_SCHEMA)."""
 
-    `position` counts the sequences of a shard.
-    """
-
-    def pack_shard(batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
+    def pack_shard(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         shard: int | None = None
 
-        def rows() -> Iterator["pa.RecordBatch"]:
+        def rows() -> Iterator[pa.RecordBatch]:
             nonlocal shard
             for batch in batches:
                 if shard is None and batch.num_rows:
@@ -375,17 +384,13 @@ def _pack_function(make: SequenceMaker) -> Callable[[Iterator["pa.RecordBatch"]]
     return pack_shard
 
 
-def _to_arrow(group: list["PackedSequence"], shard: int | None, position: int) -> "pa.RecordBatch":
-    import pyarrow as pa
-
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array([shard] * len(group), pa.int32()),
-            pa.array(range(position, position + len(group)), pa.int64()),
-            pa.array([s.token_ids.astype("<i4").tobytes() for s in group], pa.binary()),
-            pa.array([s.target_mask.tobytes() for s in group], pa.binary()),
-            pa.array([int(s.target_mask.sum()) for s in group], pa.int32()),
-            pa.array([s.n_new_tokens for s in group], pa.int64()),
-        ],
-        names=[field.split()[0] for field in _PACKED_DDL.split(", ")],
-    )
+def _to_arrow(group: list["PackedSequence"], shard: int | None, position: int) -> pa.RecordBatch:
+    columns = {
+        "shard": [shard] * len(group),
+        "position": range(position, position + len(group)),
+        "token_ids": [sequence.token_ids.astype("<i4").tobytes() for sequence in group],
+        "target_mask": [sequence.target_mask.tobytes() for sequence in group],
+        "n_targets": [int(sequence.target_mask.sum()) for sequence in group],
+        "n_new_tokens": [sequence.n_new_tokens for sequence in group],
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=_SEQUENCE_SCHEMA)

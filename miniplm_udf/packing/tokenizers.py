@@ -23,8 +23,10 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.config.sections import ModelConfig, TokenizerConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.layout import TOKENIZER_RECORD_FILE
 from miniplm_udf.scoring.description import with_absolute_path
 from miniplm_udf.store import tables
+from miniplm_udf.store.model_records import TokenizerRecord, read_tokenizer_record
 from miniplm_udf.workers.remote import run_on_executor, run_over_rows
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class PackTokenizer:
 
 
 def ensure_tokenizer(spark: "SparkSession", config: ExperimentConfig, name: str) -> PackTokenizer:
-    """Returns the tokenizer `tokenizers.<name>`; trains or copies it if its folder is not there yet.
+    """Returns the tokenizer `tokenizers.<name>`; trains or copies it if its folder does not exist.
 
     Args:
         spark: a session.
@@ -135,16 +137,16 @@ def _ensure(
         make: makes the tokenizer.
     """
     uri = config.layout.model(f"tokenizer_{name}")
-    record = storage.read_json(storage.join(uri, "miniplm.json"))
-    if record is not None and record.get("fingerprint") == identity:
+    record = read_tokenizer_record(uri)
+    if record is not None and record.fingerprint == identity:
         with fsspec.open(storage.join(uri, TOKENIZER_FILE), "rb") as handle:
             content = handle.read()
         return PackTokenizer(
             name=name,
             content=content,
-            document_separator=record["document_separator"],
-            document_separator_id=record["document_separator_id"],
-            vocab_size=record["vocab_size"],
+            document_separator=record.document_separator,
+            document_separator_id=record.document_separator_id,
+            vocab_size=record.vocab_size,
         )
     if record is not None:
         LOGGER.warning("%s: its config changed: the tokenizer is made again, and the corpora packed with it", key)
@@ -163,18 +165,18 @@ def _save(uri: str, tokenizer: PackTokenizer, identity: str) -> None:
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
     }
-    record = {
-        "document_separator": tokenizer.document_separator,
-        "document_separator_id": tokenizer.document_separator_id,
-        "tokenizer_hash": tokenizer.tokenizer_hash,
-        "vocab_size": tokenizer.vocab_size,
-        "fingerprint": identity,
-    }
+    record = TokenizerRecord(
+        document_separator=tokenizer.document_separator,
+        document_separator_id=tokenizer.document_separator_id,
+        tokenizer_hash=tokenizer.tokenizer_hash,
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=identity,
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.content)
         storage.write_json(str(folder / "tokenizer_config.json"), for_transformers)
-        storage.write_json(str(folder / "miniplm.json"), record)
+        storage.write_json(str(folder / TOKENIZER_RECORD_FILE), dataclasses.asdict(record))
         storage.upload_folder(folder, uri)
 
 

@@ -19,7 +19,14 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random_corpus
 from miniplm_udf.errors import mlflow_errors
 from miniplm_udf.report.summary import PipelineSummary
-from miniplm_udf.storage import Json
+from miniplm_udf.store.model_records import (
+    Evaluation,
+    SetEvaluation,
+    TaskScore,
+    TrainingRecord,
+    read_evaluation,
+    read_training,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,8 +47,8 @@ class StudentFacts:
     Attributes:
         name, corpus, tokenizer: as in the config.
         is_random: whether its corpus is a random choice.
-        training: content of `training.json`.
-        evaluation: content of `evaluation.json`; empty if the student was not evaluated.
+        training: its `training.json`.
+        evaluation: its `evaluation.json`; None if the student was not evaluated.
         curve: (step, train_loss in nats per token), empty if MLflow has none.
     """
 
@@ -49,31 +56,29 @@ class StudentFacts:
     corpus: str
     tokenizer: str
     is_random: bool
-    training: Json
-    evaluation: Json
+    training: TrainingRecord
+    evaluation: Evaluation | None
     curve: list[tuple[int, float]]
 
     @property
-    def sets(self) -> dict[str, Json]:
+    def sets(self) -> dict[str, SetEvaluation]:
         """Losses by set of texts; empty if the student was not evaluated."""
-        sets: dict[str, Json] = self.evaluation.get("sets", {})
-        return sets
+        return self.evaluation.sets if self.evaluation else {}
 
     @property
-    def heldout(self) -> Json:
-        """Losses on the experiment's held-out text; empty if the student was not evaluated on it."""
-        return self.sets.get(HELDOUT, {})
+    def heldout(self) -> SetEvaluation | None:
+        """Losses on the experiment's held-out text; None if the student was not evaluated on it."""
+        return self.sets.get(HELDOUT)
 
     @property
-    def task_scores(self) -> dict[str, Json]:
+    def task_scores(self) -> dict[str, TaskScore]:
         """Scores by task; empty without any."""
-        scores: dict[str, Json] = (self.evaluation.get("tasks") or {}).get("scores", {})
-        return scores
+        return self.evaluation.tasks.scores if self.evaluation and self.evaluation.tasks else {}
 
     @property
     def bits_per_byte(self) -> float | None:
         """Held-out bits per byte over all sources; None if the student was not evaluated."""
-        return self.heldout.get("bits_per_byte")
+        return self.heldout.bits_per_byte if self.heldout else None
 
     def source_bits_per_byte(self, source: str) -> float | None:
         """Returns the held-out bits per byte of one source; None if the student was not evaluated on it.
@@ -81,8 +86,8 @@ class StudentFacts:
         Args:
             source: name of the source.
         """
-        bits: float | None = self.heldout.get("by_source", {}).get(source, {}).get("bits_per_byte")
-        return bits
+        loss = self.heldout.by_source.get(source) if self.heldout else None
+        return loss.bits_per_byte if loss else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,7 @@ def students(config: ExperimentConfig) -> list[StudentFacts]:
     """
     facts = []
     for name, student in config.students.items():
-        training = storage.read_json(config.layout.model(name, "training.json"))
+        training = read_training(config, name)
         if training is None:
             continue
         facts.append(
@@ -119,8 +124,8 @@ def students(config: ExperimentConfig) -> list[StudentFacts]:
                 tokenizer=student.tokenizer,
                 is_random=is_random_corpus(config.refine.corpora, student.corpus),
                 training=training,
-                evaluation=storage.read_json(config.layout.model(name, "evaluation.json")) or {},
-                curve=_curve(config, training.get("run_id")),
+                evaluation=read_evaluation(config, name),
+                curve=_curve(config, training.run_id),
             )
         )
     return facts
@@ -132,7 +137,7 @@ def sources(students: Sequence[StudentFacts]) -> list[str]:
     Args:
         students: as `students` returns them.
     """
-    return sorted({source for student in students for source in student.heldout.get("by_source", {})})
+    return sorted({source for student in students if student.heldout for source in student.heldout.by_source})
 
 
 def external_sets(students: Sequence[StudentFacts]) -> list[str]:
@@ -184,8 +189,8 @@ def differences(students: Sequence[StudentFacts]) -> list[Difference]:
 
 
 def _is_small(student: StudentFacts) -> bool:
-    trained, heldout = student.training.get("tokens", 0), student.heldout.get("n_tokens", 0)
-    return bool(trained < NOISE_TRAINING_TOKENS or heldout < NOISE_HELDOUT_TOKENS)
+    heldout_tokens = student.heldout.n_tokens if student.heldout else 0
+    return student.training.tokens < NOISE_TRAINING_TOKENS or heldout_tokens < NOISE_HELDOUT_TOKENS
 
 
 def _client(config: ExperimentConfig) -> "MlflowClient":

@@ -3,9 +3,9 @@
     instances (split = pool; the share `score.sample`) -> rows still missing, per model -> mapInArrow
               -> one append to `scores` -> `rejects`
 
-Scores only what is missing. Rows that another query has scored or rejected (a lost checkpoint, another set of models)
-are searched for until the instances that existed at the start are done; later ones cannot have been scored, since one
-driver at a time scores with a model. The search opens only files from the micro-batch's time (`batch_range`). A
+Scores only what is missing. Another query may have scored or rejected a row (a lost checkpoint, another set of models).
+The query looks for such rows only among instances that existed at its start. Only this driver scores instances added
+later. The search opens only files from the micro-batch's time (`batch_range`). A
 micro-batch commits `scores` once, under its (query_id, batch_id); everything else is derived from the committed rows.
 A replayed micro-batch finds its rows and skips scoring; one that was killed before its commit scores again, and nothing
 of the first attempt remains.
@@ -66,7 +66,7 @@ def checkpoint_name(models: tuple[ModelDescription, ...], sample: float = 1.0) -
 
     Args:
         models: the models to score with, in any order.
-        sample: share of the pool to score, 0 to 1; `Checkpoint.sample` reads it from the name.
+        sample: share of the pool to score, 0 to 1; a share below 1 is part of the name.
     """
     name = "score-" + fingerprint(sorted(model.model_revision for model in models))
     return name if sample >= 1 else f"{name}-{float(sample)!r}"

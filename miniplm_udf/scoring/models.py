@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from miniplm_udf import storage
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
+from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.gguf_models import gguf_folder
 from miniplm_udf.scoring.loading import load_causal_lm
@@ -292,7 +293,7 @@ def _warnings(alias: str, folder: Path, tokenizer: Tokenizer, vocab_size: int) -
     warnings = []
     eos = _eos_token(folder, tokenizer)
     # A model of this project's trainer may have the tokenizer of its teacher, with the chat template.
-    if not (folder / "training.json").is_file() and eos is not None and _CHAT_TOKEN.search(eos):
+    if not (folder / TRAINING_FILE).is_file() and eos is not None and _CHAT_TOKEN.search(eos):
         warnings.append(f"{alias} is chat-tuned (its eos_token is {eos}): its likelihoods of raw text are distorted")
     source = folder / SOURCE_FILE
     if source.is_file() and json.loads(source.read_text(encoding="utf-8"))["quantised"]:

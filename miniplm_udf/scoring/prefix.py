@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE
 from miniplm_udf.scoring.weights import SOURCE_FILE
 from miniplm_udf.storage import Json
@@ -50,7 +51,7 @@ def find_prefix(alias: str, folder: Path, tokenizer: Tokenizer, config: ModelCon
         return Prefix(None, f"models.{alias}.bos_token is none")
     if config.bos_token != AUTO:
         return Prefix(config.bos_token, f"models.{alias}.bos_token")
-    if (folder / "training.json").is_file():
+    if (folder / TRAINING_FILE).is_file():
         return Prefix(None, "the trainer of this project puts no BOS in front")
     stated, where = _stated(folder)
     if stated is None:

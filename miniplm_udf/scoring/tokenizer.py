@@ -15,11 +15,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from miniplm_udf.errors import ModelLoadError
+from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.scoring.tokenizer_checks import is_repeatable
 from miniplm_udf.storage import Json
 
 TOKENIZER_FILE = "tokenizer.json"
-TRAINING_FILE = "training.json"
 # BPE leaves out merges at random with `dropout`; Unigram draws a segmentation with `alpha` and `nbest_size`.
 _SAMPLING = ("dropout", "alpha", "nbest_size")
 

@@ -44,7 +44,7 @@ class Checkpoint:
         id: the query's id as in the tables: 32 hexadecimal digits.
         batch_id: the newest finished micro-batch; None before the first is finished.
         offset: where that micro-batch ends in the source.
-        facts: stage, source, sample, lease and revisions of the query.
+        facts: stage, source, sample, input format, lease and revisions of the query.
     """
 
     uri: str

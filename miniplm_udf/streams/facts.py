@@ -24,6 +24,7 @@ class QueryFacts:
             query where several may write the table.
         source: the table of the root that the query reads; None for ingest, which reads the user's files or table.
         sample: share of the source's pool that the query takes, above 0 and at most 1.
+        input_format: format of the files or the table that ingest reads; None for other queries.
         revisions: model revisions by alias (score, score_matrix, generate); the revision of the proxy under `proxy`;
             the revision of the generation under `generation`.
     """
@@ -32,6 +33,7 @@ class QueryFacts:
     lease: str
     source: str | None = None
     sample: float = 1.0
+    input_format: str | None = None
     revisions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -49,7 +51,7 @@ def record(checkpoint_uri: str, facts: QueryFacts) -> None:
 
 
 def read(checkpoint_uri: str) -> QueryFacts:
-    """Reads the recorded facts of a query; without a whole record, takes them from the name of its checkpoint.
+    """Reads the recorded facts of a query; facts that are not recorded are taken from the name of its checkpoint.
 
     Args:
         checkpoint_uri: the checkpoint folder; the record is a file next to it.
@@ -57,11 +59,12 @@ def read(checkpoint_uri: str) -> QueryFacts:
     Raises:
         CorpusError: there is no whole record, and the name has no share where one is expected.
     """
-    recorded = _recorded(layout.query_facts(checkpoint_uri))
-    if recorded is not None:
+    recorded, name = _recorded(layout.query_facts(checkpoint_uri)), checkpoint_uri.rstrip("/").rsplit("/", 1)[-1]
+    if recorded is not None and (recorded.stage != "ingest" or recorded.input_format is not None):
         return recorded
     try:
-        return _facts_in_name(checkpoint_uri.rstrip("/").rsplit("/", 1)[-1])
+        # Earlier releases recorded no format.
+        return _facts_in_name(name) if recorded is None else dataclasses.replace(recorded, input_format=_format(name))
     except ValueError as error:
         raise CorpusError(
             f"checkpoint {storage.redact(checkpoint_uri)}: expected a folder named score-<id>-<share>, found "
@@ -96,4 +99,10 @@ def _facts_in_name(name: str) -> QueryFacts:
         return QueryFacts(stage=stage, lease=lease, source="instances", sample=sample)
     leases = {"ingest": "ingest", "score_matrix": "score_matrix", "proxy": "proxy_scores"}
     sources = {"score_matrix": "scores", "follow": "score_matrix", "proxy": "instances"}
-    return QueryFacts(stage=stage, lease=leases.get(stage, name), source=sources.get(stage))
+    return QueryFacts(stage=stage, lease=leases.get(stage, name), source=sources.get(stage), input_format=_format(name))
+
+
+def _format(name: str) -> str | None:
+    """The format in the name of an ingest checkpoint: ingest-<format>."""
+    stage, _, rest = name.partition("-")
+    return rest if stage == "ingest" and rest else None

@@ -21,7 +21,7 @@ from miniplm_udf.corpora import versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease, is_held
-from miniplm_udf.store import pins, tables
+from miniplm_udf.store import model_records, pins, tables
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.checkpoints import Checkpoint
@@ -211,8 +211,8 @@ def _forget(spark: "SparkSession", config: ExperimentConfig, abandoned_days: flo
 def _pin_training_corpora(spark: "SparkSession", config: ExperimentConfig, dry_run: bool) -> Iterator[str]:
     """Pins the versions of corpora that the root's models were trained on, if they still exist."""
     for name in storage.list_folder(config.layout.model()):
-        training = storage.read_json(config.layout.model(name, "training.json")) or {}
-        lineage = training.get("lineage") or {}
+        training = model_records.read_training(config, name)
+        lineage = (training.lineage if training else None) or {}
         corpus, version = lineage.get("corpus"), lineage.get("refined_version")
         if corpus is None or version is None or pins.of_version(spark, config.root, corpus, version) is not None:
             continue

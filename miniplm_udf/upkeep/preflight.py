@@ -285,7 +285,8 @@ def _require_chunking_record(spark: "SparkSession", root: str) -> None:
 
 def _require_same_input(spark: "SparkSession", config: ExperimentConfig) -> None:
     """Refuses to ingest a Delta table that is not the table whose versions the checkpoint counts."""
-    query = next((query for query in checkpoints.find(config.root) if query.name == "ingest-delta"), None)
+    queries = checkpoints.find(config.root)
+    query = next((query for query in queries if query.stage == "ingest" and query.facts.input_format == "delta"), None)
     offset = None if query is None else query.offset or end_offset(query.uri, 0)
     if query is None or offset is None or config.ingest.format not in ("auto", "delta"):
         return

@@ -68,7 +68,7 @@ def verify(spark: "SparkSession", root: str) -> list[Check]:
     checks += [verify_versions.corpora_of] if checked.has("corpora") else []
     checks += [verify_versions.pinned] if tables.exists(spark, Root(checked.root).table("pins")) else []
     if tables.exists(spark, Root(checked.root).table("takedowns")):
-        checks += [verify_versions.taken_down, verify_files.no_file_holds_it]
+        checks += [verify_versions.taken_down, verify_files.files_without_taken_down_rows]
     return [*_lost(checked), *(result for check in checks for result in check(checked))]
 
 

@@ -27,7 +27,7 @@ _WITHOUT_TEXTS = ("takedowns", "document_keys")
 _IDS = "instance_id STRING, document_ids ARRAY<STRING>"
 
 
-def no_file_holds_it(checked: CheckedRoot) -> Iterator[Check]:
+def files_without_taken_down_rows(checked: CheckedRoot) -> Iterator[Check]:
     """Checks that no Parquet file below the root has a row of an instance or a document that was taken down.
 
     Args:

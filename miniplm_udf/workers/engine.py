@@ -29,11 +29,11 @@ from miniplm_udf.workers.worker_scorers import (
 
 LOGGER = logging.getLogger("miniplm.udf")
 
-# Slices that are ready, or being made ready, while a model works: two would do; a third evens out their sizes.
+# Slices that are prepared while a model works. Two slices keep the model busy; a third absorbs differences in size.
 SLICES_AHEAD = 3
 # After this many failed texts in a row, in this task and those before it, the model or the machine is broken, and the
-# texts must not be rejected. Texts that break a tokenizer come singly, or a few in one file; a model that is broken
-# from the start fails its task within the first slice, so that nothing is written.
+# texts must not be rejected. A text that breaks a tokenizer is rare. A model that is broken from the start fails its
+# task within the first slice, so that nothing is written.
 MAX_ERRORS_IN_A_ROW = 32
 # Errors that no text causes: those of this project, the end of the process, and the loss of the worker that asked.
 _NO_FAULT_OF_A_TEXT = (errors.MiniplmError, ConnectionClosed, KeyboardInterrupt, SystemExit, GeneratorExit)

@@ -44,10 +44,11 @@ from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.packing.file_layout import FILE_ROWS
+from miniplm_udf.store.model_records import TokenizerRecord
 from tests.bench import results
 from tests.support.packed_tables import SCHEMA, packed_batch, write_rows
 from trainer.loader.batches import Batches
-from trainer.loader.data import PackedSequences, TokenizerInfo
+from trainer.loader.data import PackedSequences
 from trainer.loader.order import RowOrder
 from trainer.ranks.distributed import World
 
@@ -59,7 +60,9 @@ CODECS = ("ZSTD", "LZ4_RAW", "SNAPPY", "UNCOMPRESSED")  # the first one is the p
 MAPPED = "memory-mapped file"
 PLAIN_FILES = ("tokens.bin", "mask.bin")
 METADATA = {"corpus": "random"}
-INFO = TokenizerInfo(document_separator="x", document_separator_id=0, tokenizer_hash="h", vocab_size=VOCABULARY)
+INFO = TokenizerRecord(
+    document_separator="x", document_separator_id=0, tokenizer_hash="h", vocab_size=VOCABULARY, fingerprint="f"
+)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from miniplm_udf.store import corpus_records, tables
 from miniplm_udf.store.delta_files import parquet_files
 from miniplm_udf.upkeep import checks, maintain, verify_versions
 from tests.support.matrices import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record
+from tests.support.model_records import write_training
 from tests.support.score_tables import experiment, texts, write_instances
 
 YEARS = 11 * 365 * 86400
@@ -63,7 +64,7 @@ def test_a_pinned_version_outlives_every_retention(spark: Any, tmp_path: Path) -
     lost = listing.listing(config.root)[1]["version"]
     # A version that a student was trained on; one that was not is to go.
     lineage = {"corpus": "kept", "refined_version": listing.listing(config.root)[2]["version"]}
-    storage.write_json(config.layout.model("student/training.json"), {"lineage": lineage})
+    write_training(config, "student", lineage=lineage)
     rewrite(spark, config, 1)
 
     by_default = maintain.maintain(spark, config)

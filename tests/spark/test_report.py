@@ -17,7 +17,7 @@ from miniplm_udf.report import figures, queries, students
 from miniplm_udf.report.histogram import BUCKETS, Histogram, histogram
 from miniplm_udf.report.render import build_report
 from miniplm_udf.store import delta_log
-from tests.support import report_root
+from tests.support import model_records, report_root
 from tests.support.report_root import HOSTILE, SOURCES, Built, score
 
 SUMMARY = {"seconds": {"ingest": 12.3, "score": 75.2}, "tokens_per_second": {"teacher": 812.4, "reference": None}}
@@ -268,9 +268,10 @@ def test_many_sources_are_summed_up() -> None:
 
 def test_noise_ends_where_the_rule_says() -> None:
     def student(name: str, tokens: int, heldout: int, is_random: bool = False) -> students.StudentFacts:
+        sets = {"heldout": model_records.set_evaluation(model_records.text_loss(1.0, heldout))}
         return students.StudentFacts(
-            name=name, corpus="c", tokenizer="t", is_random=is_random, training={"tokens": tokens},
-            evaluation={"sets": {"heldout": {"bits_per_byte": 1.0, "n_tokens": heldout}}}, curve=[],
+            name=name, corpus="c", tokenizer="t", is_random=is_random,
+            training=model_records.training_record(tokens=tokens), evaluation=model_records.evaluation(sets), curve=[],
         )  # fmt: skip
 
     large, small = student("a", 10**9, 10**6), student("b", 10**9 - 1, 10**6, is_random=True)

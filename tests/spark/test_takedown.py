@@ -16,6 +16,7 @@ from miniplm_udf.packing.corpus import pack_corpus
 from miniplm_udf.store import corpus_records, pins, tables, takedowns
 from miniplm_udf.store.delta_files import parquet_files
 from miniplm_udf.store.takedowns import Takedown
+from tests.support.model_records import write_training
 from tests.support.score_tables import experiment, texts, write_instances
 from tests.support.takedown_roots import ASKED, World, file_rows
 from trainer.loader.data import open_delta
@@ -30,8 +31,7 @@ def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
     refine.run(spark, world.config)
     versions.pin(spark, world.config.root, "kept", "all")
     packed = pack_corpus(spark, world.config, "kept", "bpe")
-    training = {"packed_uri": storage.redact(packed.path)}
-    storage.write_json(world.config.layout.model("student/training.json"), training)
+    write_training(world.config, "student", packed_uri=storage.redact(packed.path))
     assert max(len(row["document_ids"]) for row in world.rows("instances")) > 1
     return world
 

@@ -23,6 +23,7 @@ from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config, to_dict
 from miniplm_udf.refinement.refine import resolve_corpus
 from miniplm_udf.store import tables
+from tests.support import model_records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
@@ -154,23 +155,12 @@ def _student(config: ExperimentConfig, client: Any, experiment: str, name: str, 
     client.log_metric(run_id, "heldout_bits_per_byte", bits)
     client.log_metric(run_id, "heldout_nats_per_token", bits * 1.7)
     client.set_terminated(run_id)
-    folder = config.layout.model(name)
-    training = {
-        "name": name,
-        "run_id": run_id,
-        "steps": 100,
-        "tokens": 204_800,
-        "final_loss": 4.25,
-        "n_parameters": 3_352_512,
-    }
-    storage.write_json(f"{folder}/training.json", training)
-    numbers = {"nats_per_token": bits * 1.7, "bits_per_byte": bits, "n_tokens": 9876, "n_bytes": 30_000}
-    numbers |= {"nats_per_instance_mean": bits * 1.8, "official_loss": bits * 1.9}
-    by_source = {source: {**numbers, "bits_per_byte": bits + i / 7} for i, source in enumerate(SOURCES)}
-    sets = {"heldout": {**numbers, "by_source": by_source}, "dclm": {**numbers, "by_source": {}}}
-    scores = {"piqa": {"value": bits / 4}, "my_task": {"value": bits / 5}}
-    tasks = {"scores": scores, "average": bits * (1 / 8 + 1 / 10)}
-    storage.write_json(f"{folder}/evaluation.json", {"sets": sets, "tasks": tasks})
+    model_records.write_training(config, name, run_id=run_id)
+    loss = model_records.text_loss(bits)
+    by_source = {source: dataclasses.replace(loss, bits_per_byte=bits + i / 7) for i, source in enumerate(SOURCES)}
+    sets = {"heldout": model_records.set_evaluation(loss, by_source), "dclm": model_records.set_evaluation(loss)}
+    evaluation = model_records.evaluation(sets, {"piqa": bits / 4, "my_task": bits / 5})
+    storage.write_json(config.layout.model(name, "evaluation.json"), dataclasses.asdict(evaluation))
     return run_id
 
 

@@ -68,6 +68,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 300) -> Tokenizer:
         "document_separator_id": tokenizer.token_to_id(SEPARATOR),
         "tokenizer_hash": tokenizer_hash(folder),
         "vocab_size": tokenizer.get_vocab_size(),
+        "fingerprint": "f" * 32,
     }
     (folder / "miniplm.json").write_text(json.dumps(info))
     return tokenizer

@@ -4,6 +4,7 @@ import ast
 import configparser
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,37 @@ def declared(*extras: str) -> set[str]:
     }
 
 
-def imported(folder: str) -> set[str]:
-    """Names of the distributions that the files of a folder import, at module level or inside functions."""
+def modules(file: Path) -> set[str]:
+    """Dotted names that a file imports, at module level or inside functions."""
     names: set[str] = set()
-    for file in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names.add(node.module.split(".")[0])
-    return {DISTRIBUTIONS.get(name, name).replace("_", "-").lower() for name in names - OURS - sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def distributions(files: Iterable[Path]) -> set[str]:
+    """Names of the distributions that files import."""
+    names = {name.split(".")[0] for file in files for name in modules(file)} - OURS - sys.stdlib_module_names
+    return {DISTRIBUTIONS.get(name, name).replace("_", "-").lower() for name in names}
+
+
+def with_imported_files(files: Iterable[Path]) -> set[Path]:
+    """The files, and all files of this repository that they import, directly or through others."""
+    waiting, seen = list(files), set()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for name in modules(file):
+            parts = name.split(".")
+            paths = [ROOT.joinpath(*parts[:n]) for n in range(1, len(parts) + 1) if parts[0] in OURS]
+            waiting += [place for path in paths for place in (path.with_suffix(".py"), path / "__init__.py")
+                        if place.is_file()]  # fmt: skip
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -55,4 +77,11 @@ def imported(folder: str) -> set[str]:
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...]) -> None:
-    assert imported(folder) - declared(*extras) - NOT_DECLARED == set()
+    assert distributions((ROOT / folder).rglob("*.py")) - declared(*extras) - NOT_DECLARED == set()
+
+
+def test_a_trainer_node_has_what_the_trainer_imports_of_the_library() -> None:
+    """For example, a teacher in a GGUF file is read by `scoring`, which needs filelock and gguf."""
+    files = with_imported_files((ROOT / "trainer").rglob("*.py"))
+    assert ROOT / "miniplm_udf/scoring/gguf_models.py" in files
+    assert distributions(files) - declared("train", "tensorboard", "wandb", "eval") == set()

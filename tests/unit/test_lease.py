@@ -1,4 +1,4 @@
-"""The lease: one driver at a time, a dead one's work taken over, a driver given up for dead told so. Real processes."""
+"""The lease: one driver at a time; a dead driver is taken over; a driver that lost its lease is told. In processes."""
 
 import json
 import subprocess
@@ -81,7 +81,10 @@ def test_a_silent_driver_of_another_machine_is_taken_over_and_finds_out(
         path.write_text(json.dumps({**record, "machine": "elsewhere", "host": "elsewhere"}))
         with Lease(uri, "score") as second:
             second.check()
-            with pytest.raises(CorpusError, match="given up for dead; it is run by process"):
+            with pytest.raises(
+                CorpusError,
+                match=r"did not renew its lease in time, and process .* has taken over\. All commits are kept\.",
+            ):
                 first.check()
         # The second holder has released the lease, so no record is left.
         assert lease.read(uri) is None

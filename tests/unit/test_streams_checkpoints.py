@@ -116,6 +116,19 @@ def test_facts_of_a_later_release_are_read(tmp_path: Path) -> None:
     assert checkpoint.facts == QueryFacts(stage="score", lease="x")
 
 
+def test_the_input_format_of_ingest_is_recorded_and_an_older_record_takes_it_from_the_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "ingest-delta", 1, 1)
+    record = tmp_path / "_checkpoints/ingest-delta.json"
+    for plain in ({}, {"input_format": "delta"}):
+        record.write_text(json.dumps({"stage": "ingest", "lease": "ingest", **plain}))
+        (checkpoint,) = checkpoints.find(str(tmp_path))
+        assert checkpoint.facts == QueryFacts(stage="ingest", lease="ingest", input_format="delta")
+    record.write_text('{"stage": "ingest", "lease": "ingest", "input_format": "jsonl"}')
+    assert next(checkpoints.find(str(tmp_path))).facts.input_format == "jsonl"
+    record.unlink()
+    assert next(checkpoints.find(str(tmp_path))).facts.input_format == "delta"
+
+
 @pytest.mark.slow
 def test_alone_keeps_the_queries_out_and_is_refused_where_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

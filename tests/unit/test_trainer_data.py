@@ -11,13 +11,16 @@ from deltalake import DeltaTable, write_deltalake
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.store.model_records import TokenizerRecord
 from tests.support.packed_tables import packed_batch, write_rows
 from tests.support.trainer_roots import LENGTH, write_packed
 from trainer.loader import data, order
-from trainer.loader.data import PackedSequences, TokenizerInfo, read_tokenizer_info, user_metadata
+from trainer.loader.data import PackedSequences, read_tokenizer, user_metadata
 from trainer.loader.packed_files import RowGroupReader, list_row_groups
 
-INFO = TokenizerInfo(document_separator="x", document_separator_id=0, tokenizer_hash="h" * 32, vocab_size=3000)
+INFO = TokenizerRecord(
+    document_separator="x", document_separator_id=0, tokenizer_hash="h" * 32, vocab_size=3000, fingerprint="f"
+)
 METADATA = {"tokenizer_hash": "h" * 32, "sequence_length": LENGTH}
 
 
@@ -162,7 +165,7 @@ def test_missing_table_names_the_stage(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="run the pack stage"):
         open_table(tmp_path / "none")
     with pytest.raises(CorpusError, match=r"miniplm\.json.*pack stage"):
-        read_tokenizer_info(storage.to_uri(str(tmp_path / "none")))
+        read_tokenizer(storage.to_uri(str(tmp_path / "none")))
 
 
 def test_missing_version(tmp_path: Path) -> None:

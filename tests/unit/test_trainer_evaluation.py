@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
+from miniplm_udf.store.model_records import read_evaluation, read_training
 from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import LENGTH, make_root, some_texts, write_config, write_instances
 from trainer.__main__ import main
 from trainer.evaluation import losses, texts
 from trainer.evaluation import run as evaluation
 from trainer.evaluation.during_training import TrainingEvaluation
-from trainer.evaluation.records import EvaluateResult, read_evaluation
-from trainer.records import read_training
+from trainer.evaluation.records import EvaluateResult
 from trainer.targets import all_targets, student_target
 from trainer.tracking.run import Run
 from trainer.tracking.store import connect

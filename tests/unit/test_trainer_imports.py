@@ -33,7 +33,7 @@ def imported(file: Path, module_level_only: bool) -> set[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
 def test_library_parts(file: Path) -> None:
-    allowed = {"errors", "schemas", "config", "storage", "progress", "scoring", "store", "lease", "stopping"}
+    allowed = {"errors", "schemas", "config", "layout", "storage", "progress", "scoring", "store", "lease", "stopping"}
     allowed |= {"revision"}
     names = imported(file, module_level_only=False)
     parts = [name.split(".") for name in names if name.startswith("miniplm_udf.")]
@@ -42,7 +42,8 @@ def test_library_parts(file: Path) -> None:
     # Parts of rooms whose other modules need Spark or a scorer.
     parts_of_rooms = {".".join(part[1:3]) for part in parts if part[1] in ("packing", "workers")}
     assert parts_of_rooms <= {"packing.file_layout", "workers.read_ahead"}
-    assert {".".join(part[1:3]) for part in parts if part[1] == "store"} <= {"store.delta_files", "store.delta_log"}
+    parts_of_store = {".".join(part[1:3]) for part in parts if part[1] == "store"}
+    assert parts_of_store <= {"store.delta_files", "store.delta_log", "store.model_records"}
     assert not {"pyspark", "delta", "jobs"} & {name.split(".")[0] for name in names}
 
 

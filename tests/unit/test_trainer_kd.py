@@ -19,17 +19,16 @@ from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError, ModelLoadError
 from miniplm_udf.scoring.gguf_models import gguf_folder
 from miniplm_udf.scoring.tokenizer import tokenizer_hash
+from miniplm_udf.store.model_records import TokenizerRecord, TrainingRecord
 from tests.support.loops import LENGTH, make_loop, make_teacher, run
 from tests.support.no_wait import NoWait
 from tests.support.tiny_models import make_model, write_gguf
 from tests.support.trainer_roots import LLAMA, make_root, write_config, write_tokenizer
-from trainer.loader.data import TokenizerInfo
 from trainer.models.blocks import drop_mask, prepare_blocks
 from trainer.models.flops import training_flops_per_token
 from trainer.models.teacher_loading import describe_teacher, has_shorter_windows, load_teacher
 from trainer.preparation import open_inputs
 from trainer.ranks.distributed import World
-from trainer.records import TrainingRecord
 from trainer.targets import student_target
 from trainer.tracking.store import connect
 from trainer.train import plan, train
@@ -175,7 +174,13 @@ def test_a_gguf_is_a_teacher(root: Path) -> None:
     write_gguf(root / "teacher.gguf", model)
     config = config_of(root, f"{RATIO}=0.5", teacher="teacher.gguf")
     target, folder = student_target(config, "small"), gguf_folder(root / "teacher.gguf")
-    tokenizer = TokenizerInfo("<|endoftext|>", 0, tokenizer_hash(folder), 316)
+    tokenizer = TokenizerRecord(
+        document_separator="<|endoftext|>",
+        document_separator_id=0,
+        tokenizer_hash=tokenizer_hash(folder),
+        vocab_size=316,
+        fingerprint="f",
+    )
     description = describe_teacher(config, target, tokenizer)
     assert description is not None
     teacher = load_teacher(config, target, tokenizer, description, torch.device("cpu"))

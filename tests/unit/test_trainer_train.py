@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
+from miniplm_udf.store.model_records import read_training
 from tests.support.full_disk import largest_file
 from tests.support.trainer_roots import (
     FAMILIES,
@@ -27,7 +28,7 @@ from tests.support.trainer_roots import (
 from trainer.__main__ import main
 from trainer.checkpoints.checkpoint import Checkpoints, SavedState
 from trainer.loader.order import ORDER_VERSION
-from trainer.records import TrainResult, read_training
+from trainer.records import TrainResult
 from trainer.results import model_folder
 from trainer.targets import reference_target, student_target
 from trainer.tracking.store import connect
@@ -201,7 +202,7 @@ def test_a_training_whose_lease_was_taken_saves_nothing_more(
         return path
 
     monkeypatch.setattr(Checkpoints, "save", save_and_lose)
-    with pytest.raises(CorpusError, match="small: this process ran the training and was given up for dead"):
+    with pytest.raises(CorpusError, match="small: the training of this process did not renew its lease in time"):
         student(config)
     assert not folder(config, "small").exists()
     checkpoints = Path(storage.local_path(config.layout.checkpoint("train/small")))

@@ -17,8 +17,9 @@ import torch
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.store.model_records import Evaluation
 from trainer.evaluation.losses import EvaluatedModel
-from trainer.evaluation.records import Evaluation
+from trainer.evaluation.records import metrics
 from trainer.evaluation.texts import evaluation_sets
 from trainer.targets import Target
 
@@ -58,7 +59,7 @@ class TrainingEvaluation:
             # torch.compile would take longer than the evaluation of a small set.
             model = EvaluatedModel(self._config, self._target, folder, self._target.sequence_length, compiled=False)
             evaluation = Evaluation(sets={texts.name: model.score(texts) for texts in self._sets})
-        return {f"during_training/{name}": value for name, value in evaluation.metrics().items()}
+        return {f"during_training/{name}": value for name, value in metrics(evaluation).items()}
 
 
 @contextlib.contextmanager

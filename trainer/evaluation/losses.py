@@ -28,9 +28,9 @@ from miniplm_udf.scoring.models import describe, load_model, model_folder
 from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
-from trainer.evaluation.records import SetEvaluation, TextLoss
+from miniplm_udf.store.model_records import SetEvaluation, TextLoss
 from trainer.evaluation.texts import EvaluationSet, InstanceCutter, TextRow
-from trainer.loader.data import read_tokenizer_info
+from trainer.loader.data import read_tokenizer
 from trainer.targets import Target
 
 LOGGER = logging.getLogger("miniplm.trainer.evaluation")
@@ -145,7 +145,7 @@ class EvaluatedModel:
     ):
         self.name, self._compiled = target.name, compiled
         self._tokens_per_batch = config.evaluate.tokens_per_batch
-        separator = read_tokenizer_info(config.layout.model(target.tokenizer_folder)).document_separator
+        separator = read_tokenizer(config.layout.model(target.tokenizer_folder)).document_separator
         self._every_byte = _model_config(folder, separator, sequence_length, "token")
         self._official = _model_config(folder, separator, sequence_length, "none")
         self._description = describe(target.name, self._every_byte)

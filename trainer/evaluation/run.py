@@ -14,13 +14,14 @@ from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
+from miniplm_udf.store.model_records import Evaluation, TrainingRecord, read_evaluation, read_training
 from trainer.evaluation.losses import EvaluatedModel
-from trainer.evaluation.records import EvaluateResult, Evaluation, read_evaluation, write_evaluation
+from trainer.evaluation.records import EvaluateResult, metrics, write_evaluation
 from trainer.evaluation.tasks import Tasks
 from trainer.evaluation.texts import EvaluationSet, evaluation_sets, external_sets, heldout_set
-from trainer.records import TRAINING_FILE, TrainingRecord, read_training
 from trainer.targets import Target
 from trainer.tracking.callbacks import callbacks_of, require_packages
 from trainer.tracking.run import tracked_run
@@ -173,6 +174,6 @@ def _log(
     callbacks = callbacks_of(config, target.name, training.tracking_id, training.steps)
     with tracked_run(config, target.name, training.run_id, callbacks) as run:
         callbacks.on_start({}, tags)
-        run.log_metrics(evaluation.metrics())
+        run.log_metrics(metrics(evaluation))
         run.set_tags(tags)
         return dataclasses.replace(evaluation, run_id=run.run_id)

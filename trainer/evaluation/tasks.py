@@ -27,8 +27,8 @@ from miniplm_udf.config.evaluate import EvaluateConfig
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.scoring.loading import load_causal_lm
+from miniplm_udf.store.model_records import TaskEvaluation, TaskScore
 from trainer.evaluation.losses import EvaluatedModel
-from trainer.evaluation.records import TaskEvaluation, TaskScore
 
 LOGGER = logging.getLogger("miniplm.trainer.evaluation")
 _METHOD = 1  # raise it when the meaning of a number changes: models are then evaluated again

@@ -9,7 +9,6 @@ Uses delta-rs for the file list (miniplm_udf/store/delta_files.py) and pyarrow f
 JVM. Writes nothing. A retry reads the same rows, because the files of a version never change.
 """
 
-import dataclasses
 import logging
 
 import numpy as np
@@ -18,9 +17,11 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.layout import TOKENIZER_RECORD_FILE
 from miniplm_udf.packing.file_layout import GROUP_ROWS
 from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files, delta_log
+from miniplm_udf.store.model_records import TokenizerRecord, read_tokenizer_record
 from trainer.loader.order import count_lanes
 from trainer.loader.packed_files import RowGroupReader, list_row_groups, manifest_hash
 from trainer.loader.row_cache import RowCache
@@ -28,37 +29,22 @@ from trainer.loader.row_cache import RowCache
 LOGGER = logging.getLogger("miniplm.trainer.data")
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerInfo:
-    """The content of `miniplm.json` in a tokenizer folder.
-
-    Attributes:
-        document_separator, document_separator_id: the token that ends a document, and its id.
-        tokenizer_hash: hash of the tokenizer's files.
-        vocab_size: number of token ids.
-    """
-
-    document_separator: str
-    document_separator_id: int
-    tokenizer_hash: str
-    vocab_size: int
-
-
-def read_tokenizer_info(folder_uri: str) -> TokenizerInfo:
+def read_tokenizer(folder_uri: str) -> TokenizerRecord:
     """Reads `miniplm.json` of a tokenizer folder.
 
     Args:
         folder_uri: URI of the folder.
 
     Raises:
-        CorpusError: the file does not exist: the pack stage has not run.
+        CorpusError: the file does not exist, or lacks a key: the pack stage has not run.
     """
-    raw = storage.read_json(storage.join(folder_uri, "miniplm.json"))
-    if raw is None:
+    record = read_tokenizer_record(folder_uri)
+    if record is None:
         raise CorpusError(
-            f"no tokenizer at {storage.redact(folder_uri)} (expected a miniplm.json): run the pack stage to make it"
+            f"no tokenizer at {storage.redact(folder_uri)} (expected a {TOKENIZER_RECORD_FILE}): run the pack stage to "
+            "make it"
         )
-    return TokenizerInfo(**{field.name: raw[field.name] for field in dataclasses.fields(TokenizerInfo)})
+    return record
 
 
 def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
@@ -120,7 +106,7 @@ class PackedSequences:
         uri: str,
         version: int | None,
         sequence_length: int,
-        tokenizer: TokenizerInfo,
+        tokenizer: TokenizerRecord,
     ):
         table = open_delta(uri, version, "pack")
         self.uri, self.version, self.sequence_length = (
@@ -151,7 +137,7 @@ class PackedSequences:
         # A lane needs two row groups in the batch in which it comes to the next one.
         self.cache = RowCache(self.group_rows, lanes + max(1, lanes // 16), sequence_length, self._read_group)
 
-    def _check_metadata(self, tokenizer: TokenizerInfo) -> None:
+    def _check_metadata(self, tokenizer: TokenizerRecord) -> None:
         if self.metadata is None:
             LOGGER.warning(
                 "%s has no userMetadata: its lineage is unknown, and its tokenizer cannot be checked",

@@ -18,7 +18,7 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import describe, load_model, model_folder
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.storage import Json
-from trainer.loader.data import TokenizerInfo
+from miniplm_udf.store.model_records import TokenizerRecord
 from trainer.losses.kd_teacher import Teacher
 from trainer.models.blocks import drop_mask
 from trainer.models.document_masks import check_follows_positions
@@ -28,7 +28,7 @@ from trainer.targets import Target
 _NOT_COMPARED = ("version", "decoder", "truncation", "padding", "post_processor")
 
 
-def describe_teacher(config: ExperimentConfig, target: Target, tokenizer: TokenizerInfo) -> ModelDescription | None:
+def describe_teacher(config: ExperimentConfig, target: Target, tokenizer: TokenizerRecord) -> ModelDescription | None:
     """Describes the teacher of a target without loading its weights, and checks its tokenizer and its vocabulary.
 
     Args:
@@ -94,7 +94,7 @@ def teacher_record(teacher: ModelDescription | None) -> Json | None:
 def load_teacher(
     config: ExperimentConfig,
     target: Target,
-    tokenizer: TokenizerInfo,
+    tokenizer: TokenizerRecord,
     description: ModelDescription,
     device: torch.device,
 ) -> Teacher:
@@ -151,7 +151,7 @@ def has_shorter_windows(text_config: Any, n_inputs: int) -> bool:
 
 
 def _is_same_tokenizer(
-    config: ExperimentConfig, target: Target, tokenizer: TokenizerInfo, description: ModelDescription
+    config: ExperimentConfig, target: Target, tokenizer: TokenizerRecord, description: ModelDescription
 ) -> bool:
     """Whether both tokenizers give the same ids to every text; their files may be written in different ways."""
     if description.tokenizer_hash == tokenizer.tokenizer_hash:

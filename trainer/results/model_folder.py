@@ -21,12 +21,13 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import MiniplmError
+from miniplm_udf.layout import TRAINING_FILE
+from miniplm_udf.store.model_records import TrainingRecord
 from trainer.checkpoints.checkpoint import SavedState
 from trainer.models.model import n_parameters
 from trainer.models.teacher_loading import teacher_record
 from trainer.models.tokenizer_files import TokenizerFiles, check_auto_tokenizer
 from trainer.preparation import Training
-from trainer.records import TRAINING_FILE, TrainingRecord
 from trainer.tracking.run import Run
 
 LOGGER = logging.getLogger("miniplm.trainer.train")

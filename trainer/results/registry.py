@@ -23,7 +23,8 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.lease import Lease
-from trainer.records import REGISTRATION_FILE, TrainingRecord, from_json, read_training
+from miniplm_udf.store.model_records import TrainingRecord, from_json, read_training
+from trainer.records import REGISTRATION_FILE
 from trainer.results.model_folder import no_progress_bars
 from trainer.tracking.store import connect, existing_run, is_artifact_error, wait_for_uploads
 
