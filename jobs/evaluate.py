@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from jobs.stage import Options
 from jobs.stage_runner import stage_main
 from jobs.trainer_process import run_trainer
-from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.storage import Json
+from miniplm_udf.store.model_records import Evaluation, read_evaluation
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSummary:
-    """The result of `miniplm evaluate`: the content of `evaluation.json` by student."""
+    """The result of `miniplm evaluate`: the content of `evaluation.json` by student; None: it has none."""
 
-    students: dict[str, Json]
+    students: dict[str, Evaluation | None]
 
 
 def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> EvaluateSummary:
@@ -46,9 +45,7 @@ def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options
     chosen = [word for name in options.students for word in ("--student", name)]
     run_trainer("evaluate", options.config_path, options.overrides, *chosen)
     names = options.students or list(config.students)
-    return EvaluateSummary(
-        students={name: storage.read_json(config.layout.model(name, "evaluation.json")) for name in names}
-    )
+    return EvaluateSummary(students={name: read_evaluation(config, name) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

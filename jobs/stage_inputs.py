@@ -13,8 +13,10 @@ from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.config.generate import GENERATED
 from miniplm_udf.config.rules import resolve
 from miniplm_udf.ingestion import text_sets
+from miniplm_udf.layout import EVALUATION_FILE, TRAINING_FILE
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import newest_version
+from miniplm_udf.store.model_records import read_training
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -101,7 +103,7 @@ def score_inputs(config: ExperimentConfig) -> list[Any]:
     return [
         {alias: to_dict(config.models[alias]) for alias in config.scored_aliases},
         *_versions(config, ["instances"]),
-        {alias: [file for file in state if not file[0].endswith("evaluation.json")] for alias, state in states.items()},
+        {alias: [file for file in state if not file[0].endswith(EVALUATION_FILE)] for alias, state in states.items()},
         [config.score.max_reject_share, config.score.sample],
     ]
 
@@ -208,9 +210,9 @@ def evaluate_reads(config: ExperimentConfig) -> list[str]:
 def evaluate_inputs(config: ExperimentConfig) -> list[Any]:
     """The section `evaluate`, the files that it names, the trainings and the version of `instances`."""
     names = [*config.students, *([config.reference.alias] if config.reference else [])]
-    states = {name: storage.read_json(config.layout.model(name, "training.json")) or {} for name in names}
+    trainings = {name: read_training(config, name) for name in names}
     # A training without a run id of MLflow is identified by its fingerprint.
-    runs = {name: state.get("run_id") or state.get("fingerprint") for name, state in states.items()}
+    runs = {name: each and (each.run_id or each.fingerprint) for name, each in trainings.items()}
     sets = {name: text_sets.state_of(section) for name, section in config.evaluate.inputs.items()}
     tasks = storage.folder_state(config.evaluate.tasks_folder) if config.evaluate.tasks_folder else []
     return [to_dict(config.evaluate), runs, sets, tasks, *_versions(config, ["instances"])]
@@ -229,7 +231,7 @@ def model_files(config: ExperimentConfig, file: str) -> list[str]:
 def trained_files(config: ExperimentConfig) -> list[str]:
     """URIs of the records of the trained students, and of their registrations if they are registered."""
     registered = model_files(config, "registration.json") if config.mlflow.registered_model else []
-    return [*model_files(config, "training.json"), *registered]
+    return [*model_files(config, TRAINING_FILE), *registered]
 
 
 def reference_files(config: ExperimentConfig) -> list[str]:

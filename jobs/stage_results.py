@@ -12,6 +12,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.report.summary import PipelineSummary
+from miniplm_udf.store.model_records import read_training
 
 if TYPE_CHECKING:
     from jobs.proxy import ProxySummary
@@ -141,5 +142,5 @@ def student_rates(config: ExperimentConfig, summary: PipelineSummary) -> dict[st
 
 
 def _training_rates(config: ExperimentConfig, names: Iterable[str]) -> dict[str, float]:
-    trainings = {name: storage.read_json(config.layout.model(name, "training.json")) for name in names}
-    return {name: each["tokens"] / each["seconds"] for name, each in trainings.items() if each and each.get("seconds")}
+    trainings = {name: read_training(config, name) for name in names}
+    return {name: each.tokens / each.seconds for name, each in trainings.items() if each and each.seconds}

@@ -16,6 +16,7 @@ from jobs.stage import Frozen, Options, Outputs, Run, Stage
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.layout import EVALUATION_FILE
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -226,7 +227,7 @@ STAGES = (
         run=_job_with_options("evaluate"),
         inputs=stage_inputs.evaluate_inputs,
         reads=stage_inputs.evaluate_reads,
-        outputs=lambda config: Outputs(files=stage_inputs.model_files(config, "evaluation.json")),
+        outputs=lambda config: Outputs(files=stage_inputs.model_files(config, EVALUATION_FILE)),
         applies=stage_inputs.has_evaluation,
         needs="a student under `students`, and a share `ingest.split.heldout` above 0, `evaluate.inputs` or "
         "`evaluate.tasks`",

@@ -14,10 +14,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.report.summary import PipelineSummary, ProxyNumbers
-from miniplm_udf.storage import Json
-
-# Public key: key of the losses of the set `heldout` in evaluation.json.
-_HELDOUT = {"heldout_nats_per_token": "nats_per_token", "heldout_bits_per_byte": "bits_per_byte"}
+from miniplm_udf.store.model_records import Evaluation, read_evaluation
 
 
 def build_summary(config: ExperimentConfig) -> PipelineSummary:
@@ -29,7 +26,7 @@ def build_summary(config: ExperimentConfig) -> PipelineSummary:
     Returns:
         The summary, with all its keys.
     """
-    evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
+    evaluations = {name: read_evaluation(config, name) for name in config.students}
     summary: PipelineSummary = {
         "instances": 0,
         "rejected": 0,
@@ -82,7 +79,7 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         if stage.name in summary["seconds"]
     ]
     students = [
-        (name, config.students[name].corpus, *(decimal(losses[key]) for key in _HELDOUT))
+        (name, config.students[name].corpus, *map(decimal, losses.values()))
         for name, losses in summary["students"].items()
     ]
     root = storage.redact(config.root)
@@ -100,8 +97,8 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
     if students:
         parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
-    evaluations = {name: each for name in config.students if (each := _model_file(config, name, "evaluation.json"))}
-    if any(each.get("tasks") or each.get("sets", {}).keys() - {HELDOUT} for each in evaluations.values()):
+    evaluations = {name: each for name in config.students if (each := read_evaluation(config, name))}
+    if any(each.tasks or each.sets.keys() - {HELDOUT} for each in evaluations.values()):
         parts.append(evaluation_text(evaluations))
     return "\n\n".join([*parts, table(None, places, "  ")])
 
@@ -111,10 +108,12 @@ def mlflow_command(config: ExperimentConfig) -> str:
     return shlex.join(["mlflow", "ui", "--backend-store-uri", storage.redact(config.mlflow_uri())])
 
 
-def _heldout(evaluation: Json | None) -> dict[str, float | None] | None:
+def _heldout(evaluation: Evaluation | None) -> dict[str, float | None] | None:
     """The public losses on held-out text; None if the student was not evaluated on it."""
-    losses = (evaluation or {}).get("sets", {}).get(HELDOUT)
-    return losses and {public: losses[key] for public, key in _HELDOUT.items()}
+    losses = evaluation.sets.get(HELDOUT) if evaluation else None
+    if losses is None:
+        return None
+    return {"heldout_nats_per_token": losses.nats_per_token, "heldout_bits_per_byte": losses.bits_per_byte}
 
 
 def _predicted(proxy: ProxyNumbers) -> str:
@@ -125,8 +124,3 @@ def _predicted(proxy: ProxyNumbers) -> str:
 def _speeds(rates: Mapping[str, float]) -> str:
     """`NAME RATE` for each model that a stage ran, in tokens per second."""
     return ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-
-
-def _model_file(config: ExperimentConfig, name: str, file: str) -> Json | None:
-    record: Json | None = storage.read_json(config.layout.model(name, file))
-    return record

@@ -1,8 +1,8 @@
 """`miniplm evaluate`: no Spark, one student by name, and the tables that it prints."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,21 +14,28 @@ from jobs.summary import build_summary, summary_text
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import PAPER_TASKS
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.storage import Json
+from miniplm_udf.layout import EVALUATION_FILE
+from miniplm_udf.store.model_records import Evaluation, SetEvaluation, TextLoss
+from tests.support import model_records
+from tests.support.model_records import set_evaluation
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-def losses(nats: float | None) -> Json:
-    keys = ("nats_per_token", "nats_per_instance_mean", "official_loss", "bits_per_byte")
-    return {**dict.fromkeys(keys, nats), "n_tokens": 1234}
+def losses(nats: float | None) -> SetEvaluation:
+    return set_evaluation(TextLoss(
+        nats_per_token=nats, nats_per_instance_mean=nats, official_loss=nats, bits_per_byte=nats, n_instances=40,
+        n_tokens=1234, n_bytes=5000,
+    ))  # fmt: skip
 
 
-def evaluation(*tasks: str) -> Json:
-    scores = {task: {"value": 0.25 + i / 100} for i, task in enumerate(tasks)}
-    average = sum(score["value"] for score in scores.values()) / len(scores) if scores else None
-    sets = {"dclm": losses(None), "heldout": losses(2.5)}
-    return {"sets": sets, "tasks": {"scores": scores, "average": average} if scores else None}
+def evaluation(*tasks: str) -> Evaluation:
+    scores = {task: 0.25 + i / 100 for i, task in enumerate(tasks)}
+    return model_records.evaluation({"dclm": losses(None), "heldout": losses(2.5)}, scores)
+
+
+def write_evaluation(config: ExperimentConfig, name: str, numbers: Evaluation) -> None:
+    storage.write_json(config.layout.model(name, EVALUATION_FILE), dataclasses.asdict(numbers))
 
 
 def test_losses_and_tasks_are_printed_as_tables() -> None:
@@ -64,15 +71,16 @@ def test_one_student_without_spark(
 ) -> None:
     arguments = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root"]
     config = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root"])
-    storage.write_json(config.layout.model("miniplm", "evaluation.json"), evaluation("piqa"))
+    write_evaluation(config, "miniplm", evaluation("piqa"))
     assert cli.main(["evaluate", *arguments, "--student", "miniplm"]) == 0
     printed = capsys.readouterr()
-    assert list(json.loads(printed.out)["evaluate"]["students"]) == ["miniplm"]
+    students = json.loads(printed.out)["evaluate"]["students"]
+    assert students == {"miniplm": storage.read_json(config.layout.model("miniplm", EVALUATION_FILE))}
     assert "PIQA" in printed.err
     assert started == [["evaluate", "--student", "miniplm"]]
     # A part of the stage leaves no record, so that `miniplm run` evaluates the others.
     assert stage_named("evaluate").record(config) is None
-    storage.write_json(config.layout.model("conventional", "evaluation.json"), evaluation())
+    write_evaluation(config, "conventional", evaluation())
     assert cli.main(["evaluate", *arguments]) == 0
     assert started[1:] == [["evaluate"]]
     assert stage_named("evaluate").record(config) is not None
@@ -115,9 +123,9 @@ def test_the_stage_needs_students_and_texts_or_tasks(overrides: list[str], appli
 
 def test_the_summary_has_the_heldout_losses_and_the_tasks(tmp_path: Path) -> None:
     config: ExperimentConfig = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root"])
-    without: dict[str, Any] = {"sets": {"dclm": losses(3.0)}, "tasks": None}
+    without = model_records.evaluation({"dclm": losses(3.0)})
     for name, numbers in {"miniplm": evaluation("piqa"), "conventional": without}.items():
-        storage.write_json(config.layout.model(name, "evaluation.json"), numbers)
+        write_evaluation(config, name, numbers)
     summary = build_summary(config)
     assert summary["students"] == {"miniplm": {"heldout_nats_per_token": 2.5, "heldout_bits_per_byte": 2.5}}
     text = summary_text(config, summary)
