@@ -40,7 +40,7 @@ def read_record(config: ExperimentConfig, stage: str, summary_class: Any) -> Sta
     Args:
         config: its root is read.
         stage: name of the stage.
-        summary_class: the dataclass of the summary, or a union of several.
+        summary_class: the dataclass of the summary.
 
     Returns:
         The record; None if the stage never finished, or if its summary lacks a key of `summary_class`: it is of an

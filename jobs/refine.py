@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs.stage import Options
 from jobs.stage_runner import stage_main
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
@@ -45,22 +44,17 @@ class FollowSummary:
     seconds: float
 
 
-def run(
-    spark: "SparkSession", config: ExperimentConfig, options: Options | None = None
-) -> RefineSummary | FollowSummary:
-    """Refines all corpora; with the option `follow`, follows them instead (`follow`).
+def run(spark: "SparkSession", config: ExperimentConfig) -> RefineSummary:
+    """Refines all corpora.
 
     Args:
         spark: the session.
         config: the experiment.
-        options: of the command line.
 
     Raises:
         ConfigError: the config has no corpora, or an expression is wrong.
         CorpusError: there is no matrix, or a corpus would be empty.
     """
-    if options is not None and options.follow:
-        return follow(spark, config, options.corpora)
     start = time.monotonic()
     refined = {name: refine(spark, config, name) for name in _names(config)}
     kept = {name: version.n_instances for name, version in refined.items()}

@@ -99,7 +99,8 @@ class Stage:
     Attributes:
         name: the command, the module `jobs.NAME`, and the name of its record.
         help: one line.
-        run: does the work and returns the summary, an object of `summary_class`.
+        run: does the work and returns the summary, a frozen dataclass; an object of `summary_class`, unless the stage
+            runs as a service.
         applies: whether an experiment has this stage.
         needs: the config section that the stage requires, for messages.
         reads: names of tables, and URIs of other places, for people.
@@ -155,7 +156,7 @@ class Stage:
 
     @property
     def summary_class(self) -> Any:
-        """The dataclass that `run` of the stage's job returns, or the union of several, as the job declares it."""
+        """The dataclass that `run` of the stage's job returns, as the job declares it."""
         return inspect.signature(importlib.import_module(f"jobs.{self.name}").run).return_annotation
 
     def missing(self, config: ExperimentConfig) -> list[str]:

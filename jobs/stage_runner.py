@@ -71,7 +71,7 @@ def execute(
         options: of the command line; None: none were given.
 
     Returns:
-        The summary, an object of the stage's `summary_class`.
+        The summary, as the stage's `run` returns it.
 
     Raises:
         ConfigError: the root cannot be written.

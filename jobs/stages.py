@@ -40,6 +40,12 @@ def _job_with_options(name: str) -> Run:
     return run
 
 
+def _refine_or_follow(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> Any:
+    """Refines the corpora; with --follow, follows them instead."""
+    job = importlib.import_module("jobs.refine")
+    return job.follow(spark, config, options.corpora) if options.follow else job.run(spark, config)
+
+
 def _add_retrain_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retrain-reference", action="store_true",
@@ -175,7 +181,7 @@ STAGES = (
     Stage(
         name="refine",
         help="score_matrix -> a new version of each refined corpus; --follow keeps them growing",
-        run=_job_with_options("refine"),
+        run=_refine_or_follow,
         inputs=stage_inputs.refine_inputs,
         reads=stage_inputs.refine_reads,
         outputs=lambda config: Outputs(["corpora", *(f"refined/{name}" for name in config.refine.corpora)]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs import plan, records, stage_runner, stages
+from jobs import plan, records, refine, stage_runner, stages
 from jobs.command import Command, exit_code
 from jobs.stage import Options, Stage
 from jobs.stage_inputs import train_inputs
@@ -97,6 +97,15 @@ def test_a_service_leaves_no_record_and_a_plan_says_so(config: ExperimentConfig)
     assert "would run as a service" in outcomes(config, ["refine"], follow=True)["refine"]
     with pytest.raises(ConfigError, match="expected together with --follow"):
         Options(corpora=["kept"])
+
+
+def test_refine_follows_with_its_option_alone(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refine, "run", lambda spark, config: "refined")
+    monkeypatch.setattr(refine, "follow", lambda spark, config, names: names)
+    stage = stage_named("refine")
+    assert stage.run(None, config, Options()) == "refined"
+    assert stage.run(None, config, Options(follow=True, corpora=["kept"])) == ["kept"]
+    assert (stage.checked_as(Options()), stage.checked_as(Options(follow=True))) == ("", "refine --follow")
 
 
 def test_every_stage_is_described_once() -> None:
