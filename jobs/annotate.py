@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
+from miniplm_udf.annotations.annotate import AnnotationSummary, annotate
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
+def run(spark: "SparkSession", config: ExperimentConfig) -> AnnotationSummary:
     """Annotates all new instances.
 
     Args:
@@ -28,11 +28,9 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
         config: the experiment.
 
     Returns:
-        The summary of `annotations.annotate.annotate`, as plain data.
+        The state of `annotations` after the run.
     """
-    from miniplm_udf.annotations.annotate import annotate
-
-    return annotate(spark, config).to_dict()
+    return annotate(spark, config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The `miniplm` command: one word a command, `run` for all stages.
+"""The `miniplm` command. The first word names the command; `run` runs all stages.
 
 Owns only the choice of the command; every command is a module of `jobs` with a `main` and parses its own options. No
 command's module is imported before it is chosen.
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.stages import SERVICES, STAGES
+from jobs.text import table
 from miniplm_udf import __version__
 
 _STAGES = {stage.name: stage.help for stage in (*STAGES, *SERVICES)}
@@ -19,8 +20,8 @@ COMMANDS = {
     "corpus": "versions of corpora: list, show, diff, pin, unpin, restore, rebuild; take-down of documents",
     "inspect": "texts that a corpus kept, or dropped, with their scores",
     "export": "a corpus as JSON lines or Parquet, with texts, spans and scores, for other trainers",
-    "status": "where the queries of a root stand; Prometheus text",
-    "verify": "checks a root: nothing lost, nothing twice, every sum",
+    "status": "the progress of a root's queries; also as Prometheus text",
+    "verify": "checks that no row is lost or duplicated and that all sums agree",
     "maintain": "merges small files and removes old ones; pinned versions and running queries keep theirs",
     "demo-text": "write the demo's corpus from documentation found on this machine",
 }
@@ -30,15 +31,13 @@ _MODULES = {"run": "pipeline", "inspect": "inspect_corpus", "demo-text": "demo_t
 
 def usage() -> str:
     """The help of `miniplm` itself: every command with one line."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "usage: miniplm COMMAND -c CONFIG [options] [key=value ...]",
             "",
             "MiniPLM (arXiv 2410.17215) as a streaming engine on Spark. Commands:",
             "",
-            *lines,
+            table(None, list(COMMANDS.items()), "  "),
             "",
             "`miniplm COMMAND --help` lists the options. Example: miniplm run -c conf/demo.yaml root=/data/demo",
             "exit codes: 0 done; 1 failed; 2 bad config or usage; 3 done, with rejects over the configured share; "

@@ -150,13 +150,13 @@ def print_plan(config: ExperimentConfig, plan: str) -> None:
     print(f"\nplan:\n{plan}")
 
 
-def exit_code(summary: Mapping[str, Any]) -> int:
+def exit_code(summary: object) -> int:
     """Returns the exit code for a summary: 3 if it says that the rejects exceed the configured share, else 0.
 
     Args:
-        summary: a summary of a stage; without the key `too_many_rejects`, the exit code is 0.
+        summary: a summary of a stage; without the field `too_many_rejects`, the exit code is 0.
     """
-    return EXIT_TOO_MANY_REJECTS if summary.get("too_many_rejects") else EXIT_DONE
+    return EXIT_TOO_MANY_REJECTS if getattr(summary, "too_many_rejects", False) else EXIT_DONE
 
 
 def guarded(body: Callable[[], int]) -> int:

@@ -135,8 +135,8 @@ ACTIONS = {
         ),
     ),
     "pin": _action(
-        "pin", "keeps a version for ever, by a copy of its rows", _with_spark("pin", _pin), corpus_text.pinned,
-        _takes("version", tag={"help": "a name for the version, for NAME@TAG"}),
+        "pin", "copies a version's rows, so that maintenance never removes them", _with_spark("pin", _pin),
+        corpus_text.pinned, _takes("version", tag={"help": "a name for the version, for NAME@TAG"}),
     ),
     "unpin": _action(
         "unpin", "removes the pin of a version and its copy, so that maintenance may remove the version",

@@ -132,10 +132,11 @@ def taken_down(result: Any) -> str:
     """
     counts = plain(result)
     lines = [
-        f"{counts['instances']:,} instances hold the documents; {counts['other_documents']:,} other documents are cut"
+        f"{counts['instances']:,} instances hold the documents; {counts['other_documents']:,} other documents share "
+        "these instances and lose their text"
     ]
     if counts["not_found"]:
-        lines.append(f"in no instance: {', '.join(counts['not_found'])}")
+        lines.append(f"documents found in no instance: {', '.join(counts['not_found'])}")
     if counts.get("takedown_id") is None:
         return "\n".join([*lines, "nothing was removed: a dry run"])
     lines.append(f"take-down {counts['takedown_id']}; the record is the table `takedowns`")
@@ -143,7 +144,7 @@ def taken_down(result: Any) -> str:
     if counts["begun_anew"]:
         lines.append(f"queries that start again from the beginning: {', '.join(counts['begun_anew'])}")
     if counts["students"]:
-        lines.append(f"trained on such text, and not changed: {', '.join(counts['students'])}")
+        lines.append(f"models trained on the removed text (not changed): {', '.join(counts['students'])}")
     if counts["exports"]:
-        lines.append(f"exports that may hold such text, and are not changed: {', '.join(counts['exports'])}")
+        lines.append(f"exports that may hold the removed text (not changed): {', '.join(counts['exports'])}")
     return "\n".join(lines)

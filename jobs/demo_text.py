@@ -1,9 +1,9 @@
 """Writes the demo's corpus: documentation text of the Python installation, as gzip JSONL. No Spark, no download.
 
-    miniplm demo-text --to build/demo-text --scale 1.0
-
 Reads the standard library and the installed packages; writes `<to>/demo-text-NNNN.jsonl.gz` (fields id, source, text).
 miniplm_udf/ingestion/demo_text.py says which text is taken, and why a second run changes nothing.
+
+    miniplm demo-text --to build/demo-text --scale 1.0
 """
 
 import sys

@@ -70,14 +70,15 @@ def text(result: Estimate) -> str:
 def _corpus_lines(result: Estimate) -> str:
     corpus, sample = result.corpus, result.sample
     splits = ", ".join(f"{split} {n:,}" for split, n in corpus.by_split.items())
-    return "\n".join(
-        [
-            f"corpus      {_si(corpus.input_bytes)}B in {corpus.files:,} files, {_si(corpus.text_bytes)}B of "
-            f"text, {corpus.documents:,} documents, {corpus.instances:,} instances ({splits})",
-            f"sample      {sample.share:.2%} of the corpus: {sample.rows:,} rows from {sample.files_tried} "
-            f"files, read and measured in {sample.seconds:.0f} s",
-        ]
+    contents = (
+        f"{_si(corpus.input_bytes)}B in {corpus.files:,} files, {_si(corpus.text_bytes)}B of text, "
+        f"{corpus.documents:,} documents, {corpus.instances:,} instances ({splits})"
     )
+    taken = (
+        f"{sample.share:.2%} of the corpus: {sample.rows:,} rows from {sample.files_tried} files, read and measured in "
+        f"{sample.seconds:.0f} s"
+    )
+    return table(None, [("corpus", contents), ("sample", taken)])
 
 
 def _model_lines(result: Estimate) -> str:
@@ -98,32 +99,31 @@ def _model_lines(result: Estimate) -> str:
     lines = [
         table(("model", "parameters", "tokens", "FLOPs", "tokens/s", "here", "GPUs", ""), rows),
         f"here: {devices}; GPUs: {gpus.n} x {gpus.tflops:g} TFLOP/s at {gpus.mfu:.0%}",
+        table(None, [("prefix", f"{alias}: {model.prefix}") for alias, model in models.items()]),
+        "FLOPs = 2 x parameters x tokens + 2 x layers x attention width x sum of window^2; training: 3 times",
     ]
-    lines += [f"prefix      {alias}: {model.prefix}" for alias, model in models.items()]
-    lines.append("FLOPs = 2 x parameters x tokens + 2 x layers x attention width x sum of window^2; training: 3 times")
     return "\n".join(lines)
 
 
 def _cost_lines(result: Estimate) -> str:
     stage, tables = result.score, result.tables
-    return "\n".join(
-        [
-            f"score       {_time(stage.stage_seconds)} here: models {_time(stage.model_seconds)} by "
-            f"{stage.workers} worker(s), loading {_time(stage.start_seconds)}, Spark about "
-            f"{_time(stage.spark_seconds)}; {_time(stage.gpu_seconds)} on those GPUs",
-            f"tables      scores {_si(tables['scores'])}B, score_matrix {_si(tables['score_matrix'])}B",
-        ]
+    times = (
+        f"{_time(stage.stage_seconds)} here: models {_time(stage.model_seconds)} by {stage.workers} worker(s), loading "
+        f"{_time(stage.start_seconds)}, Spark about {_time(stage.spark_seconds)}; {_time(stage.gpu_seconds)} on the "
+        "GPUs of --gpus"
     )
+    sizes = f"scores {_si(tables['scores'])}B, score_matrix {_si(tables['score_matrix'])}B"
+    return table(None, [("score", times), ("tables", sizes)])
 
 
 def _reject_lines(result: Estimate) -> str:
-    lines = []
+    rows = []
     for stage, part in result.rejects.items():
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(part.reasons.items())) or "none"
         limit = f"  more than max_reject_share ({part.max_share:.2%})" if part.too_many else ""
-        lines.append(f"rejects     {stage}: {part.share:.2%} of {part.of:,} ({reasons}){limit}")
-    warnings = [warning for model in result.models.values() for warning in model.warnings]
-    return "\n".join([*lines, *(f"warning     {warning}" for warning in warnings)])
+        rows.append(("rejects", f"{stage}: {part.share:.2%} of {part.of:,} ({reasons}){limit}"))
+    rows += [("warning", warning) for model in result.models.values() for warning in model.warnings]
+    return table(None, rows)
 
 
 def _si(n: float) -> str:
@@ -149,12 +149,12 @@ def _exit_code(result: Estimate) -> int:
 
 def _plan(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
     _check(arguments)
-    lines = [
-        f"  reads   about {arguments.sample_bytes:,} bytes of {', '.join(config.ingest.inputs)}",
-        f"  runs    {', '.join(config.scored_aliases)} on a part of them, on an executor",
-        "  writes  nothing",
+    rows = [
+        ("reads", f"about {arguments.sample_bytes:,} bytes of {', '.join(config.ingest.inputs)}"),
+        ("runs", f"{', '.join(config.scored_aliases)} on a part of them, on an executor"),
+        ("writes", "nothing"),
     ]
-    return "\n".join(lines)
+    return table(None, rows, "  ")
 
 
 COMMAND = Command(

@@ -9,22 +9,29 @@ evaluates one student. docs/evaluation.md describes the numbers.
     spark-submit --properties-file conf/spark/local.conf jobs/evaluate.py -c conf/demo.yaml
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jobs.stage import Options
 from jobs.stage_runner import stage_main
-from jobs.stages import Options
 from jobs.trainer_process import run_trainer
-from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.storage import Json
+from miniplm_udf.store.model_records import Evaluation, read_evaluation
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> dict[str, dict[str, Json]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSummary:
+    """The result of `miniplm evaluate`: the content of `evaluation.json` by student; None: it has none."""
+
+    students: dict[str, Evaluation | None]
+
+
+def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> EvaluateSummary:
     """Evaluates students.
 
     Args:
@@ -32,16 +39,13 @@ def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options
         config: the experiment.
         options: the command line, for the trainer's process.
 
-    Returns:
-        {"students": {name: its `evaluation.json`}}.
-
     Raises:
         ConfigError, MiniplmError: the trainer refused the config, or failed.
     """
     chosen = [word for name in options.students for word in ("--student", name)]
     run_trainer("evaluate", options.config_path, options.overrides, *chosen)
     names = options.students or list(config.students)
-    return {"students": {name: storage.read_json(config.layout.model(name, "evaluation.json")) for name in names}}
+    return EvaluateSummary(students={name: read_evaluation(config, name) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

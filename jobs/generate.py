@@ -10,7 +10,6 @@ Driver only; the work is in `miniplm_udf.generation`.
     spark-submit --properties-file conf/spark/local.conf jobs/generate.py -c conf/pile_seqkd.yaml
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +18,7 @@ from typing import TYPE_CHECKING
 from jobs.session import new_run_id
 from jobs.stage_runner import stage_main
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.generation.run import prepare, summarize
-from miniplm_udf.storage import Json
+from miniplm_udf.generation.run import GenerationSummary, prepare, summarize
 from miniplm_udf.streams.runner import QueryRunner
 from miniplm_udf.workers.worker_scorers import TextGenerator
 
@@ -28,7 +26,9 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, factory: Callable[[], TextGenerator] | None = None) -> Json:
+def run(
+    spark: "SparkSession", config: ExperimentConfig, factory: Callable[[], TextGenerator] | None = None
+) -> GenerationSummary:
     """Continues the instances of the pool that are not continued yet.
 
     With `stream.trigger: processing_time` it goes on with new instances until SIGTERM or SIGINT.
@@ -39,7 +39,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, factory: Callable[[], T
         factory: makes the generator, used instead of the model's.
 
     Returns:
-        The `generation.run.GenerationSummary` as plain data.
+        The counts of the tables, and of this run.
 
     Raises:
         ConfigError: the config has no section `generate`.
@@ -49,7 +49,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, factory: Callable[[], T
     start = time.monotonic()
     generating = prepare(spark, config, new_run_id(), factory)
     QueryRunner(spark, config.root, config.stream).run([generating.query])
-    return dataclasses.asdict(summarize(spark, config, generating, time.monotonic() - start))
+    return summarize(spark, config, generating, time.monotonic() - start)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
-from jobs.text import plain
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.storage import Json
+from miniplm_udf.ingestion.summary import IngestSummary
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
+def run(spark: "SparkSession", config: ExperimentConfig) -> IngestSummary:
     """Ingests all new input.
 
     Args:
@@ -29,12 +28,11 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
         config: the experiment.
 
     Returns:
-        The summary of `miniplm_udf.ingestion.query.ingest`, as plain data.
+        The counts of the tables, and of this run.
     """
     from miniplm_udf.ingestion.query import ingest
 
-    summary: Json = plain(ingest(spark, config))
-    return summary
+    return ingest(spark, config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

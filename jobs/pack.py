@@ -1,11 +1,11 @@
 """Packs refined corpora, and generated texts, into token sequences for the students.
 
-    miniplm pack -c conf/demo.yaml [key=value ...]
-    spark-submit --properties-file conf/spark/local.conf jobs/pack.py -c conf/demo.yaml
-
 Reads `refined/<corpus>`, `instances` and `generations`; writes `packed/<corpus>/<tokenizer>` and
 `models/tokenizer_<name>`. A corpus that is packed already, from the same version with the same tokenizer, is left as it
 is: a rerun continues after a kill. Driver only.
+
+    miniplm pack -c conf/demo.yaml [key=value ...]
+    spark-submit --properties-file conf/spark/local.conf jobs/pack.py -c conf/demo.yaml
 """
 
 import dataclasses
@@ -20,21 +20,25 @@ from miniplm_udf.config.generate import GENERATED
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.lease import Lease
 from miniplm_udf.packing.corpus import PackSummary, pack_corpus, pack_generated, pack_reference
-from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedSummary:
+    """The result of `miniplm pack`: the packed tables by "corpus/tokenizer", and the seconds that it took."""
+
+    packed: dict[str, PackSummary]
+    seconds: float
+
+
+def run(spark: "SparkSession", config: ExperimentConfig) -> PackedSummary:
     """Packs each (corpus, tokenizer) that a student trains on, once.
 
     Args:
         spark: the command's session.
         config: the experiment.
-
-    Returns:
-        `packed`: the summary of `pack_corpus` by "corpus/tokenizer"; `seconds`.
 
     Raises:
         ConfigError: the config has no students.
@@ -45,10 +49,7 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> Json:
     started = time.monotonic()
     with _lease(config):
         packed = {f"{corpus}/{tokenizer}": _packed(spark, config, corpus, tokenizer) for corpus, tokenizer in pairs}
-    return {
-        "packed": {name: dataclasses.asdict(summary) for name, summary in packed.items()},
-        "seconds": time.monotonic() - started,
-    }
+    return PackedSummary(packed=packed, seconds=time.monotonic() - started)
 
 
 def _packed(spark: "SparkSession", config: ExperimentConfig, corpus: str, tokenizer: str) -> PackSummary:
@@ -57,21 +58,18 @@ def _packed(spark: "SparkSession", config: ExperimentConfig, corpus: str, tokeni
     return pack_corpus(spark, config, corpus, tokenizer)
 
 
-def run_reference(spark: "SparkSession", config: ExperimentConfig) -> Json:
+def run_reference(spark: "SparkSession", config: ExperimentConfig) -> PackedSummary:
     """Packs the reference split for the training of the reference.
 
     Args:
         spark: the command's session.
         config: the experiment.
-
-    Returns:
-        `packed`: the summary of `pack_reference` by "reference/tokenizer"; `seconds`.
     """
     started = time.monotonic()
     with _lease(config):
         summary = pack_reference(spark, config)
     name = config.reference.tokenizer if config.reference else ""
-    return {"packed": {f"reference/{name}": dataclasses.asdict(summary)}, "seconds": time.monotonic() - started}
+    return PackedSummary(packed={f"reference/{name}": summary}, seconds=time.monotonic() - started)
 
 
 def _lease(config: ExperimentConfig) -> Lease:

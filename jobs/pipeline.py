@@ -1,7 +1,5 @@
 """`miniplm run`: all stages in order, skipping those whose inputs and config have not changed.
 
-    ingest -> annotate -> reference -> score -> proxy -> refine -> pack -> train -> evaluate -> report
-
 Reads and writes every table, through the stages (`stages.py`). Spark stages share one session; the trainer's stages are
 processes of their own. A kill loses at most the work of the running stage: each stage can be run again. A second run on
 the same root is refused while the first one works; a single stage next to a run has its own lease.
@@ -12,16 +10,16 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jobs import plan, records
+from jobs import plan
 from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
 from jobs.session import spark_session
+from jobs.stage import Options
 from jobs.stage_runner import execute, must_run
-from jobs.stages import STAGES, Options, add_retrain_argument
+from jobs.stages import STAGES
 from jobs.summary import build_summary, summary_text, write_summary
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import EXIT_DONE, ConfigError, CorpusError
+from miniplm_udf.errors import EXIT_DONE, ConfigError
 from miniplm_udf.lease import Lease
-from miniplm_udf.storage import Json
 from miniplm_udf.upkeep import preflight
 
 LOGGER = logging.getLogger("miniplm.jobs")
@@ -47,46 +45,39 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
         for stage in applicable:
             if not must_run(stage, spark, config, options, is_named=False):
                 LOGGER.info("%s: unchanged, skipped", stage.name)
-                highest = max(highest, exit_code(records.summary_of(config, stage.name)))
+                record = stage.record(config)
+                highest = max(highest, exit_code(record.summary if record else None))
                 continue
             LOGGER.info("%s: starting", stage.name)
             summary = execute(stage, spark, config, options)
             if last_line := stage.last_line(summary):
                 LOGGER.info("%s", last_line)
             highest = max(highest, exit_code(summary))
-            if stage.name == "ingest" and config.students and config.ingest.split.heldout > 0:
-                _check_heldout(config, summary)
+            stage.check_result(config, summary)
     return highest
-
-
-def _check_heldout(config: ExperimentConfig, ingested: Json) -> None:
-    """Refuses, before hours of training, a corpus that leaves nothing to evaluate on."""
-    if not ingested["by_split"].get("heldout"):
-        raise CorpusError(
-            f"ingest: expected held-out documents to evaluate the students on, found none: {ingested['instances']} "
-            f"instances, ingest.split.heldout {config.ingest.split.heldout}; ingest more text, or set a larger share "
-            "and a new root (a share of 0 leaves out the evaluation)"
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `miniplm run` and returns its exit code; `argv` defaults to the arguments of the process."""
-    parser = make_parser("run", __doc__)
+    order = " -> ".join(stage.name for stage in STAGES)
+    parser = make_parser("run", f"{__doc__}\nThe stages:\n\n    {order}\n")
     add_config_arguments(parser)
-    add_retrain_argument(parser)
+    for stage in STAGES:
+        if stage.frozen is not None:
+            stage.add_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
 
     def body() -> int:
         config = read_config("run", arguments)
         options = Options.of(arguments)
-        if arguments.dry_run:
-            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))
-            return EXIT_DONE
         if config.stream.trigger != "available_now":
             raise ConfigError(
                 "stream.trigger: `miniplm run` goes through all stages once, so it expects available_now, found "
                 f"{config.stream.trigger}; `miniplm stream` keeps ingesting and scoring"
             )
+        if arguments.dry_run:
+            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))
+            return EXIT_DONE
         config.report_folder()  # refuses a config that names no local folder for the summary
         with Lease(config.layout.lease("run"), "miniplm run", what="pipeline"):
             code = run_stages(config, options)

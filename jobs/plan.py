@@ -8,8 +8,9 @@ import datetime
 import enum
 from collections.abc import Sequence
 
-from jobs.records import StageRecord, read_record
-from jobs.stages import Options, Stage
+from jobs.records import StageRecord
+from jobs.stage import Options, Stage
+from jobs.text import table
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
@@ -35,20 +36,20 @@ def plan_text(stages: Sequence[Stage], config: ExperimentConfig, options: Option
     Returns:
         For each stage one line that says whether it would run, and below it what it reads and writes.
     """
-    lines = []
+    rows: list[tuple[str, str]] = []
     changing: set[str] = set()
     for stage in stages:
         outcome, reason = _outcome(stage, config, options, is_named, changing)
-        lines.append(f"  {stage.name:<10} {outcome.value}{reason}")
+        rows.append((stage.name, f"{outcome.value}{reason}"))
         if outcome in (_Outcome.ABSENT, _Outcome.REFUSED):
             continue
         outputs = stage.outputs(config)
         written = [*outputs.tables, *stage.may_write, *outputs.files]
         if outcome is not _Outcome.SKIPPED:
             changing.update(written)
-        lines.append(f"             reads   {_names(stage.reads(config))}")
-        lines.append(f"             writes  {_names(written)}")
-    return "\n".join(lines)
+        places = table(None, [("reads", _names(stage.reads(config))), ("writes", _names(written))])
+        rows += [("", line) for line in places.splitlines()]
+    return table(None, rows, "  ")
 
 
 def _outcome(
@@ -63,14 +64,14 @@ def _outcome(
         return _Outcome.REFUSED, f": {error}"
     if stage.is_service(options):
         return _Outcome.RUNS, " as a service, until it is stopped or has read all its input (stream.trigger)"
-    missing, record = stage.missing(config), read_record(config, stage.name)
-    if stage.is_frozen:
-        if options.retrain_reference:
-            return _Outcome.RUNS, ": --retrain-reference"
+    missing, record = stage.missing(config), stage.record(config)
+    if stage.frozen is not None:
+        if stage.frozen.is_asked_for(options):
+            return _Outcome.RUNS, f": {stage.frozen.option}"
         if not missing:
-            return _Outcome.SKIPPED, ": it exists; --retrain-reference trains it again"
+            return _Outcome.SKIPPED, f": it exists; {stage.frozen.option} replaces it"
         try:
-            stage.require(config)
+            stage.frozen.require(config)
         except CorpusError as error:
             return _Outcome.REFUSED, f": {error}"
     if record is None:
@@ -79,10 +80,10 @@ def _outcome(
         return _Outcome.RUNS, f": {_names(missing)} is missing"
     finished = _finished(record)
     fingerprint = stage.fingerprint(None, config)
-    if fingerprint is not None and fingerprint != record["fingerprint"]:
+    if fingerprint is not None and fingerprint != record.fingerprint:
         return _Outcome.RUNS, f": its config or its inputs have changed since it finished ({finished})"
     if is_named:
-        return _Outcome.RUNS, f" again, as it was asked for by name; it finished before ({finished})"
+        return _Outcome.RUNS, f" again, because you named it; it finished before ({finished})"
     if fingerprint is None:
         return _Outcome.MAY_RUN, f" its config or its input files have changed since it finished ({finished})"
     changed = [place.rstrip("/") for place in changing]
@@ -94,8 +95,8 @@ def _outcome(
 
 
 def _finished(record: StageRecord) -> str:
-    seconds = f"{record['seconds']:.0f} s"
-    if (at := record.get("finished_at")) is None:
+    seconds = f"{record.seconds:.0f} s"
+    if (at := record.finished_at) is None:
         return seconds
     return f"{datetime.datetime.fromtimestamp(at, datetime.UTC):%Y-%m-%d %H:%M} UTC, {seconds}"
 

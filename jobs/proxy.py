@@ -10,20 +10,19 @@ Driver only.
     spark-submit --properties-file conf/spark/local.conf jobs/proxy.py -c conf/demo.yaml
 """
 
+import dataclasses
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jobs.stage import Options
 from jobs.stage_runner import stage_main
-from jobs.stages import Options
-from jobs.text import plain
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.proxy import fit, predict
-from miniplm_udf.proxy.report import report
-from miniplm_udf.storage import Json
+from miniplm_udf.proxy.report import ProxyReport, report
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
@@ -32,16 +31,20 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.proxy")
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> Json:
-    """Fits the proxy, unless one of this config exists, and predicts the instances that have no prediction yet.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProxySummary(ProxyReport):
+    """The result of `miniplm proxy`: the report about the proxy, and the seconds that the stage took."""
+
+    seconds: float
+
+
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> ProxySummary:
+    """Fits the proxy, unless a proxy with this config exists, and predicts the instances that have no prediction yet.
 
     Args:
         spark: the session.
         config: has the section `proxy`.
         options: with `refit`, the proxy is fitted again to the instances scored so far.
-
-    Returns:
-        The report of `proxy.report.report` as plain data, and `seconds`.
 
     Raises:
         ConfigError: the config has no section `proxy`, or its score is wrong.
@@ -54,28 +57,28 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None
     for warning in record.warnings:
         LOGGER.warning("%s", warning)
     QueryRunner(spark, config.root, config.stream).run([predict.PredictionQuery(spark, config, record)])
-    summary: Json = plain(report(spark, config, record))
-    LOGGER.info("%s", text(summary))
-    return {**summary, "seconds": round(time.monotonic() - start, 3)}
+    result = report(spark, config, record)
+    LOGGER.info("%s", text(result))
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return ProxySummary(**fields, seconds=round(time.monotonic() - start, 3))
 
 
-def text(summary: Json) -> str:
+def text(result: ProxyReport) -> str:
     """Formats the proxy's report on one line.
 
     Args:
-        summary: the summary of the stage, as plain data.
+        result: the report.
     """
-    heldout, flops = summary["heldout"], summary["flops"]
-    rho = "none" if heldout["spearman"] is None else f"{heldout['spearman']:.3f}"
+    heldout, rows, flops = result.heldout, result.rows, result.flops
+    rho = "none" if heldout.spearman is None else f"{heldout.spearman:.3f}"
     tops = ", ".join(
-        f"{top['kept']:.3f} of the true top {ratio} (by chance {top['chance']:g})"
-        for ratio, top in heldout["top"].items()
+        f"{top.kept:.3f} of the true top {ratio} (by chance {top.chance:g})" for ratio, top in heldout.top.items()
     )
     return (
-        f"proxy: on {heldout['n_rows']:,} held-out instances Spearman {rho}; it finds {tops}; "
-        f"{summary['rows']['pool']:,} instances predicted, {summary['rows']['scored']:,} of them scored by models; "
-        f"FLOPs a token: models {flops['models_per_token']:.3g}, proxy {flops['proxy_per_token']:.3g}; in all, "
-        f"{flops['with_proxy']:.3g} instead of {flops['models_on_pool']:.3g} ({flops['share']:.1%})"
+        f"proxy: on {heldout.n_rows:,} held-out instances Spearman {rho}; it finds {tops}; "
+        f"{rows.pool:,} instances predicted, {rows.scored:,} of them scored by models; "
+        f"FLOPs a token: models {flops.models_per_token:.3g}, proxy {flops.proxy_per_token:.3g}; in all, "
+        f"{flops.with_proxy:.3g} instead of {flops.models_on_pool:.3g} ({flops.share:.1%})"
     )
 
 

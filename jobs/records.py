@@ -1,92 +1,76 @@
 """The records that stages leave under `<root>/_stages/`: one JSON file a stage. Driver only, no Spark.
 
 A record holds the fingerprint of the stage's config and inputs, its summary, its seconds and when it finished. It is
-written after the stage has committed, so a stage that was killed leaves none for that work and runs again. Whether a
-stage may be skipped is decided in `stages.py`.
+written after the stage has committed: a killed stage has no record of that work, and runs again. Whether a stage may be
+skipped is decided in `stage.py`.
 """
 
+import dataclasses
 import json
 import time
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
-from jobs.text import plain
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import DamagedRecordError
+from miniplm_udf.json_records import from_json
 from miniplm_udf.storage import Json
 
-_KEYS = {"fingerprint", "summary", "seconds"}
 
-
-class StageRecord(TypedDict):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageRecord:
     """The record of a stage that has finished.
 
     Attributes:
         fingerprint: of the stage's config and inputs, taken before it ran.
-        summary: what the stage returned, perhaps in an earlier release, as plain data.
+        summary: what the stage returned: a dataclass, in the file its JSON.
         seconds: how long it ran.
-        finished_at: seconds since 1970; absent in a record of an earlier release.
+        finished_at: seconds since 1970; None in a record of an earlier release.
     """
 
     fingerprint: str
-    summary: Json
+    summary: Any
     seconds: float
-    finished_at: NotRequired[float]
+    finished_at: float | None = None
 
 
-def read_record(config: ExperimentConfig, stage: str) -> StageRecord | None:
+def read_record(config: ExperimentConfig, stage: str, summary_class: Any) -> StageRecord | None:
     """Reads the record of a stage.
 
     Args:
         config: its root is read.
         stage: name of the stage.
+        summary_class: the dataclass of the summary.
 
     Returns:
-        The record; None if the stage never finished.
+        The record; None if the stage never finished, or if its summary lacks a key of `summary_class`: it is of an
+        earlier release then, and the stage runs again.
 
     Raises:
         DamagedRecordError: the file is not a record.
     """
-    record: StageRecord | None = storage.read_json(config.layout.stage(stage))
-    if record is not None and not (isinstance(record, dict) and record.keys() >= _KEYS):
+    raw = storage.read_json(config.layout.stage(stage))
+    if raw is None:
+        return None
+    record = from_json(StageRecord, raw)
+    if record is None:
         raise DamagedRecordError(
-            f"record {storage.redact(config.layout.stage(stage))}: expected {sorted(_KEYS)}, found something else; "
-            "remove it, and the stage runs again"
+            f"record {storage.redact(config.layout.stage(stage))}: expected ['fingerprint', 'seconds', 'summary'], "
+            "found something else; remove it, and the stage runs again"
         )
-    return record
+    summary = from_json(summary_class, record.summary)
+    return None if summary is None else dataclasses.replace(record, summary=summary)
 
 
-def write_record(config: ExperimentConfig, stage: str, fingerprint: str, summary: Any, seconds: float) -> None:
+def write_record(config: ExperimentConfig, stage: str, fingerprint: str, summary: Json, seconds: float) -> None:
     """Writes the record of a stage that has just finished.
 
     Args:
         config: its root is written.
         stage: name of the stage.
         fingerprint: of its config and inputs, taken before it ran.
-        summary: what it returned, a dataclass or plain data.
+        summary: what it returned, as JSON.
         seconds: how long it ran.
     """
-    record: StageRecord = {
-        "fingerprint": fingerprint,
-        "summary": plain(summary),
-        "seconds": round(seconds, 3),
-        "finished_at": time.time(),
-    }
-    storage.write_json(config.layout.stage(stage), json.loads(json.dumps(record, default=str)))
-
-
-def summary_of(config: ExperimentConfig, stage: str) -> Json:
-    """Reads the summary in the record of a stage.
-
-    Args:
-        config: its root is read.
-        stage: name of the stage.
-
-    Returns:
-        The summary; empty if the stage never finished.
-
-    Raises:
-        DamagedRecordError: the file is not a record.
-    """
-    record = read_record(config, stage)
-    return (record["summary"] if record else None) or {}
+    record = StageRecord(fingerprint=fingerprint, summary=summary, seconds=round(seconds, 3), finished_at=time.time())
+    storage.write_json(config.layout.stage(stage), json.loads(json.dumps(dataclasses.asdict(record), default=str)))

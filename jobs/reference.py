@@ -8,21 +8,29 @@ changed; `--retrain-reference` trains it again.
     spark-submit --properties-file conf/spark/local.conf jobs/reference.py -c conf/demo.yaml
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jobs.pack import PackedSummary, run_reference
+from jobs.stage import Options
 from jobs.stage_runner import stage_main
-from jobs.stages import Options
 from jobs.trainer_process import run_trainer
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> Json:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceSummary(PackedSummary):
+    """The result of `miniplm reference`: the packed reference split, and `model`, the URI of the model folder."""
+
+    model: str
+
+
+def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> ReferenceSummary:
     """Packs the reference split and trains the reference on it.
 
     Args:
@@ -30,20 +38,16 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> Js
         config: has the section `reference`.
         options: the command line, for the trainer's process.
 
-    Returns:
-        The summary of `jobs.pack.run_reference`, and `model`: URI of the model folder.
-
     Raises:
         CorpusError: there is nothing to train on.
         ConfigError, MiniplmError: the trainer refused the config, or failed.
     """
-    from jobs.pack import run_reference
-
     assert config.reference is not None
-    summary = run_reference(spark, config)
+    packing = run_reference(spark, config)
     retrain = ["--retrain"] if options.retrain_reference else []
     run_trainer("train", options.config_path, options.overrides, "--reference", *retrain)
-    return {**summary, "model": config.layout.model(config.reference.alias)}
+    model = config.layout.model(config.reference.alias)
+    return ReferenceSummary(packed=packing.packed, seconds=packing.seconds, model=model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,61 +10,62 @@ the matrix). Needs no GPU: change a ratio and run again. A retry continues after
     spark-submit --properties-file conf/spark/local.conf jobs/refine.py -c conf/demo.yaml
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
-from jobs.stages import Options
-from jobs.text import plain
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.refinement.follow import Follower, followed_version
-from miniplm_udf.refinement.refine import refine
-from miniplm_udf.storage import Json
+from miniplm_udf.refinement.follow import FollowedVersion, Follower, followed_version
+from miniplm_udf.refinement.refine import RefinedVersion, refine
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> Json:
-    """Refines all corpora; with the option `follow`, follows them instead (`follow`).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefineSummary:
+    """The result of `miniplm refine`: kept instances and newest versions by corpus, and the seconds that it took."""
+
+    kept: dict[str, int]
+    refined: dict[str, RefinedVersion]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FollowSummary:
+    """The result of `miniplm refine --follow`: newest versions by corpus, and the seconds that it took."""
+
+    followed: dict[str, FollowedVersion]
+    seconds: float
+
+
+def run(spark: "SparkSession", config: ExperimentConfig) -> RefineSummary:
+    """Refines all corpora.
 
     Args:
         spark: the session.
         config: the experiment.
-        options: of the command line.
-
-    Returns:
-        `kept` (instances by corpus), `refined` (summary of `refinement.refine.refine` by corpus), `seconds`.
 
     Raises:
         ConfigError: the config has no corpora, or an expression is wrong.
         CorpusError: there is no matrix, or a corpus would be empty.
     """
-    if options is not None and options.follow:
-        return follow(spark, config, options.corpora)
     start = time.monotonic()
-    refined = {name: plain(refine(spark, config, name)) for name in _names(config)}
-    return {
-        "kept": {name: summary["n_instances"] for name, summary in refined.items()},
-        "refined": refined,
-        "seconds": round(time.monotonic() - start, 3),
-    }
+    refined = {name: refine(spark, config, name) for name in _names(config)}
+    kept = {name: version.n_instances for name, version in refined.items()}
+    return RefineSummary(kept=kept, refined=refined, seconds=round(time.monotonic() - start, 3))
 
 
-def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str] = ()) -> Json:
+def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str] = ()) -> FollowSummary:
     """Follows corpora: appends newly scored rows above the cut; with processing_time, until it is asked to stop.
 
     Args:
-        spark: the session.
-        config: the experiment.
         names: the corpora to follow; none: all.
-
-    Returns:
-        `followed` (the newest version by corpus) and `seconds`.
 
     Raises:
         ConfigError, CorpusError: as `run`; another driver follows one of the corpora.
@@ -73,10 +74,8 @@ def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str]
     chosen = list(names) or _names(config)
     queries = [Follower(spark, config, name) for name in chosen]
     QueryRunner(spark, config.root, config.stream).run(queries)
-    return {
-        "followed": {name: plain(followed_version(config, name)) for name in chosen},
-        "seconds": round(time.monotonic() - start, 3),
-    }
+    followed = {name: followed_version(config, name) for name in chosen}
+    return FollowSummary(followed=followed, seconds=round(time.monotonic() - start, 3))
 
 
 def _names(config: ExperimentConfig) -> list[str]:

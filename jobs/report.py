@@ -1,12 +1,13 @@
 """Writes the HTML report of an experiment.
 
-    miniplm report -c conf/demo.yaml [key=value ...]
-    spark-submit --properties-file conf/spark/local.conf jobs/report.py -c conf/demo.yaml
-
 Reads:  instances, rejects, scores, score_matrix, corpora, refined/*; <root>/models/*; MLflow.
 Writes: report.html in the report folder, and the artifacts of the MLflow run "comparison". A rerun replaces both.
+
+    miniplm report -c conf/demo.yaml [key=value ...]
+    spark-submit --properties-file conf/spark/local.conf jobs/report.py -c conf/demo.yaml
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -21,15 +22,20 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, str | float]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportSummary:
+    """The result of `miniplm report`: the path of the HTML file, and the seconds that it took."""
+
+    report: str
+    seconds: float
+
+
+def run(spark: "SparkSession", config: ExperimentConfig) -> ReportSummary:
     """Writes summary.json of the stages that have run so far, and the report.
 
     Args:
         spark: the command's session.
         config: the experiment.
-
-    Returns:
-        `report` (path of the HTML file) and `seconds`.
     """
     from miniplm_udf.report.render import build_report  # imports matplotlib and jinja2, which `--help` does not need
 
@@ -38,7 +44,7 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> dict[str, str | floa
     write_summary(config, summary)
     with Lease(config.layout.lease("report"), "report", waits=True):
         path = build_report(spark, config, summary)
-    return {"report": str(path), "seconds": time.monotonic() - started}
+    return ReportSummary(report=str(path), seconds=time.monotonic() - started)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ Driver only; the work is in `miniplm_udf.scores`.
     spark-submit --properties-file conf/spark/local.conf jobs/score.py -c conf/demo.yaml
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,16 +19,17 @@ from jobs.stage_runner import stage_main
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.scores.plan import ScorerFactory
 from miniplm_udf.scores.run import prepare
-from miniplm_udf.scores.summary import summarize
-from miniplm_udf.storage import Json
+from miniplm_udf.scores.summary import ScoreSummary, summarize
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None) -> Json:
-    """Scores what is not yet scored of the pool, and brings the matrix up to date.
+def run(
+    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None
+) -> ScoreSummary:
+    """Scores the pool instances that have no score yet, and brings the matrix up to date.
 
     With `stream.trigger: processing_time` it goes on with new instances until SIGTERM or SIGINT.
 
@@ -39,7 +39,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str,
         factories: makers of scorers by alias, used instead of the models'.
 
     Returns:
-        The `scores.summary.ScoreSummary` as plain data.
+        The counts of the tables, and of this run.
 
     Raises:
         CorpusError: there is nothing to score, or a model scored nothing at all.
@@ -55,7 +55,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str,
     else:
         runner.run([prepared.scoring, prepared.keeping])
     seconds = time.monotonic() - start
-    return dataclasses.asdict(summarize(spark, config, prepared.plan, prepared.descriptions, prepared.total, seconds))
+    return summarize(spark, config, prepared.plan, prepared.descriptions, prepared.total, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

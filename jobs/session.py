@@ -1,8 +1,8 @@
 """The Spark session of a command: Delta's jars and the settings that every job needs. Driver only.
 
-Input: the section `spark` of the config; output: a session. Delta's jars are named by Maven coordinates, only those
-that pyspark does not contain. Under spark-submit, the master and every property given there win over the ones set here.
-Reads and writes no table.
+Input: the section `spark` of the config; output: a session. Delta's jars come from this node's cache if all are there,
+else by Maven coordinates, without those that pyspark contains. Under spark-submit, the master and every property given
+there win over the ones set here. Reads and writes no table.
 """
 
 import contextlib

@@ -8,14 +8,15 @@ the user are listed by Spark, which reads them. Owns no stage (`stages.py`). Wri
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.config.generate import GENERATED
 from miniplm_udf.config.rules import resolve
 from miniplm_udf.ingestion import text_sets
+from miniplm_udf.layout import EVALUATION_FILE, TRAINING_FILE
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import newest_version
+from miniplm_udf.store.model_records import read_training
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -102,25 +103,9 @@ def score_inputs(config: ExperimentConfig) -> list[Any]:
     return [
         {alias: to_dict(config.models[alias]) for alias in config.scored_aliases},
         *_versions(config, ["instances"]),
-        {alias: [file for file in state if not file[0].endswith("evaluation.json")] for alias, state in states.items()},
+        {alias: [file for file in state if not file[0].endswith(EVALUATION_FILE)] for alias, state in states.items()},
         [config.score.max_reject_share, config.score.sample],
     ]
-
-
-def with_earlier_rates(earlier: Json, summary: Json) -> Json:
-    """Keeps the rates of the last scoring: a run that found nothing to score has no rate.
-
-    Args:
-        earlier: the summary in the record of the stage; empty if the stage never finished.
-        summary: the new summary.
-
-    Returns:
-        The new summary, in which `tokens_per_second` has the earlier rate of every model without a new one.
-    """
-    if "tokens_per_second" not in summary:
-        return summary
-    measured = {alias: rate for alias, rate in summary["tokens_per_second"].items() if rate is not None}
-    return {**summary, "tokens_per_second": {**earlier.get("tokens_per_second", {}), **measured}}
 
 
 def proxy_inputs(config: ExperimentConfig) -> list[Any]:
@@ -225,18 +210,12 @@ def evaluate_reads(config: ExperimentConfig) -> list[str]:
 def evaluate_inputs(config: ExperimentConfig) -> list[Any]:
     """The section `evaluate`, the files that it names, the trainings and the version of `instances`."""
     names = [*config.students, *([config.reference.alias] if config.reference else [])]
-    states = {name: storage.read_json(config.layout.model(name, "training.json")) or {} for name in names}
+    trainings = {name: read_training(config, name) for name in names}
     # A training without a run id of MLflow is identified by its fingerprint.
-    runs = {name: state.get("run_id") or state.get("fingerprint") for name, state in states.items()}
+    runs = {name: each and (each.run_id or each.fingerprint) for name, each in trainings.items()}
     sets = {name: text_sets.state_of(section) for name, section in config.evaluate.inputs.items()}
     tasks = storage.folder_state(config.evaluate.tasks_folder) if config.evaluate.tasks_folder else []
     return [to_dict(config.evaluate), runs, sets, tasks, *_versions(config, ["instances"])]
-
-
-def report_inputs(config: ExperimentConfig) -> list[Any]:
-    """The section `report`, and when the stages before it finished."""
-    records = [read_record(config, stage) for stage in ("ingest", "score", "refine", "train", "evaluate")]
-    return [to_dict(config.report), [record.get("finished_at") if record else None for record in records]]
 
 
 def model_files(config: ExperimentConfig, file: str) -> list[str]:
@@ -252,7 +231,7 @@ def model_files(config: ExperimentConfig, file: str) -> list[str]:
 def trained_files(config: ExperimentConfig) -> list[str]:
     """URIs of the records of the trained students, and of their registrations if they are registered."""
     registered = model_files(config, "registration.json") if config.mlflow.registered_model else []
-    return [*model_files(config, "training.json"), *registered]
+    return [*model_files(config, TRAINING_FILE), *registered]
 
 
 def reference_files(config: ExperimentConfig) -> list[str]:

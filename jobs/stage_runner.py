@@ -10,16 +10,16 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs import plan, records
 from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
 from jobs.session import spark_session
-from jobs.stages import Options, Stage, stage_named
-from jobs.text import as_json, plain
+from jobs.stage import Options, Stage
+from jobs.stages import stage_named
+from jobs.text import as_json
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError
-from miniplm_udf.storage import Json
 from miniplm_udf.store.catalog import register_tables
 from miniplm_udf.upkeep import preflight
 
@@ -42,30 +42,26 @@ def must_run(
         is_named: the user asked for this stage by its name. It runs then, unless it is frozen.
 
     Returns:
-        False if the stage is unchanged, or frozen and there.
+        False if the stage is unchanged, or if it is frozen and its output exists.
 
     Raises:
-        CorpusError: the output of a frozen stage is gone, and other outputs depend on it.
+        CorpusError: the output of a frozen stage is missing, and other outputs depend on it.
     """
-    if not stage.is_frozen:
+    if stage.frozen is None:
         return is_named or not stage.is_unchanged(spark, config)
-    if options.retrain_reference:
+    if stage.frozen.is_asked_for(options):
         return True
-    stage.require(config)
+    stage.frozen.require(config)
     if stage.missing(config):
         return True
-    if records.read_record(config, stage.name) and not stage.is_unchanged(spark, config):
-        LOGGER.warning(
-            "%s: its config has changed since it was trained. It is kept as it is, so that scores made with it stay "
-            "comparable; --retrain-reference trains it again, and the corpus is then scored again",
-            stage.name,
-        )
+    if stage.record(config) and not stage.is_unchanged(spark, config):
+        LOGGER.warning("%s: its config has changed since it was made. %s", stage.name, stage.frozen.consequence)
     return False
 
 
 def execute(
     stage: Stage, spark: "SparkSession | None", config: ExperimentConfig, options: Options | None = None
-) -> Json:
+) -> Any:
     """Runs a stage and writes its record, unless it is a service or does a part of its work.
 
     Args:
@@ -75,7 +71,7 @@ def execute(
         options: of the command line; None: none were given.
 
     Returns:
-        The summary as plain data.
+        The summary, as the stage's `run` returns it.
 
     Raises:
         ConfigError: the root cannot be written.
@@ -86,19 +82,19 @@ def execute(
         preflight.require_writable(config.root)
         preflight.check_files(config.root, stage.name)
     else:
-        preflight.check(spark, config, f"{stage.name} --follow" if options.follow else stage.name)
+        preflight.check(spark, config, stage.checked_as(options) or stage.name)
     leaves_record = not (stage.is_service(options) or stage.is_partial(options))
     fingerprint = str(stage.fingerprint(spark, config)) if leaves_record else ""
-    earlier = records.summary_of(config, stage.name) if leaves_record else {}
+    earlier = stage.record(config) if leaves_record else None
     # A schema that has another root's tables is refused before any work.
     _register(spark, config)
     start = time.monotonic()
-    summary: Json = plain(stage.run(spark, config, options))
+    summary = stage.run(spark, config, options)
     seconds = time.monotonic() - start
     _register(spark, config)
     if leaves_record:
-        summary = stage.with_earlier(earlier, summary)
-        records.write_record(config, stage.name, fingerprint, summary, seconds)
+        summary = stage.with_earlier(earlier.summary if earlier else None, summary)
+        records.write_record(config, stage.name, fingerprint, stage.to_json(summary), seconds)
     LOGGER.info("%s: done in %.1f s", stage.name, seconds)
     return summary
 
@@ -139,9 +135,10 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
                 summary = execute(stage, spark, config, options)
             else:
                 LOGGER.info("%s: unchanged, skipped", name)
-                summary = records.summary_of(config, name)
-        print(as_json({name: summary}))
-        if last_line := stage.last_line(summary):
+                record = stage.record(config)
+                summary = record.summary if record else None
+        print(as_json({name: {} if summary is None else stage.to_json(summary)}))
+        if last_line := "" if summary is None else stage.last_line(summary):
             # After the summary, which may be long.
             print(last_line, file=sys.stderr)
         return exit_code(summary)

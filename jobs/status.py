@@ -1,7 +1,8 @@
-"""`miniplm status`: where the queries of a root stand. Reads the records under `<root>/_status/`; starts no Spark.
+"""`miniplm status`: the progress of a root's queries. Reads the records under `<root>/_status/`; starts no Spark.
 
 miniplm status -c conf/demo.yaml
 miniplm status --root s3://bucket/run1 --prometheus
+spark-submit --properties-file conf/spark/local.conf jobs/status.py -c conf/demo.yaml
 """
 
 import argparse

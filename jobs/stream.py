@@ -1,4 +1,4 @@
-"""`miniplm stream`: a scoring service. Files appear; instances, scores and matrix rows follow, until it is stopped.
+"""`miniplm stream`: a service. Ingests new files, scores them and updates the matrix, until it is stopped.
 
 Runs the queries of `ingest`, `score` and the matrix at once in one session, every `stream.interval_seconds`. SIGTERM
 lets the running micro-batches finish. After a kill, the next start continues from the checkpoints. `miniplm status`
@@ -23,8 +23,7 @@ from miniplm_udf.ingestion.inputs import input_state
 from miniplm_udf.ingestion.query import IngestQuery, find_new_inputs
 from miniplm_udf.scores.plan import ScorerFactory
 from miniplm_udf.scores.run import prepare
-from miniplm_udf.scores.summary import summarize
-from miniplm_udf.storage import Json
+from miniplm_udf.scores.summary import ScoreSummary, summarize
 from miniplm_udf.streams.runner import QueryRunner
 
 if TYPE_CHECKING:
@@ -33,7 +32,9 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.jobs")
 
 
-def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None) -> Json:
+def run(
+    spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str, ScorerFactory] | None = None
+) -> ScoreSummary:
     """Runs until it is asked to stop.
 
     Args:
@@ -52,7 +53,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str,
     prepared = prepare(spark, config, new_run_id(), factories)
     QueryRunner(spark, config.root, config.stream).run([ingesting, prepared.scoring, prepared.keeping])
     seconds = time.monotonic() - start
-    return dataclasses.asdict(summarize(spark, config, prepared.plan, prepared.descriptions, prepared.total, seconds))
+    return summarize(spark, config, prepared.plan, prepared.descriptions, prepared.total, seconds)
 
 
 def _wait_for_input(spark: "SparkSession", config: ExperimentConfig) -> None:

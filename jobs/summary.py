@@ -5,19 +5,16 @@ are public, and lines of text. A rerun that skipped everything gives the same su
 """
 
 import shlex
+from collections.abc import Mapping
 
-from jobs.evaluation_text import evaluation_tables
-from jobs.records import read_record
+from jobs.evaluation_text import evaluation_text
 from jobs.stages import STAGES
-from jobs.text import table
+from jobs.text import decimal, table
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.report.summary import PipelineSummary, ProxyNumbers
-from miniplm_udf.storage import Json
-
-# Public key: key of the losses of the set `heldout` in evaluation.json.
-_HELDOUT = {"heldout_nats_per_token": "nats_per_token", "heldout_bits_per_byte": "bits_per_byte"}
+from miniplm_udf.store.model_records import Evaluation, read_evaluation
 
 
 def build_summary(config: ExperimentConfig) -> PipelineSummary:
@@ -29,26 +26,26 @@ def build_summary(config: ExperimentConfig) -> PipelineSummary:
     Returns:
         The summary, with all its keys.
     """
-    records = {stage.name: record for stage in STAGES if (record := read_record(config, stage.name))}
-    names = ("ingest", "score", "proxy", "refine", "generate")
-    ingest, score, proxy, refine, generate = (records[name]["summary"] if name in records else {} for name in names)
-    evaluations = {name: _model_file(config, name, "evaluation.json") for name in config.students}
-    return {
-        "instances": ingest.get("instances", 0),
-        "rejected": sum(stage.get("rejected", 0) for stage in (ingest, score, generate)),
-        "scored": score.get("scored", {}),
-        "proxy": {"predicted": proxy["rows"]["pool"], "spearman": proxy["heldout"]["spearman"]} if proxy else None,
-        "generated": generate.get("generated"),
-        "kept": refine.get("kept", {}),
-        "tokens_per_second": score.get("tokens_per_second", {}),
-        "refined": {
-            # Under the present root: it may have been moved since the record was written.
-            name: {"path": storage.redact(config.layout.table(f"refined/{name}")), "version": corpus["version"]}
-            for name, corpus in refine.get("refined", {}).items()
-        },
+    evaluations = {name: read_evaluation(config, name) for name in config.students}
+    summary: PipelineSummary = {
+        "instances": 0,
+        "rejected": 0,
+        "scored": {},
+        "proxy": None,
+        "generated": None,
+        "kept": {},
+        "tokens_per_second": {},
+        "refined": {},
         "students": {name: losses for name in config.students if (losses := _heldout(evaluations[name]))},
-        "seconds": {stage: record["seconds"] for stage, record in records.items()},
+        "seconds": {},
     }
+    for stage in STAGES:
+        if record := stage.record(config):
+            numbers = stage.numbers(config, record.summary)
+            rejected = summary["rejected"] + numbers.get("rejected", 0)
+            seconds = {**summary["seconds"], stage.name: record.seconds}
+            summary = {**summary, **numbers, "rejected": rejected, "seconds": seconds}
+    return summary
 
 
 def write_summary(config: ExperimentConfig, summary: PipelineSummary) -> None:
@@ -77,12 +74,12 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         *([("generated", f"{summary['generated']:,}")] if summary["generated"] is not None else []),
     ]
     speeds = [
-        (stage.name, f"{summary['seconds'][stage.name]:,.1f} s", _speeds(config, summary, stage.name))
+        (stage.name, f"{summary['seconds'][stage.name]:,.1f} s", _speeds(stage.rates(config, summary)))
         for stage in STAGES
         if stage.name in summary["seconds"]
     ]
     students = [
-        (name, config.students[name].corpus, *(_decimal(losses[key]) for key in _HELDOUT))
+        (name, config.students[name].corpus, *map(decimal, losses.values()))
         for name, losses in summary["students"].items()
     ]
     root = storage.redact(config.root)
@@ -100,9 +97,9 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
     if students:
         parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
-    evaluations = {name: each for name in config.students if (each := _model_file(config, name, "evaluation.json"))}
-    if any(each.get("tasks") or each.get("sets", {}).keys() - {HELDOUT} for each in evaluations.values()):
-        parts.append(evaluation_tables(evaluations))
+    evaluations = {name: each for name in config.students if (each := read_evaluation(config, name))}
+    if any(each.tasks or each.sets.keys() - {HELDOUT} for each in evaluations.values()):
+        parts.append(evaluation_text(evaluations))
     return "\n\n".join([*parts, table(None, places, "  ")])
 
 
@@ -111,14 +108,12 @@ def mlflow_command(config: ExperimentConfig) -> str:
     return shlex.join(["mlflow", "ui", "--backend-store-uri", storage.redact(config.mlflow_uri())])
 
 
-def _heldout(evaluation: Json | None) -> dict[str, float | None] | None:
+def _heldout(evaluation: Evaluation | None) -> dict[str, float | None] | None:
     """The public losses on held-out text; None if the student was not evaluated on it."""
-    losses = (evaluation or {}).get("sets", {}).get(HELDOUT)
-    return losses and {public: losses[key] for public, key in _HELDOUT.items()}
-
-
-def _decimal(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
+    losses = evaluation.sets.get(HELDOUT) if evaluation else None
+    if losses is None:
+        return None
+    return {"heldout_nats_per_token": losses.nats_per_token, "heldout_bits_per_byte": losses.bits_per_byte}
 
 
 def _predicted(proxy: ProxyNumbers) -> str:
@@ -126,19 +121,6 @@ def _predicted(proxy: ProxyNumbers) -> str:
     return f"{proxy['predicted']:,} (Spearman on held-out instances {'none' if rho is None else format(rho, '.3f')})"
 
 
-def _speeds(config: ExperimentConfig, summary: PipelineSummary, stage: str) -> str:
-    """`NAME RATE` for each model that the stage ran, in tokens per second."""
-    if stage == "score":
-        rates = {alias: rate for alias, rate in summary["tokens_per_second"].items() if rate}
-    elif stage in ("reference", "train"):
-        names = [config.reference.alias] if stage == "reference" and config.reference else list(config.students)
-        trainings = {name: _model_file(config, name, "training.json") for name in names}
-        rates = {name: t["tokens"] / t["seconds"] for name, t in trainings.items() if t and t.get("seconds")}
-    else:
-        rates = {}
+def _speeds(rates: Mapping[str, float]) -> str:
+    """`NAME RATE` for each model that a stage ran, in tokens per second."""
     return ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-
-
-def _model_file(config: ExperimentConfig, name: str, file: str) -> Json | None:
-    record: Json | None = storage.read_json(config.layout.model(name, file))
-    return record

@@ -42,6 +42,15 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def decimal(value: float | None) -> str | None:
+    """Formats a loss with 4 decimals; None stays None, which `table` shows as `-`.
+
+    Args:
+        value: the loss, or None.
+    """
+    return None if value is None else f"{value:.4f}"
+
+
 def plain(value: Any) -> Any:
     """Converts a dataclass, or a list of them, to plain data; returns any other value as it is.
 

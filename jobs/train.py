@@ -7,12 +7,13 @@ is; after a kill, the same command continues from the last checkpoint.
     spark-submit --properties-file conf/spark/local.conf jobs/train.py -c conf/demo.yaml
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jobs.stage import Options
 from jobs.stage_runner import stage_main
-from jobs.stages import Options
 from jobs.trainer_process import run_trainer
 from miniplm_udf.config.experiment import ExperimentConfig
 
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> dict[str, dict[str, str]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """The result of `miniplm train`: URIs of the model folders by student."""
+
+    students: dict[str, str]
+
+
+def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> TrainSummary:
     """Trains all students.
 
     Args:
@@ -28,14 +36,11 @@ def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options
         config: the experiment.
         options: the command line, for the trainer's process.
 
-    Returns:
-        {"students": {name: URI of the model folder}}.
-
     Raises:
         ConfigError, MiniplmError: the trainer refused the config, or failed.
     """
     run_trainer("train", options.config_path, options.overrides)
-    return {"students": {name: config.layout.model(name) for name in config.students}}
+    return TrainSummary(students={name: config.layout.model(name) for name in config.students})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

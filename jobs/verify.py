@@ -1,7 +1,7 @@
-"""`miniplm verify`: checks a root: nothing lost, nothing twice, every sum. Reads everything, writes nothing.
+"""`miniplm verify`: checks that no row is lost or duplicated and that all sums agree. Writes nothing.
 
-Prints one line for each check, and exits with 1 if one does not hold. It may run while queries run: rows that no query
-has reached yet are *behind*, not lost. Use spark-submit if the tables are large.
+Reads everything. Prints one line for each check, and exits with 1 if one does not hold. It may run while queries run:
+rows that no query has reached yet are *behind*, not lost. Use spark-submit if the tables are large.
 
     miniplm verify -c conf/demo.yaml
     miniplm verify --root s3a://bucket/run1 --json

@@ -11,15 +11,13 @@ again. On the driver and in the trainer; needs neither torch nor Spark.
 """
 
 import dataclasses
-from typing import Any, TypeVar
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.json_records import from_json
 from miniplm_udf.layout import EVALUATION_FILE, TOKENIZER_RECORD_FILE, TRAINING_FILE
 from miniplm_udf.storage import Json
 from miniplm_udf.store.provenance import PackedMetadata
-
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,43 +223,8 @@ def read_evaluation(config: ExperimentConfig, name: str) -> Evaluation | None:
         DamagedRecordError: the file is not JSON.
     """
     raw = storage.read_json(config.layout.model(name, EVALUATION_FILE))
-    evaluation = from_json(Evaluation, raw)
-    if evaluation is None:
+    if not isinstance(raw, dict) or not isinstance(raw.get("sets"), dict):
         return None
-    sets = {name: each for name, value in raw["sets"].items() if (each := _set_from_json(value)) is not None}
-    return dataclasses.replace(evaluation, sets=sets, tasks=_tasks_from_json(raw.get("tasks")))
-
-
-def from_json(record: type[_T], raw: Any) -> _T | None:
-    """Makes a record of the values of a JSON object.
-
-    Args:
-        record: a dataclass.
-        raw: parsed JSON.
-
-    Returns:
-        The record; None if `raw` is no object or lacks a key that has no default.
-    """
-    fields = dataclasses.fields(record)  # type: ignore[arg-type]
-    required = {field.name for field in fields if field.default is dataclasses.MISSING}
-    if not isinstance(raw, dict) or not raw.keys() >= required:
-        return None
-    return record(**{field.name: raw[field.name] for field in fields if field.name in raw})
-
-
-def _set_from_json(raw: Any) -> SetEvaluation | None:
-    evaluation = from_json(SetEvaluation, raw)
-    if evaluation is None:
-        return None
-    losses = {source: from_json(TextLoss, value) for source, value in raw["by_source"].items()}
-    by_source = {source: loss for source, loss in losses.items() if loss is not None}
-    return dataclasses.replace(evaluation, by_source=by_source) if len(by_source) == len(losses) else None
-
-
-def _tasks_from_json(raw: Any) -> TaskEvaluation | None:
-    evaluation = from_json(TaskEvaluation, raw)
-    if evaluation is None:
-        return None
-    scores = {name: from_json(TaskScore, value) for name, value in raw["scores"].items()}
-    whole = {name: score for name, score in scores.items() if score is not None}
-    return dataclasses.replace(evaluation, scores=whole) if len(whole) == len(scores) else None
+    # A set or the tasks of an earlier version are evaluated again; the others stay.
+    sets = {name: each for name, value in raw["sets"].items() if (each := from_json(SetEvaluation, value)) is not None}
+    return Evaluation(sets=sets, tasks=from_json(TaskEvaluation, raw.get("tasks")), run_id=raw.get("run_id"))

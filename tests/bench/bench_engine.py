@@ -148,7 +148,7 @@ class Sized:
             start = time.monotonic()
             summary = score.run(self.spark, self.config, {"teacher": FakeScorer})
             seconds = time.monotonic() - start - described[0]
-        if summary["scored"]["teacher"] != self.rows or summary["matrix_rows"] != self.rows or summary["rejected"]:
+        if summary.scored["teacher"] != self.rows or summary.matrix_rows != self.rows or summary.rejected:
             raise RuntimeError(f"expected {self.rows} scores and matrix rows and no rejects, found {summary}")
         return {"seconds": seconds, "describe_seconds": described[0], **memory.quarters()}
 

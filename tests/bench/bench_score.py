@@ -230,7 +230,7 @@ def compare_spark(bench: Bench, folder: Path, n_documents: int) -> tuple[list[di
         start_seconds = time.perf_counter() - begun
     finally:
         spark.stop()
-    if summary["tokens"]["teacher"] != n_tokens:
+    if summary.tokens["teacher"] != n_tokens:
         raise RuntimeError(f"expected {n_tokens} tokens, found {summary}")
     shutil.rmtree(root)
     seconds = whole - start_seconds
@@ -238,10 +238,10 @@ def compare_spark(bench: Bench, folder: Path, n_documents: int) -> tuple[list[di
         "texts": len(texts), "tokens": n_tokens, "bare_tokens_per_s": n_tokens / bare_seconds,
         "job_tokens_per_s": n_tokens / seconds, "ratio": bare_seconds / seconds,
         "job_start_s": start_seconds, "ratio_with_start": bare_seconds / whole,
-        "scorer_in_job_tokens_per_s": summary["tokens_per_second"]["teacher"], "wait_share": summary["wait_share"],
+        "scorer_in_job_tokens_per_s": summary.tokens_per_second["teacher"], "wait_share": summary.wait_share,
         "spark_start_s": started - start, "first_job_with_model_load_s": loaded - started,
     }  # fmt: skip
-    return [row], {"spark_vs_bare": round(bare_seconds / seconds, 3), "wait_share": round(summary["wait_share"], 4)}
+    return [row], {"spark_vs_bare": round(bare_seconds / seconds, 3), "wait_share": round(summary.wait_share, 4)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

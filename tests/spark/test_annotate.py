@@ -22,6 +22,7 @@ from jobs.stages import stage_named
 from miniplm_udf import schemas, storage
 from miniplm_udf.annotations import contamination, duplicates, packages
 from miniplm_udf.annotations import quality as quality_columns
+from miniplm_udf.annotations.annotate import AnnotationSummary
 from miniplm_udf.annotations.contamination import EvaluationNgrams
 from miniplm_udf.config.annotate import AnnotateConfig, ContaminationConfig, NearDuplicatesConfig
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -136,7 +137,7 @@ def wrong(spark: Any, config: ExperimentConfig) -> list[verify.Check]:
 
 
 @pytest.fixture(scope="module")
-def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExperimentConfig, dict[str, Any]]:
+def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExperimentConfig, AnnotationSummary]:
     """A root whose instances were annotated all at once, and the summary of that."""
     config = config_of(tmp_path_factory.mktemp("annotated"))
     write(spark, config, TEXTS)
@@ -185,10 +186,10 @@ def test_every_column_is_what_a_plain_computation_says(spark: Any, made: tuple[E
     assert [summary[name] for name in counted] == [
         len(TEXTS), len(TEXTS), 2, 6, {"ngrams": len(evaluation), "records": 3, "short_records": 1},
     ]  # fmt: skip
-    assert summary["near_duplicates"] == sum(row["near_duplicate_of"] is not None for row in rows.values())
+    assert summary.near_duplicates == sum(row["near_duplicate_of"] is not None for row in rows.values())
     languages = Counter(row["language"] for row in rows.values())
-    assert {name: languages[name] for name in summary["languages"]} == summary["languages"]
-    assert list(summary["languages"].values()) == sorted(languages.values(), reverse=True)[:10]
+    assert {name: languages[name] for name in summary.languages} == summary.languages
+    assert list(summary.languages.values()) == sorted(languages.values(), reverse=True)[:10]
     assert wrong(spark, config) == []
 
 
@@ -234,12 +235,12 @@ def test_what_is_new_is_added_and_as_good_as_at_once(
     monkeypatch.undo()
     first = rows_of(spark, config)
     version = delta_log.newest_version(uri)
-    assert job.run(spark, config)["new_annotated"] == 0
+    assert job.run(spark, config).new_annotated == 0
     assert delta_log.newest_version(uri) == version
     write(spark, config, {name: found for name, found in TEXTS.items() if found[0] == 1})
     found = job.run(spark, config)
-    assert found["new_annotated"] == len(TEXTS) - len(first)
-    assert found["annotated"] == len(TEXTS)
+    assert found.new_annotated == len(TEXTS) - len(first)
+    assert found.annotated == len(TEXTS)
     assert delta_log.newest_version(uri) == version + 1
     assert rows_of(spark, config) == rows_of(spark, made[0])
 
@@ -257,13 +258,13 @@ def test_other_settings_make_it_anew_and_other_names_of_files_do_not(
     with caplog.at_level("WARNING", logger="miniplm"):
         execute(stage_named("annotate"), spark, again)
     assert f"annotate.contamination.files: 1 names are left out: {place}/c.csv" in caplog.text
-    assert job.run(spark, again)["new_annotated"] == 0
+    assert job.run(spark, again).new_annotated == 0
     assert stage_named("annotate").is_unchanged(spark, again)
     (place / "a.JSONL").write_text(json.dumps({"q": ENGLISH}))
     assert not stage_named("annotate").is_unchanged(spark, again)
     few = dataclasses.replace(again.annotate, near_duplicates=None, language=False, quality=False)
     changed = dataclasses.replace(again, annotate=few)
-    assert job.run(spark, changed)["new_annotated"] == len(TEXTS)
+    assert job.run(spark, changed).new_annotated == len(TEXTS)
     rows = rows_of(spark, changed)
     assert rows["asked"].keys() == {
         "instance_id", "ingested_at", "duplicate_of", "contaminated_ngrams", "contaminated_share", "annotated_by",
@@ -295,7 +296,7 @@ def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
         ),
         long=CorpusConfig(score="n_words + length(text) / 1e6", where="true", select=SelectConfig(ratio=0.5)),
     )
-    found = refine.run(spark, config)["refined"]
+    refined = refine.run(spark, config).refined
     rows = rows_of(spark, config)
     naming = ("duplicate_of", "near_duplicate_of", "contaminated_ngrams")
     clean = [name for name, row in rows.items() if not any(row[column] for column in naming)]
@@ -327,13 +328,13 @@ def test_refinement_by_annotations(spark: Any, copy: ExperimentConfig) -> None:
         assert {row["instance_id"] for row in shown.rows} == named_copies - set(ranked[: len(names) // 2])
     # Merged files are the same annotations; others are others.
     tables.merge_small_files(spark, config.layout.table("annotations"))
-    assert all(one["skipped"] for one in refine.run(spark, config)["refined"].values())
+    assert all(one.skipped for one in refine.run(spark, config).refined.values())
     assert config.annotate is not None
     other = dataclasses.replace(config.annotate, near_duplicates=NearDuplicatesConfig(threshold=0.5))
     job.run(spark, dataclasses.replace(config, annotate=other))
-    again = refine.run(spark, config)["refined"]["clean"]
-    assert not again["skipped"]
-    assert again["n_instances"] < found["clean"]["n_instances"]
+    again = refine.run(spark, config).refined["clean"]
+    assert not again.skipped
+    assert again.n_instances < refined["clean"].n_instances
     checks = {check.name: check for check in verify.verify(spark, config.root)}
     assert all(check.ok for check in checks.values())
 
@@ -365,7 +366,7 @@ def test_a_take_down_leaves_no_copy_of_nothing(spark: Any, copy: ExperimentConfi
     # Rows that named them have to be annotated again: of two copies of a removed text, one is the first now.
     assert TEXTS.keys() - left.keys() == gone | {"x", "y copied", "p3 made"}
     assert {check.name for check in wrong(spark, copy)} == {"annotations: pool = annotated"}
-    assert job.run(spark, copy)["new_annotated"] == 3
+    assert job.run(spark, copy).new_annotated == 3
     rows = rows_of(spark, copy)
     assert rows["x"]["duplicate_of"] is None
     assert rows["y copied"]["duplicate_of"] == "x"

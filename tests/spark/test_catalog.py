@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from pyspark.errors import AnalysisException
 
+from jobs.stage import Options
 from jobs.stage_runner import execute
-from jobs.stages import Options, stage_named
+from jobs.stages import stage_named
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.config.sections import ModelConfig, SparkConfig
@@ -35,7 +36,7 @@ def test_a_root_has_names(spark: Any, tmp_path: Path) -> None:
     for alias in ALIASES:
         write_record(config, alias)
     config = dataclasses.replace(config, spark=SparkConfig(schema="a_schema"))
-    kept = execute(stage_named("refine"), spark, config)["kept"]["kept"]
+    kept = execute(stage_named("refine"), spark, config).kept["kept"]
     other = spark.newSession()
     try:
         assert other.sql(COUNT.format("a_schema.")).collect()[0][0] == kept > 5

@@ -77,11 +77,11 @@ def test_of_a_corpus_that_is_read_whole_every_count_is_exact(spark: Any, tmp_pat
     ingested = ingest.run(spark, config)
     scored = score.run(spark, config)
     corpus = found["corpus"]
-    assert (corpus["documents"], corpus["instances"]) == (ingested["documents"], ingested["instances"])
-    assert corpus["by_split"] == ingested["by_split"]
+    assert (corpus["documents"], corpus["instances"]) == (ingested.documents, ingested.instances)
+    assert corpus["by_split"] == ingested.by_split
     table = spark.read.format("delta").load(config.layout.table("instances"))
     assert corpus["text_bytes"] == sum(row["n_bytes"] for row in table.collect())
-    assert found["models"]["teacher"]["tokens"] == scored["tokens"]["teacher"]
+    assert found["models"]["teacher"]["tokens"] == scored.tokens["teacher"]
     assert found["rejects"]["ingest"]["reasons"] == {"invalid_json": 1, "empty_text": 1, "missing_text": 1}
     assert found["rejects"]["score"]["share"] == 0
     assert found["too_many_rejects"] is False

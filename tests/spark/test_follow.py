@@ -257,30 +257,30 @@ def test_a_full_refinement_in_between_is_taken_up(spark: Any, tmp_path: Path) ->
     take(follower, world.batch(world.score(200, 0.3)))
     # The refinement sees two micro-batches that the follower has not come to.
     ahead = [world.score(200), world.score(200, -0.3)]
-    full = job.run(spark, world.config)["refined"]["half"]
-    assert not full["skipped"]
+    full = job.run(spark, world.config).refined["half"]
+    assert not full.skipped
     candidates = [(score, name, 1) for score, name, _ in ranked(world.rows)]
     exact = by_sorting(candidates, len(candidates) // 2)
     assert world.kept() == exact
     for batch_id in ahead:
         take(follower, world.batch(batch_id))
-        assert world.newest().version == full["version"]
+        assert world.newest().version == full.version
     assert world.cut()["budget"] == len(exact)
-    assert job.run(spark, world.config)["refined"]["half"]["skipped"]
+    assert job.run(spark, world.config).refined["half"].skipped
     later = world.score(200, 0.2)
     take(follower, world.batch(later))
     appended = {row["instance_id"] for row in world.rows if row["batch_id"] == later}
     assert set(exact) < set(world.kept())
     assert set(world.kept()) - set(exact) < appended
     assert world.provenance().followed is not None
-    assert world.provenance().followed["since_version"] == full["version"]  # type: ignore[index]
+    assert world.provenance().followed["since_version"] == full.version  # type: ignore[index]
     world.check_provenance()
     # A followed version differs from a full refinement, so the refinement is made, once.
-    again = job.run(spark, world.config)["refined"]["half"]
-    assert not again["skipped"]
+    again = job.run(spark, world.config).refined["half"]
+    assert not again.skipped
     candidates = [(score, name, 1) for score, name, _ in ranked(world.rows)]
     assert world.kept() == by_sorting(candidates, len(candidates) // 2)
-    assert job.run(spark, world.config)["refined"]["half"] == {**again, "skipped": True}
+    assert job.run(spark, world.config).refined["half"] == dataclasses.replace(again, skipped=True)
 
 
 def test_a_micro_batch_that_keeps_nothing_makes_no_version_and_has_its_cut(spark: Any, tmp_path: Path) -> None:
@@ -393,11 +393,11 @@ def test_another_config_or_matrix_is_not_mixed_in(spark: Any, tmp_path: Path) ->
     take(follower, world.batch(0))
     # The same name with another ratio, refined by another driver.
     other = with_corpora(world.config, half=CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=0.2)))
-    refined = job.run(spark, other)["refined"]["half"]
+    refined = job.run(spark, other).refined["half"]
     batch_id = world.score(200)
     with pytest.raises(CorpusError, match="expected versions of the config that is followed"):
         take(follower, world.batch(batch_id))
-    assert world.newest().version == refined["version"]
+    assert world.newest().version == refined.version
     # A new start refines by the config that is followed, and then continues.
     follower = world.follower()
     assert world.provenance().config["select"]["ratio"] == 0.5
@@ -442,23 +442,23 @@ def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Pat
     }
     world.config = with_corpora(world.config, **rules)
     world.score(300)
-    first = job.follow(spark, world.config)["followed"]
-    assert {found["followed"] for found in first.values()} == {None}
+    first = job.follow(spark, world.config).followed
+    assert {found.followed for found in first.values()} == {None}
     world.score(200, 0.3)
     world.score(200, -0.3)
-    second = job.follow(spark, world.config)["followed"]
+    second = job.follow(spark, world.config).followed
     candidates = ranked(world.rows)
     above = sorted(name for score, name, _ in candidates if score >= 0.25)
     # A threshold is exact.
     assert ids(corpus_records.read_corpus(spark, world.config.root, "above")) == above
-    assert all(found["n_candidates"] == len(candidates) for found in second.values())
-    assert abs(second["random"]["n_instances"] - len(candidates) / 2) < 40
-    assert abs(second["noisy"]["n_instances"] - len(candidates) / 2) < 40
+    assert all(found.n_candidates == len(candidates) for found in second.values())
+    assert abs(second["random"].n_instances - len(candidates) / 2) < 40
+    assert abs(second["noisy"].n_instances - len(candidates) / 2) < 40
     # Nothing is new; and a checkpoint that is gone, or counts that are, change nothing.
-    versions = {name: found["version"] for name, found in second.items()}
+    versions = {name: found.version for name, found in second.items()}
 
     def again() -> dict[str, Any]:
-        return {name: found["version"] for name, found in job.follow(spark, world.config)["followed"].items()}
+        return {name: found.version for name, found in job.follow(spark, world.config).followed.items()}
 
     assert again() == versions
     for name in ("half", "random"):
@@ -469,11 +469,11 @@ def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Pat
     world.check_provenance()
     # Another query builds the matrix again.
     write_batch(spark, world.config, matrix_rows(250, 0, "r" * 32), replaces=True)
-    third = job.follow(spark, world.config, ["half"])["followed"]
+    third = job.follow(spark, world.config, ["half"]).followed
     assert list(third) == ["half"]
     rebuilt = [(score, name, 1) for score, name, _ in ranked(matrix_rows(250, 0, "r" * 32))]
     assert world.kept() == by_sorting(rebuilt, len(rebuilt) // 2)
-    assert third["half"]["followed"] is None
+    assert third["half"].followed is None
 
 
 @pytest.mark.long
@@ -493,12 +493,12 @@ def test_the_service_follows_until_sigterm(spark: Any, tmp_path: Path) -> None:
         world.score(200, 0.3)
         until(lambda: n_candidates() == len(ranked(world.rows)), "the second micro-batch")
         # While it runs, a full refinement waits for its turn, and another follower is refused.
-        full = job.run(spark, world.config)["refined"]["half"]
+        full = job.run(spark, world.config).refined["half"]
         with pytest.raises(CorpusError, match="follow half: the query is run by process"):
             job.follow(spark, service.config)
         world.score(200, 0.1)
         until(lambda: n_candidates() == len(ranked(world.rows)), "the third")
-        assert world.provenance().followed["since_version"] == full["version"]  # type: ignore[index]
+        assert world.provenance().followed["since_version"] == full.version  # type: ignore[index]
         # The matrix is built again while the follower runs.
         write_batch(spark, world.config, matrix_rows(250, 0, "r" * 32), replaces=True)
         until(lambda: list(world.provenance().inputs["last_batches"]) == ["r" * 32], "the new matrix")

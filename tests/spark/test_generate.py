@@ -86,9 +86,9 @@ def test_a_pool_is_continued(spark: Any, config: ExperimentConfig, folder: Path)
     assert {row["model_revision"] for row in rows.values()} == {record["model_revision"]}
     assert config.generate is not None
     revision = config.generate.revision(record["model_revision"])
-    assert {row["generation_revision"] for row in rows.values()} == {revision} == {summary["revision"]}
-    assert (summary["generated"], summary["new_generated"], summary["rejected"]) == (6, 7, 0)
-    assert summary["tokens"] == sum(row["n_tokens"] for row in rows.values()) > 0
+    assert {row["generation_revision"] for row in rows.values()} == {revision} == {summary.revision}
+    assert (summary.generated, summary.new_generated, summary.rejected) == (6, 7, 0)
+    assert summary.tokens == sum(row["n_tokens"] for row in rows.values()) > 0
     assert tables.read(spark, config.layout.table("generations")).schema == schemas.GENERATIONS.spark_schema()
 
 
@@ -100,38 +100,38 @@ def test_generated_texts_are_packed_verified_maintained_and_taken_down(spark: An
     write_instances(spark, config, [*long, "short"])
     summary = generate.run(spark, config)
     assert wrong(spark, config) == []
-    packed = pack.run(spark, config)["packed"]
-    assert {name: each["n_instances"] for name, each in packed.items()} == {"generated/other": 7, "generated/same": 7}
-    sequences = tables.read(spark, packed["generated/same"]["path"]).orderBy("sequence_id").collect()
+    packed = pack.run(spark, config).packed
+    assert {name: each.n_instances for name, each in packed.items()} == {"generated/other": 7, "generated/same": 7}
+    sequences = tables.read(spark, packed["generated/same"].path).orderBy("sequence_id").collect()
     # The very ids, one row after another: consecutive sequences share one token.
     stream = [i for n, row in enumerate(sequences) for i in ids_of(row)[1 if n else 0 :]]
-    stream = stream[: packed["generated/same"]["n_tokens"]]
+    stream = stream[: packed["generated/same"].n_tokens]
     parts = [ids_of(row) for row in rows_of(spark, config).values()]
     assert len(stream) == sum(map(len, parts))
     parts.sort(key=lambda ids: next(n for n in range(len(stream)) if stream[n : n + len(ids)] == ids))
     assert [i for ids in parts for i in ids] == stream
-    assert packed["generated/same"]["n_targets"] == len(stream) - len(parts), "the first of a row is no target"
-    newest = corpus_records.newest(packed["generated/same"]["path"])
+    assert packed["generated/same"].n_targets == len(stream) - len(parts), "the first of a row is no target"
+    newest = corpus_records.newest(packed["generated/same"].path)
     assert newest is not None
     assert newest.metadata is not None
-    assert newest.metadata["refined_metadata"] == {"model_revisions": {"teacher": summary["model_revision"]}}
-    assert newest.metadata["generation_revision"] == summary["revision"]
+    assert newest.metadata["refined_metadata"] == {"model_revisions": {"teacher": summary.model_revision}}
+    assert newest.metadata["generation_revision"] == summary.revision
     assert newest.metadata["generation"]["seed"] == 3
     # Maintenance merges files and changes no row: nothing is packed again.
     assert "generations" in {table.table for table in maintain(spark, config).tables}
-    assert all(each["skipped"] for each in pack.run(spark, config)["packed"].values())
+    assert all(each.skipped for each in pack.run(spark, config).packed.values())
     gone = long[2]
     removed = takedown.take_down(spark, config, [gone[:20]], Takedown("a test")).removed
     assert removed["generations"] == removed["instances"] == 1
     assert removed.keys() == {"generations", "instances", "packed/generated/same", "packed/generated/other"}
     assert instance_id(gone) not in rows_of(spark, config)
     assert wrong(spark, config) == []
-    assert pack.run(spark, config)["packed"]["generated/same"]["n_instances"] == 6
+    assert pack.run(spark, config).packed["generated/same"].n_instances == 6
     # Rows of another seed are no reason to pack again, either.
     assert config.generate is not None
     reseeded = dataclasses.replace(config, generate=dataclasses.replace(config.generate, seed=8))
-    assert generate.run(spark, reseeded)["new_generated"] == 6
-    assert all(each["skipped"] for each in pack.run(spark, config)["packed"].values())
+    assert generate.run(spark, reseeded).new_generated == 6
+    assert all(each.skipped for each in pack.run(spark, config).packed.values())
     # A copy of another tokenizer, as where the model's files were replaced.
     kept = Path(storage.local_path(config.layout.model("tokenizer_teacher", "miniplm.json")))
     record = kept.read_text()
@@ -164,10 +164,10 @@ def test_a_killed_job_continues_each_instance_once(spark: Any, config: Experimen
     assert tables.read(spark, config.layout.table("generations")).schema == schemas.GENERATIONS.spark_schema()
     summary = generate.run(spark, config, factory)
     assert calls(log) == sorted([*map(instance_id, [*texts(4), "fail now"])])
-    assert (summary["generated"], summary["new_generated"], summary["rejected"]) == (4, 0, 1)
-    assert summary["too_many_rejects"] is True
+    assert (summary.generated, summary.new_generated, summary.rejected) == (4, 0, 1)
+    assert summary.too_many_rejects is True
     (reject,) = tables.read(spark, config.layout.table("rejects")).collect()
-    assert (reject["instance_id"], reject["stage"]) == (instance_id("fail now"), f"generate:{summary['revision']}")
+    assert (reject["instance_id"], reject["stage"]) == (instance_id("fail now"), f"generate:{summary.revision}")
 
 
 @pytest.mark.long
@@ -182,7 +182,7 @@ def test_lost_checkpoints_other_seeds_and_shares_generate_only_what_is_missing(
     shutil.rmtree(storage.local_path(config.layout.checkpoint()))
     write_instances(spark, config, [*texts(3, start=10), "fail again"], batch_id=1)
     summary = generate.run(spark, config, factory)
-    assert (summary["generated"], summary["new_generated"], summary["rejected"]) == (7, 3, 1)
+    assert (summary.generated, summary.new_generated, summary.rejected) == (7, 3, 1)
     assert len(calls(log)) == len(set(calls(log))) == 8
     (reject,) = tables.read(spark, config.layout.table("rejects")).collect()
     assert (reject["instance_id"], reject["reason"]) == (instance_id("fail again"), "no_tokens")
@@ -191,10 +191,10 @@ def test_lost_checkpoints_other_seeds_and_shares_generate_only_what_is_missing(
     # Another seed gives other texts in the same table: first for a share of the pool, then for all of it.
     assert config.generate is not None
     half = dataclasses.replace(config, generate=dataclasses.replace(config.generate, seed=4, sample=0.5))
-    some = generate.run(spark, half, factory)["generated"]
+    some = generate.run(spark, half, factory).generated
     assert 0 < some < 7
     whole = dataclasses.replace(config, generate=dataclasses.replace(config.generate, seed=4))
-    assert generate.run(spark, whole, factory)["new_generated"] == 7 - some
+    assert generate.run(spark, whole, factory).new_generated == 7 - some
     assert tables.read(spark, config.layout.table("generations")).count() == 14
     assert wrong(spark, config) == []
 

@@ -33,14 +33,14 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     config = make(str(folder))
     first = run(spark, config)
     rows = instances(spark, config)
-    assert first["instances"] == first["new_instances"] == len(rows) == len({row.instance_id for row in rows})
-    assert sum(first["by_split"].values()) == len(rows)
-    assert min(first["by_split"].values()) > 0
-    assert first["rejected"] == 0
-    assert first["documents"] == len(ROWS)
+    assert first.instances == first.new_instances == len(rows) == len({row.instance_id for row in rows})
+    assert sum(first.by_split.values()) == len(rows)
+    assert min(first.by_split.values()) > 0
+    assert first.rejected == 0
+    assert first.documents == len(ROWS)
     assert delta_log.newest_version(config.layout.table("rejects")) == 0, "no empty commit"
-    assert first["files"] == 1
-    assert not first["too_many_rejects"]
+    assert first.files == 1
+    assert not first.too_many_rejects
     assert documents(rows) == {row["id"]: row["text"] for row in ROWS}
     assert {row.source for row in rows} == {"s0", "s1"}
     for row in rows:
@@ -56,22 +56,22 @@ def test_formats_and_redelivery(spark: Any, make: Make, tmp_path: Path) -> None:
     os.utime(folder / "a.jsonl", (2e9, 2e9))
     version = delta_log.newest_version(config.layout.table("instances"))
     second = run(spark, config)
-    assert (second["instances"], second["new_instances"]) == (first["instances"], 0)
+    assert (second.instances, second.new_instances) == (first.instances, 0)
     assert delta_log.newest_version(config.layout.table("instances")) == version
     new = [{"id": "new", "text": "A new one."}]
     (folder / "d.jsonl").write_bytes(jsonl(new))
     os.utime(folder / "d.jsonl", (1e9, 1e9))  # years older than the others: still taken
     third = run(spark, config)
-    assert third["new_instances"] == 1
-    assert third["files"] == 4
+    assert third.new_instances == 1
+    assert third.files == 4
     added = [row for row in instances(spark, config) if row.document_ids == ["new"]]
     assert [(row.text, row.source) for row in added] == [("A new one.", "unknown")]
 
     # A lost checkpoint: everything is read again, nothing is added.
     shutil.rmtree(tmp_path / "root/_checkpoints")
     again = run(spark, config)
-    assert again["new_instances"] == 0
-    assert len(instances(spark, config)) == third["instances"]
+    assert again.new_instances == 0
+    assert len(instances(spark, config)) == third.instances
 
 
 @pytest.mark.long
@@ -94,11 +94,11 @@ def test_a_file_that_changes_between_a_batch_and_its_replay(
         with pytest.raises(Exception, match="killed between"):
             run(spark, config)
     (folder / "a.jsonl").write_bytes(jsonl(ROWS[3:9]))
-    assert run(spark, config)["documents"] == 9
+    assert run(spark, config).documents == 9
     (folder / "b.jsonl").write_bytes(jsonl(ROWS[:12]))
-    assert run(spark, config)["new_instances"] == 3
+    assert run(spark, config).new_instances == 3
     (folder / "c.jsonl").write_bytes(jsonl(ROWS[:12]))
-    assert run(spark, config)["new_instances"] == 0
+    assert run(spark, config).new_instances == 0
     found = [document for row in instances(spark, config) for document in row.document_ids]
     assert sorted(found) == sorted(str(row["id"]) for row in ROWS[:12])
 
@@ -124,7 +124,7 @@ def test_parquet_and_delta_equal_jsonl(spark: Any, make: Make, tmp_path: Path) -
     # Another format in a root that has its rows already: a source of its own, and no new row.
     for path in ("table", "rows.parquet"):
         moved = run(spark, make(str(tmp_path / path), root="jsonl", fields=fields))
-        assert (moved["instances"], moved["new_instances"]) == (len(found["jsonl"]), 0)
+        assert (moved.instances, moved.new_instances) == (len(found["jsonl"]), 0)
 
     # The table is made again under its query, with one document more; it has as many versions as before.
     shutil.rmtree(tmp_path / "table")
@@ -135,7 +135,7 @@ def test_parquet_and_delta_equal_jsonl(spark: Any, make: Make, tmp_path: Path) -
     ):
         execute(stage_named("ingest"), spark, config)
     shutil.rmtree(tmp_path / "delta" / "_checkpoints" / "ingest-delta")
-    assert execute(stage_named("ingest"), spark, config)["new_documents"] == 1
+    assert execute(stage_named("ingest"), spark, config).new_documents == 1
 
 
 def test_splits_of_a_file_do_not_depend_on_the_batch(spark: Any, make: Make, tmp_path: Path) -> None:
@@ -195,16 +195,16 @@ def test_bad_rows_and_files_become_rejects(spark: Any, make: Make, tmp_path: Pat
     assert [row.source_file.rsplit("/")[-1] for row in unreadable] == ["cut%20one.jsonl.gz", "cut.jsonl.zst"]
     assert all("end too early" in row.detail for row in unreadable)
     assert (
-        summary["rejected"] == summary["new_rejected"] == len(found) == len(bad) + 3
+        summary.rejected == summary.new_rejected == len(found) == len(bad) + 3
     )  # two files, and a line that stands there twice
-    assert summary["documents"] == 2
-    assert summary["too_many_rejects"]
+    assert summary.documents == 2
+    assert summary.too_many_rejects
 
     # Known bad files are not tried again, also under a new checkpoint; mended under another name, one comes in.
     shutil.rmtree(tmp_path / "root/_checkpoints")
     (folder / "mended.jsonl.gz").write_bytes(whole)
     after = run(spark, config)
-    assert (after["new_instances"] > 2000, after["new_rejected"]) == (True, 0)
+    assert (after.new_instances > 2000, after.new_rejected) == (True, 0)
 
 
 def test_corrupt_parquet_beside_a_good_one(spark: Any, make: Make, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_one_line_of_20_megabytes(spark: Any, make: Make, tmp_path: Path) -> Non
     config = make(str(tmp_path / "a.jsonl"), mode="document", max_tokens=1025)
     summary = run(spark, config)
     frame = tables.read(spark, config.layout.table("instances"))
-    assert summary["rejected"] == 0
+    assert summary.rejected == 0
     rows = (
         frame.where("document_ids[0] = 'long'")
         .select("ordinal", "start_byte", "n_bytes", "text")

@@ -84,13 +84,13 @@ def test_parquet_columns_that_differ(spark: Any, make: Make, tmp_path: Path) -> 
     assert sorted(refused) == ["e.parquet invalid_utf8", "g.parquet unreadable_file"]
     assert "its column 'text' holds no text" in refused["g.parquet unreadable_file"]
     assert refused["e.parquet invalid_utf8"].startswith("row 2: ")
-    assert list(summary["unreadable_files"].values()) == [2]
+    assert list(summary.unreadable_files.values()) == [2]
 
     # A later shard with an id of yet another type, in the same query; the rows of old ones under new names.
     write(folder / "h.parquet", pa.array([True, False]))
     (folder / "again.parquet").write_bytes((folder / "c.parquet").read_bytes())
     again = run(spark, config)
-    assert (again["new_instances"], again["duplicates"], again["new_rejected"]) == (2, 2, 0)
+    assert (again.new_instances, again.duplicates, again.new_rejected) == (2, 2, 0)
     assert {"true", "false"} < set(found(spark, config))
 
 
@@ -131,13 +131,13 @@ def test_damaged_files(
     config = make(str(folder), max_reject_share=0.5)
     with caplog.at_level(logging.WARNING, "miniplm"):
         summary = run(spark, config)
-    assert summary["documents"] == 302
-    assert summary["rejected"] == 3
-    weights = {path.rsplit("/")[-1]: n_rows for path, n_rows in summary["unreadable_files"].items()}
+    assert summary.documents == 302
+    assert summary.rejected == 3
+    weights = {path.rsplit("/")[-1]: n_rows for path, n_rows in summary.unreadable_files.items()}
     assert sorted(weights) == ["bad.jsonl.zst", "cut.jsonl.gz", "cut.jsonl.zst"]
     assert 300 < weights["cut.jsonl.gz"] < 700
-    assert summary["too_many_rejects"]
-    assert "cut.jsonl.gz" in summary["said"]
+    assert summary.too_many_rejects
+    assert "cut.jsonl.gz" in summary.said
     assert len([r for r in caplog.records if "is left out" in r.getMessage()]) == 3
     assert "Exception" not in capfd.readouterr().err
 
@@ -152,9 +152,9 @@ def test_damaged_files(
     (folder / "two.jsonl.gz").write_bytes(gzip.compress(rows[302]))
     os.utime(folder / "two.jsonl.gz", ns=(taken_at, taken_at))
     after = run(spark, config)
-    assert (after["documents"], after["duplicates"], after["too_many_rejects"]) == (1000, 302, False)
-    assert [path.rsplit("/")[-1] for path in after["changed_files"]] == ["good.jsonl", "two.jsonl.gz"]
-    assert "good.jsonl" in after["said"]
+    assert (after.documents, after.duplicates, after.too_many_rejects) == (1000, 302, False)
+    assert [path.rsplit("/")[-1] for path in after.changed_files] == ["good.jsonl", "two.jsonl.gz"]
+    assert "good.jsonl" in after.said
 
 
 @pytest.mark.long
@@ -192,12 +192,12 @@ def test_damaged_parquet_files(
                 run(spark, config)
         assert len(recovered) == 1
         summary = run(spark, config)
-    assert (summary["documents"], summary["new_instances"], summary["new_rejected"]) == (500, 0, 0)
+    assert (summary.documents, summary.new_instances, summary.new_rejected) == (500, 0, 0)
     lines = [r.getMessage() for r in caplog.records if "is left out" in r.getMessage()]
     assert len(lines) == 4
     assert len([r for r in caplog.records if "starting again" in r.getMessage()]) == 1
     assert "Exception in task" not in capfd.readouterr().err
-    weights = {path.rsplit("/")[-1]: n_rows for path, n_rows in summary["unreadable_files"].items()}
+    weights = {path.rsplit("/")[-1]: n_rows for path, n_rows in summary.unreadable_files.items()}
     assert 400 < weights.pop("footer.parquet") < 600
     assert weights == {"codec.parquet": 500, "pages1.parquet": 500, "pages2.parquet": 500}
     assert "codec brotli is not supported" in reasons(spark, config)["codec.parquet unreadable_file"]

@@ -62,7 +62,7 @@ def test_copies_are_packed_once(spark: Any, make: Make, tmp_path: Path, monkeypa
     write(tmp_path / "in", "a.jsonl", SECOND, 1.5e9)
     together, apart = make(str(tmp_path / "in"), root="together"), make(str(tmp_path / "in"), max_files_per_trigger=1)
     summary = run(spark, together)
-    assert summary["documents"] == len(DISTINCT)
+    assert summary.documents == len(DISTINCT)
     assert occurrences(instances(spark, together)) == sorted(DISTINCT)
     counts = []
     add = QueryRunner._add
@@ -90,7 +90,7 @@ def test_copies_are_packed_once(spark: Any, make: Make, tmp_path: Path, monkeypa
     write(tmp_path / "in", "old.jsonl", [NEW[4], ROWS[7], NEW[1], NEW[5]], 5e8)
     shutil.rmtree(tmp_path / "root/_checkpoints")
     again = run(spark, apart)
-    assert again["documents"] == len(DISTINCT) + 2
+    assert again.documents == len(DISTINCT) + 2
     assert set(before) < set(ids(spark, apart))
     assert occurrences(instances(spark, apart)) == sorted(DISTINCT | {(row["id"], row["text"]) for row in NEW[4:]})
     check_root(spark, apart)
@@ -130,7 +130,7 @@ def test_a_replay_packs_the_same_and_what_a_changed_file_has_more(
     assert occurrences(instances(spark, config)) == sorted(DISTINCT | {(row["id"], row["text"]) for row in NEW[3:5]})
     # It knows those that the state store does not know by now.
     write(tmp_path / "in", "c.jsonl", [NEW[5], *FIRST[:3]], 2e9)
-    assert run(spark, config)["documents"] == len(DISTINCT) + 3
+    assert run(spark, config).documents == len(DISTINCT) + 3
 
 
 @pytest.mark.long

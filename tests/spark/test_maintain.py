@@ -55,7 +55,7 @@ def test_a_pinned_version_outlives_every_retention(spark: Any, tmp_path: Path) -
     write_matrix(spark, config, matrix_rows(60))
     for alias in ALIASES:
         write_record(config, alias)
-    first = refine.run(spark, config)["refined"]["kept"]["version"]
+    first = refine.run(spark, config).refined["kept"].version
     before = corpus_records.read_corpus(spark, config.root, "kept").orderBy("instance_id").collect()
     versions.pin(spark, config.root, f"kept@{first}")
     uri = config.layout.refined("kept")

@@ -109,10 +109,10 @@ def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, co
     kept = [row for row in POOL if (row["stream_id"], row["ordinal"]) not in {("s1", 2), ("s4", 0)}]
     write_instances(spark, config, [*POOL, *OTHERS])
     version = write_refined(spark, config, kept)
-    summary = job.run(spark, config)["packed"]
+    summary = job.run(spark, config).packed
     assert list(summary) == ["kept/bpe"], "two students of one corpus and tokenizer: packed once"
     found = summary["kept/bpe"]
-    rows = stored(found["path"])
+    rows = stored(found.path)
 
     # The order of streams is read off the table's own text; all else is the pure packer's.
     text = kept_text(config, rows)
@@ -133,24 +133,24 @@ def test_a_corpus_is_packed_as_the_pure_packer_does_and_only_once(spark: Any, co
     assert [row["n_targets"] for row in rows] == [int(s.target_mask.sum()) for s in expected]
     assert [row["sequence_id"] for row in rows] == list(range(len(expected)))
     assert order != sorted(order), "streams stand in the order of a hash"
-    assert spark.read.format("delta").load(found["path"]).schema == schemas.packed("kept", "bpe").spark_schema()
+    assert spark.read.format("delta").load(found.path).schema == schemas.packed("kept", "bpe").spark_schema()
 
-    metadata = next(delta_log.commits(found["path"])).metadata()
+    metadata = next(delta_log.commits(found.path)).metadata()
     assert metadata is not None
     assert metadata["refined_version"] == version
     assert metadata["refined_metadata"] == {"threshold": 0.25, "n": len(kept)}
     assert metadata["tokenizer_hash"] == tokenizer_hash(folder) == info["tokenizer_hash"]
-    assert metadata["n_tokens"] == sum(s.n_new_tokens for s in expected) == found["n_tokens"]
+    assert metadata["n_tokens"] == sum(s.n_new_tokens for s in expected) == found.n_tokens
     assert metadata["n_instances"] == len(kept)
     assert metadata["n_sequences"] == len(rows)
 
-    again = job.run(spark, config)["packed"]["kept/bpe"]
-    assert again == {**found, "skipped": True}
+    again = job.run(spark, config).packed["kept/bpe"]
+    assert again == dataclasses.replace(found, skipped=True)
 
     # The same inputs in another table: the same bytes. A newer version of the corpus: packed again.
-    shutil.rmtree(storage.local_path(found["path"]))
+    shutil.rmtree(storage.local_path(found.path))
     assert not pack_corpus(spark, config, "kept", "bpe").skipped
-    assert stored(found["path"]) == rows
+    assert stored(found.path) == rows
     write_refined(spark, config, kept[:5])
     fewer = pack_corpus(spark, config, "kept", "bpe")
     assert (fewer.skipped, fewer.n_instances) == (False, 5)
@@ -298,12 +298,12 @@ def test_the_reference_is_packed_with_the_tokenizer_of_its_model(spark: Any, con
     with pytest.raises(CorpusError, match=r"ingest\.split\.reference"):
         job.run_reference(spark, config)
     write_instances(spark, config, OTHERS)
-    found = job.run_reference(spark, config)["packed"]["reference/teacher"]
-    text = kept_text(config, stored(found["path"]), "teacher")
+    packed = job.run_reference(spark, config).packed["reference/teacher"]
+    text = kept_text(config, stored(packed.path), "teacher")
     assert sorted(text[i : i + len(OTHERS[0]["text"])] for i in range(0, len(text), len(OTHERS[0]["text"]))) == [
         row["text"] for row in OTHERS if row["split"] == "reference"
     ]
-    metadata = next(delta_log.commits(found["path"])).metadata()
+    metadata = next(delta_log.commits(packed.path)).metadata()
     assert metadata is not None
     assert metadata["refined_version"] is None
     assert metadata["tokenizer_hash"] == tokenizer_hash(model)

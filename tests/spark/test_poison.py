@@ -67,8 +67,8 @@ def test_poison_is_isolated_and_the_rest_is_scored_as_without_it(spark: Any, tmp
             assert all("killed by SIGKILL, perhaps by the kernel for lack of memory" in found[1] for found in of_text)
         if reason == "scorer_error":
             assert [found[1] for found in of_text] == ["Panic: index out of bounds"] * 2
-    assert summary["new_scored"] == {"teacher": 9, "reference": 9}
-    assert (summary["rejected"], summary["matrix_rows"]) == (6, 9)
+    assert summary.new_scored == {"teacher": 9, "reference": 9}
+    assert (summary.rejected, summary.matrix_rows) == (6, 9)
     assert exit_code(summary) == EXIT_TOO_MANY_REJECTS
     # On its way, alone, and halved from twelve rows to one: with the first start six processes of two models.
     assert len(log.read_text().splitlines()) <= 2 * 7

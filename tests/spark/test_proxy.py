@@ -17,6 +17,8 @@ from miniplm_udf.config.sections import ProxyConfig
 from miniplm_udf.corpora import takedown, versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.proxy import features, fit, quality
+from miniplm_udf.proxy.report import PoolRows
+from miniplm_udf.scores.summary import ScoreSummary
 from miniplm_udf.store import catalog, delta_log, proxy_records, tables
 from miniplm_udf.store.takedowns import Takedown
 from miniplm_udf.store.text_join import texts_of
@@ -35,7 +37,7 @@ CORPORA = {
 }
 
 
-def score_with_models(spark: Any, config: ExperimentConfig) -> dict[str, Any]:
+def score_with_models(spark: Any, config: ExperimentConfig) -> ScoreSummary:
     return score.run(spark, config, {"teacher": PlantedFactory(True), "reference": PlantedFactory(False)})
 
 
@@ -52,7 +54,7 @@ def wrong(spark: Any, config: ExperimentConfig) -> list[verify.Check]:
 
 
 @pytest.fixture(scope="module")
-def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExperimentConfig, dict[str, Any]]:
+def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExperimentConfig, proxy.ProxySummary]:
     """A root of 360 instances of the pool, half of them scored by models, all of them by the proxy; and its summary."""
     folder = tmp_path_factory.mktemp("proxy")
     config = dataclasses.replace(
@@ -67,7 +69,7 @@ def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experime
 
 
 @pytest.fixture
-def copied(made: tuple[ExperimentConfig, dict[str, Any]], tmp_path: Path) -> ExperimentConfig:
+def copied(made: tuple[ExperimentConfig, proxy.ProxySummary], tmp_path: Path) -> ExperimentConfig:
     """The same root again, for one test."""
     config, _ = made
     shutil.copytree(storage.local_path(config.root), tmp_path / "root")
@@ -75,7 +77,7 @@ def copied(made: tuple[ExperimentConfig, dict[str, Any]], tmp_path: Path) -> Exp
 
 
 def test_a_planted_difference_is_learnt_and_predicted_for_the_whole_pool(
-    spark: Any, made: tuple[ExperimentConfig, dict[str, Any]]
+    spark: Any, made: tuple[ExperimentConfig, proxy.ProxySummary]
 ) -> None:
     config, summary = made
     texts = {instance_id(text): text for text in planted(360)}
@@ -88,7 +90,7 @@ def test_a_planted_difference_is_learnt_and_predicted_for_the_whole_pool(
     found = rows(spark, config, "proxy_scores")
     assert sorted(row["instance_id"] for row in found) == sorted(texts)
     assert found[0].asDict().keys() == set(schemas.PROXY_SCORES.column_names)
-    assert {row["proxy_revision"] for row in found} == {summary["revision"]}
+    assert {row["proxy_revision"] for row in found} == {summary.revision}
     unscored = [row for row in found if row["instance_id"] not in sampled]
     judged = quality.judge(
         [row["instance_id"] for row in unscored],
@@ -96,20 +98,20 @@ def test_a_planted_difference_is_learnt_and_predicted_for_the_whole_pool(
         [row["prediction"] for row in unscored],
     )
     # The quality reported for held-out rows also holds for rows that no model has scored.
-    assert min(judged.spearman, summary["heldout"]["spearman"]) > 0.8
+    assert min(judged.spearman, summary.heldout.spearman) > 0.8
     assert judged.top["0.5"].kept > 0.7
-    assert summary["heldout"]["top"]["0.5"]["kept"] > 0.7
-    assert summary["warnings"] == []
+    assert summary.heldout.top["0.5"].kept > 0.7
+    assert summary.warnings == []
     # In the score's own unit, though nearer the mean.
     errors = [row["prediction"] - truth(texts[row["instance_id"]]) for row in unscored]
     assert abs(float(np.mean(errors))) < 0.05
     tokens = [row["estimated_tokens"] / len(texts[row["instance_id"]].split()) for row in found]
     assert 0.9 < min(tokens) <= max(tokens) < 1.1
 
-    assert summary["fitted_on"]["n_fitted"] + summary["fitted_on"]["n_heldout"] == len(sampled)
-    assert summary["rows"] == {"pool": 360, "scored": len(sampled)}
-    assert summary["flops"]["models_on_scored"] < summary["flops"]["with_proxy"]
-    assert storage.read_json(proxy_records.report_uri(config.root))["heldout"] == summary["heldout"]
+    assert summary.fitted_on["n_fitted"] + summary.fitted_on["n_heldout"] == len(sampled)
+    assert summary.rows == PoolRows(pool=360, scored=len(sampled))
+    assert summary.flops.models_on_scored < summary.flops.with_proxy
+    assert storage.read_json(proxy_records.report_uri(config.root))["heldout"] == dataclasses.asdict(summary.heldout)
     assert wrong(spark, config) == []
 
 
@@ -140,9 +142,9 @@ def test_nothing_is_done_twice_and_what_is_new_is_predicted(
 
     # Another proxy, and then the first again: it is not fitted, and predicts what it predicted.
     other = dataclasses.replace(copied, proxy=ProxyConfig(heldout=0.2, features=4096))
-    assert proxy.run(spark, other)["revision"] != record.revision
+    assert proxy.run(spark, other).revision != record.revision
     monkeypatch.setattr(fit, "_fit", killed)
-    assert proxy.run(spark, copied)["revision"] == record.revision
+    assert proxy.run(spark, copied).revision == record.revision
     assert before.items() <= predictions(spark, copied).items()
 
 
@@ -158,7 +160,7 @@ def test_the_same_rows_give_the_same_proxy(spark: Any, copied: ExperimentConfig)
         frame = tables.read(spark, copied.layout.table(name)).repartition(3, "content_hash").localCheckpoint()
         frame.write.format("delta").mode("overwrite").save(copied.layout.table(name))
     again = proxy.run(spark, copied)
-    assert (again["revision"], again["heldout"]) == (record.revision, dataclasses.asdict(record.quality))
+    assert (again.revision, again.heldout) == (record.revision, record.quality)
     assert predictions(spark, copied) == before
 
 
@@ -169,32 +171,32 @@ def test_a_score_that_words_do_not_tell_is_said_to_be_out_of_reach(
     by_hash = "cast(conv(substring(md5(concat('x', instance_id)), 1, 8), 16, 10) as double)"
     blind = dataclasses.replace(copied, proxy=ProxyConfig(score=by_hash, heldout=0.4, features=4096))
     summary = proxy.run(spark, blind)
-    assert abs(summary["heldout"]["spearman"]) < 3 * summary["heldout"]["spearman_error"]
-    assert "worthless here" in summary["warnings"][0]
+    assert abs(summary.heldout.spearman) < 3 * summary.heldout.spearman_error
+    assert "worthless here" in summary.warnings[0]
     assert "worthless here" in caplog.text
     # Whoever refines by it is told, too.
     only = dataclasses.replace(blind.refine, corpora={"cheap": CORPORA["cheap"]})
-    refined = refine.run(spark, dataclasses.replace(blind, refine=only))["refined"]["cheap"]
-    assert any("worthless here" in note for note in refined["diagnostics"]["notes"])
+    refined = refine.run(spark, dataclasses.replace(blind, refine=only)).refined["cheap"]
+    assert any("worthless here" in note for note in refined.diagnostics["notes"])
 
 
 @pytest.mark.long
 def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
     spark: Any, copied: ExperimentConfig
 ) -> None:
-    summary = refine.run(spark, copied)["refined"]
+    summary = refine.run(spark, copied).refined
     found = rows(spark, copied, "proxy_scores")
     by_prediction = sorted(found, key=lambda row: (-row["prediction"], row["instance_id"]))
     cheap = rows(spark, copied, "refined/cheap")
     assert {row["instance_id"] for row in cheap} == {row["instance_id"] for row in by_prediction[:180]}
-    assert summary["cheap"]["n_candidates"] == 360
-    assert summary["cheap"]["threshold"] == by_prediction[179]["prediction"]
+    assert summary["cheap"].n_candidates == 360
+    assert summary["cheap"].threshold == by_prediction[179]["prediction"]
     texts = {instance_id(text): text for text in planted(360)}
     scored = {row["instance_id"] for row in rows(spark, copied, "score_matrix")}
     for row in rows(spark, copied, "refined/mixed"):
         true = truth(texts[row["instance_id"]])
         assert (row["score"] == pytest.approx(true, abs=1e-12)) is (row["instance_id"] in scored)
-    assert all(one["skipped"] for one in refine.run(spark, copied)["refined"].values())
+    assert all(one.skipped for one in refine.run(spark, copied).refined.values())
     kept = tables.read(spark, copied.layout.table("refined/cheap"))
     instances = tables.read(spark, copied.layout.table("instances"))
     assert texts_of(kept.select("instance_id"), instances, ["text"], 180).count() == 180
@@ -206,8 +208,8 @@ def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
     score_with_models(spark, more)
     assert wrong(spark, more) == []
     assert versions.rebuild(spark, more, "mixed", dry_run=True).skipped
-    again = refine.run(spark, more)["refined"]
-    assert {name: one["skipped"] for name, one in again.items()} == {"cheap": True, "mixed": False}
+    again = refine.run(spark, more).refined
+    assert {name: one.skipped for name, one in again.items()} == {"cheap": True, "mixed": False}
 
     gone = cheap[0]["instance_id"]
     document = next(row for row in rows(spark, copied, "instances") if row["instance_id"] == gone)["document_ids"][0]
@@ -221,7 +223,7 @@ def test_a_larger_sample_scores_only_what_it_has_more(spark: Any, copied: Experi
     before = {row["instance_id"] for row in rows(spark, copied, "score_matrix")}
     whole = dataclasses.replace(copied, score=dataclasses.replace(copied.score, sample=1.0))
     summary = score_with_models(spark, whole)
-    assert summary["new_scored"] == {"teacher": 360 - len(before), "reference": 360 - len(before)}
+    assert summary.new_scored == {"teacher": 360 - len(before), "reference": 360 - len(before)}
     assert wrong(spark, whole) == []
     # A score that is lost is missed, whichever query should have made it.
     lost = min(before)

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
-from jobs import records
+from jobs.stage import Stage
 from jobs.stage_runner import execute
-from jobs.stages import Stage, stage_named
+from jobs.stages import stage_named
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.store import tables
 from tests.support.spark_session import REPOSITORY
+from tests.support.stage_summaries import summary_of
 
 
-def stage(name: str, summary: dict[str, Any]) -> Stage:
-    """A stage that does nothing and returns a summary."""
+def stage(name: str, **values: Any) -> Stage:
+    """A stage that does nothing and returns a summary with these values."""
+    summary = summary_of(stage_named(name), **values)
     return dataclasses.replace(stage_named(name), run=lambda spark, config, options: summary)
 
 
@@ -38,7 +40,7 @@ def config(spark: Any, tmp_path: Path) -> ExperimentConfig:
 
 
 def test_a_stage_is_skipped_until_something_changes(spark: Any, config: ExperimentConfig) -> None:
-    refine = stage("refine", {"kept": {}})
+    refine = stage("refine")
     assert not refine.is_unchanged(spark, config), "it never ran"
     execute(refine, spark, config)
     assert refine.is_unchanged(spark, config)
@@ -57,8 +59,7 @@ def test_a_stage_is_skipped_until_something_changes(spark: Any, config: Experime
 
 
 def test_other_weights_under_an_old_path_are_scored_anew(spark: Any, config: ExperimentConfig) -> None:
-    summary = {"tokens_per_second": {"teacher": 10.0, "reference": None}}
-    score = stage("score", summary)
+    score = stage("score", tokens_per_second={"teacher": 10.0, "reference": None})
     execute(score, spark, config)
     assert score.is_unchanged(spark, config)
     faster = dataclasses.replace(config, score=dataclasses.replace(config.score, tokens_per_batch=1))
@@ -69,16 +70,16 @@ def test_other_weights_under_an_old_path_are_scored_anew(spark: Any, config: Exp
 
 def test_a_run_that_scores_nothing_keeps_the_rates_of_the_last_scoring(spark: Any, config: ExperimentConfig) -> None:
     for rates in ({"teacher": 10.0, "reference": 5.0}, {"teacher": None, "reference": 6.0}):
-        execute(stage("score", {"tokens_per_second": rates}), spark, config)
-    record = records.read_record(config, "score")
+        execute(stage("score", tokens_per_second=rates), spark, config)
+    record = stage_named("score").record(config)
     assert record is not None
-    assert record["summary"]["tokens_per_second"] == {"teacher": 10.0, "reference": 6.0}
+    assert record.summary.tokens_per_second == {"teacher": 10.0, "reference": 6.0}
 
 
 def test_a_stage_that_fails_leaves_no_record(spark: Any, config: ExperimentConfig) -> None:
-    def fail(spark: Any, config: ExperimentConfig, options: Any) -> dict[str, Any]:
+    def fail(spark: Any, config: ExperimentConfig, options: Any) -> None:
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
         execute(dataclasses.replace(stage_named("refine"), run=fail), spark, config)
-    assert records.read_record(config, "refine") is None
+    assert stage_named("refine").record(config) is None

@@ -62,53 +62,53 @@ def test_the_rules_keep_what_a_sort_keeps(spark: Any, config: ExperimentConfig) 
     }
     for name, kept in expected.items():
         assert ids(corpus_records.read_corpus(spark, used.root, name)) == kept, name
-        assert summary["kept"][name] == len(kept)
-    assert summary["kept"]["random"] == len(rows) // 2
+        assert summary.kept[name] == len(kept)
+    assert summary.kept["random"] == len(rows) // 2
     assert ids(corpus_records.read_corpus(spark, used.root, "random")) != expected["half"]
     found = corpus_records.read_corpus(spark, used.root, "half")
     assert found.schema.names == schemas.refined("half", ALIASES).column_names
-    refined = summary["refined"]["half"]
+    refined = summary.refined["half"]
     scores = [row["score"] for row in found.collect()]
-    assert refined["threshold"] == min(scores)
-    assert refined["n_candidates"] == len(rows)
-    assert refined["n_tokens"] == sum(row["n_tokens"] for row in found.collect())
+    assert refined.threshold == min(scores)
+    assert refined.n_candidates == len(rows)
+    assert refined.n_tokens == sum(row["n_tokens"] for row in found.collect())
     sources = {row["instance_id"]: row["source"] for row in matrix_rows(300)}
     n_web = [sum(sources[name] == "web" for name in names) for names in (expected["half"], [row[1] for row in rows])]
-    assert refined["kept_share_by_source"]["web"] == n_web[0] / n_web[1]
+    assert refined.kept_share_by_source["web"] == n_web[0] / n_web[1]
 
 
 def test_versions_carry_their_provenance_and_come_back(spark: Any, config: ExperimentConfig) -> None:
     def asked(ratio: float) -> ExperimentConfig:
         return with_corpora(config, travel=CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=ratio)))
 
-    first = job.run(spark, asked(0.5))["refined"]["travel"]
+    first = job.run(spark, asked(0.5)).refined["travel"]
     before = corpus_records.read_corpus(spark, config.root, "travel").orderBy("instance_id").collect()
-    second = job.run(spark, asked(0.2))["refined"]["travel"]
-    assert second["version"] > first["version"]
-    assert second["n_instances"] < first["n_instances"]
-    back = spark.read.format("delta").option("versionAsOf", first["version"]).load(first["path"])
+    second = job.run(spark, asked(0.2)).refined["travel"]
+    assert second.version > first.version
+    assert second.n_instances < first.n_instances
+    back = spark.read.format("delta").option("versionAsOf", first.version).load(first.path)
     assert back.orderBy("instance_id").collect() == before
-    assert corpus_records.read_corpus(spark, config.root, "travel", first["version"]).count() == first["n_instances"]
+    assert corpus_records.read_corpus(spark, config.root, "travel", first.version).count() == first.n_instances
 
-    commit = delta_log.read_commit(first["path"], first["version"])
+    commit = delta_log.read_commit(first.path, first.version)
     assert commit is not None
     metadata = commit.metadata()
     assert metadata is not None
     assert metadata["model_revisions"] == {alias: f"rev-{alias}" for alias in ALIASES}
     assert metadata["inputs"]["last_batches"] == {"q" * 32: 1}
     assert metadata["config"]["where"] == "teacher_n_tokens >= 32"
-    shown = corpus_records.show_corpus(spark, config.root, "travel", first["version"])
+    shown = corpus_records.show_corpus(spark, config.root, "travel", first.version)
     assert shown["fingerprint"] == metadata["fingerprint"]
-    assert shown["threshold"] == first["threshold"]
+    assert shown["threshold"] == first.threshold
 
     # Killed between the commit and its row in corpora: the next run adds the row, and writes no version.
     spark.sql(f"DELETE FROM delta.`{config.layout.table('corpora')}` WHERE name = 'travel'")
-    again = job.run(spark, asked(0.2))["refined"]["travel"]
-    assert again == {**second, "skipped": True}
-    assert corpus_records.show_corpus(spark, config.root, "travel")["version"] == second["version"]
+    again = job.run(spark, asked(0.2)).refined["travel"]
+    assert again == dataclasses.replace(second, skipped=True)
+    assert corpus_records.show_corpus(spark, config.root, "travel")["version"] == second.version
     # Back to the first config: a new version with the old rows and fingerprint.
-    third = job.run(spark, asked(0.5))["refined"]["travel"]
-    assert third["version"] > second["version"]
+    third = job.run(spark, asked(0.5)).refined["travel"]
+    assert third.version > second.version
     assert corpus_records.show_corpus(spark, config.root, "travel")["fingerprint"] == metadata["fingerprint"]
     assert corpus_records.list_corpora(spark, config.root).where("name = 'travel'").count() == 2
     with pytest.raises(CorpusError, match="travel"):
@@ -128,8 +128,8 @@ def test_a_score_that_is_no_number_is_counted_and_never_kept(spark: Any, config:
     rows = [row for row in matrix_rows(300) if row["split"] == "pool"]
     expected = [row["instance_id"] for row in rows if row["teacher_n_tokens"] >= 32 and row["n_bytes"] % 3 == 2]
     assert ids(corpus_records.read_corpus(spark, used.root, "bad")) == sorted(expected)
-    assert summary["refined"]["bad"]["n_candidates"] == sum(row["teacher_n_tokens"] >= 32 for row in rows)
-    assert summary["kept"]["bits"] == sum(row["teacher_bits_per_byte"] is not None for row in rows)
+    assert summary.refined["bad"].n_candidates == sum(row["teacher_n_tokens"] >= 32 for row in rows)
+    assert summary.kept["bits"] == sum(row["teacher_bits_per_byte"] is not None for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_means_of_unequal_tokenizers_are_not_compared(spark: Any, config: Experi
         with pytest.raises(ConfigError, match="bits per byte"):
             job.run(spark, used)
         one = CorpusConfig(score="-teacher_nll_mean + reference_bits_per_byte")
-        assert job.run(spark, with_corpora(config, one=one))["kept"]["one"] > 0
+        assert job.run(spark, with_corpora(config, one=one)).kept["one"] > 0
     finally:
         write_record(config, "reference")
 
@@ -224,9 +224,9 @@ def test_delta_rs_reads_the_same_corpus(spark: Any, config: ExperimentConfig) ->
     from deltalake import DeltaTable
 
     used = with_corpora(config, both=CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=0.5)))
-    made = job.run(spark, used)["refined"]["both"]
-    table = DeltaTable(storage.local_path(made["path"]))
-    assert table.version() == made["version"]
+    made = job.run(spark, used).refined["both"]
+    table = DeltaTable(storage.local_path(made.path))
+    assert table.version() == made.version
     found = [row for uri in table.file_uris() for row in pq.read_table(uri).to_pylist()]
     expected = [row.asDict() for row in corpus_records.read_corpus(spark, used.root, "both").collect()]
     assert sorted(found, key=json.dumps) == sorted(expected, key=json.dumps)

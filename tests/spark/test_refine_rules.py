@@ -117,11 +117,11 @@ def test_shares_by_source_and_their_provenance(spark: Any, config: ExperimentCon
     shares = {"web": 0.5, "code": 0.25}
     select = SelectConfig(rule="token_budget", budget_tokens=8000, per_source=shares)
     used = with_corpora(config, shared=CorpusConfig(score=DIFFERENCE, select=select))
-    found = job.run(spark, used)["refined"]["shared"]
+    refined = job.run(spark, used).refined["shared"]
     expected = {name for source, share in shares.items() for name in top(of(source), budget_of(share, 8000), True)}
     kept = corpus_records.read_corpus(spark, used.root, "shared")
     assert ids(kept) == sorted(expected)
-    assert found["kept_share_by_source"]["books"] == 0
+    assert refined.kept_share_by_source["books"] == 0
     # The cuts alone choose the same rows again.
     cuts = corpus_records.show_corpus(spark, used.root, "shared")["inputs"]["cuts"]
     assert set(cuts) == set(shares)
@@ -133,7 +133,7 @@ def test_shares_by_source_and_their_provenance(spark: Any, config: ExperimentCon
         if row["score"] > score or (row["score"] == score and (last is None or row["instance_id"] <= last))
     }
     assert again == expected
-    assert job.run(spark, used)["refined"]["shared"]["skipped"]
+    assert job.run(spark, used).refined["shared"].skipped
     unknown = with_corpora(
         config, a=CorpusConfig(score=DIFFERENCE, select=SelectConfig(ratio=1, per_source={"wep": 1}))
     )
@@ -195,10 +195,10 @@ def test_columns_of_the_instances_are_joined_where_they_are_named(spark: Any, co
         english=CorpusConfig(score=DIFFERENCE, where=where, select=SelectConfig(ratio=0.5)),
         longest=CorpusConfig(score="length(text) + n_bytes / 1e6", select=SelectConfig(ratio=0.2)),
     )
-    summary = job.run(spark, used)["refined"]
+    summary = job.run(spark, used).refined
     numbered = {instance_id(text): number for number, text in enumerate(TEXTS)}
     english = [row for row in candidates() if numbered[row["instance_id"]] % 3 == 0]
-    assert summary["english"]["n_candidates"] == len(english)
+    assert summary["english"].n_candidates == len(english)
     assert ids(corpus_records.read_corpus(spark, used.root, "english")) == sorted(top(english, len(english) // 2))
     inputs = corpus_records.show_corpus(spark, used.root, "english")["inputs"]
     assert inputs["instances_version"] == delta_log.newest_version(config.layout.table("instances"))
@@ -265,32 +265,32 @@ def test_diagnostics_are_those_of_the_rows(spark: Any, config: ExperimentConfig,
     write_matrix(spark, used, strong)
     for alias in ALIASES:
         write_record(used, alias)
-    summary = job.run(spark, used)["refined"]
-    found = summary["strong"]["diagnostics"]
+    summary = job.run(spark, used).refined
+    measured = summary["strong"].diagnostics
     pool = [row for row in strong if row["split"] == "pool" and row["teacher_n_tokens"] >= 32]
     losses = [(row["reference_nll_mean"] - row["teacher_nll_mean"], row["reference_nll_mean"]) for row in pool]
     truth = exact(losses)
-    assert abs(found["spearman_with_reference_loss"] - truth) <= found["spearman_error"] < 0.2
+    assert abs(measured["spearman_with_reference_loss"] - truth) <= measured["spearman_error"] < 0.2
     assert truth > 0.9
-    assert ["too strong" in note for note in found["notes"]] == [True]
-    assert found["negative_share"] == 0
-    assert found["rejects"] == {}
+    assert ["too strong" in note for note in measured["notes"]] == [True]
+    assert measured["negative_share"] == 0
+    assert measured["rejects"] == {}
     kept = {row["instance_id"] for row in corpus_records.read_corpus(spark, used.root, "strong").collect()}
     by_length: dict[str, list[bool]] = {}
     for row in pool:
         k = int(math.log2(row["teacher_n_tokens"]))
         by_length.setdefault(f"{1 << k}-{(2 << k) - 1}", []).append(row["instance_id"] in kept)
-    assert found["kept_share_by_length"] == {key: sum(of) / len(of) for key, of in by_length.items()}
+    assert measured["kept_share_by_length"] == {key: sum(of) / len(of) for key, of in by_length.items()}
     usable = [row for row in pool if row["n_bytes"] % 5]
     negative = sum(row["teacher_nll_mean"] < 0.005 for row in usable) / len(usable)
-    assert summary["signed"]["diagnostics"]["negative_share"] == negative
-    assert summary["random"]["diagnostics"]["spearman_with_reference_loss"] is None
+    assert summary["signed"].diagnostics["negative_share"] == negative
+    assert summary["random"].diagnostics["spearman_with_reference_loss"] is None
     # In the provenance of the commit, and in the row that outlives it.
-    newest = corpus_records.newest(summary["strong"]["path"])
+    newest = corpus_records.newest(summary["strong"].path)
     assert newest is not None
     assert newest.provenance is not None
-    assert newest.provenance.diagnostics == found
-    assert corpus_records.show_corpus(spark, used.root, "strong")["inputs"]["diagnostics"] == found
+    assert newest.provenance.diagnostics == measured
+    assert corpus_records.show_corpus(spark, used.root, "strong")["inputs"]["diagnostics"] == measured
 
 
 def test_lengths_are_told_apart_at_powers_of_two(spark: Any) -> None:

@@ -20,6 +20,7 @@ from miniplm_udf.scores import matrix
 from miniplm_udf.scores import query as scores
 from miniplm_udf.scores.models import describe_models, read_record
 from miniplm_udf.scores.plan import ScoringPlan
+from miniplm_udf.scores.summary import ScoreSummary
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.store import batch_range, delta_log, tables
 from miniplm_udf.workers.arrow import score_arrow
@@ -57,7 +58,7 @@ class Scored:
     def __init__(self, spark: Any, config: ExperimentConfig, log: Path) -> None:
         self.spark, self.config, self.log = spark, config, log
 
-    def run(self, config: ExperimentConfig | None = None) -> dict[str, Any]:
+    def run(self, config: ExperimentConfig | None = None) -> ScoreSummary:
         used = config or self.config
         factories = {alias: FakeFactory(self.scales[alias], str(self.log)) for alias in used.scored_aliases}
         return score.run(self.spark, used, factories)
@@ -96,36 +97,36 @@ def test_new_instances_models_and_lost_checkpoints_score_only_what_is_missing(
         text = next(text for text in first if instance_id(text) == row["instance_id"])
         assert row["nll_sum_nats"] == fake_nll(text, scored.scales[row["model_id"]])
         assert (row["n_tokens"], row["n_bytes"]) == (fake_n_tokens(text), len(text.encode()))
-    assert summary["scored"] == summary["new_scored"] == {"teacher": 5, "reference": 5}
-    assert summary["tokens"]["teacher"] == sum(map(fake_n_tokens, first))
-    assert summary["tokens_per_second"]["teacher"] > 0
-    assert summary["wait_share"] is None, "a slice or two: nothing to tell a steady state by"
-    assert summary["rejected"] == 0
-    assert summary["matrix_rows"] == 5
-    assert summary["too_many_rejects"] is False
+    assert summary.scored == summary.new_scored == {"teacher": 5, "reference": 5}
+    assert summary.tokens["teacher"] == sum(map(fake_n_tokens, first))
+    assert summary.tokens_per_second["teacher"] > 0
+    assert summary.wait_share is None, "a slice or two: nothing to tell a steady state by"
+    assert summary.rejected == 0
+    assert summary.matrix_rows == 5
+    assert summary.too_many_rejects is False
 
     again = scored.run()
-    assert again["new_scored"] == {"teacher": 0, "reference": 0}
-    assert again["tokens_per_second"]["teacher"] is None
+    assert again.new_scored == {"teacher": 0, "reference": 0}
+    assert again.tokens_per_second["teacher"] is None
     write_instances(scored.spark, scored.config, second)
-    assert scored.run()["new_scored"] == {"teacher": 3, "reference": 3}
+    assert scored.run().new_scored == {"teacher": 3, "reference": 3}
 
     shutil.rmtree(storage.local_path(storage.join(scored.config.root, "_checkpoints")))
     write_instances(scored.spark, scored.config, later)
     lost = scored.run()
-    assert lost["new_scored"] == {"teacher": 2, "reference": 2}
-    assert lost["matrix_rows"] == 10
+    assert lost.new_scored == {"teacher": 2, "reference": 2}
+    assert lost.matrix_rows == 10
 
     grown = scored.with_models(models).run()
-    assert grown["new_scored"] == {"teacher": 0, "reference": 0, "third": 10}
-    assert grown["matrix_rows"] == 10
+    assert grown.new_scored == {"teacher": 0, "reference": 0, "third": 10}
+    assert grown.matrix_rows == 10
     everything = first + second + later
     assert keys(scored.table("scores")) == pairs(everything, ("teacher", "reference", "third"))
     # Each text went through each scorer once, in all these runs.
     for scale in scored.scales.values():
         assert scored_texts(scored.log, scale) == sorted(text[:40] for text in everything)
     # Back to two models: the matrix has their columns again, nothing is scored.
-    assert scored.run()["matrix_rows"] == 10
+    assert scored.run().matrix_rows == 10
     aliases = ["teacher", "reference"]
     found = scored.spark.read.format("delta").load(scored.config.layout.table("score_matrix"))
     assert found.columns == schemas.score_matrix(aliases).column_names
@@ -144,8 +145,8 @@ def test_a_bad_score_is_a_reject_and_nowhere_else(scored: Scored) -> None:
     summary = scored.run()
     assert keys(scored.table("scores")) == pairs(good)
     assert sorted(row["instance_id"] for row in scored.table("score_matrix")) == sorted(map(instance_id, good))
-    assert summary["rejected"] == 6
-    assert summary["too_many_rejects"] is True
+    assert summary.rejected == 6
+    assert summary.too_many_rejects is True
     revisions = {row["model_revision"] for row in scored.table("scores")}
     rejects = scored.table("rejects")
     assert {(row["instance_id"], row["stage"], row["reason"]) for row in rejects} == {
@@ -156,7 +157,7 @@ def test_a_bad_score_is_a_reject_and_nowhere_else(scored: Scored) -> None:
     assert len({row["reject_id"] for row in rejects}) == 6
     # Not tried again, neither on the same checkpoint nor without one.
     shutil.rmtree(storage.local_path(storage.join(scored.config.root, "_checkpoints")))
-    assert scored.run()["rejected"] == 6
+    assert scored.run().rejected == 6
     assert len(scored_texts(scored.log, 1.0)) == 6
 
 
@@ -225,13 +226,13 @@ def test_a_look_for_what_is_known_opens_what_came_with_it(scored: Scored) -> Non
 def test_instances_that_were_made_anew_are_not_scored_again(scored: Scored) -> None:
     """Under other numbers than their scores have: a look must not go by the numbers then."""
     in_batches(scored, 3)
-    assert scored.run()["matrix_rows"] == 6
+    assert scored.run().matrix_rows == 6
     for name in ("tables/instances", "_checkpoints"):
         shutil.rmtree(storage.local_path(storage.join(scored.config.root, name)))
     in_batches(scored, 4, first=50)
     again = scored.run()
-    assert again["new_scored"] == {"teacher": 2, "reference": 2}
-    assert again["matrix_rows"] == 8
+    assert again.new_scored == {"teacher": 2, "reference": 2}
+    assert again.matrix_rows == 8
     assert keys(scored.table("scores")) == pairs(texts(8))
 
 
@@ -388,7 +389,7 @@ def test_nothing_to_score_is_an_error(scored: Scored) -> None:
     with pytest.raises(CorpusError, match="pool"):
         scored.run()
     write_instances(scored.spark, scored.config, texts(1, start=9))
-    assert scored.run()["scored"] == {"teacher": 1, "reference": 1}
+    assert scored.run().scored == {"teacher": 1, "reference": 1}
 
 
 def test_models_that_are_not_there(spark: Any, tmp_path: Path, models: dict[str, ModelConfig]) -> None:
@@ -412,7 +413,7 @@ def test_models_that_are_not_there(spark: Any, tmp_path: Path, models: dict[str,
 def test_two_aliases_of_one_model_are_scored_once(scored: Scored, models: dict[str, ModelConfig]) -> None:
     same = scored.with_models({"teacher": models["teacher"], "reference": models["teacher"]})
     write_instances(scored.spark, scored.config, texts(2))
-    assert same.run()["scored"] == {"teacher": 2, "reference": 2}
+    assert same.run().scored == {"teacher": 2, "reference": 2}
     assert len(same.table("scores")) == 2
     assert all(row["teacher_nll_mean"] == row["reference_nll_mean"] for row in same.table("score_matrix"))
 

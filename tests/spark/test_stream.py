@@ -58,8 +58,8 @@ def test_new_files_are_scored_until_sigterm_and_seen_from_outside(
     assert "Exception" not in errors
     assert "Traceback" not in errors
     assert service.count("rejects") == 1
-    assert summary["scored"] == {"teacher": 9, "reference": 9}
-    assert summary["matrix_rows"] == 9
+    assert summary.scored == {"teacher": 9, "reference": 9}
+    assert summary.matrix_rows == 9
     assert 'miniplm_query_running{lease="ingest",query="ingest"} 1.0' in seen["metrics"]
     assert 'miniplm_tokens{lease="score-' in seen["metrics"]
     ended = {status.query: status for status in statuses.read_all(service.config.root)}
@@ -74,7 +74,7 @@ def test_new_files_are_scored_until_sigterm_and_seen_from_outside(
         lambda: until(lambda: service.count("score_matrix") == 10, "the third"),
         lambda spark, config, factories: execute(stage_named("stream"), spark, config),
     )
-    assert summary["matrix_rows"] == 10
+    assert summary.matrix_rows == 10
     calls = [line.split(" ", 1)[1] for line in service.log.read_text().splitlines() if line.startswith("1.0 ")]
     assert len(calls) == len(set(calls)) == 10
 
@@ -100,7 +100,7 @@ def test_the_running_micro_batch_is_finished_and_no_other_begun(spark: Any, tmp_
     assert 0 < n_scored < 16
     assert n_scored % 2 == 0
     assert service.status("score").state == "stopped"
-    assert score.run(spark, config, service.factories())["matrix_rows"] == 8
+    assert score.run(spark, config, service.factories()).matrix_rows == 8
     calls = service.log.read_text().splitlines()
     assert len(calls) == len(set(calls)) == 16
 
@@ -125,7 +125,7 @@ def test_a_table_that_gains_a_column_goes_on(spark: Any, tmp_path: Path) -> None
         write(texts(3, start=3), url="http://x")
         until(lambda: service.count("score_matrix") == 6, "the rows with a new column")
 
-    assert service.run(meanwhile)["matrix_rows"] == 6
+    assert service.run(meanwhile).matrix_rows == 6
 
 
 @dataclasses.dataclass(frozen=True)

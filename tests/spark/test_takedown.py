@@ -111,19 +111,19 @@ def test_it_does_not_come_back(spark: Any, world: World) -> None:
     # The same file under another name: the query knows all its instances, so none is new.
     shutil.copy(world.folder / "first.jsonl", world.folder / "again.jsonl")
     again = world.ingest()
-    assert (again["new_instances"], world.documents()) == (0, before)
+    assert (again.new_instances, world.documents()) == (0, before)
     assert world.wrong() == []
     # Its checkpoint is lost: the record alone knows; and a document that has never been there was asked for, too.
     shutil.rmtree(storage.local_path(config.layout.checkpoint("ingest-jsonl")))
     takedown.take_down(spark, config, ["text 20"], ASKED)
     world.deliver("new", texts(1, start=20))
     found = world.ingest()
-    assert (found["new_instances"], world.documents()) == (0, before)
+    assert (found.new_instances, world.documents()) == (0, before)
     rejected = [row for row in world.rows("rejects") if row["reason"] == "taken_down"]
-    assert len(rejected) == found["new_rejected"] + again["new_rejected"] >= 2
+    assert len(rejected) == found.new_rejected + again.new_rejected >= 2
     assert all(row["raw"] is None and row["instance_id"] is None for row in rejected)
     assert {row["detail"].split(": ")[1] for row in rejected} == {"text 5", "text 20"}
-    assert set(world.score()["new_scored"].values()) == {0}
+    assert set(world.score().new_scored.values()) == {0}
     assert world.wrong() == []
 
 

@@ -139,7 +139,7 @@ def test_an_old_version_comes_back_as_a_new_one(spark: Any, config: ExperimentCo
     assert (again.version, again.skipped) == (made.version, True)
     assert "nothing was written" in corpus_text.made(again)
     # A restored version differs from a refinement of the present matrix, so the refinement is not skipped.
-    assert not job.run(spark, of_ratio(config, 0.5))["refined"]["kept"]["skipped"]
+    assert not job.run(spark, of_ratio(config, 0.5)).refined["kept"].skipped
     holds(spark, config)
 
 

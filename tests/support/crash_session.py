@@ -3,6 +3,7 @@
 Prints one JSON line a step, and waits for a line of input before the next: so that a test may look on, and kill.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -61,7 +62,7 @@ def main(folder: Path) -> None:
         for name in ("scores", "rejects")
     }
     keys = sorted((row["instance_id"], row["model_id"]) for row in rows["scores"])
-    say(summary=json.loads(json.dumps(first, default=str)), keys=keys, n_rejects=len(rows["rejects"]), java=java)
+    say(summary=dataclasses.asdict(first), keys=keys, n_rejects=len(rows["rejects"]), java=java)
     # Between two micro-batches Spark ends its workers: here all at once, by force.
     before = workers()
     for pid in before:

@@ -54,7 +54,7 @@ def main() -> None:
     tables.append(instances, config.layout.table("instances"), schemas.INSTANCES)
     paths = [json.loads(row[0]) for row in spark.range(0, 2, 1, 2).mapInArrow(worker_paths, "found string").collect()]
     summary = score.run(spark, config, {"teacher": Factory()})
-    Path(answer).write_text(json.dumps({"workers": paths, "scored": summary["scored"]}))
+    Path(answer).write_text(json.dumps({"workers": paths, "scored": summary.scored}))
     spark.stop()
 
 

@@ -55,7 +55,7 @@ class Service:
         uri = self.config.layout.table(name)
         return self.spark.read.format("delta").load(uri).count() if tables.exists(self.spark, uri) else 0
 
-    def run(self, meanwhile: Callable[[], None], run: Callable[..., Any] = stream.run) -> dict[str, Any]:
+    def run(self, meanwhile: Callable[[], None], run: Callable[..., Any] = stream.run) -> Any:
         """Runs the service and, in a thread, `meanwhile`; then sends SIGTERM."""
 
         def beside() -> None:
@@ -71,7 +71,7 @@ class Service:
         thread = threading.Thread(target=beside)
         thread.start()
         try:
-            return dict(run(self.spark, self.config, self.factories()))
+            return run(self.spark, self.config, self.factories())
         finally:
             thread.join()
             signal.signal(signal.SIGTERM, before)

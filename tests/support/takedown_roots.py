@@ -11,6 +11,8 @@ from jobs import ingest, score
 from miniplm_udf import storage
 from miniplm_udf.config.refine import CorpusConfig, SelectConfig
 from miniplm_udf.config.sections import ChunkingConfig, IngestConfig, PackConfig, SplitConfig, TokenizerConfig
+from miniplm_udf.ingestion.summary import IngestSummary
+from miniplm_udf.scores.summary import ScoreSummary
 from miniplm_udf.store import tables
 from miniplm_udf.store.takedowns import Takedown
 from miniplm_udf.upkeep import verify
@@ -39,10 +41,10 @@ class World:
         rows = [{"id": text.split(" w")[0], "text": text} for text in documents]
         (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def ingest(self) -> dict[str, Any]:
+    def ingest(self) -> IngestSummary:
         return ingest.run(self.spark, self.config)
 
-    def score(self) -> dict[str, Any]:
+    def score(self) -> ScoreSummary:
         log = str(self.folder / "calls.log")
         factories = {"teacher": FakeFactory(1.0, log), "reference": FakeFactory(2.0, log)}
         return score.run(self.spark, self.config, factories)

@@ -1,6 +1,7 @@
 """The command: help, versions, exit codes, a dry run that starts nothing, and what the driver must not import."""
 
-import importlib
+import dataclasses
+import json
 import os
 import runpy
 import subprocess
@@ -10,9 +11,13 @@ from typing import Any
 
 import pytest
 
-from jobs import cli, stages
+from jobs import cli, stage_runner, stages
+from jobs.stage import Options
 from jobs.summary import mlflow_command
+from jobs.text import as_json
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import ConfigError, CorpusError
+from tests.support.stage_summaries import summary_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
@@ -41,6 +46,21 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 STAGES = [stage.name for stage in (*stages.STAGES, *stages.SERVICES)]
 
 
+def outcomes_both_ways(
+    stage: str, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[object, str, str]]:
+    """Exit code, stdout and last line of stderr of a stage, as a command and as a file that spark-submit runs."""
+    outcomes = []
+    file = str(REPOSITORY / "jobs" / f"{stage}.py")
+    for line in (["miniplm", stage, *arguments], [file, *arguments]):
+        monkeypatch.setattr(sys, "argv", line)
+        with pytest.raises(SystemExit) as ended:
+            sys.exit(cli.main()) if line[0] == "miniplm" else runpy.run_path(file, run_name="__main__")
+        printed = capsys.readouterr()
+        outcomes.append((ended.value.code, printed.out, printed.err.strip().rpartition("\n")[2]))
+    return outcomes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_one_help_and_one_dry_run_however_it_is_started(
@@ -49,13 +69,7 @@ def test_a_stage_has_one_help_and_one_dry_run_however_it_is_started(
     """As a command, and as a file that spark-submit runs."""
     config = ["-c", str(CONF / "pile_qwen.yaml"), f"root={tmp_path}/root"]
     for arguments, expected in ((["--help"], f"usage: miniplm {stage}"), ([*config, "--dry-run"], "\nplan:\n")):
-        outcomes = []
-        file = REPOSITORY / "jobs" / f"{stage}.py"
-        for line in (["miniplm", stage, *arguments], [str(file), *arguments]):
-            monkeypatch.setattr(sys, "argv", line)
-            with pytest.raises(SystemExit) as ended:
-                sys.exit(cli.main()) if line[0] == "miniplm" else runpy.run_path(str(file), run_name="__main__")
-            outcomes.append((ended.value.code, capsys.readouterr().out))
+        outcomes = outcomes_both_ways(stage, arguments, capsys, monkeypatch)
         assert outcomes[0] == outcomes[1]
         assert outcomes[0][0] == 0
         assert expected in outcomes[0][1]
@@ -66,17 +80,41 @@ def test_a_stage_is_a_file_that_runs_outside_the_repository(tmp_path: Path) -> N
     line = [sys.executable, str(REPOSITORY / "jobs" / "score.py"), "-c", str(CONF / "demo.yaml"), "--dry-run"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
-    assert "score      would run" in done.stdout
+    assert "score  would run" in done.stdout
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_both_ways_to_start_a_stage_are_one_code_path(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """JSON and exit code come from `stage_main`, which gets the same name and arguments."""
-    calls: list[Any] = []
-    job = importlib.import_module(f"jobs.{stage}")
-    monkeypatch.setattr(job, "stage_main", lambda *arguments: calls.append(arguments) or 3)
-    assert cli.main([stage, "-c", "x.yaml"]) == 3
-    assert calls == [(stage, ["-c", "x.yaml"])]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_both_ways_to_start_a_stage_print_the_same_and_exit_alike(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the work of the stage and Spark's session are replaced."""
+    config = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root", "proxy={}", "annotate={language: true}"]
+    config += ["generate={prompt_tokens: 64, new_tokens: 64}"]
+    stage = stages.stage_named(name)
+    summary = summary_of(stage)
+    has_rejects = hasattr(summary, "too_many_rejects")
+    if has_rejects:
+        summary = dataclasses.replace(summary, too_many_rejects=True)
+    summary = stage.with_earlier(None, summary)
+    result: Any = summary
+
+    def work(spark: Any, config: ExperimentConfig, options: Options) -> Any:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    faked = dataclasses.replace(stage, run=work, listed=None, needs_spark=False, last_line=lambda summary: "the end")
+    monkeypatch.setattr(stage_runner, "stage_named", {name: faked}.__getitem__)
+    command, file = outcomes_both_ways(name, config, capsys, monkeypatch)
+    assert command == file
+    code, printed, last_line = command
+    assert code == (3 if has_rejects else 0)
+    assert json.loads(printed) == {name: json.loads(as_json(stage.to_json(summary)))}
+    assert last_line == "the end"
+    for result, code in ((CorpusError("nothing there"), 1), (ConfigError("a wrong key"), 2)):
+        expected = (code, "", f"miniplm: {type(result).__name__}: {result}")
+        assert outcomes_both_ways(name, config, capsys, monkeypatch) == [expected, expected]
 
 
 @pytest.mark.slow
@@ -116,6 +154,24 @@ def test_the_printed_mlflow_line_can_be_pasted(name: str, tmp_path: Path) -> Non
     ).stdout.splitlines()
     assert words == ["mlflow", "ui", "--backend-store-uri"]
     assert make_url(uri).database == str(tmp_path / name / "mlflow.db")
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_run_refuses_a_service_before_its_plan(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "experiment.yaml"
+    config.write_text(f"root: {tmp_path}/root\nstream: {{trigger: processing_time}}\n")
+    assert cli.main(["run", "-c", str(config), *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "stream.trigger: `miniplm run` goes through all stages once" in printed.err
+
+
+def test_the_help_of_run_lists_the_stages_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    assert " -> ".join(stage.name for stage in stages.STAGES) in capsys.readouterr().out
 
 
 def test_bad_config_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,39 +1,47 @@
 """`miniplm evaluate`: no Spark, one student by name, and the tables that it prints."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from jobs import cli, evaluate, records, stage_runner, train
+from jobs import cli, evaluate, stage_runner, train
 from jobs.evaluation_text import evaluation_text
-from jobs.stages import Options, stage_named
+from jobs.stage import Options
+from jobs.stages import stage_named
 from jobs.summary import build_summary, summary_text
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import PAPER_TASKS
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.storage import Json
+from miniplm_udf.layout import EVALUATION_FILE
+from miniplm_udf.store.model_records import Evaluation, SetEvaluation, TextLoss
+from tests.support import model_records
+from tests.support.model_records import set_evaluation
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-def losses(nats: float | None) -> Json:
-    keys = ("nats_per_token", "nats_per_instance_mean", "official_loss", "bits_per_byte")
-    return {**dict.fromkeys(keys, nats), "n_tokens": 1234}
+def losses(nats: float | None) -> SetEvaluation:
+    return set_evaluation(TextLoss(
+        nats_per_token=nats, nats_per_instance_mean=nats, official_loss=nats, bits_per_byte=nats, n_instances=40,
+        n_tokens=1234, n_bytes=5000,
+    ))  # fmt: skip
 
 
-def evaluation(*tasks: str) -> Json:
-    scores = {task: {"value": 0.25 + i / 100} for i, task in enumerate(tasks)}
-    average = sum(score["value"] for score in scores.values()) / len(scores) if scores else None
-    sets = {"dclm": losses(None), "heldout": losses(2.5)}
-    return {"sets": sets, "tasks": {"scores": scores, "average": average} if scores else None}
+def evaluation(*tasks: str) -> Evaluation:
+    scores = {task: 0.25 + i / 100 for i, task in enumerate(tasks)}
+    return model_records.evaluation({"dclm": losses(None), "heldout": losses(2.5)}, scores)
+
+
+def write_evaluation(config: ExperimentConfig, name: str, numbers: Evaluation) -> None:
+    storage.write_json(config.layout.model(name, EVALUATION_FILE), dataclasses.asdict(numbers))
 
 
 def test_losses_and_tasks_are_printed_as_tables() -> None:
     reverse = list(reversed(PAPER_TASKS))
     students = {"miniplm": evaluation("mine", *reverse), "other": evaluation(*reverse), "third": evaluation()}
-    text = evaluation_text({"students": students})
+    text = evaluation_text(students)
     loss_table, task_table = text.split("\n\n")
     lines = [line.split() for line in loss_table.splitlines()]
     assert [line[:2] for line in lines[1:4]] == [["heldout", name] for name in students]
@@ -44,7 +52,6 @@ def test_losses_and_tasks_are_printed_as_tables() -> None:
     assert head.split() == ["student", *columns, "mine", "Avg."]
     assert first.split() == ["miniplm", *[f"{34 - i}.0" for i in range(9)], "25.0", "29.5"]
     assert second.split()[-2:] == ["-", "-"]  # without one of the tasks, the average compares with nothing
-    assert evaluation_text({"students": ["a name of an earlier release"]}) == ""
 
 
 @pytest.fixture
@@ -64,18 +71,19 @@ def test_one_student_without_spark(
 ) -> None:
     arguments = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root"]
     config = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root"])
-    storage.write_json(config.layout.model("miniplm", "evaluation.json"), evaluation("piqa"))
+    write_evaluation(config, "miniplm", evaluation("piqa"))
     assert cli.main(["evaluate", *arguments, "--student", "miniplm"]) == 0
     printed = capsys.readouterr()
-    assert list(json.loads(printed.out)["evaluate"]["students"]) == ["miniplm"]
+    students = json.loads(printed.out)["evaluate"]["students"]
+    assert students == {"miniplm": storage.read_json(config.layout.model("miniplm", EVALUATION_FILE))}
     assert "PIQA" in printed.err
     assert started == [["evaluate", "--student", "miniplm"]]
     # A part of the stage leaves no record, so that `miniplm run` evaluates the others.
-    assert records.read_record(config, "evaluate") is None
-    storage.write_json(config.layout.model("conventional", "evaluation.json"), evaluation())
+    assert stage_named("evaluate").record(config) is None
+    write_evaluation(config, "conventional", evaluation())
     assert cli.main(["evaluate", *arguments]) == 0
     assert started[1:] == [["evaluate"]]
-    assert records.read_record(config, "evaluate") is not None
+    assert stage_named("evaluate").record(config) is not None
     assert cli.main(["train", *arguments]) == 0
     assert started[2:] == [["train"]]
 
@@ -115,9 +123,9 @@ def test_the_stage_needs_students_and_texts_or_tasks(overrides: list[str], appli
 
 def test_the_summary_has_the_heldout_losses_and_the_tasks(tmp_path: Path) -> None:
     config: ExperimentConfig = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root"])
-    without: dict[str, Any] = {"sets": {"dclm": losses(3.0)}, "tasks": None}
+    without = model_records.evaluation({"dclm": losses(3.0)})
     for name, numbers in {"miniplm": evaluation("piqa"), "conventional": without}.items():
-        storage.write_json(config.layout.model(name, "evaluation.json"), numbers)
+        write_evaluation(config, name, numbers)
     summary = build_summary(config)
     assert summary["students"] == {"miniplm": {"heldout_nats_per_token": 2.5, "heldout_bits_per_byte": 2.5}}
     text = summary_text(config, summary)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobs import plan, stage_inputs
-from jobs.stages import Options, stage_named
+from jobs.stage import Options
+from jobs.stages import stage_named
 from miniplm_udf.config.experiment import load_config
 from miniplm_udf.config.generate import GenerateConfig
 from miniplm_udf.config.rules import is_random_corpus

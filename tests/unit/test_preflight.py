@@ -1,12 +1,15 @@
 """A root that cannot be written, and small files that are damaged, are refused by name."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
+from jobs.records import write_record
+from jobs.stage import Options
 from jobs.stage_runner import must_run
-from jobs.stages import Options, stage_named
+from jobs.stages import stage_named
 from jobs.summary import build_summary, summary_text
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
@@ -17,6 +20,7 @@ from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.offsets import end_offset
 from miniplm_udf.upkeep import preflight
+from tests.support.stage_summaries import summary_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,9 +69,10 @@ def test_the_summary_of_a_root_that_was_moved_names_the_new_place(tmp_path: Path
     corpora = {"kept": CorpusConfig(select=SelectConfig(ratio=0.5))}
     models = {"teacher": ModelConfig(path="x")}
     config = ExperimentConfig(root=str(tmp_path / "new"), models=models, refine=RefineConfig(corpora=corpora))
-    refined = {"kept": {"path": f"file://{tmp_path}/old/tables/refined/kept", "version": 3}}
-    record = {"fingerprint": "x", "summary": {"refined": refined}, "seconds": 1.0}
-    storage.write_json(storage.join(config.root, "_stages", "refine.json"), record)
+    refine = stage_named("refine")
+    (version,) = summary_of(refine).refined.values()
+    old = dataclasses.replace(version, path=f"file://{tmp_path}/old/tables/refined/kept", version=3)
+    write_record(config, "refine", "x", refine.to_json(summary_of(refine, refined={"kept": old})), 1.0)
     assert build_summary(config)["refined"] == {
         "kept": {"path": f"file://{tmp_path}/new/tables/refined/kept", "version": 3}
     }
@@ -95,13 +100,13 @@ def test_lost_generations_are_named_with_their_remedy(tmp_path: Path, command: s
 def test_the_summary_counts_generated_instances_and_the_rejects_of_every_stage(tmp_path: Path) -> None:
     config = ExperimentConfig(root=str(tmp_path), models={"teacher": ModelConfig(path="x")})
     assert build_summary(config)["generated"] is None
-    for stage, summary in {
+    for name, numbers in {
         "ingest": {"instances": 9, "rejected": 1},
         "score": {"rejected": 2},
         "generate": {"generated": 4, "rejected": 3},
     }.items():
-        record = {"fingerprint": "x", "summary": summary, "seconds": 1.0}
-        storage.write_json(storage.join(config.root, "_stages", f"{stage}.json"), record)
+        stage = stage_named(name)
+        write_record(config, name, "x", stage.to_json(summary_of(stage, **numbers)), 1.0)
     summary = build_summary(config)
     assert (summary["generated"], summary["rejected"]) == (4, 6)
     assert re.search(r"generated +4\b", summary_text(config, summary))

@@ -14,11 +14,13 @@ from miniplm_udf.config.rules import PREDICTION, in_sample, uniform
 from miniplm_udf.config.sections import ModelConfig, ProxyConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.proxy import costs, quality
+from miniplm_udf.proxy.report import PoolRows, ProxyReport
 from miniplm_udf.refinement import follow, refine
 from miniplm_udf.scores import query as scores
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streams import facts
 from tests.support.selection_oracles import exact
+from tests.support.stage_summaries import simplest
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -133,13 +135,8 @@ def test_the_report_is_one_line_to_read() -> None:
     judged = quality.judge(ids(40), list(map(float, range(40))), list(map(float, range(40))))
     pool = {"n_rows": 1000, "n_bytes": 40_000, "estimated_tokens": 10_000}
     counted = costs.flops([(10**6, 500)], 2_000, pool, {"n_grams": 100.0, "iterations": 9}, 40)
-    line = job.text(
-        {
-            "heldout": dataclasses.asdict(judged),
-            "flops": dataclasses.asdict(counted),
-            "rows": {"pool": 1000, "scored": 50},
-        }
-    )
+    rows = PoolRows(pool=1000, scored=50)
+    line = job.text(dataclasses.replace(simplest(ProxyReport), heldout=judged, flops=counted, rows=rows))
     assert "on 40 held-out instances Spearman 1.000; it finds 1.000 of the true top 0.1 (by chance 0.1)" in line
     assert "1,000 instances predicted, 50 of them scored by models" in line
     assert "models 2e+06, proxy 50; in all, 1e+09 instead of 2e+10 (5.0%)" in line

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from jobs import plan, records, stage_runner, stages
+from jobs import plan, records, refine, stage_runner, stages
 from jobs.command import Command, exit_code
-from jobs.stage_inputs import train_inputs, with_earlier_rates
-from jobs.stages import STAGES, Options, Stage, stage_named
+from jobs.stage import Options, Stage
+from jobs.stage_inputs import train_inputs
+from jobs.stages import STAGES, stage_named
 from jobs.text import as_json, table
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.errors import ConfigError
+from miniplm_udf.errors import ConfigError, CorpusError
+from tests.support.stage_summaries import summary_of
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -41,7 +43,8 @@ def finish(config: ExperimentConfig, stage: Stage) -> None:
         make_table(config, name)
     for uri in stage.outputs(config).files:
         storage.write_text(uri, "{}")
-    records.write_record(config, stage.name, str(stage.fingerprint(None, config)), {}, 12.0)
+    summary = stage.to_json(summary_of(stage))
+    records.write_record(config, stage.name, str(stage.fingerprint(None, config)), summary, 12.0)
 
 
 def outcomes(config: ExperimentConfig, names: list[str], **options: Any) -> dict[str, str]:
@@ -75,7 +78,7 @@ def test_a_plan_of_user_files_says_that_only_spark_lists_them(config: Experiment
     finish(config, stage_named("ingest"))
     assert "would run if its config or its input files have changed" in outcomes(config, ["ingest"])["ingest"]
     text = plan.plan_text([stage_named("ingest")], config, Options(), is_named=True)
-    assert "would run again, as it was asked for by name" in text
+    assert "would run again, because you named it" in text
     assert "writes  instances, rejects" in text
 
 
@@ -96,6 +99,15 @@ def test_a_service_leaves_no_record_and_a_plan_says_so(config: ExperimentConfig)
         Options(corpora=["kept"])
 
 
+def test_refine_follows_with_its_option_alone(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refine, "run", lambda spark, config: "refined")
+    monkeypatch.setattr(refine, "follow", lambda spark, config, names: names)
+    stage = stage_named("refine")
+    assert stage.run(None, config, Options()) == "refined"
+    assert stage.run(None, config, Options(follow=True, corpora=["kept"])) == ["kept"]
+    assert (stage.checked_as(Options()), stage.checked_as(Options(follow=True))) == ("", "refine --follow")
+
+
 def test_every_stage_is_described_once() -> None:
     names = [stage.name for stage in (*STAGES, *stages.SERVICES)]
     assert len(names) == len(set(names))
@@ -106,29 +118,69 @@ def test_every_stage_is_described_once() -> None:
         assert f"jobs/{stage.name}.py -c" in stage.description
 
 
-@pytest.mark.parametrize("summary", [Summary({"a": 1}), {"kept": {"a": 1}, "too_many_rejects": False}])
-def test_a_record_takes_a_dataclass_or_a_dict(config: ExperimentConfig, summary: Any) -> None:
-    records.write_record(config, "refine", "f", summary, 1.23456)
-    record = records.read_record(config, "refine")
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_record_gives_back_the_summary(stage: Stage, config: ExperimentConfig) -> None:
+    summary = summary_of(stage)
+    assert summary.__dataclass_params__.frozen
+    records.write_record(config, stage.name, "f", stage.to_json(summary), 1.23456)
+    record = stage.record(config)
     assert record is not None
-    assert record["summary"] == {"kept": {"a": 1}, "too_many_rejects": False}
-    assert (record["fingerprint"], record["seconds"]) == ("f", 1.235)
-    assert records.summary_of(config, "score") == {}
+    assert record.summary == summary
+    assert (record.fingerprint, record.seconds) == ("f", 1.235)
+    raw = storage.read_json(config.layout.stage(stage.name))
+    assert raw["summary"] == json.loads(as_json(stage.to_json(summary)))
+    # A record of an earlier release lacks a key: the stage runs again.
+    raw["summary"].popitem()
+    storage.write_json(config.layout.stage(stage.name), raw)
+    assert stage.record(config) is None
+    del raw["fingerprint"]
+    storage.write_json(config.layout.stage(stage.name), raw)
+    with pytest.raises(CorpusError, match=rf"{stage.name}.json: expected \['fingerprint', 'seconds', 'summary'\]"):
+        stage.record(config)
+
+
+def test_a_stage_that_never_finished_has_no_record(config: ExperimentConfig) -> None:
+    assert stage_named("score").record(config) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("annotate", "path version new_annotated annotated"),
+        ("proxy", "revision path fitted_on heldout rows flops fit_seconds warnings seconds"),
+        ("refine", "kept refined seconds"),
+        ("pack", "packed seconds"),
+        ("reference", "packed seconds model"),
+        ("train", "students"),
+        ("evaluate", "students"),
+        ("report", "report seconds"),
+    ],
+)
+def test_the_keys_of_a_summary_are_public(name: str, keys: str) -> None:
+    stage = stage_named(name)
+    assert list(stage.to_json(summary_of(stage))) == keys.split()
+
+
+@pytest.mark.parametrize("name", [stage.name for stage in STAGES if stage.name != "report"])
+def test_every_stage_before_the_report_changes_its_fingerprint(name: str, config: ExperimentConfig) -> None:
+    report, stage = stage_named("report"), stage_named(name)
+    before = report.fingerprint(None, config)
+    records.write_record(config, name, "f", stage.to_json(summary_of(stage)), 1.0)
+    assert report.fingerprint(None, config) != before
 
 
 def test_rates_of_an_earlier_scoring_stay() -> None:
-    earlier = {"tokens_per_second": {"teacher": 10.0, "old": 3.0}}
-    summary = {"scored": {}, "tokens_per_second": {"teacher": None, "reference": 5.0}}
-    assert with_earlier_rates(earlier, summary)["tokens_per_second"] == {"teacher": 10.0, "old": 3.0, "reference": 5.0}
-    assert with_earlier_rates(earlier, {}) == {}
+    score = stage_named("score")
+    earlier = summary_of(score, tokens_per_second={"teacher": 10.0, "old": 3.0})
+    summary = summary_of(score, tokens_per_second={"teacher": None, "reference": 5.0})
+    rates = {"teacher": 10.0, "old": 3.0, "reference": 5.0}
+    assert score.with_earlier(earlier, summary) == dataclasses.replace(summary, tokens_per_second=rates)
+    assert score.with_earlier(None, summary).tokens_per_second == {"reference": 5.0}
 
 
 def test_exit_codes_of_summaries() -> None:
-    assert [exit_code(summary) for summary in ({}, {"too_many_rejects": False}, {"too_many_rejects": True})] == [
-        0,
-        0,
-        3,
-    ]
+    summaries = (None, object(), Summary({}), Summary({}, too_many_rejects=True))
+    assert [exit_code(summary) for summary in summaries] == [0, 0, 0, 3]
 
 
 def test_a_table_aligns_its_columns_and_formats_numbers() -> None:
@@ -164,7 +216,7 @@ def test_a_command_prints_one_format_and_returns_its_code(
     command = Command(
         name="try", description=None, run=run, text=lambda summary: f"{len(summary.kept)} kept",
         formats={"upper": lambda summary: "KEPT"}, plan=lambda config, arguments: "nothing to do",
-        exit_code=lambda summary: exit_code(dataclasses.asdict(summary)), takes_root=True,
+        exit_code=exit_code, takes_root=True,
     )  # fmt: skip
     assert command.main(["--root", str(tmp_path), *options]) == code
     assert printed in capsys.readouterr().out
@@ -184,7 +236,7 @@ def test_a_stage_without_a_place_for_its_results_is_refused_before_spark(
     assert "report.folder: root memory://bucket/run is not local" in capsys.readouterr().err
     assert stage_runner.stage_main(name, [*arguments, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert f"{name:<10} would be refused: report.folder: " in printed
+    assert f"{name}  would be refused: report.folder: " in printed
     assert '"root": "memory://bucket/run"' in printed
 
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
+from miniplm_udf.json_records import from_json
 from miniplm_udf.lease import Lease
-from miniplm_udf.store.model_records import TrainingRecord, from_json, read_training
+from miniplm_udf.store.model_records import TrainingRecord, read_training
 from trainer.records import REGISTRATION_FILE
 from trainer.results.model_folder import no_progress_bars
 from trainer.tracking.store import connect, existing_run, is_artifact_error, wait_for_uploads
