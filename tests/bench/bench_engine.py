@@ -28,7 +28,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import ScoreConfig, SparkConfig
 from miniplm_udf.scores import run as scores_run
 from miniplm_udf.store import tables
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.score_tables import model_config
 from tests.support.tiny_models import make_model_folder
 

@@ -33,7 +33,7 @@ from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import budget_of
 from miniplm_udf.store import tables
 from miniplm_udf.store.text_join import texts_of
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.matrices import ALIASES, write_record
 from tests.support.stream_tables import instance_values
 

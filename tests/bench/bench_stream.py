@@ -40,7 +40,7 @@ from miniplm_udf.scores.run import Scoring, prepare
 from miniplm_udf.store import tables
 from miniplm_udf.streams.query import Query, checkpoint_query_id
 from miniplm_udf.streams.runner import QueryRunner
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.score_tables import two_models
 from tests.support.stream_tables import instance_values, matrix_values, row_id, score_values
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.bench import bench_engine, results
+from tests.bench import bench_engine
+from tests.support import bench_results as results
 from tests.support.tiny_models import make_model_folder
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.bench import bench_refine, results
+from tests.bench import bench_refine
+from tests.support import bench_results as results
 
 
 @pytest.mark.long

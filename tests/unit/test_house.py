@@ -67,15 +67,32 @@ def test_no_test_module_is_imported() -> None:
     assert {line.split(" ")[0] for line in imports_of_tests(mistakes)} == set(mistakes)
 
 
+def helpers_outside_support(files: dict[str, str]) -> list[str]:
+    """Files of the tests outside `tests/support` that are neither a test nor a program.
+
+    A program (a benchmark, the fault trials) stands next to its tests: its docstring has its command, and it runs.
+    """
+    helpers = []
+    for path in map(Path, files):
+        command = f"python -m {'.'.join(path.with_suffix('').parts)}"
+        is_program = command in (ast.get_docstring(ast.parse(files[str(path)])) or "")
+        is_program = is_program and '\nif __name__ == "__main__":\n' in files[str(path)]
+        is_test = path.name.startswith("test_") or path.name in ("__init__.py", "conftest.py")
+        if path.parts[1] != "support" and not is_test and not is_program:
+            helpers.append(str(path))
+    return helpers
+
+
 def test_helpers_live_in_support() -> None:
-    """Benchmarks and the fault trials are programs of their own, next to their tests."""
-    others = [
-        path
-        for path in map(Path, sources("tests"))
-        if path.parts[1] not in ("support", "bench") and path != Path("tests/faults/run.py")
-        if not path.name.startswith("test_") and path.name not in ("__init__.py", "conftest.py")
-    ]
-    assert others == []
+    assert helpers_outside_support(sources("tests")) == []
+    runs = '\nif __name__ == "__main__":\n    main()'
+    files = {
+        "tests/bench/a.py": f'"""Measures: `python -m tests.bench.a`."""{runs}',
+        "tests/support/b.py": "",
+        "tests/unit/test_c.py": "",
+    }
+    mistakes = {"tests/bench/d.py": f'"""Loops."""{runs}', "tests/bench/e.py": '"""`python -m tests.bench.e`."""'}
+    assert helpers_outside_support({**files, **mistakes}) == list(mistakes)
 
 
 def rooms_without_layer(layers: str, rooms: Iterable[str]) -> list[str]:
