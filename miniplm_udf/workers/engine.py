@@ -27,7 +27,7 @@ from miniplm_udf.workers.worker_scorers import (
     WorkerScorers,
 )
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 # Slices that are ready, or being made ready, while a model works: two would do; a third evens out their sizes.
 SLICES_AHEAD = 3

@@ -26,7 +26,7 @@ from miniplm_udf.workers.scorer_connection import Factories, ProcessConnection, 
 from miniplm_udf.workers.scorer_wire import TaskRequest
 from miniplm_udf.workers.slices import full_slices, result_rows, rows_by_alias
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 # Most slices without an answer. The process can receive as many while its main thread waits for the worker to read, so
 # that the two never wait for each other.
