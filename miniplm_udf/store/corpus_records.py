@@ -1,4 +1,4 @@
-"""Versions of refined corpora: commits a version, lists versions, shows a version's provenance, reads its rows.
+"""Versions of refined corpora: commits a version, records it, finds its number and provenance, and reads its rows.
 
 Owns the table `corpora`, one row per version, which outlives the Delta log that holds the same provenance as
 `userMetadata`. Owns no selection (`refine.py`, `follow.py`). Versions are Delta versions of `refined/<name>`; a pinned
