@@ -19,6 +19,7 @@ from jobs.records import read_record
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.schemas import table_names
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import has_commits
 
@@ -207,11 +208,12 @@ def _require_reference(config: ExperimentConfig) -> None:
     """Refuses to train a reference in place of one that instances were scored with: they would be scored again."""
     assert config.reference is not None
     alias, (file,) = config.reference.alias, stage_inputs.reference_files(config)
-    if storage.exists(config.layout.model_record(alias)) and not storage.exists(file):
+    record = config.layout.model_record(alias)
+    if storage.exists(record) and not storage.exists(file):
         raise CorpusError(
-            f"reference {storage.redact(config.layout.model(alias))}: expected the model that models/{alias}.json "
-            "describes, found none; put it back from a copy, or train another with --retrain-reference: the corpus is "
-            "then scored again"
+            f"reference {storage.redact(config.layout.model(alias))}: expected the model that "
+            f"{config.layout.relative(record)} describes, found none; put it back from a copy, or train another with "
+            "--retrain-reference: the corpus is then scored again"
         )
 
 
@@ -309,7 +311,7 @@ STAGES = (
         run=_job_with_options("refine"),
         inputs=stage_inputs.refine_inputs,
         reads=stage_inputs.refine_reads,
-        outputs=lambda config: Outputs(["corpora", *(f"refined/{name}" for name in config.refine.corpora)]),
+        outputs=lambda config: Outputs(["corpora", *map(table_names.refined, config.refine.corpora)]),
         applies=lambda config: bool(config.refine.corpora),
         needs="at least one corpus under `refine.corpora` (conf/demo.yaml has examples)",
         is_service=lambda options: options.follow,

@@ -43,7 +43,7 @@ def build_summary(config: ExperimentConfig) -> PipelineSummary:
         "tokens_per_second": score.get("tokens_per_second", {}),
         "refined": {
             # Under the present root: it may have been moved since the record was written.
-            name: {"path": storage.redact(config.layout.table(f"refined/{name}")), "version": corpus["version"]}
+            name: {"path": storage.redact(config.layout.refined(name)), "version": corpus["version"]}
             for name, corpus in refine.get("refined", {}).items()
         },
         "students": {name: losses for name in config.students if (losses := _heldout(evaluations[name]))},
@@ -85,25 +85,24 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         (name, config.students[name].corpus, *(_decimal(losses[key]) for key in _HELDOUT))
         for name, losses in summary["students"].items()
     ]
-    root = storage.redact(config.root)
     folder = config.report_folder()
-    places = [
-        ("tables", f"{root}/tables/{{instances,scores,score_matrix,rejects,corpora}}"),
-        *(
-            (f"corpus {name}", f"{corpus['path']} (version {corpus['version']})")
+    places = {
+        "tables": storage.redact(config.layout.table("{instances,scores,score_matrix,rejects,corpora}")),
+        **{
+            f"corpus {name}": f"{corpus['path']} (version {corpus['version']})"
             for name, corpus in summary["refined"].items()
-        ),
-        ("summary", str(folder / "summary.json")),
-        ("report", str(folder / "report.html")),
-        ("MLflow", mlflow_command(config)),
-    ]
+        },
+        "summary": str(folder / "summary.json"),
+        "report": str(folder / "report.html"),
+        "MLflow": mlflow_command(config),
+    }
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
     if students:
         parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
     evaluations = {name: each for name in config.students if (each := _model_file(config, name, "evaluation.json"))}
     if any(each.get("tasks") or each.get("sets", {}).keys() - {HELDOUT} for each in evaluations.values()):
         parts.append(evaluation_tables(evaluations))
-    return "\n\n".join([*parts, table(None, places, "  ")])
+    return "\n\n".join([*parts, table(None, list(places.items()), "  ")])
 
 
 def mlflow_command(config: ExperimentConfig) -> str:

@@ -209,7 +209,7 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
         "name": target.name,
         "reads": [
             storage.redact(config.layout.table(target.packed_table)),
-            storage.redact(config.layout.model(target.tokenizer_folder)),
+            storage.redact(config.layout.tokenizer(target.tokenizer)),
         ],
         "writes": storage.redact(config.layout.model(target.name)),
         "architecture": target.architecture,
@@ -218,9 +218,9 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
         "sequences": sequences,
         "tokens": sequences * target.sequence_length,
     }
-    if not storage.exists(config.layout.model(target.tokenizer_folder, "miniplm.json")):
+    if not storage.exists(config.layout.tokenizer(target.tokenizer, "miniplm.json")):
         return {**facts, "status": "waits for the pack stage"}
-    tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))
+    tokenizer = read_tokenizer_info(config.layout.tokenizer(target.tokenizer))
     architecture = model_config(
         target.architecture,
         where=target.where,

@@ -134,7 +134,7 @@ def _ensure(
         identity: fingerprint of that part of the config.
         make: makes the tokenizer.
     """
-    uri = config.layout.model(f"tokenizer_{name}")
+    uri = config.layout.tokenizer(name)
     record = storage.read_json(storage.join(uri, "miniplm.json"))
     if record is not None and record.get("fingerprint") == identity:
         with fsspec.open(storage.join(uri, TOKENIZER_FILE), "rb") as handle:

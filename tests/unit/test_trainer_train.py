@@ -153,7 +153,7 @@ def test_a_killed_run_ends_with_the_same_weights_in_the_same_run(
     whole = student(config)
     shutil.copytree(folder(config, "small"), tmp_path / "whole")
     shutil.rmtree(folder(config, "small"))
-    shutil.rmtree(Path(storage.local_path(config.layout.checkpoint("train/small"))))
+    shutil.rmtree(Path(storage.local_path(config.layout.training("small"))))
     original = Checkpoints.save
 
     def save_and_die(self: Checkpoints, state: SavedState, *arguments: Any) -> Path:
@@ -204,7 +204,7 @@ def test_a_training_whose_lease_was_taken_saves_nothing_more(
     with pytest.raises(CorpusError, match="small: this process ran the training and was given up for dead"):
         student(config)
     assert not folder(config, "small").exists()
-    checkpoints = Path(storage.local_path(config.layout.checkpoint("train/small")))
+    checkpoints = Path(storage.local_path(config.layout.training("small")))
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-2"]
 
 

@@ -16,6 +16,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
+from miniplm_udf.store import delta_log
 from trainer.evaluation.losses import EvaluatedModel
 from trainer.evaluation.records import EvaluateResult, Evaluation, read_evaluation, write_evaluation
 from trainer.evaluation.tasks import Tasks
@@ -80,7 +81,7 @@ def plan(config: ExperimentConfig, targets: Sequence[Target]) -> Json:
     if config.ingest.split.heldout <= 0:
         return facts
     facts["sets"] = {HELDOUT: storage.redact(config.layout.table("instances")), **facts["sets"]}
-    if not storage.exists(storage.join(config.layout.table("instances"), "_delta_log")):
+    if not delta_log.has_commits(config.layout.table("instances")):
         return {**facts, "status": "waits for the ingest stage"}
     heldout = heldout_set(config)
     return {**facts, "heldout_instances": sum(1 for _ in heldout.rows()), "heldout_bytes": heldout.n_bytes}
