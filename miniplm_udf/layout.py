@@ -67,7 +67,7 @@ class Root:
         return storage.join(self.uri, _TABLES, *parts)
 
     def table_name(self, uri: str) -> str | None:
-        """Name of the table in the folder `uri`; None if the folder is not below that of all tables."""
+        """Name of the table in the folder `uri`; None if the folder is not below the folder of all tables."""
         folder = f"{self.table()}/"
         return uri.removeprefix(folder) if uri.startswith(folder) else None
 

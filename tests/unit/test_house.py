@@ -169,8 +169,9 @@ def spelled_places(source: str) -> Iterator[str]:
 def test_only_the_layout_spells_places_under_a_root() -> None:
     """`layout.py` makes the paths and takes them apart, `table_names.py` the names of tables in folders."""
     owners = ("miniplm_udf/layout.py", "miniplm_udf/schemas/table_names.py")
-    found = {path: list(spelled_places(source)) for path, source in sources(*PACKAGES).items() if path not in owners}
-    assert {path: lines for path, lines in found.items() if lines} == {}
+    files = {path: source for path, source in sources(*PACKAGES).items() if path not in owners}
+    spelled = {path: list(spelled_places(source)) for path, source in files.items()}
+    assert {path: lines for path, lines in spelled.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
