@@ -2,7 +2,7 @@
 
     refined/<corpus>, cuts/<corpus>, pinned/<corpus>/<version>, packed/<corpus>/<tokenizer>
 
-A table's name is its place below `<root>/tables` (`layout.Root.table` makes the URI of it). Its kind is the first part:
+A table's name is its place below `<root>/tables` (`layout.Root.table` makes its URI). Its kind is the first part:
 `refined`, or for a table without a folder its whole name, `scores`. No other module builds these names or takes them
 apart. Pure; imports nothing.
 """
