@@ -66,7 +66,7 @@ class Options:
 
 
 # A summary: a dataclass, or plain data. The session is None if the stage needs none and runs as a command of its own.
-Run = Callable[["SparkSession | None", ExperimentConfig, Options], Any]
+StageFunction = Callable[["SparkSession | None", ExperimentConfig, Options], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Stage:
 
     name: str
     help: str
-    run: Run
+    run: StageFunction
     inputs: Callable[[ExperimentConfig], list[Any]] = lambda config: []
     listed: Callable[["SparkSession | None", ExperimentConfig], list[Any] | None] | None = None
     reads: Callable[[ExperimentConfig], Sequence[str]]
@@ -171,7 +171,7 @@ class Stage:
         return bool(record["fingerprint"] == self.fingerprint(spark, config))
 
 
-def _job(name: str) -> Run:
+def _job(name: str) -> StageFunction:
     """The function `run` of `jobs.NAME`, imported when the stage runs."""
 
     def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> Any:
@@ -180,7 +180,7 @@ def _job(name: str) -> Run:
     return run
 
 
-def _job_with_options(name: str) -> Run:
+def _job_with_options(name: str) -> StageFunction:
     """As `_job`, for a `run` that takes the options too."""
 
     def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> Any:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # {source: {"n_instances": ..., "n_tokens": ...}}
-Counts = dict[str, dict[str, int]]
+CountsBySource = dict[str, dict[str, int]]
 
 
 class ShownInstance(TypedDict):
@@ -44,9 +44,9 @@ VersionDifference = TypedDict(
     {
         "from": str,
         "to": str,
-        "added": Counts,
-        "removed": Counts,
-        "both": Counts,
+        "added": CountsBySource,
+        "removed": CountsBySource,
+        "both": CountsBySource,
         "added_examples": list[ShownInstance],
         "removed_examples": list[ShownInstance],
     },
@@ -251,7 +251,7 @@ class _Version:
             except FileNotFoundError as error:
                 raise self._gone() from error
 
-    def by_source(self) -> Counts:
+    def by_source(self) -> CountsBySource:
         counted = _Rows(0)
         for batch in self._batches(["source", "n_tokens"]):
             counted.add(batch)
@@ -293,7 +293,7 @@ def _without(rows: "pa.Table", mask: Any) -> "pa.Table":
     return rows.filter(pc.invert(mask))
 
 
-class _Example(NamedTuple):
+class _RankedRow(NamedTuple):
     score: float
     # Among rows with equal scores, the lowest id comes first.
     id_order: tuple[int, ...]
@@ -308,7 +308,7 @@ class _Rows:
         self._n_examples = n_examples
         self._instances: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
-        self.examples: list[_Example] = []
+        self.examples: list[_RankedRow] = []
 
     def add(self, rows: "pa.Table | pa.RecordBatch") -> None:
         """Adds rows with the columns source and n_tokens; with examples, instance_id and score too."""
@@ -323,14 +323,14 @@ class _Rows:
             order = [("score", "descending"), ("instance_id", "ascending")]
             best = table.take(_first(table, order, self._n_examples)).to_pylist()
             examples = [
-                _Example(
+                _RankedRow(
                     row["score"], tuple(-ord(digit) for digit in row["instance_id"]), row["instance_id"], row["source"]
                 )
                 for row in best
             ]
             self.examples = heapq.nlargest(self._n_examples, [*self.examples, *examples])
 
-    def by_source(self) -> Counts:
+    def by_source(self) -> CountsBySource:
         return {
             source: {"n_instances": n_instances, "n_tokens": self._tokens[source]}
             for source, n_instances in sorted(self._instances.items())

@@ -21,7 +21,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, fingerprint, to_dict
 from miniplm_udf.config.refine import CorpusConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.refinement import cuts, fingerprints, refine
-from miniplm_udf.refinement.cuts import BucketCut, Counted, Counts
+from miniplm_udf.refinement.cuts import BucketCounts, BucketCut, Counted
 from miniplm_udf.refinement.selection import UNUSABLE, is_finite
 from miniplm_udf.revision import code_revision
 from miniplm_udf.schemas import table_names
@@ -223,7 +223,7 @@ class Follower(Query):
 
 
 def extended_provenance(
-    version: int, earlier: Provenance, counts: Counts, cut: BucketCut, kept: "Sequence[Row]",
+    version: int, earlier: Provenance, counts: BucketCounts, cut: BucketCut, kept: "Sequence[Row]",
     inputs: VersionTables,
 ) -> Provenance:  # fmt: skip
     """The provenance of a version that has the rows of an earlier version and the new rows of the kept buckets.

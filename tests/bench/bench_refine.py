@@ -51,7 +51,7 @@ _SHA_512_PER_TEXT = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Sized:
+class MatrixRoot:
     """A root with a `score_matrix` of so many rows, all of them candidates."""
 
     spark: "SparkSession"
@@ -176,7 +176,7 @@ def timed(action: Callable[[], object], repeats: int = 1) -> float:
     return min(found)
 
 
-def measure(sized: Sized, parts: Sequence[str]) -> dict[str, Any]:
+def measure(sized: MatrixRoot, parts: Sequence[str]) -> dict[str, Any]:
     """One row of the table, of these parts."""
     row: dict[str, Any] = {"rows": sized.rows}
     for part in parts:
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, texts = [], []
     try:
         for n in sorted(given.rows):
-            sized = Sized(spark, given.folder / str(n), n)
+            sized = MatrixRoot(spark, given.folder / str(n), n)
             sized.generate()
             rows.append(measure(sized, given.only))
         if given.texts:

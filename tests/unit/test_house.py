@@ -157,21 +157,36 @@ def test_a_module_without_a_contract_is_seen() -> None:
     assert modules_without_contract({"jobs": {"a"}}, {}) == ["jobs.a"]
 
 
+def class_names(source: str) -> Iterator[str]:
+    """Names of the classes of a file, at its top or inside functions, and of its types at the top, without underscores.
+
+    A type at the top is a name in CapitalWords that a value is assigned to, as in `Rows = list[dict[str, int]]`.
+    """
+    tree = ast.parse(source)
+    names = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    names += [target.id for target in targets if isinstance(target, ast.Name) and not target.id.isupper()]
+    yield from (name.lstrip("_") for name in names if name.lstrip("_")[:1].isupper())
+
+
 def shared_class_names(files: dict[str, str]) -> dict[str, list[str]]:
-    """Names of classes at the top of more than one file, with these files."""
+    """Names of classes and types that occur more than once, with their files."""
     places: dict[str, list[str]] = defaultdict(list)
     for path, source in files.items():
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef):
-                places[node.name].append(path)
+        for name in class_names(source):
+            places[name].append(path)
     return {name: paths for name, paths in places.items() if len(paths) > 1}
 
 
 def test_no_two_classes_share_a_name() -> None:
-    shared = shared_class_names(sources(*PACKAGES))
-    assert shared == {}
-    mistakes = {"a.py": "class A: ...", "b.py": "class A: ...\nclass B: ..."}
-    assert shared_class_names(mistakes) == {"A": ["a.py", "b.py"]}
+    """Tests may give a fake the name of the class that it stands for, but no two tests the same name."""
+    assert shared_class_names(sources(*PACKAGES)) == {}
+    assert shared_class_names(sources("tests")) == {}
+    mistakes = {
+        "a.py": "class Run: ...\nRows = dict[str, int]\nLIMIT = 1",
+        "b.py": "class _Run: ...\ndef f():\n    class Rows: ...\nLIMIT = 2",
+    }
+    assert shared_class_names(mistakes) == {"Run": ["a.py", "b.py"], "Rows": ["a.py", "b.py"]}
 
 
 def texts(source: str) -> Iterator[tuple[ast.Constant, ast.AST | None]]:

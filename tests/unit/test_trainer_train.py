@@ -14,6 +14,7 @@ from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from tests.support.full_disk import largest_file
+from tests.support.killed_training import Killed
 from tests.support.trainer_roots import (
     FAMILIES,
     make_root,
@@ -139,10 +140,6 @@ def test_the_reference_is_frozen(config: ExperimentConfig, tmp_path: Path, caplo
     assert train(changed, reference_target(changed)).as_json() == {"name": "reference", "skipped": True}
     with pytest.raises(CorpusError, match="run the pack stage"):
         train(changed, reference_target(changed), retrain=True)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours may catch it."""
 
 
 @pytest.mark.slow

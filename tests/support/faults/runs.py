@@ -18,7 +18,7 @@ from tests.support.faults.check import Root, read_root
 from tests.support.faults.drivers import REPOSITORY, DriverPool
 from tests.support.faults.experiment import Mode
 from tests.support.faults.points import POINTS
-from tests.support.faults.trials import Bench, Outcome, Trial, run_trial
+from tests.support.faults.trials import Outcome, Trial, TrialBench, run_trial
 from tests.support.standalone import StandaloneCluster
 
 LOGGER = logging.getLogger("miniplm.faults")
@@ -68,7 +68,9 @@ def run(trials: Sequence[Trial], folder: Path, seed: int, seconds: float, mode: 
     return Results(outcomes, bench.landed, time.monotonic() - start)
 
 
-def prepare(cluster: StandaloneCluster, drivers: DriverPool, folder: Path, chosen: random.Random, mode: Mode) -> Bench:
+def prepare(
+    cluster: StandaloneCluster, drivers: DriverPool, folder: Path, chosen: random.Random, mode: Mode
+) -> TrialBench:
     """Runs the experiment undisturbed, and keeps what it had left before each stage."""
     experiment.write_input(folder / "input")
     seconds: dict[str, float] = {}
@@ -84,7 +86,7 @@ def prepare(cluster: StandaloneCluster, drivers: DriverPool, folder: Path, chose
         "matrix": _without(whole, "scored", "_checkpoints/score_matrix-*", "tables/score_matrix"),
         "refine": _without(whole, "in-matrix"),
     }
-    return Bench(cluster, drivers, folder, folder / "input", mode, prepared, expected, seconds, chosen)
+    return TrialBench(cluster, drivers, folder, folder / "input", mode, prepared, expected, seconds, chosen)
 
 
 def _without(whole: Path, name: str, *patterns: str) -> Path:
