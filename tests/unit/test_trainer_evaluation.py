@@ -322,7 +322,9 @@ def test_a_training_that_cannot_be_evaluated_is_refused_before_its_first_step(ma
         make(evaluate_every_steps=-1)
 
 
-def test_an_evaluation_that_cannot_write_the_weights_is_one_line(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_cannot_write_the_weights_is_one_line(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make(evaluate_every_steps=4)
 
     def no_space(*arguments: Any) -> None:
