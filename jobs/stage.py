@@ -64,7 +64,7 @@ class Options:
 
 
 # Returns the summary, a frozen dataclass. The session is None if the stage needs none and runs as a command of its own.
-Run = Callable[["SparkSession | None", ExperimentConfig, Options], Any]
+StageFunction = Callable[["SparkSession | None", ExperimentConfig, Options], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Stage:
 
     name: str
     help: str
-    run: Run
+    run: StageFunction
     inputs: Callable[[ExperimentConfig], list[Any]] = lambda config: []
     listed: Callable[["SparkSession | None", ExperimentConfig], list[Any] | None] | None = None
     reads: Callable[[ExperimentConfig], Sequence[str]]

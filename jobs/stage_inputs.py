@@ -14,6 +14,7 @@ from miniplm_udf.config.generate import GENERATED
 from miniplm_udf.config.rules import resolve
 from miniplm_udf.ingestion import text_sets
 from miniplm_udf.layout import EVALUATION_FILE, TRAINING_FILE
+from miniplm_udf.schemas import table_names
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import newest_version
 from miniplm_udf.store.model_records import read_training
@@ -155,12 +156,12 @@ def student_corpora(config: ExperimentConfig) -> list[str]:
 
 def _table_of(config: ExperimentConfig, corpus: str) -> str:
     """Name of the table that a corpus is packed from."""
-    return "generations" if config.generate and corpus == GENERATED else f"refined/{corpus}"
+    return "generations" if config.generate and corpus == GENERATED else table_names.refined(corpus)
 
 
 def packed(config: ExperimentConfig) -> list[str]:
     """Names of the packed tables."""
-    return [f"packed/{corpus}/{tokenizer}" for corpus, tokenizer in _pairs(config)]
+    return [table_names.packed(corpus, tokenizer) for corpus, tokenizer in _pairs(config)]
 
 
 def pack_inputs(config: ExperimentConfig) -> list[Any]:

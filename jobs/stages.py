@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import stage_inputs, stage_results
 from jobs.evaluation_text import evaluation_text
-from jobs.stage import Frozen, Options, Outputs, Run, Stage
+from jobs.stage import Frozen, Options, Outputs, Stage, StageFunction
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import EVALUATION_FILE
+from miniplm_udf.schemas import table_names
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def _job(name: str) -> Run:
+def _job(name: str) -> StageFunction:
     """The function `run` of `jobs.NAME`, imported when the stage runs."""
 
     def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> Any:
@@ -31,7 +32,7 @@ def _job(name: str) -> Run:
     return run
 
 
-def _job_with_options(name: str) -> Run:
+def _job_with_options(name: str) -> StageFunction:
     """As `_job`, for a `run` that takes the options too."""
 
     def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> Any:
@@ -64,11 +65,12 @@ def _require_reference(config: ExperimentConfig) -> None:
     """
     assert config.reference is not None
     alias, (file,) = config.reference.alias, stage_inputs.reference_files(config)
-    if storage.exists(config.layout.model_record(alias)) and not storage.exists(file):
+    record = config.layout.model_record(alias)
+    if storage.exists(record) and not storage.exists(file):
         raise CorpusError(
-            f"reference {storage.redact(config.layout.model(alias))}: expected the model that models/{alias}.json "
-            "describes, found none; put it back from a copy, or train another with --retrain-reference: the corpus is "
-            "then scored again"
+            f"reference {storage.redact(config.layout.model(alias))}: expected the model that "
+            f"{config.layout.relative(record)} describes, found none; put it back from a copy, or train another with "
+            "--retrain-reference: the corpus is then scored again"
         )
 
 
@@ -184,7 +186,7 @@ STAGES = (
         run=_refine_or_follow,
         inputs=stage_inputs.refine_inputs,
         reads=stage_inputs.refine_reads,
-        outputs=lambda config: Outputs(["corpora", *(f"refined/{name}" for name in config.refine.corpora)]),
+        outputs=lambda config: Outputs(["corpora", *map(table_names.refined, config.refine.corpora)]),
         applies=lambda config: bool(config.refine.corpora),
         needs="at least one corpus under `refine.corpora` (conf/demo.yaml has examples)",
         is_service=lambda options: options.follow,

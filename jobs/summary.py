@@ -82,25 +82,24 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         (name, config.students[name].corpus, *map(decimal, losses.values()))
         for name, losses in summary["students"].items()
     ]
-    root = storage.redact(config.root)
     folder = config.report_folder()
-    places = [
-        ("tables", f"{root}/tables/{{instances,scores,score_matrix,rejects,corpora}}"),
-        *(
-            (f"corpus {name}", f"{corpus['path']} (version {corpus['version']})")
+    places = {
+        "tables": storage.redact(config.layout.table("{instances,scores,score_matrix,rejects,corpora}")),
+        **{
+            f"corpus {name}": f"{corpus['path']} (version {corpus['version']})"
             for name, corpus in summary["refined"].items()
-        ),
-        ("summary", str(folder / "summary.json")),
-        ("report", str(folder / "report.html")),
-        ("MLflow", mlflow_command(config)),
-    ]
+        },
+        "summary": str(folder / "summary.json"),
+        "report": str(folder / "report.html"),
+        "MLflow": mlflow_command(config),
+    }
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
     if students:
         parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
     evaluations = {name: each for name in config.students if (each := read_evaluation(config, name))}
     if any(each.tasks or each.sets.keys() - {HELDOUT} for each in evaluations.values()):
         parts.append(evaluation_text(evaluations))
-    return "\n\n".join([*parts, table(None, places, "  ")])
+    return "\n\n".join([*parts, table(None, list(places.items()), "  ")])
 
 
 def mlflow_command(config: ExperimentConfig) -> str:

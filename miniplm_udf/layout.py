@@ -1,4 +1,4 @@
-"""Where everything lies under the root of an experiment. No other module builds these paths.
+"""Where everything lies under the root of an experiment. No other module builds these paths or takes them apart.
 
     <root>/tables/<table>                     one Delta table per name in `schemas`
     <root>/tables/instances.json              how the instances were cut and split
@@ -6,17 +6,24 @@
     <root>/tables/pinned/<corpus>/<version>   copy of a pinned version
     <root>/tables/packed/<corpus>/<tokenizer> token sequences
     <root>/_checkpoints/<query>               checkpoint of a streaming query;  <query>.json: facts about the query
-    <root>/models/<name>                      model folders: reference, students, tokenizers;  <alias>.json: records
+    <root>/_checkpoints/train/<name>          checkpoints of the training of a model
+    <root>/models/<name>                      models of the trainer;  <alias>.json: record of a scored model
+    <root>/models/tokenizer_<name>            a tokenizer that text is packed with
     <root>/proxy/...                          the proxy's record, model and report
     <root>/exports/<name>                     exports for which the user named no other folder
     <root>/_leases, _status, _stages          which driver runs, how far its queries are, the record of each stage
 
-Input: the URI of a root; output: URIs. Reads and writes no file. Imports no Spark and no torch.
+Input: the URI of a root; output: URIs, and paths below the root for messages. The names of the tables in folders are
+made in `schemas/table_names.py`. Reads and writes no file. Imports no Spark and no torch.
 """
 
 import dataclasses
 
 from miniplm_udf import storage
+from miniplm_udf.schemas import table_names
+
+_TABLES = "tables"
+_TOKENIZER = "tokenizer_"
 
 # Records in a model folder or a tokenizer folder; their keys are declared in `store.model_records`.
 TRAINING_FILE = "training.json"
@@ -33,6 +40,16 @@ def query_facts(checkpoint_uri: str) -> str:
     return f"{checkpoint_uri.rstrip('/')}.json"
 
 
+def shown_table(name: str) -> str:
+    """Path of the table `name` below any root, for messages: `tables/scores`."""
+    return f"{_TABLES}/{name}"
+
+
+def is_tokenizer_folder(name: str) -> bool:
+    """Whether `name` in the folder of all models is the folder of a tokenizer."""
+    return name.startswith(_TOKENIZER)
+
+
 @dataclasses.dataclass(frozen=True)
 class Root:
     """The root of an experiment.
@@ -46,17 +63,26 @@ class Root:
     def __post_init__(self) -> None:
         object.__setattr__(self, "uri", storage.to_uri(self.uri))
 
+    def relative(self, uri: str) -> str:
+        """Path of `uri` below the root, for messages: `tables/scores`. A URI elsewhere is returned as it is."""
+        return uri.removeprefix(f"{self.uri.rstrip('/')}/")
+
     def table(self, *parts: str) -> str:
         """URI of the table `tables/<parts>`; without parts, of the folder of all tables."""
-        return storage.join(self.uri, "tables", *parts)
+        return storage.join(self.uri, _TABLES, *parts)
+
+    def table_name(self, uri: str) -> str | None:
+        """Name of the table in the folder `uri`; None if the folder is not below the folder of all tables."""
+        folder = f"{self.table()}/"
+        return uri.removeprefix(folder) if uri.startswith(folder) else None
 
     def refined(self, *corpus: str) -> str:
         """URI of a corpus; without a name, of the folder of all corpora."""
-        return self.table("refined", *corpus)
+        return self.table(table_names.REFINED, *corpus)
 
     def cuts(self, *corpus: str) -> str:
         """URI of the counts of a followed corpus; without a name, of the folder of all of them."""
-        return self.table("cuts", *corpus)
+        return self.table(table_names.CUTS, *corpus)
 
     def pinned(self, corpus: str, version: int) -> str:
         """URI of the copy of a pinned version.
@@ -65,11 +91,11 @@ class Root:
             corpus: name of the corpus.
             version: number of the version.
         """
-        return self.table("pinned", corpus, str(version))
+        return self.table(table_names.pinned(corpus, version))
 
     def packed(self, *parts: str) -> str:
         """URI of the sequences `packed/<corpus>/<tokenizer>`, or of a folder above them."""
-        return self.table("packed", *parts)
+        return self.table(table_names.PACKED, *parts)
 
     @property
     def chunking_record(self) -> str:
@@ -77,8 +103,12 @@ class Root:
         return self.table("instances.json")
 
     def checkpoint(self, *query: str) -> str:
-        """URI of the checkpoint of a query or a training; without a name, of the folder of all checkpoints."""
+        """URI of the checkpoint of a query; without a name, of the folder of all checkpoints."""
         return storage.join(self.uri, "_checkpoints", *query)
+
+    def training(self, name: str) -> str:
+        """URI of the checkpoints of the training of the model `name`."""
+        return self.checkpoint("train", name)
 
     def model(self, *parts: str) -> str:
         """URI of a model folder or of a file in it; without parts, of the folder of all models."""
@@ -91,6 +121,10 @@ class Root:
             alias: the model's alias.
         """
         return self.model(f"{alias}.json")
+
+    def tokenizer(self, name: str, *file: str) -> str:
+        """URI of the folder of the tokenizer `name` that text is packed with, or of a `file` in it."""
+        return self.model(f"{_TOKENIZER}{name}", *file)
 
     def proxy(self, *parts: str) -> str:
         """URI of a file or folder of the proxy."""

@@ -93,7 +93,7 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
     _check_equal(world, fingerprint(dataclasses.asdict(target.train)), "section train of the config")
 
     def open_version(version: int | None) -> TrainingInputs:
-        tokenizer = read_tokenizer(config.layout.model(target.tokenizer_folder))
+        tokenizer = read_tokenizer(config.layout.tokenizer(target.tokenizer))
         sequences = PackedSequences(uri, version, target.sequence_length, tokenizer)
         # The manifest instead of the version: a commit that changes no file (by VACUUM) is no reason to train again.
         # Another order of the rows is another training: its checkpoints are not continued.
@@ -147,7 +147,7 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
             checkpoints.folder,
         )
     replaced = "" if finished is None else str(finished.tracking_id)
-    files = world.together(lambda: read_tokenizer_files(config.layout.model(target.tokenizer_folder)))
+    files = world.together(lambda: read_tokenizer_files(config.layout.tokenizer(target.tokenizer)))
     evaluation = world.together(
         lambda: TrainingEvaluation(config, target) if target.train.evaluate_every_steps else None
     )
@@ -240,7 +240,7 @@ def _checkpoints(
 ) -> Checkpoints:
     """The checkpoints of the training; those of the finished model may be replaced."""
     return Checkpoints(
-        checkpoint_folder(config.layout.checkpoint(f"train/{target.name}")),
+        checkpoint_folder(config.layout.training(target.name)),
         inputs.fingerprint,
         target.train.keep_checkpoints,
         replaceable=() if finished is None else (finished.fingerprint,),

@@ -10,6 +10,7 @@ import difflib
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.schemas import table_names
 from miniplm_udf.storage import Json
 
 # These keys do not change the result of a training, so a run resumes and a finished model stays when they change.
@@ -57,12 +58,7 @@ class Target:
     @property
     def packed_table(self) -> str:
         """Name of the packed table under `tables/`."""
-        return f"packed/{self.corpus}/{self.tokenizer}"
-
-    @property
-    def tokenizer_folder(self) -> str:
-        """Name of the tokenizer's folder under `models/`."""
-        return f"tokenizer_{self.tokenizer}"
+        return table_names.packed(self.corpus, self.tokenizer)
 
     def config_fingerprint(self) -> str:
         """Returns a hash of every config value that the weights depend on."""

@@ -211,7 +211,7 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
         "name": target.name,
         "reads": [
             storage.redact(config.layout.table(target.packed_table)),
-            storage.redact(config.layout.model(target.tokenizer_folder)),
+            storage.redact(config.layout.tokenizer(target.tokenizer)),
         ],
         "writes": storage.redact(config.layout.model(target.name)),
         "architecture": target.architecture,
@@ -220,9 +220,9 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
         "sequences": sequences,
         "tokens": sequences * target.sequence_length,
     }
-    if not storage.exists(config.layout.model(target.tokenizer_folder, TOKENIZER_RECORD_FILE)):
+    if not storage.exists(config.layout.tokenizer(target.tokenizer, TOKENIZER_RECORD_FILE)):
         return {**facts, "status": "waits for the pack stage"}
-    tokenizer = read_tokenizer(config.layout.model(target.tokenizer_folder))
+    tokenizer = read_tokenizer(config.layout.tokenizer(target.tokenizer))
     architecture = model_config(
         target.architecture,
         where=target.where,

@@ -46,7 +46,7 @@ from miniplm_udf.config.sections import (
 from miniplm_udf.config.student_models import fill_in
 from miniplm_udf.config.training import ReferenceConfig, StudentConfig, TrainConfig
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.layout import Root
+from miniplm_udf.layout import Root, is_tokenizer_folder
 from miniplm_udf.storage import Json
 
 
@@ -93,7 +93,7 @@ class ExperimentConfig:
                 check_name(kind, name)
         for name in self.students:
             check(
-                name not in self.models and not name.startswith("tokenizer_"),
+                name not in self.models and not is_tokenizer_folder(name),
                 f"student {name!r}: <root>/models has a folder of that name for another model; choose another name",
             )
         check(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import fsspec
 
 from miniplm_udf import storage
-from miniplm_udf.corpora.shown import Counts, ListedVersion, ShownInstance, ShownVersion, VersionDifference
+from miniplm_udf.corpora.shown import CountsBySource, ListedVersion, ShownInstance, ShownVersion, VersionDifference
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.schemas.types import TableRow
@@ -228,7 +228,7 @@ class _Version:
             except FileNotFoundError as error:
                 raise self._gone() from error
 
-    def by_source(self) -> Counts:
+    def by_source(self) -> CountsBySource:
         counted = _Rows(0)
         for batch in self._batches(["source", "n_tokens"]):
             counted.add(batch)
@@ -270,7 +270,7 @@ def _without(rows: "pa.Table", mask: Any) -> "pa.Table":
     return rows.filter(pc.invert(mask))
 
 
-class _Example(NamedTuple):
+class _RankedRow(NamedTuple):
     score: float
     # Among rows with equal scores, the lowest id comes first.
     id_order: tuple[int, ...]
@@ -285,7 +285,7 @@ class _Rows:
         self._n_examples = n_examples
         self._instances: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
-        self.examples: list[_Example] = []
+        self.examples: list[_RankedRow] = []
 
     def add(self, rows: "pa.Table | pa.RecordBatch") -> None:
         """Adds rows with the columns source and n_tokens; with examples, instance_id and score too."""
@@ -300,14 +300,14 @@ class _Rows:
             order = [("score", "descending"), ("instance_id", "ascending")]
             best = table.take(_first(table, order, self._n_examples)).to_pylist()
             examples = [
-                _Example(
+                _RankedRow(
                     row["score"], tuple(-ord(digit) for digit in row["instance_id"]), row["instance_id"], row["source"]
                 )
                 for row in best
             ]
             self.examples = heapq.nlargest(self._n_examples, [*self.examples, *examples])
 
-    def by_source(self) -> Counts:
+    def by_source(self) -> CountsBySource:
         return {
             source: {"n_instances": n_instances, "n_tokens": self._tokens[source]}
             for source, n_instances in sorted(self._instances.items())

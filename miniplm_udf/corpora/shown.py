@@ -9,7 +9,7 @@ from typing import TypedDict
 from miniplm_udf.store.provenance import CorpusRow
 
 # {source: {"n_instances": ..., "n_tokens": ...}}
-Counts = dict[str, dict[str, int]]
+CountsBySource = dict[str, dict[str, int]]
 
 
 class ListedVersion(TypedDict):
@@ -36,7 +36,7 @@ class ShownVersion(CorpusRow):
 
     pinned: bool
     tag: str | None
-    by_source: Counts | None
+    by_source: CountsBySource | None
 
 
 class ShownInstance(TypedDict):
@@ -54,9 +54,9 @@ VersionDifference = TypedDict(
     {
         "from": str,
         "to": str,
-        "added": Counts,
-        "removed": Counts,
-        "both": Counts,
+        "added": CountsBySource,
+        "removed": CountsBySource,
+        "both": CountsBySource,
         "added_examples": list[ShownInstance],
         "removed_examples": list[ShownInstance],
     },

@@ -20,7 +20,8 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.corpora import versions
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.layout import Root
+from miniplm_udf.layout import Root, shown_table
+from miniplm_udf.schemas import table_names
 from miniplm_udf.store import corpus_records, model_records, pins, tables, takedowns
 from miniplm_udf.store.provenance import DerivedFrom
 from miniplm_udf.store.takedowns import WHOLE, Takedown
@@ -170,10 +171,11 @@ class _Removal:
         self._emptied: list[str] = []
 
     def run(self) -> None:
-        for name in self._folders("packed"):
-            for tokenizer in self._folders(f"packed/{name}"):
+        layout = self._config.layout
+        for name in storage.list_folder(layout.packed()):
+            for tokenizer in storage.list_folder(layout.packed(name)):
                 self._packed(name, tokenizer)
-        for name in self._folders("refined"):
+        for name in storage.list_folder(layout.refined()):
             self._corpus(name)
         for pin in pins.find(self._spark, self._root):
             self._pin(pin)
@@ -184,16 +186,13 @@ class _Removal:
     def students(self) -> list[str]:
         """Names of models that were trained on packed sequences which were emptied."""
         # Compared by the path below the root, because the root may have been moved since.
-        ends = tuple(f"/tables/{table}" for table in self._emptied)
+        ends = tuple(f"/{shown_table(table)}" for table in self._emptied)
         packed_uris = {}
         for name in storage.list_folder(self._config.layout.model()):
             training = model_records.read_training(self._config, name)
             if training is not None:
                 packed_uris[name] = training.packed_uri
         return sorted(name for name, uri in packed_uris.items() if ends and uri.endswith(ends))
-
-    def _folders(self, name: str) -> list[str]:
-        return storage.list_folder(self._config.layout.table(name))
 
     def _rows_of_gone(self, rows: "DataFrame") -> "DataFrame":
         return rows.join(self.gone, "instance_id", "left_semi")
@@ -227,7 +226,7 @@ class _Removal:
         """
         from delta.tables import DeltaTable
 
-        table = f"packed/{name}/{tokenizer}"
+        table = table_names.packed(name, tokenizer)
         uri = self._config.layout.table(table)
         if not tables.exists(self._spark, uri):
             return
@@ -274,17 +273,17 @@ class _Removal:
             # Repair: the previous run may have died before it recorded this version.
             corpus_records.record(self._spark, self._root, newest.version, newest.provenance)
         rows = tables.read(self._spark, uri, newest.base)
-        if self._record(f"refined/{name}", self._rows_of_gone(rows)):
+        if self._record(table_names.refined(name), self._rows_of_gone(rows)):
             recorded = newest.provenance or corpus_records.provenance_of(self._spark, self._root, name, newest.version)
             remaining = tables.missing_from(rows, self.gone)
             derived: DerivedFrom = {"by": "take-down", "from_version": newest.version, "takedown_id": self._takedown.id}
             provenance = versions.recounted(recorded, remaining)
             versions.commit_derived(self._spark, self._config, remaining, provenance, newest, derived)
-        self._vacuum(f"refined/{name}", is_logged=True)
+        self._vacuum(table_names.refined(name), is_logged=True)
 
     def _pin(self, pin: pins.Pin) -> None:
         """Removes rows from the copy of a pinned version, after changing the counts in its row of `pins`."""
-        table = f"pinned/{pin.name}/{pin.version}"
+        table = table_names.pinned(pin.name, pin.version)
         uri = Root(self._root).pinned(pin.name, pin.version)
         if not tables.exists(self._spark, uri):
             return
@@ -333,7 +332,7 @@ class _Removal:
                 query.remove()
                 self.begun_anew.append(query.name)
         if is_counted:
-            storage.remove_folder(self._config.layout.table("cuts"))
+            storage.remove_folder(self._config.layout.cuts())
         if n_rows:
             tables.delete_matching(self._spark, uri, self.gone)
         self._vacuum(name)

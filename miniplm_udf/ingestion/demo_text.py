@@ -39,8 +39,8 @@ _DATA_SUFFIXES = {".json", ".csv", ".txt", ".rst", ".md"}
 _METADATA_NAMES = {"METADATA", "PKG-INFO"}
 _OWN_NAME = "miniplm"  # its README changes while it is worked on
 
-Document = tuple[str, str]  # (id, text)
-Reader = Callable[[str, Path], Iterator[Document]]
+NamedText = tuple[str, str]  # (id, text)
+TextReader = Callable[[str, Path], Iterator[NamedText]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,20 +123,20 @@ def _text_of(path: Path, limit: int) -> str | None:
         return None
 
 
-def _whole(file_id: str, path: Path) -> Iterator[Document]:
+def _whole(file_id: str, path: Path) -> Iterator[NamedText]:
     text = _text_of(path, MAX_DOCUMENT_BYTES)
     if text is not None:
         yield file_id, text
 
 
-def _readme(file_id: str, path: Path) -> Iterator[Document]:
+def _readme(file_id: str, path: Path) -> Iterator[NamedText]:
     text = _text_of(path, 50 * MAX_DOCUMENT_BYTES)
     if text is not None:
         message = email.message_from_string(text)
         yield file_id, str(message.get_payload() or message.get("Description", ""))
 
 
-def _docstrings(file_id: str, path: Path) -> Iterator[Document]:
+def _docstrings(file_id: str, path: Path) -> Iterator[NamedText]:
     """Yields the docstrings of a module's first objects; only a few, so that many modules give text."""
     text = _text_of(path, 50 * MAX_DOCUMENT_BYTES)
     try:
@@ -155,7 +155,7 @@ def _docstrings(file_id: str, path: Path) -> Iterator[Document]:
 
 
 # For each source: the kind of the files that it is read from, and the reader.
-_SOURCES: dict[str, tuple[str, Reader]] = {
+_SOURCES: dict[str, tuple[str, TextReader]] = {
     "docstrings": ("source_code", _docstrings),
     "readmes": ("readmes", _readme),
     "licences": ("licences", _whole),
@@ -164,7 +164,7 @@ _SOURCES: dict[str, tuple[str, Reader]] = {
 }
 
 
-def documents_of(source: str, files: dict[str, Path]) -> Iterator[Document]:
+def documents_of(source: str, files: dict[str, Path]) -> Iterator[NamedText]:
     """Yields the usable documents of a source, in the order of a hash of the id of their file.
 
     Args:

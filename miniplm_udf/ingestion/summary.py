@@ -152,7 +152,7 @@ def documents_seen(sessions: "Collection[SparkSession]") -> Iterator[Callable[[]
 
     numbers: dict[tuple[str, int], int] = {}
 
-    class Listener(StreamingQueryListener):
+    class DocumentCounter(StreamingQueryListener):
         def onQueryStarted(self, event: Any) -> None:
             pass
 
@@ -168,7 +168,7 @@ def documents_seen(sessions: "Collection[SparkSession]") -> Iterator[Callable[[]
         def onQueryTerminated(self, event: Any) -> None:
             pass
 
-    listener = Listener()
+    listener = DocumentCounter()
     for session in sessions:
         session.streams.addListener(listener)
     try:

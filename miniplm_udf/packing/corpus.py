@@ -26,6 +26,7 @@ from miniplm_udf.packing.file_layout import packed_files
 from miniplm_udf.packing.generated import SequenceMaker, sequences_of_generations
 from miniplm_udf.packing.shards import SEQUENCE_SCHEMA, shard_function
 from miniplm_udf.packing.tokenizers import PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
+from miniplm_udf.schemas import table_names
 from miniplm_udf.scores.models import read_record
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.storage import Json
@@ -121,8 +122,8 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
         n_missing = tables.missing_from(kept, instances).count()
         if n_missing:
             raise CorpusError(
-                f"refined/{corpus} version {version}: expected all its instances in the instances table, found "
-                f"{n_missing} that are not there; refine it again"
+                f"{table_names.refined(corpus)} version {version}: expected all its instances in the instances table, "
+                f"found {n_missing} that are not there; refine it again"
             )
         n_kept = kept.count()
         return texts_of(kept, instances, TEXT_COLUMNS, n_kept), n_kept
@@ -132,7 +133,7 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
         identity={"refined_version": version, "refined_metadata": newest.metadata},
         read=read,
         make=_sequences_of_texts(tokenizer, config.pack),
-        if_empty=f"refined/{corpus} keeps nothing: refine it again",
+        if_empty=f"{table_names.refined(corpus)} keeps nothing: refine it again",
     )
     return _pack(config, source, tokenizer)
 
@@ -192,7 +193,7 @@ def _check_tokenizer_of_ids(config: ExperimentConfig, model: ModelDescription, t
     """Raises a CorpusError if the copy of a model's tokenizer is not the one that the generated ids are of."""
     expected = (model.tokenizer_hash, model.document_separator_id)
     if (tokenizer.tokenizer_hash, tokenizer.document_separator_id) != expected:
-        folder = storage.redact(config.layout.model(f"tokenizer_{tokenizer.name}"))
+        folder = storage.redact(config.layout.tokenizer(tokenizer.name))
         raise CorpusError(
             f"{folder}: expected the tokenizer of the model that generated the texts, found another: the files of "
             f"models.{model.model_id} were replaced; remove this folder and pack again"

@@ -136,7 +136,7 @@ def _ensure(
         identity: fingerprint of that part of the config.
         make: makes the tokenizer.
     """
-    uri = config.layout.model(f"tokenizer_{name}")
+    uri = config.layout.tokenizer(name)
     record = read_tokenizer_record(uri)
     if record is not None and record.fingerprint == identity:
         with fsspec.open(storage.join(uri, TOKENIZER_FILE), "rb") as handle:

@@ -12,7 +12,6 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import DamagedRecordError
 from miniplm_udf.json_records import from_json
 from miniplm_udf.proxy.costs import FlopCounts, flops
-from miniplm_udf.proxy.quality import Quality
 from miniplm_udf.scores.models import read_record
 from miniplm_udf.store import proxy_records, tables
 from miniplm_udf.store.proxy_records import FittedRows, ProxyRecord, Quality

@@ -94,8 +94,9 @@ def revisions(config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame")
     record = proxy_records.read(config.root, proxy_revision)
     if record is None:
         raise CorpusError(
-            f"proxy_scores: expected the record of the proxy {proxy_revision} in {storage.redact(config.root)}/proxy, "
-            "found none; put it back from a copy, or run `miniplm proxy`, which fits the proxy again"
+            f"proxy_scores: expected the record of the proxy {proxy_revision} in "
+            f"{storage.redact(config.layout.proxy())}, found none; put it back from a copy, or run `miniplm proxy`, "
+            "which fits the proxy again"
         )
     return {**record.identity["model_revisions"], "proxy": proxy_revision}
 

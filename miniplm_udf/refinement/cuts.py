@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BUCKETS_PER_E = 1024
 _UNITS, _LARGEST = 1000.0, 1e300
 # (rows, tokens) by bucket.
-Counts = Mapping[int, tuple[int, int]]
+BucketCounts = Mapping[int, tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Counted:
     config: str
     query_id: str
     through: int
-    counts: Counts
+    counts: BucketCounts
     on: corpus_records.Newest | None = None
 
-    def plus(self, counts: Counts, through: int) -> "Counted":
+    def plus(self, counts: BucketCounts, through: int) -> "Counted":
         """Returns these counts with those of further micro-batches.
 
         Args:
@@ -117,7 +117,7 @@ def bucket_column(select: SelectConfig, usable: "Column") -> "Column":
     return F.when(usable, bucket).otherwise(F.lit(UNUSABLE).cast("bigint"))
 
 
-def merged(counts: Counts, more: Counts) -> Counts:
+def merged(counts: BucketCounts, more: BucketCounts) -> BucketCounts:
     """Adds two counts, bucket by bucket.
 
     Args:
@@ -134,7 +134,7 @@ def merged(counts: Counts, more: Counts) -> Counts:
     }
 
 
-def totals(counts: Counts) -> tuple[int, int]:
+def totals(counts: BucketCounts) -> tuple[int, int]:
     """Adds up the counts of all buckets, `UNUSABLE` included.
 
     Args:
@@ -146,7 +146,7 @@ def totals(counts: Counts) -> tuple[int, int]:
     return sum(n_rows for n_rows, _ in counts.values()), sum(n_tokens for _, n_tokens in counts.values())
 
 
-def cut_of(counts: Counts, select: SelectConfig) -> BucketCut:
+def cut_of(counts: BucketCounts, select: SelectConfig) -> BucketCut:
     """Finds the cut that a rule gives. The bucket with the exact cut is kept if more than half of it fits the budget.
 
     Args:

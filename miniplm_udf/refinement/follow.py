@@ -21,9 +21,10 @@ from miniplm_udf.config.experiment import ExperimentConfig, fingerprint, to_dict
 from miniplm_udf.config.refine import CorpusConfig, SelectConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.refinement import cuts, fingerprints, refine
-from miniplm_udf.refinement.cuts import BucketCut, Counted, Counts
+from miniplm_udf.refinement.cuts import BucketCounts, BucketCut, Counted
 from miniplm_udf.refinement.selection import UNUSABLE, is_finite
 from miniplm_udf.revision import code_revision
+from miniplm_udf.schemas import table_names
 from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.provenance import FollowedFrom, Provenance, VersionTables
 from miniplm_udf.streams.backlog import rows_behind
@@ -170,8 +171,8 @@ class Follower(Query):
         provenance = newest.provenance if newest else None
         if newest is None or provenance is None or not self._can_continue(provenance):
             raise CorpusError(
-                f"refined/{self._name}: expected versions of the config that is followed, found a version that another "
-                "config wrote meanwhile; stop one of the two, and follow again"
+                f"{table_names.refined(self._name)}: expected versions of the config that is followed, found a version "
+                "that another config wrote meanwhile; stop one of the two, and follow again"
             )
         return newest, provenance
 
@@ -215,12 +216,14 @@ class Follower(Query):
         )
         sums = by_bucket.collect()
         if any(row["query_id"] != self._matrix_query for row in sums):
-            raise CorpusError(f"refined/{self._name}: score_matrix was built again meanwhile; follow again")
+            raise CorpusError(
+                f"{table_names.refined(self._name)}: score_matrix was built again meanwhile; follow again"
+            )
         return sums
 
 
 def extended_provenance(
-    version: int, earlier: Provenance, counts: Counts, cut: BucketCut, kept: "Sequence[Row]",
+    version: int, earlier: Provenance, counts: BucketCounts, cut: BucketCut, kept: "Sequence[Row]",
     inputs: VersionTables,
 ) -> Provenance:  # fmt: skip
     """The provenance of a version that has the rows of an earlier version and the new rows of the kept buckets.

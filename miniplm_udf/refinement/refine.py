@@ -31,6 +31,7 @@ from miniplm_udf.refinement.fingerprints import fingerprint_of, sums_of
 from miniplm_udf.refinement.keep import SelectionCuts, choose
 from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.revision import code_revision
+from miniplm_udf.schemas import table_names
 from miniplm_udf.scores.models import read_record
 from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, tables
@@ -118,7 +119,7 @@ def corpus_lease(config: ExperimentConfig, name: str) -> Lease:
         config: the experiment.
         name: of the corpus.
     """
-    return Lease(config.layout.lease(f"refined-{name}"), f"refined/{name}", waits=True)
+    return Lease(config.layout.lease(f"refined-{name}"), table_names.refined(name), waits=True)
 
 
 def _refine(spark: "SparkSession", config: ExperimentConfig, name: str, corpus: CorpusConfig) -> RefinedVersion:

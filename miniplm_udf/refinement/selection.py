@@ -150,10 +150,10 @@ def find_cuts(
     return cuts | _cuts_in_ties(ranked, ties, left, small)
 
 
-_Part = TypeVar("_Part", Bucket, IdGroup)
+_Grouped = TypeVar("_Grouped", Bucket, IdGroup)
 
 
-def _by_group(parts: Iterable[_Part]) -> Iterator[tuple[str, list[_Part]]]:
+def _by_group(parts: Iterable[_Grouped]) -> Iterator[tuple[str, list[_Grouped]]]:
     ordered = sorted(parts, key=lambda part: part.group)
     return ((group, list(members)) for group, members in itertools.groupby(ordered, key=lambda part: part.group))
 

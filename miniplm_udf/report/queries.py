@@ -18,7 +18,7 @@ from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.refinement import candidates
 from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
-from miniplm_udf.schemas import SCORE_STAGE
+from miniplm_udf.schemas import SCORE_STAGE, table_names
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
@@ -205,8 +205,8 @@ def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, M
 
 def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[TableFacts]:
     names = ["instances", "scores", "score_matrix", "proxy_scores", "generations", "rejects", "corpora"]
-    names += [f"refined/{corpus}" for corpus in config.refine.corpora]
-    packed = {f"packed/{student.corpus}/{student.tokenizer}" for student in config.students.values()}
+    names += map(table_names.refined, config.refine.corpora)
+    packed = {table_names.packed(student.corpus, student.tokenizer) for student in config.students.values()}
     for name in names + sorted(packed):
         uri = config.layout.table(name)
         version = delta_log.newest_version(uri)
@@ -249,7 +249,7 @@ def _corpus(spark: "SparkSession", config: ExperimentConfig, record: CorpusRow) 
             notes.append(f"{missing:,} candidates have no finite score: they are never kept and not shown below.")
         return CorpusFacts(
             name=name,
-            uri=storage.redact(config.layout.table(f"refined/{name}")),
+            uri=storage.redact(config.layout.refined(name)),
             record=record,
             config=resolved,
             score=score,
@@ -280,7 +280,7 @@ def _candidates(
         predicted = _table_at(spark, config, candidates.PROXY, inputs["proxy_version"], notes)
         matrix = candidates.with_matrix(predicted, matrix, resolved["where"], resolved["score"])
         tokens, means = "estimated_tokens", []
-    refined = tables.read(spark, config.layout.table(f"refined/{record['name']}"), record["version"])
+    refined = tables.read(spark, config.layout.refined(record["name"]), record["version"])
     kept = refined.select("instance_id", F.lit(True).alias("kept"))
     matrix, _ = with_instances(spark, config, matrix, resolved["where"], resolved["score"])
     scored = (

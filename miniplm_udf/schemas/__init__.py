@@ -1,7 +1,7 @@
 """The tables, declared once: column, type, nullability, unit, meaning, key. Spark's and Arrow's schemas follow from it.
 
 Owns the declarations; writes nothing (`store/tables.py` writes, and checks against them). `types.py` makes Spark's and
-Arrow's schemas of a declaration. Imports no pyspark and no pyarrow.
+Arrow's schemas of a declaration, `table_names.py` the names of tables in folders. Imports no pyspark and no pyarrow.
 
 A Delta table holds a column as nullable or not exactly as declared here. Units are in names: `_nats`, `_bytes`,
 `_tokens`; `n_` is a count. Timestamps are UTC microseconds. Ids are 128-bit hashes as 32 hexadecimal digits.
@@ -10,6 +10,7 @@ A Delta table holds a column as nullable or not exactly as declared here. Units 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from miniplm_udf.schemas import table_names
 from miniplm_udf.schemas.types import Column, Table
 
 SPLITS = ("pool", "reference", "heldout")
@@ -275,7 +276,7 @@ def cuts(name: str) -> Table:
         name: of the corpus.
     """
     return Table(
-        name=f"cuts/{name}",
+        name=table_names.cuts(name),
         key=("bucket",),
         append_only=False,
         statistics=("bucket",),
@@ -298,7 +299,7 @@ def packed(name: str, tokenizer: str) -> Table:
         tokenizer: name of the tokenizer in the config.
     """
     return Table(
-        name=f"packed/{name}/{tokenizer}",
+        name=table_names.packed(name, tokenizer),
         key=("sequence_id",),
         append_only=False,
         pinnable=True,
@@ -373,7 +374,7 @@ def refined(name: str, aliases: list[str]) -> Table:
         )
     )
     return Table(
-        name=f"refined/{name}",
+        name=table_names.refined(name),
         key=("instance_id",),
         append_only=False,
         pinnable=True,

@@ -1,8 +1,11 @@
-"""Scoring of text with a causal language model, in pure torch: no Spark, no Arrow.
+"""Scoring and generation of text with a causal language model, in pure torch: no Spark, no Arrow.
 
-Owns tokenizers (`tokenizer`, `tokenizer_checks`), model folders and their descriptions (`models`, `description`), the
-token in front of texts (`prefix`), the weight files (`weights`) and the check that a model loads whole (`loading`),
-.gguf files (`gguf_models`, `gguf_facts`, `gguf_tokenizers`), windows (`windows`), the language-model head without its
-logits (`head`), the inputs of a text (`inputs`), its results (`results`) and the `Scorer` (`scorer`). Importing this
-package loads nothing heavy: import the module that you need. Executor side; a retry gives the same numbers.
+Owns the `Scorer` (`scorer`) and the `Generator` (`generator`), with a text's inputs (`inputs`), windows (`windows`) and
+results (`results`). What they need from a model's files: tokenizers (`tokenizer`, `tokenizer_checks`), folders and
+their descriptions (`models`, `description`), the token in front of texts (`prefix`, `prefix_probe`), weight files
+(`weights`), the check that a model loads whole (`loading`), .gguf files (`gguf_models`, `gguf_facts`,
+`gguf_tokenizers`). How they compute: the language-model head without its logits (`head`), faster attention
+(`attention`), layers on a CPU (`cpu`), which windows share a batch (`batching`), errors of a full memory (`memory`),
+the count of operations (`flops`). Importing this package loads nothing heavy: import the module that you need. Executor
+side; a retry gives the same numbers.
 """

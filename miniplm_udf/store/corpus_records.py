@@ -1,4 +1,4 @@
-"""Versions of refined corpora: commits a version, lists versions, shows a version's provenance, reads its rows.
+"""Versions of refined corpora: commits a version, records it, finds its number and provenance, and reads its rows.
 
 Owns the table `corpora`, one row per version, which outlives the Delta log that holds the same provenance as
 `userMetadata`. Owns no selection (`refine.py`, `follow.py`). Versions are Delta versions of `refined/<name>`; a pinned
@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.layout import Root
+from miniplm_udf.layout import Root, shown_table
 from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_log, pins, tables
@@ -383,7 +383,7 @@ def require_unrecorded(spark: "SparkSession", root: str, name: str) -> None:
 def no_table_message(root: str, name: str, versions: list[int]) -> str:
     """Says that the table of the corpus `name` is gone from `root`, although `corpora` records its `versions`."""
     return (
-        f"table {storage.redact(Root(root).refined(name))}: expected the versions {versions} that tables/corpora "
-        "records, found no table; put it back from a copy, or refine under another name in refine.corpora: new "
-        "versions would get the numbers of the lost ones"
+        f"table {storage.redact(Root(root).refined(name))}: expected the versions {versions} that "
+        f"{shown_table('corpora')} records, found no table; put it back from a copy, or refine under another name in "
+        "refine.corpora: new versions would get the numbers of the lost ones"
     )

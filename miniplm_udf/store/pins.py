@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
 from miniplm_udf.layout import Root
+from miniplm_udf.schemas import table_names
 from miniplm_udf.storage import Json
 from miniplm_udf.store import tables
 
@@ -90,7 +91,7 @@ def add(spark: "SparkSession", root: str, pin: Pin, rows: "DataFrame", metadata:
         metadata: the version's provenance, which becomes the `userMetadata` of the copy.
     """
     table = dataclasses.replace(
-        schemas.refined_as(pin.name, metadata["config"]), name=f"pinned/{pin.name}/{pin.version}"
+        schemas.refined_as(pin.name, metadata["config"]), name=table_names.pinned(pin.name, pin.version)
     )
     tables.overwrite(rows, Root(root).pinned(pin.name, pin.version), table, metadata)
     frame = spark.createDataFrame([dataclasses.astuple(pin)], schemas.PINS.spark_schema())

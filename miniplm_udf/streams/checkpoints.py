@@ -20,6 +20,7 @@ from miniplm_udf import layout, storage
 from miniplm_udf.errors import CorpusError, DamagedRecordError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease
+from miniplm_udf.schemas import table_names
 from miniplm_udf.storage import Json
 from miniplm_udf.streams import facts
 from miniplm_udf.streams.backlog import rows_behind
@@ -170,5 +171,5 @@ def alone(root: str) -> Iterator[None]:
             stack.enter_context(Lease(Root(root).lease(lease), lease))
         stack.enter_context(Lease(Root(root).lease("annotations"), "annotate", waits=True))
         for name in corpora:
-            stack.enter_context(Lease(Root(root).lease(f"refined-{name}"), f"refined/{name}", waits=True))
+            stack.enter_context(Lease(Root(root).lease(f"refined-{name}"), table_names.refined(name), waits=True))
         yield

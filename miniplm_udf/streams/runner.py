@@ -348,7 +348,7 @@ def _listener(events: dict[str, "queue.SimpleQueue[Json | None]"]) -> "Streaming
 
     names: dict[str, str] = {}
 
-    class Listener(StreamingQueryListener):
+    class ProgressListener(StreamingQueryListener):
         def onQueryStarted(self, event: Any) -> None:
             names[str(event.runId)] = event.name
 
@@ -363,4 +363,4 @@ def _listener(events: dict[str, "queue.SimpleQueue[Json | None]"]) -> "Streaming
             if (name := names.get(str(event.runId))) in events:
                 events[name].put(None)
 
-    return Listener()
+    return ProgressListener()

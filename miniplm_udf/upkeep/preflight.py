@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.layout import Root
+from miniplm_udf.layout import Root, shown_table
+from miniplm_udf.schemas import table_names
 from miniplm_udf.store import delta_log, pins, tables
 from miniplm_udf.store.delta_log import has_commits
 from miniplm_udf.streams import checkpoints
@@ -66,13 +67,14 @@ _REMEDIES = {
     "generations": f"remove the checkpoints generate-*: {_EFFECT_OF_REMOVAL['generate']}",
     "annotations": "run `miniplm annotate`, which makes it again",
     "corpora": "run `miniplm refine`, which records the newest version of each corpus again; older ones are forgotten",
-    "refined": "refine under another name in refine.corpora: new versions would get the numbers of the recorded ones",
-    "pinned": "`miniplm corpus unpin` the version, if nobody needs its rows",
+    table_names.REFINED: "refine under another name in refine.corpora: new versions would get the numbers of the "
+    "recorded ones",
+    table_names.PINNED: "`miniplm corpus unpin` the version, if nobody needs its rows",
 }
 _TEXTS = ("instances", "rejects", "document_keys")
 _READS_CORPUS = ("corpora", "instances")
 # Without corpora and pinned copies, which a user may have dropped on purpose; a command that reads one fails by itself.
-_ALL = tuple(kind for kind in _REMEDIES if kind not in ("refined", "pinned"))
+_ALL = tuple(kind for kind in _REMEDIES if kind not in (table_names.REFINED, table_names.PINNED))
 # The tables that a command needs besides those that its own queries write, by the first part of their names.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "run": (*_TEXTS, "scores"),
@@ -120,12 +122,12 @@ class LostTable:
     @property
     def kind(self) -> str:
         """The first part of the name, e.g. `refined` for `refined/kept`."""
-        return self.name.split("/")[0]
+        return table_names.kind_of(self.name)
 
     def __str__(self) -> str:
         return (
-            f"expected the table tables/{self.name}, which {self.named_by} names, found none; put it back from a copy, "
-            f"or {_REMEDIES[self.kind]}"
+            f"expected the table {shown_table(self.name)}, which {self.named_by} names, found none; put it back from a "
+            f"copy, or {_REMEDIES[self.kind]}"
         )
 
 
@@ -184,16 +186,18 @@ def lost_tables(spark: "SparkSession", root: str) -> list[LostTable]:
 
 
 def _lost(root: str, expected: dict[str, str]) -> list[LostTable]:
-    return [LostTable(name, named_by) for name, named_by in expected.items() if not _exists(Root(root).table(name))]
+    return [LostTable(name, named_by) for name, named_by in expected.items() if not has_commits(Root(root).table(name))]
 
 
 def _expected(spark: "SparkSession", root: str) -> dict[str, str]:
     """The tables that a root has had: by name, the checkpoint, record, folder or table that names it."""
     expected = _named_by_files(root)
-    if _exists(Root(root).table("corpora")):
+    if has_commits(Root(root).table("corpora")):
         recorded = tables.read(spark, Root(root).table("corpora")).select("name").distinct().collect()
-        expected |= {f"refined/{row[0]}": "the table tables/corpora" for row in sorted(recorded)}
-    return expected | {f"pinned/{pin.name}/{pin.version}": "the table tables/pins" for pin in pins.find(spark, root)}
+        named_by = f"the table {shown_table('corpora')}"
+        expected |= {table_names.refined(row[0]): named_by for row in sorted(recorded)}
+    copies = [table_names.pinned(pin.name, pin.version) for pin in pins.find(spark, root)]
+    return expected | dict.fromkeys(copies, f"the table {shown_table('pins')}")
 
 
 def _named_by_files(root: str) -> dict[str, str]:
@@ -206,11 +210,11 @@ def _named_by_files(root: str) -> dict[str, str]:
     rules = storage.read_json(layout.chunking_record) or {}
     # Releases that packed every copy of a document had no keys.
     if "copies" in rules.get("chunking", {}) and any(query.stage == "ingest" for query in queries):
-        expected["document_keys"] = "the record tables/instances.json"
+        expected["document_keys"] = f"the record {layout.relative(layout.chunking_record)}"
     if storage.exists(layout.stage("annotate")):
-        expected["annotations"] = "the record _stages/annotate.json"
+        expected["annotations"] = f"the record {layout.relative(layout.stage('annotate'))}"
     if names := storage.list_folder(layout.refined()):
-        expected["corpora"] = f"the table tables/refined/{names[0]}"
+        expected["corpora"] = f"the table {layout.relative(layout.refined(names[0]))}"
     return expected
 
 
@@ -248,7 +252,7 @@ def _require_tables_of_queries(root: str, stages: tuple[str, ...]) -> None:
 def _lost_tables_of(root: str, query: Checkpoint) -> Iterator[str]:
     """Names of the tables that the query has read or written and that are gone, or are now other tables."""
     if query.batch_id is not None and query.stage not in _REBUILT:
-        yield from (name for name in _WRITES[query.stage] if not _exists(Root(root).table(name)))
+        yield from (name for name in _WRITES[query.stage] if not has_commits(Root(root).table(name)))
     offset = query.offset or end_offset(query.uri, 0)
     if query.source is not None and offset is not None:
         uri = Root(root).table(query.source)
@@ -257,17 +261,13 @@ def _lost_tables_of(root: str, query: Checkpoint) -> Iterator[str]:
             yield query.source
 
 
-def _exists(uri: str) -> bool:
-    return has_commits(uri)
-
-
 def _message(root: str, lost: list[tuple[Checkpoint, set[str]]]) -> str:
     names = sorted({name for _, lost_names in lost for name in lost_names})
     folders = [storage.redact(query.uri) for query, _ in lost]
     stages = [stage for stage in _EFFECT_OF_REMOVAL if any(query.stage == stage for query, _ in lost)]
     return (
         f"root {storage.redact(root)}: expected the table{'s' if len(names) > 1 else ''} "
-        f"{', '.join(f'tables/{name}' for name in names)} that its queries have read or written, found none or another "
+        f"{', '.join(map(shown_table, names))} that its queries have read or written, found none or another "
         f"one in its place. Put the table back from a copy; or remove {', '.join(folders)} and run again: "
         f"{'; '.join(_EFFECT_OF_REMOVAL[stage] for stage in stages)}"
     )
@@ -291,7 +291,7 @@ def _require_same_input(spark: "SparkSession", config: ExperimentConfig) -> None
     if query is None or offset is None or config.ingest.format not in ("auto", "delta"):
         return
     for uri in map(storage.to_uri, config.ingest.inputs):
-        is_table = tables.exists(spark, uri) and _exists(uri)
+        is_table = tables.exists(spark, uri) and has_commits(uri)
         table = tables.detail(spark, uri) if is_table else None
         if table is not None and table["id"] != offset["reservoirId"]:
             raise ConfigError(

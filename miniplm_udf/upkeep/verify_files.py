@@ -15,6 +15,7 @@ import fsspec
 
 from miniplm_udf import storage
 from miniplm_udf.layout import Root
+from miniplm_udf.schemas import table_names
 from miniplm_udf.store import tables, takedowns
 from miniplm_udf.upkeep.checks import Check, CheckedRoot, examples_of
 
@@ -44,24 +45,28 @@ def files_without_taken_down_rows(checked: CheckedRoot) -> Iterator[Check]:
     session.conf.set("spark.databricks.delta.formatCheck.enabled", "false")
     ids = session.createDataFrame(gone.collect(), gone.schema).persist()
     try:
-        for folder, files in sorted(_parquet_files(checked.root).items()):
-            if folder.startswith("tables/packed/"):
-                yield _packed(checked, folder, files)
-            elif folder.split("/")[1] not in _WITHOUT_TEXTS:
+        layout = Root(checked.root)
+        for uri, files in sorted(_parquet_files(layout).items()):
+            folder, table = layout.relative(uri), layout.table_name(uri)
+            kind = None if table is None else table_names.kind_of(table)
+            if table is not None and kind == table_names.PACKED:
+                yield _packed(checked, folder, table, files)
+            elif kind not in _WITHOUT_TEXTS:
                 yield _by_ids(session, folder, files, ids, documents)
     finally:
         ids.unpersist()
 
 
-def _parquet_files(root: str) -> dict[str, list[str]]:
-    """URIs of Parquet files by their folder, relative to the root; without files in the logs of tables."""
+def _parquet_files(layout: Root) -> dict[str, list[str]]:
+    """URIs of the Parquet files of tables and exports by the URI of their folder; without files in logs of tables."""
     files = defaultdict(list)
-    for part, base in (("tables", Root(root).table()), ("exports", Root(root).exports())):
+    for base in (layout.table(), layout.exports()):
         filesystem, path = fsspec.core.url_to_fs(base)
         for name in filesystem.find(path) if filesystem.exists(path) else []:
             inner = str(name).removeprefix(path).lstrip("/")
             if inner.endswith(".parquet") and "_delta_log" not in inner.split("/"):
-                files["/".join([part, *inner.split("/")[:-1]])].append(storage.join(base, inner))
+                uri = storage.join(base, inner)
+                files[uri.rpartition("/")[0]].append(uri)
     return files
 
 
@@ -89,10 +94,9 @@ def _by_ids(
     return Check(f"{folder}: no file holds what was taken down", 0, n_rows, n_rows == 0, note=note, examples=examples)
 
 
-def _packed(checked: CheckedRoot, folder: str, files: list[str]) -> Check:
+def _packed(checked: CheckedRoot, folder: str, table: str, files: list[str]) -> Check:
     """Checks that no file is older than the newest take-down that emptied the table."""
     record = tables.read(checked.spark, Root(checked.root).table("takedowns"))
-    table = folder.removeprefix("tables/")
     emptied = record.where((record["table"] == table) & (record["key"] == takedowns.WHOLE))
     moments = [row[0] for row in emptied.selectExpr("CAST(unix_micros(taken_down_at) AS DOUBLE) / 1e6").collect()]
     old = [file for file in files if moments and _modified(file) < max(moments)]

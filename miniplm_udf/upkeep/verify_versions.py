@@ -14,7 +14,7 @@ from miniplm_udf.layout import Root
 from miniplm_udf.refinement import candidates, expressions
 from miniplm_udf.refinement.columns import ANNOTATIONS_VERSION
 from miniplm_udf.refinement.fingerprints import fingerprint_of, sums_of
-from miniplm_udf.schemas import CORPORA, PINS
+from miniplm_udf.schemas import CORPORA, PINS, table_names
 from miniplm_udf.store import corpus_records, delta_log, pins, tables, takedowns
 from miniplm_udf.store.provenance import VersionTables
 from miniplm_udf.upkeep.checks import TABLES, Check, CheckedRoot, examples_of, none, unique
@@ -50,9 +50,9 @@ def _version(checked: CheckedRoot, row: Any, is_newest: bool, may_be_gone: bool)
     Maintenance may have removed an older version; the copy of a pinned version is checked by `pinned`.
     """
     name = f"corpus {row['name']}, version {row['version']}"
-    uri = checked.uri(f"refined/{row['name']}")
+    uri = Root(checked.root).refined(row["name"])
     if not tables.exists(checked.spark, uri):
-        note = f"the table tables/refined/{row['name']} is gone; put it back from a copy"
+        note = f"the table {Root(checked.root).relative(uri)} is gone; put it back from a copy"
         yield Check(f"{name}: its files are there", row["n_instances"], 0, False, note=note)
         return
     try:
@@ -130,13 +130,13 @@ def taken_down(checked: CheckedRoot) -> Iterator[Check]:
     assert gone is not None
     frames = {name: checked.table(name) for name in TABLES if checked.has(name) and name != "corpora"}
     names = {row[0] for row in checked.table("corpora").select("name").collect()} if checked.has("corpora") else set()
-    for corpus in (f"refined/{name}" for name in sorted(names)):
+    for corpus in map(table_names.refined, sorted(names)):
         if tables.exists(checked.spark, checked.uri(corpus)):
             frames[corpus] = tables.read(checked.spark, checked.uri(corpus))
     for pin in pins.find(checked.spark, checked.root):
         uri = Root(checked.root).pinned(pin.name, pin.version)
         if tables.exists(checked.spark, uri):
-            frames[f"pinned/{pin.name}/{pin.version}"] = tables.read(checked.spark, uri)
+            frames[table_names.pinned(pin.name, pin.version)] = tables.read(checked.spark, uri)
     for name, frame in frames.items():
         left = frame.join(gone, "instance_id", "left_semi")
         yield none(f"{name}: no row of an instance that was taken down", left, "instance_id")

@@ -27,7 +27,7 @@ from miniplm_udf.workers.worker_scorers import (
     WorkerScorers,
 )
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 # Slices that are prepared while a model works. Two slices keep the model busy; a third absorbs differences in size.
 SLICES_AHEAD = 3

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from miniplm_udf.scoring.generator import Generator
     from miniplm_udf.scoring.scorer import Scorer
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ import psutil
 from miniplm_udf.errors import ScoringError
 from miniplm_udf.storage import Json
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 _LOG_EVERY_SECONDS = 60.0
 # A socket's path has at most 107 bytes (sockaddr_un); on YARN the folder for temporary files alone can be longer.

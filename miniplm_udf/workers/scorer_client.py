@@ -26,7 +26,7 @@ from miniplm_udf.workers.scorer_connection import Factories, ProcessConnection, 
 from miniplm_udf.workers.scorer_wire import TaskRequest
 from miniplm_udf.workers.slices import full_slices, result_rows, rows_by_alias
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 # Most slices without an answer. The process can receive as many while its main thread waits for the worker to read, so
 # that the two never wait for each other.
@@ -83,17 +83,17 @@ def _key(factory: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _RowRange:
     """A range of a slice's rows, and how often the process died while it scored this range alone."""
 
     start: int
     rows: int
     deaths: int = 0
 
-    def halves(self) -> "list[_Part]":
+    def halves(self) -> "list[_RowRange]":
         half = self.rows // 2
         halves = [(self.start, half), (self.start + half, self.rows - half)]
-        return [_Part(start, rows, self.deaths + 1) for start, rows in halves if rows]
+        return [_RowRange(start, rows, self.deaths + 1) for start, rows in halves if rows]
 
 
 class _Task:
@@ -166,7 +166,7 @@ class _Task:
         """
         done: dict[int, list[pa.RecordBatch]] = {}
         # Large parts first: an answer shows that many rows are harmless.
-        todo = deque([_Part(0, rows.num_rows)])
+        todo = deque([_RowRange(0, rows.num_rows)])
         while todo:
             part = todo.popleft()
             part_rows = rows.slice(part.start, part.rows)

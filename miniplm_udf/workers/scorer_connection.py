@@ -23,7 +23,7 @@ from miniplm_udf.workers.score_counts import ScoreCounts
 from miniplm_udf.workers.scorer_wire import ConnectionClosed, TaskRequest, Wire, from_ipc, to_ipc
 from miniplm_udf.workers.worker_scorers import WorkerScorer
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 _EXIT_SECONDS = 10.0
 # Processes that this worker started, by their socket: only the parent can read their exit status.

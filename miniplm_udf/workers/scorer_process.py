@@ -32,7 +32,7 @@ from miniplm_udf.workers.read_ahead import ReadAhead
 from miniplm_udf.workers.scorer_wire import ConnectionClosed, TaskRequest, Wire, from_ipc, to_ipc
 from miniplm_udf.workers.worker_scorers import KeptScorer, WorkerScorer, WorkerScorers
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 # The process ends when no task has come for this long; the next task loads the model again.
 IDLE_SECONDS = 1800.0

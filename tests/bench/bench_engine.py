@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from jobs import score, session
@@ -27,8 +27,9 @@ from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import ScoreConfig, SparkConfig
 from miniplm_udf.scores import run as scores_run
+from miniplm_udf.scoring.results import Score
 from miniplm_udf.store import tables
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.score_tables import model_config
 from tests.support.tiny_models import make_model_folder
 
@@ -42,17 +43,11 @@ _MODULUS = 997
 _MEMORY_SECONDS = 3.0
 
 
-class Result(NamedTuple):
-    nll_sum_nats: float
-    n_tokens: int
-    n_bytes: int
-
-
-class FakeScorer:
+class NumberScorer:
     """A score that is a function of the text, and costs next to nothing (its own cost is printed)."""
 
-    def score(self, texts: Sequence[str | None], *_: Any) -> list[Result]:
-        return [Result(float(int(text[:12]) % _MODULUS), len(text) // 4, len(text)) for text in texts if text]
+    def score(self, texts: Sequence[str | None], *_: Any) -> list[Score]:
+        return [Score(float(int(text[:12]) % _MODULUS), len(text) // 4, len(text)) for text in texts if text]
 
 
 def expected_nll() -> "Column":
@@ -93,7 +88,7 @@ def instances(spark: "SparkSession", rows: int, files: int) -> "DataFrame":
 
 
 @dataclasses.dataclass(frozen=True)
-class Sized:
+class InstancesRoot:
     """A root with so many instances."""
 
     spark: "SparkSession"
@@ -146,7 +141,7 @@ class Sized:
         describe = scores_run.describe_models
         with mock.patch.object(scores_run, "describe_models", timed), Memory(self.spark) as memory:
             start = time.monotonic()
-            summary = score.run(self.spark, self.config, {"teacher": FakeScorer})
+            summary = score.run(self.spark, self.config, {"teacher": NumberScorer})
             seconds = time.monotonic() - start - described[0]
         if summary.scored["teacher"] != self.rows or summary.matrix_rows != self.rows or summary.rejected:
             raise RuntimeError(f"expected {self.rows} scores and matrix rows and no rejects, found {summary}")
@@ -201,11 +196,11 @@ def fake_microseconds(n: int = 100_000) -> float:
     """The fake's own cost a row."""
     texts = [f"{i:012d}" + "x" * (_TEXT_BYTES - 12) for i in range(n)]
     start = time.perf_counter()
-    FakeScorer().score(texts)
+    NumberScorer().score(texts)
     return (time.perf_counter() - start) / n * 1e6
 
 
-def measure(sized: Sized) -> dict[str, Any]:
+def measure(sized: InstancesRoot) -> dict[str, Any]:
     """One row of the table. Of the engine alone: less what the fake takes of each worker's time."""
     copy_seconds = sized.copy()
     row = sized.score()
@@ -222,7 +217,7 @@ def measure(sized: Sized) -> dict[str, Any]:
     }
 
 
-def run(make: Callable[[int], Sized], rows: Sequence[int], rows_per_batch: int) -> list[dict[str, Any]]:
+def run(make: Callable[[int], InstancesRoot], rows: Sequence[int], rows_per_batch: int) -> list[dict[str, Any]]:
     """Warms up, then measures each size; raises where a score stands at another row than its text's."""
     found = []
     for n in (rows_per_batch, *rows):
@@ -256,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     spark = session.make_session(base, "bench engine")
     try:
         found = run(
-            lambda n: Sized(spark, given.folder / str(n), n, given.rows_per_batch, model, given.workers),
+            lambda n: InstancesRoot(spark, given.folder / str(n), n, given.rows_per_batch, model, given.workers),
             given.rows,
             given.rows_per_batch,
         )

@@ -25,7 +25,7 @@ from miniplm_udf.refinement.follow import Follower
 from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import is_finite
 from miniplm_udf.store import corpus_records, tables
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.matrices import ALIASES, DIFFERENCE, write_record
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from miniplm_udf.scoring.attention import improve_attention
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.inputs import EncodedPiece, Tokenized
 from miniplm_udf.scoring.scorer import Score, Scorer
-from tests.bench import plain_loops, results
+from tests.support import bench_results as results
+from tests.support import plain_loops
 
 _TOKENS = 1024
 _SIZES: dict[str, dict[str, Any]] = {

@@ -46,7 +46,7 @@ from deltalake.transaction import AddAction, create_table_with_add_actions
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.packing.file_layout import FILE_ROWS
 from miniplm_udf.store.model_records import TokenizerRecord
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.packed_tables import SCHEMA, packed_batch, write_rows
 from trainer.loader.batches import Batches
 from trainer.loader.data import PackedSequences

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.bench import results
+from tests.support import bench_results as results
 from trainer.losses.loss import target_nll
 from trainer.models.model import build_model, model_config, n_parameters
 

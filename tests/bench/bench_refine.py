@@ -33,7 +33,7 @@ from miniplm_udf.refinement.keep import choose
 from miniplm_udf.refinement.selection import budget_of
 from miniplm_udf.store import tables
 from miniplm_udf.store.text_join import texts_of
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.matrices import ALIASES, write_record
 from tests.support.stream_tables import instance_values
 
@@ -51,7 +51,7 @@ _SHA_512_PER_TEXT = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Sized:
+class MatrixRoot:
     """A root with a `score_matrix` of so many rows, all of them candidates."""
 
     spark: "SparkSession"
@@ -176,7 +176,7 @@ def timed(action: Callable[[], object], repeats: int = 1) -> float:
     return min(found)
 
 
-def measure(sized: Sized, parts: Sequence[str]) -> dict[str, Any]:
+def measure(sized: MatrixRoot, parts: Sequence[str]) -> dict[str, Any]:
     """One row of the table, of these parts."""
     row: dict[str, Any] = {"rows": sized.rows}
     for part in parts:
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, texts = [], []
     try:
         for n in sorted(given.rows):
-            sized = Sized(spark, given.folder / str(n), n)
+            sized = MatrixRoot(spark, given.folder / str(n), n)
             sized.generate()
             rows.append(measure(sized, given.only))
         if given.texts:

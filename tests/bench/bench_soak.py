@@ -34,7 +34,7 @@ from miniplm_udf.config.sections import (
     SplitConfig,
     StreamConfig,
 )
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.score_tables import texts, two_models
 
 _SAMPLE_SECONDS = 10.0

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jobs import ingest, score, session
 from miniplm_udf import schemas, storage
@@ -37,10 +37,11 @@ from miniplm_udf.ingestion import inputs
 from miniplm_udf.ingestion.query import IngestQuery
 from miniplm_udf.scores import query as scores
 from miniplm_udf.scores.run import Scoring, prepare
+from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.store import tables
 from miniplm_udf.streams.query import Query, checkpoint_query_id
 from miniplm_udf.streams.runner import QueryRunner
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.score_tables import two_models
 from tests.support.stream_tables import instance_values, matrix_values, row_id, score_values
 
@@ -56,13 +57,7 @@ _ROWS_PER_FILE = 1_000_000
 _FILLER = " and so the text goes on, with words that repeat themselves as words do"
 
 
-class Result(NamedTuple):
-    nll_sum_nats: float
-    n_tokens: int
-    n_bytes: int
-
-
-class Scorer:
+class RefusingScorer:
     """A number made of the text's first 12 digits. Refuses texts whose number ends with `refused`."""
 
     def __init__(self, refused: str) -> None:
@@ -73,17 +68,12 @@ class Scorer:
 
     def _one(self, text: str) -> Any:
         if self._refused and text[:12].endswith(self._refused):
-            return Refused("no_tokens", "the benchmark's")
-        return Result(float(int(text[:12]) % 997), len(text) // 4, len(text))
-
-
-class Refused(NamedTuple):
-    reason: str
-    detail: str
+            return Failure("no_tokens", "the benchmark's")
+        return Score(float(int(text[:12]) % 997), len(text) // 4, len(text))
 
 
 @dataclasses.dataclass(frozen=True)
-class Sized:
+class GrowingRoot:
     """A root whose tables hold `rows` instances when its queries go on."""
 
     spark: "SparkSession"
@@ -150,8 +140,8 @@ class Sized:
         return time.monotonic() - start
 
     @staticmethod
-    def scorers() -> dict[str, Callable[[], Scorer]]:
-        return {"teacher": lambda: Scorer(""), "reference": lambda: Scorer("00")}
+    def scorers() -> dict[str, Callable[[], RefusingScorer]]:
+        return {"teacher": lambda: RefusingScorer(""), "reference": lambda: RefusingScorer("00")}
 
     def _fill_state(self) -> None:
         """Lets the ids of all instances through the deduplication of the ingest query: a line a file, so many ids."""
@@ -331,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     try:
         for rows in given.rows:
-            sized = Sized(spark, given.folder / str(rows), rows, given.rows_per_batch)
+            sized = GrowingRoot(spark, given.folder / str(rows), rows, given.rows_per_batch)
             fill_seconds = sized.fill()
             found.append({"rows": rows, "fill": fill_seconds, **sized.measure(given.batches)})
             sized.check()

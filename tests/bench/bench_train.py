@@ -27,7 +27,7 @@ import torch
 
 from miniplm_udf.config.student_models import load_student_models
 from miniplm_udf.config.training import TrainConfig
-from tests.bench import results
+from tests.support import bench_results as results
 from tests.support.allocations import peak_bytes
 from trainer.loop import Loop, make_optimizer
 from trainer.losses.chunked_head import chunk_loss, weighted_nll

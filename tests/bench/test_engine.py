@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.bench import bench_engine, results
+from tests.bench import bench_engine
+from tests.support import bench_results as results
 from tests.support.tiny_models import make_model_folder
 
 
@@ -14,8 +15,8 @@ def test_the_benchmark_measures_and_checks(spark: Any, tmp_path: Path) -> None:
     model = make_model_folder(tmp_path, name="model")
     made = []
 
-    def make(rows: int) -> bench_engine.Sized:
-        made.append(bench_engine.Sized(spark, tmp_path / str(rows), rows, 100, model, workers=1))
+    def make(rows: int) -> bench_engine.InstancesRoot:
+        made.append(bench_engine.InstancesRoot(spark, tmp_path / str(rows), rows, 100, model, workers=1))
         return made[-1]
 
     rows = bench_engine.run(make, [300], rows_per_batch=100)

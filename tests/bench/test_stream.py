@@ -13,7 +13,7 @@ def test_the_real_queries_go_on_from_what_is_generated(
     spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_stream, "_WARM_UP", 0)
-    sized = bench_stream.Sized(spark, tmp_path, 200, 100)
+    sized = bench_stream.GrowingRoot(spark, tmp_path, 200, 100)
     sized.fill()
     found = sized.measure(1)
     assert all(found[stage] > 0 for stage in bench_stream.STAGES)

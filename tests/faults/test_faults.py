@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from tests.faults.run import run
+from tests.support.faults.runs import run
 from tests.support.faults.trials import plan
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from miniplm_udf import schemas
-from tests.faults.run import LANDINGS, PLACES, TRIALS
 from tests.support.faults.check import Root, compare
 from tests.support.faults.points import POINTS, Point, Stops
+from tests.support.faults.runs import LANDINGS, PLACES, TRIALS
 from tests.support.faults.trials import plan
 
 

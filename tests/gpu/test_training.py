@@ -32,7 +32,7 @@ SIZES = {
 }  # fmt: skip
 
 
-class Rows:
+class RandomRows:
     """Sequences of random tokens."""
 
     group_rows, sequence_length = np.array([8]), LENGTH
@@ -60,7 +60,7 @@ def make_loop(family: str, **train: Any) -> Loop:
     )
     prepare_blocks(module, config, LENGTH, "x")
     module.train()
-    return Loop(module, make_optimizer(module, config), Rows(), config, 3, World(device=DEVICE))
+    return Loop(module, make_optimizer(module, config), RandomRows(), config, 3, World(device=DEVICE))
 
 
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.5])

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from tests.bench import bench_refine, results
+from tests.bench import bench_refine
+from tests.support import bench_results as results
 
 
 @pytest.mark.long
 def test_the_benchmark_measures_and_checks(spark: Any, tmp_path: Path) -> None:
-    sized = bench_refine.Sized(spark, tmp_path / "300", 300)
+    sized = bench_refine.MatrixRoot(spark, tmp_path / "300", 300)
     sized.generate()
     sized.generate()
     assert sized.matrix.count() == 300

@@ -19,7 +19,7 @@ from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.progress import watched_tasks
 from miniplm_udf.store import corpus_records
 from tests.support.score_tables import texts
-from tests.support.takedown_roots import ASKED, World
+from tests.support.takedown_roots import ASKED, TakedownRoot
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DOCUMENTS = [
@@ -31,9 +31,9 @@ DOCUMENTS = [
 
 
 @pytest.fixture(scope="module")
-def world(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> TakedownRoot:
     """A root whose corpus `kept` has every instance of the documents, several of which share instances."""
-    made = World(spark, tmp_path_factory.mktemp("export"))
+    made = TakedownRoot(spark, tmp_path_factory.mktemp("export"))
     made.deliver("first", DOCUMENTS)
     made.ingest()
     made.score()
@@ -67,7 +67,7 @@ def documents_of(rows: list[dict[str, Any]]) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_every_byte_is_found_again(spark: Any, world: World, tmp_path: Path, to: str) -> None:
+def test_every_byte_is_found_again(spark: Any, world: TakedownRoot, tmp_path: Path, to: str) -> None:
     out = tmp_path / "my exports" / "kept"
     made = dataclasses.asdict(export(spark, world.config, "kept", ExportRequest(to=to, out=str(out), rows_per_file=3)))
     rows = {row["instance_id"]: row for row in loaded(out, tmp_path / "cache")}
@@ -103,7 +103,9 @@ def test_every_byte_is_found_again(spark: Any, world: World, tmp_path: Path, to:
     assert [path.name for path in out.parent.iterdir()] == ["kept"]
 
 
-def test_json_lines_that_begin_with_nothing_are_loaded_with_their_types(world: World, spark: Any, tmp_path: Path):
+def test_json_lines_that_begin_with_nothing_are_loaded_with_their_types(
+    world: TakedownRoot, spark: Any, tmp_path: Path
+):
     """`datasets` alone would take a column of empty lists, or of nulls, for one that has no type."""
     out = tmp_path / "kept"
     export(spark, world.config, "kept", ExportRequest(to="jsonl.zst", out=str(out)))
@@ -116,16 +118,16 @@ def test_json_lines_that_begin_with_nothing_are_loaded_with_their_types(world: W
 
 
 @pytest.fixture
-def copy(world: World, tmp_path: Path) -> World:
+def copy(world: TakedownRoot, tmp_path: Path) -> TakedownRoot:
     """The same root again, for one test."""
-    found = World.__new__(World)
-    found.spark, found.folder = world.spark, tmp_path
+    copied = TakedownRoot.__new__(TakedownRoot)
+    copied.spark, copied.folder = world.spark, tmp_path
     shutil.copytree(storage.local_path(world.config.root), tmp_path / "root")
-    found.config = dataclasses.replace(world.config, root=str(tmp_path / "root"))
-    return found
+    copied.config = dataclasses.replace(world.config, root=str(tmp_path / "root"))
+    return copied
 
 
-def test_what_is_refused_leaves_all_as_it_was(spark: Any, copy: World, tmp_path: Path) -> None:
+def test_what_is_refused_leaves_all_as_it_was(spark: Any, copy: TakedownRoot, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "photo").write_text("")
@@ -149,7 +151,9 @@ def test_what_is_refused_leaves_all_as_it_was(spark: Any, copy: World, tmp_path:
 
 
 @pytest.mark.long
-def test_an_export_of_a_pinned_version_is_without_what_was_taken_down(spark: Any, copy: World, tmp_path: Path) -> None:
+def test_an_export_of_a_pinned_version_is_without_what_was_taken_down(
+    spark: Any, copy: TakedownRoot, tmp_path: Path
+) -> None:
     made = versions.pin(spark, copy.config.root, "kept", "all")
     first = export(spark, copy.config, "kept@all", ExportRequest(to="parquet"))
     assert first.path == f"{copy.config.root}/exports/kept-{made.version}.parquet"
@@ -166,7 +170,7 @@ def test_an_export_of_a_pinned_version_is_without_what_was_taken_down(spark: Any
 
 
 def test_the_command_writes_says_so_and_refuses(
-    spark: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    spark: Any, world: TakedownRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(spark, "stop", lambda: None)
     monkeypatch.setattr(session, "make_session", lambda config, name: spark)

@@ -81,7 +81,7 @@ def take(follower: Follower, batch: Any) -> None:
     follower.micro_batch(batch, "", 0)
 
 
-class World:
+class FollowedRoot:
     """A root with a matrix of one micro-batch, and a corpus `half` that is followed by hand."""
 
     def __init__(self, spark: Any, root: Path, corpus: CorpusConfig = HALF) -> None:
@@ -156,7 +156,7 @@ class World:
 @pytest.mark.long
 def test_each_cut_is_within_a_bucket_of_the_exact_one(spark: Any, tmp_path: Path) -> None:
     by_tokens = SelectConfig(ratio=0.3, by="tokens")
-    world = World(spark, tmp_path / "root", CorpusConfig(score=DIFFERENCE, select=by_tokens))
+    world = FollowedRoot(spark, tmp_path / "root", CorpusConfig(score=DIFFERENCE, select=by_tokens))
     world.score(4000)
     follower = world.follower()
     expected = set(world.kept())
@@ -199,13 +199,13 @@ def test_each_cut_is_within_a_bucket_of_the_exact_one(spark: Any, tmp_path: Path
     assert ["followed" in json.loads(row["inputs"]) for row in listed] == [False, True, True]
 
 
-class Killed(Exception):
+class KilledDriver(Exception):
     pass
 
 
 def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) -> None:
     """Killed before and after each commit of a micro-batch, which is then given again to a new driver."""
-    world = World(spark, tmp_path / "root")
+    world = FollowedRoot(spark, tmp_path / "root")
     world.score(300)
     take(world.follower(), world.batch(0))
     expected = world.kept()
@@ -218,9 +218,9 @@ def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) ->
             def killed(*arguments: Any, real: Any = real, committed: bool = committed, **named: Any) -> None:
                 if committed:
                     real(*arguments, **named)
-                raise Killed
+                raise KilledDriver
 
-            with mock.patch.object(module, name, killed), pytest.raises(Killed):
+            with mock.patch.object(module, name, killed), pytest.raises(KilledDriver):
                 take(follower, world.batch(batch_id))
             take(world.follower(), world.batch(batch_id))
             counts: dict[int, tuple[int, int]] = {}
@@ -250,7 +250,7 @@ def test_a_replay_does_the_rest_and_nothing_twice(spark: Any, tmp_path: Path) ->
 
 @pytest.mark.long
 def test_a_full_refinement_in_between_is_taken_up(spark: Any, tmp_path: Path) -> None:
-    world = World(spark, tmp_path / "root")
+    world = FollowedRoot(spark, tmp_path / "root")
     world.score(300)
     follower = world.follower()
     take(follower, world.batch(0))
@@ -284,7 +284,7 @@ def test_a_full_refinement_in_between_is_taken_up(spark: Any, tmp_path: Path) ->
 
 
 def test_a_micro_batch_that_keeps_nothing_makes_no_version_and_has_its_cut(spark: Any, tmp_path: Path) -> None:
-    world = World(spark, tmp_path / "root")
+    world = FollowedRoot(spark, tmp_path / "root")
     world.score(300)
     follower = world.follower()
     take(follower, world.batch(0))
@@ -304,7 +304,7 @@ def test_a_micro_batch_that_keeps_nothing_makes_no_version_and_has_its_cut(spark
 
 def test_a_score_that_is_no_number_is_counted_and_never_kept(spark: Any, tmp_path: Path) -> None:
     bad = "case when n_bytes % 3 = 0 then double('NaN') when n_bytes % 3 = 1 then 1e308D else -teacher_nll_mean end"
-    world = World(spark, tmp_path / "root", CorpusConfig(score=bad, select=SelectConfig(ratio=0.9)))
+    world = FollowedRoot(spark, tmp_path / "root", CorpusConfig(score=bad, select=SelectConfig(ratio=0.9)))
     world.score(100)
     follower = world.follower()
     take(follower, world.batch(0))
@@ -337,7 +337,7 @@ def test_buckets_never_fall_as_scores_rise(spark: Any) -> None:
 
 
 def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path) -> None:
-    world = World(spark, tmp_path / "root")
+    world = FollowedRoot(spark, tmp_path / "root")
     world.score(300)
     first = world.follower()
     stale = world.newest()
@@ -387,7 +387,7 @@ def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path) -
 
 @pytest.mark.long
 def test_another_config_or_matrix_is_not_mixed_in(spark: Any, tmp_path: Path) -> None:
-    world = World(spark, tmp_path / "root")
+    world = FollowedRoot(spark, tmp_path / "root")
     world.score(300)
     follower = world.follower()
     take(follower, world.batch(0))
@@ -424,7 +424,7 @@ def test_another_config_or_matrix_is_not_mixed_in(spark: Any, tmp_path: Path) ->
 def test_what_cannot_be_followed_is_refused_before_anything_is_made(
     spark: Any, tmp_path: Path, corpus: CorpusConfig, message: str
 ) -> None:
-    world = World(spark, tmp_path / "root", corpus)
+    world = FollowedRoot(spark, tmp_path / "root", corpus)
     world.score(50)
     with pytest.raises(ConfigError, match=message):
         world.follower()
@@ -433,7 +433,7 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_made(
 
 @pytest.mark.long
 def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Path) -> None:
-    world = World(spark, tmp_path / "root")
+    world = FollowedRoot(spark, tmp_path / "root")
     rules = {
         "half": HALF,
         "above": CorpusConfig(score=DIFFERENCE, select=SelectConfig(rule="threshold", threshold=0.25)),
@@ -478,7 +478,7 @@ def test_to_the_end_of_what_is_there_and_on_from_there(spark: Any, tmp_path: Pat
 
 @pytest.mark.long
 def test_the_service_follows_until_sigterm(spark: Any, tmp_path: Path) -> None:
-    world = World(spark, tmp_path / "root")
+    world = FollowedRoot(spark, tmp_path / "root")
     world.score(300)
     service = Service(spark, tmp_path)
     service.config = dataclasses.replace(

@@ -4,7 +4,6 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from miniplm_udf.config.sections import ChunkingConfig, FieldsConfig, IngestConf
 from miniplm_udf.ingestion import query as ingest_query
 from miniplm_udf.ingestion.quarantine import Quarantine
 from miniplm_udf.store import tables
-
-Make = Callable[..., ExperimentConfig]
+from tests.support.ingest_roots import Make
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from miniplm_udf.scoring.models import describe
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.messages import SCORE_REQUEST_DDL, SCORED_DDL
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
-from tests.support.crashing_scorer import Factory
+from tests.support.crashing_scorer import CrashingFactory
 from tests.support.score_tables import FakeFactory, model_config, scored_texts, texts
 from tests.support.tiny_models import SEPARATOR, make_model_folder
 
@@ -86,7 +86,7 @@ def test_errors_come_when_the_udf_is_made(spark: Any, model: ModelConfig) -> Non
 def test_a_text_that_kills_the_model_has_no_score_and_the_rest_has(spark: Any, tmp_path: Path) -> None:
     from pyspark.sql.functions import ArrowUDFType, arrow_udf
 
-    udf = arrow_udf(nll_arrow(Factory(1.0, tmp_path / "log"), True), NLL_DDL, ArrowUDFType.SCALAR_ITER)
+    udf = arrow_udf(nll_arrow(CrashingFactory(1.0, tmp_path / "log"), True), NLL_DDL, ArrowUDFType.SCALAR_ITER)
     of = [*texts(9), "kill", *texts(9, start=9)]
     found = spark.createDataFrame([(text,) for text in of], ["text"]).select("text", udf("text").alias("nll")).collect()
     assert [row["text"] for row in found] == of

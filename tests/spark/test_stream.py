@@ -19,11 +19,12 @@ from miniplm_udf.config.sections import StreamConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.lease import Lease
 from miniplm_udf.scores.run import prepare
+from miniplm_udf.scoring.results import Score
 from miniplm_udf.stopping import Stopped
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.runner import QueryRunner
 from tests.support.ports import free_port
-from tests.support.score_tables import Result, experiment, texts, two_models, write_instances
+from tests.support.score_tables import experiment, texts, two_models, write_instances
 from tests.support.services import Service, until
 
 
@@ -137,9 +138,9 @@ class SlowFactory:
     def __call__(self) -> "SlowFactory":
         return self
 
-    def score(self, of: Sequence[str], *_: Any) -> list[Result]:
+    def score(self, of: Sequence[str], *_: Any) -> list[Score]:
         time.sleep(self.seconds)
-        return [Result(1.0, 1, len(text.encode())) for text in of]
+        return [Score(1.0, 1, len(text.encode())) for text in of]
 
 
 @pytest.mark.long

@@ -18,13 +18,13 @@ from miniplm_udf.store.delta_files import parquet_files
 from miniplm_udf.store.takedowns import Takedown
 from tests.support.model_records import write_training
 from tests.support.score_tables import experiment, texts, write_instances
-from tests.support.takedown_roots import ASKED, World, file_rows
+from tests.support.takedown_roots import ASKED, TakedownRoot, file_rows
 from trainer.loader.data import open_delta
 
 
 @pytest.fixture(scope="module")
-def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = World(spark, tmp_path_factory.mktemp("takedown"))
+def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> TakedownRoot:
+    world = TakedownRoot(spark, tmp_path_factory.mktemp("takedown"))
     world.deliver("first", texts(12))
     world.ingest()
     world.score()
@@ -37,19 +37,19 @@ def made(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def world(made: World, tmp_path: Path) -> World:
+def world(made: TakedownRoot, tmp_path: Path) -> TakedownRoot:
     """The same root again, under the same inputs, for one test."""
-    found = World.__new__(World)
-    found.spark, found.folder = made.spark, tmp_path
+    copied = TakedownRoot.__new__(TakedownRoot)
+    copied.spark, copied.folder = made.spark, tmp_path
     shutil.copytree(storage.local_path(made.config.root), tmp_path / "root")
     for path in made.folder.glob("*.jsonl"):
         shutil.copy(path, tmp_path)
     ingesting = dataclasses.replace(made.config.ingest, input=f"{tmp_path}/*.jsonl")
-    found.config = dataclasses.replace(made.config, root=str(tmp_path / "root"), ingest=ingesting)
-    return found
+    copied.config = dataclasses.replace(made.config, root=str(tmp_path / "root"), ingest=ingesting)
+    return copied
 
 
-def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: World) -> None:
+def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: TakedownRoot) -> None:
     config = world.config
     holding = [row for row in world.rows("instances") if "text 3" in row["document_ids"]]
     gone = {row["instance_id"] for row in holding}
@@ -90,7 +90,7 @@ def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: World) ->
 
 
 @pytest.mark.long
-def test_what_is_made_from_a_pinned_version_has_no_such_rows(spark: Any, world: World) -> None:
+def test_what_is_made_from_a_pinned_version_has_no_such_rows(spark: Any, world: TakedownRoot) -> None:
     config, before = world.config, len(world.rows("refined/kept"))
     n_gone = takedown.take_down(spark, config, ["text 3"], ASKED).removed["instances"]
     refine.run(spark, config)
@@ -104,7 +104,7 @@ def test_what_is_made_from_a_pinned_version_has_no_such_rows(spark: Any, world: 
 
 
 @pytest.mark.long
-def test_it_does_not_come_back(spark: Any, world: World) -> None:
+def test_it_does_not_come_back(spark: Any, world: TakedownRoot) -> None:
     config = world.config
     takedown.take_down(spark, config, ["text 5"], ASKED)
     before = world.documents()
@@ -160,7 +160,7 @@ def test_new_tables_have_no_feature_that_files_do_not_show(spark: Any, tmp_path:
 
 
 @pytest.mark.long
-def test_it_goes_from_the_files_of_tables_with_deletion_vectors(spark: Any, world: World) -> None:
+def test_it_goes_from_the_files_of_tables_with_deletion_vectors(spark: Any, world: TakedownRoot) -> None:
     config, features = world.config, ("instances", "scores", "score_matrix", "refined/kept", "pinned/kept/1")
     for name in features:
         on = "'delta.enableDeletionVectors' = 'true', 'delta.enableChangeDataFeed' = 'true'"
@@ -197,7 +197,7 @@ def test_it_goes_from_the_files_of_tables_with_deletion_vectors(spark: Any, worl
 
 
 @pytest.mark.long
-def test_a_query_that_is_behind_begins_anew_without_it(spark: Any, world: World) -> None:
+def test_a_query_that_is_behind_begins_anew_without_it(spark: Any, world: TakedownRoot) -> None:
     config = world.config
     world.deliver("more", texts(16, start=12))
     world.ingest()
@@ -221,7 +221,7 @@ def test_a_query_that_is_behind_begins_anew_without_it(spark: Any, world: World)
 
 
 @pytest.mark.long
-def test_one_that_was_killed_is_finished(spark: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_was_killed_is_finished(spark: Any, world: TakedownRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     delete = tables.delete_matching
 
     def killed(spark: Any, uri: str, *arguments: Any) -> None:
@@ -241,7 +241,7 @@ def test_one_that_was_killed_is_finished(spark: Any, world: World, monkeypatch: 
     assert world.wrong() == []
 
 
-def test_what_is_refused(spark: Any, world: World, tmp_path: Path) -> None:
+def test_what_is_refused(spark: Any, world: TakedownRoot, tmp_path: Path) -> None:
     with Lease(world.config.layout.lease("ingest"), "ingest"), pytest.raises(CorpusError, match="run by process"):
         takedown.take_down(spark, world.config, ["text 1"], ASKED)
     assert takedowns.document_ids(spark, world.config.root) == []

@@ -19,7 +19,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import SparkConfig
 from miniplm_udf.scores import query as scores
 from miniplm_udf.workers.arrow import score_arrow
-from tests.support.crashing_scorer import Factory
+from tests.support.crashing_scorer import CrashingFactory
 from tests.support.poison import dying_once
 from tests.support.score_tables import FakeFactory, experiment, texts, two_models, write_instances
 
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
     config = experiment(folder / "root", models)
     factories = {
         "teacher": FakeFactory(1.0, str(folder / "calls.log")),
-        "reference": Factory(2.0, folder / "made.log"),
+        "reference": CrashingFactory(2.0, folder / "made.log"),
     }
     write_instances(spark, config, texts(60))
 

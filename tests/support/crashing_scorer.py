@@ -10,18 +10,13 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.scoring.results import Score
 
 
-class Score(NamedTuple):
-    nll_sum_nats: float
-    n_tokens: int
-    n_bytes: int
-
-
-class Scorer:
+class CrashingScorer:
     """Its score is a function of the text; some words end the process, or take their time."""
 
     slice_bytes = 100
@@ -56,8 +51,8 @@ def write(log: Path, line: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Factory:
-    """Makes a `Scorer`; `loading` says what happens then: die, die once, or an error's name."""
+class CrashingFactory:
+    """Makes a `CrashingScorer`; `loading` says what happens then: die, die once, or an error's name."""
 
     factor: float
     log: Path
@@ -67,7 +62,7 @@ class Factory:
     def key(self) -> str:
         return f"{self.factor}/{self.log}"
 
-    def __call__(self) -> Scorer:
+    def __call__(self) -> CrashingScorer:
         write(self.log, f"made {self.factor} {os.getpid()}")
         mark = self.log.with_suffix(".loaded")
         if self.loading == "die" or (self.loading == "die once" and not mark.exists()):
@@ -77,7 +72,7 @@ class Factory:
             raise ConfigError("context_tokens: too many")
         if self.loading == "ValueError":
             raise ValueError("no weights")
-        return Scorer(self.factor, self.log)
+        return CrashingScorer(self.factor, self.log)
 
 
 def made(log: Path) -> list[tuple[float, int]]:

@@ -44,14 +44,14 @@ def noted(folder: str, stage: str) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class NotingFactory(experiment.FakeFactory):
+class NotingFactory(experiment.VaryingFactory):
     notes: str
 
     def __call__(self) -> "NotingScorer":
         return NotingScorer(self.scale, self.notes)
 
 
-class NotingScorer(experiment.FakeScorer):
+class NotingScorer(experiment.VaryingScorer):
     def __init__(self, scale: float, notes: str) -> None:
         super().__init__(scale, False)
         self._notes = notes

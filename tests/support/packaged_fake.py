@@ -1,32 +1,25 @@
 """A fake model and a few instances for packaged_job.py. Goes to the workers alone, by --py-files."""
 
-import dataclasses
 import datetime
 from collections.abc import Sequence
 from typing import Any
 
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.scoring.results import Score
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    nll_sum_nats: float
-    n_tokens: int
-    n_bytes: int
+class PackagedScorer:
+    def score(self, texts: Sequence[str], segment_ends: Any, ends_document: Any) -> list[Score]:
+        return [Score(float(sum(text.encode())), len(text.split()), len(text.encode())) for text in texts]
 
 
-class Scorer:
-    def score(self, texts: Sequence[str], segment_ends: Any, ends_document: Any) -> list[Result]:
-        return [Result(float(sum(text.encode())), len(text.split()), len(text.encode())) for text in texts]
-
-
-class Factory:
+class PackagedFactory:
     """Kept by its key, so that it also runs where scorers have a process of their own."""
 
     key = "packaged fake"
 
-    def __call__(self) -> Scorer:
-        return Scorer()
+    def __call__(self) -> PackagedScorer:
+        return PackagedScorer()
 
 
 def describe() -> ModelDescription:

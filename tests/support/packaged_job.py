@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from packaged_fake import Factory, describe, instance_rows
+from packaged_fake import PackagedFactory, describe, instance_rows
 
 from jobs import score
 from jobs.session import make_session
@@ -53,7 +53,7 @@ def main() -> None:
     instances = spark.createDataFrame(instance_rows(), schemas.INSTANCES.spark_schema())
     tables.append(instances, config.layout.table("instances"), schemas.INSTANCES)
     paths = [json.loads(row[0]) for row in spark.range(0, 2, 1, 2).mapInArrow(worker_paths, "found string").collect()]
-    summary = score.run(spark, config, {"teacher": Factory()})
+    summary = score.run(spark, config, {"teacher": PackagedFactory()})
     Path(answer).write_text(json.dumps({"workers": paths, "scored": summary.scored}))
     spark.stop()
 

@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
-from tests.support.score_tables import Result
+from miniplm_udf.scoring.results import Score
 
 GOOD = [f"good{number}" for number in range(20)]
 POOR = [f"poor{number}" for number in range(20)]
@@ -42,8 +42,8 @@ class PlantedFactory:
 
     def score(
         self, texts: Sequence[str], segment_ends: Sequence[Sequence[int]], ends_document: Sequence[bool]
-    ) -> list[Result]:
+    ) -> list[Score]:
         return [
-            Result((3 - truth(text) * self.is_teacher) * len(text.split()), len(text.split()), len(text.encode()))
+            Score((3 - truth(text) * self.is_teacher) * len(text.split()), len(text.split()), len(text.encode()))
             for text in texts
         ]

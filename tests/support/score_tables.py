@@ -12,21 +12,9 @@ from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
+from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.store import tables
 from tests.support.tiny_models import SEPARATOR, make_model_folder
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    nll_sum_nats: float
-    n_tokens: int
-    n_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    reason: str
-    detail: str
 
 
 def fake_nll(text: str, scale: float) -> float:
@@ -50,15 +38,15 @@ class FakeScorer:
             with self.log.open("a") as handle:
                 handle.write(f"{self.scale} {text[:40]}\n")
             if text.startswith("nan"):
-                results.append(Result(math.nan, 5, len(text.encode())))
+                results.append(Score(math.nan, 5, len(text.encode())))
             elif text.startswith("inf"):
-                results.append(Result(math.inf, 5, len(text.encode())))
+                results.append(Score(math.inf, 5, len(text.encode())))
             elif text.startswith("fail"):
-                results.append(Failed("no_tokens", "the fake refuses it"))
+                results.append(Failure("no_tokens", "the fake refuses it"))
             else:
                 # If a text begins with `part`, not every byte is scored.
                 n_bytes = len(text.encode()) - text.startswith("part")
-                results.append(Result(fake_nll(text, self.scale), fake_n_tokens(text), n_bytes))
+                results.append(Score(fake_nll(text, self.scale), fake_n_tokens(text), n_bytes))
         return results
 
 

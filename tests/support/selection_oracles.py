@@ -5,10 +5,10 @@ import random
 
 from miniplm_udf.refinement.selection import Cut
 
-Row = tuple[float, str, int]
+RankedRow = tuple[float, str, int]
 
 
-def by_sorting(rows: list[Row], budget: int) -> list[str]:
+def by_sorting(rows: list[RankedRow], budget: int) -> list[str]:
     kept, total = [], 0
     for _, instance_id, weight in sorted(rows, key=lambda row: (-row[0], row[1])):
         total += weight
@@ -18,7 +18,7 @@ def by_sorting(rows: list[Row], budget: int) -> list[str]:
     return sorted(kept)
 
 
-def by_cut(rows: list[Row], cut: Cut | None) -> list[str]:
+def by_cut(rows: list[RankedRow], cut: Cut | None) -> list[str]:
     if cut is None:
         return []
     return sorted(
@@ -28,7 +28,7 @@ def by_cut(rows: list[Row], cut: Cut | None) -> list[str]:
     )
 
 
-def random_rows(rng: random.Random, n: int, n_scores: int, by_tokens: bool) -> list[Row]:
+def random_rows(rng: random.Random, n: int, n_scores: int, by_tokens: bool) -> list[RankedRow]:
     scores = [rng.choice([rng.gauss(0, 1), rng.gauss(0, 1e-9), rng.gauss(0, 1e6)]) for _ in range(n_scores)]
     return [
         (rng.choice(scores), f"{rng.getrandbits(128):032x}", rng.randint(1, 300) if by_tokens else 1) for _ in range(n)

@@ -21,7 +21,7 @@ from tests.support.score_tables import FakeFactory, experiment, two_models
 ASKED = Takedown("a test", "a court says so")
 
 
-class World:
+class TakedownRoot:
     """A root that went through ingest (packed: instances of several documents), score, refine, pin and pack."""
 
     def __init__(self, spark: Any, folder: Path) -> None:

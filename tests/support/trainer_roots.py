@@ -7,6 +7,7 @@ learns it in a few steps.
 import datetime
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.scoring.tokenizer import tokenizer_hash
 from tests.support.packed_tables import packed_batch, write_rows
 from tests.support.tracking_store import write_empty_store
+
+# A fixture that makes the config of a copied root, with overrides.
+MakeConfig = Callable[..., ExperimentConfig]
 
 SEPARATOR = "<|endoftext|>"
 LENGTH = 16

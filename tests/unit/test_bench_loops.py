@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import plain_loops
-from tests.support import tiny_models
+from tests.support import plain_loops, tiny_models
 
 TEXTS = ["the quick brown fox", "hello world, this is a test of the tokenizer!", "a  b", "the lazy dog. " * 3]
 

@@ -17,6 +17,8 @@ from jobs.summary import mlflow_command
 from jobs.text import as_json
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.streams import status as statuses
+from miniplm_udf.streams.status import QueryStatus
 from tests.support.stage_summaries import summary_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -131,6 +133,27 @@ def test_dry_run_prints_config_and_plan_and_makes_nothing(
     assert '"shards": 3' in shown
     assert "would run: it has not finished on this root yet" in shown
     assert not root.exists()
+
+
+@pytest.mark.slow
+def test_dry_runs_and_the_status_load_no_spark(tmp_path: Path) -> None:
+    """One process runs them in turn: the dry run of `miniplm run` and of every stage, and `miniplm status`."""
+    record = QueryStatus(query="score", lease="score-1", run_id="r", started_at=statuses.now())
+    statuses.write(f"file://{tmp_path}/ran", record)
+    names = ["run", *(stage.name for stage in stages.STAGES)]
+    dry_run = ["-c", str(CONF / "pile_qwen.yaml"), f"root={tmp_path}/root", "--dry-run"]
+    commands = [*([name, *dry_run] for name in names), ["status", "--root", f"{tmp_path}/ran"]]
+    code = (
+        "import json, sys; from jobs import cli\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    code = cli.main(words)\n"
+        "    print('>', words[0], code, [m for m in ('pyspark', 'delta', 'torch') if m in sys.modules])"
+    )
+    line = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    results = [line for line in done.stdout.splitlines() if line.startswith("> ")]
+    assert results == [f"> {name} 0 []" for name in (*names, "status")]
+    assert not (tmp_path / "root").exists()
 
 
 def test_a_stage_that_the_config_lacks_is_refused_before_spark_starts(

@@ -57,7 +57,7 @@ def test_an_action_with_spark_checks_the_root_first_and_stops_its_session(
 ) -> None:
     seen: list[Any] = []
 
-    class Session:
+    class StoppedSession:
         def stop(self) -> None:
             seen.append("stopped")
 
@@ -65,7 +65,7 @@ def test_an_action_with_spark_checks_the_root_first_and_stops_its_session(
         seen.append(address)
         return "a", 1
 
-    monkeypatch.setattr(session, "make_session", lambda config, name: Session())
+    monkeypatch.setattr(session, "make_session", lambda config, name: StoppedSession())
     monkeypatch.setattr(preflight, "check", lambda session, config, command: seen.append(command))
     monkeypatch.setattr(versions, "unpin", unpin)
     assert cli.main(["corpus", "unpin", "a@1", "-c", str(CONF / "demo.yaml"), f"root={tmp_path}"]) == 0

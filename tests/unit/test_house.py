@@ -16,7 +16,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("jobs", "miniplm_udf", "trainer")
-PLACES = ("tables", "_checkpoints", "models")
+PLACES = ("tables", "_checkpoints", "models", "_leases", "_status", "_stages")
+TABLE_FOLDERS = ("refined", "cuts", "pinned", "packed")
+_FOLDER = f"(?:{'|'.join((*PLACES, *TABLE_FOLDERS, 'proxy', 'exports'))})"
+# `tables/` or `/tables`, but not `<root>/tables`, `ROOT/exports` or `refined/<name>`.
+PLACE_IN_PATH = re.compile(rf"(?<![\w.>/]){_FOLDER}/(?!<)|(?<!ROOT)(?<!<root>)/{_FOLDER}(?![\w.])(?!/<)")
 
 
 def sources(*folders: str) -> dict[str, str]:
@@ -67,90 +71,157 @@ def test_no_test_module_is_imported() -> None:
     assert {line.split(" ")[0] for line in imports_of_tests(mistakes)} == set(mistakes)
 
 
+def helpers_outside_support(files: dict[str, str]) -> list[str]:
+    """Files of the tests outside `tests/support` that are neither a test nor a program.
+
+    A program (a benchmark, the fault trials) stands next to its tests: its docstring has its command, and it runs.
+    """
+    helpers = []
+    for path in map(Path, files):
+        command = f"python -m {'.'.join(path.with_suffix('').parts)}"
+        is_program = command in (ast.get_docstring(ast.parse(files[str(path)])) or "")
+        is_program = is_program and '\nif __name__ == "__main__":\n' in files[str(path)]
+        is_test = path.name.startswith("test_") or path.name in ("__init__.py", "conftest.py")
+        if path.parts[1] != "support" and not is_test and not is_program:
+            helpers.append(str(path))
+    return helpers
+
+
 def test_helpers_live_in_support() -> None:
-    """Benchmarks and the fault trials are programs of their own, next to their tests."""
-    others = [
-        path
-        for path in map(Path, sources("tests"))
-        if path.parts[1] not in ("support", "bench") and path != Path("tests/faults/run.py")
-        if not path.name.startswith("test_") and path.name not in ("__init__.py", "conftest.py")
-    ]
-    assert others == []
+    assert helpers_outside_support(sources("tests")) == []
+    runs = '\nif __name__ == "__main__":\n    main()'
+    files = {
+        "tests/bench/a.py": f'"""Measures: `python -m tests.bench.a`."""{runs}',
+        "tests/support/b.py": "",
+        "tests/unit/test_c.py": "",
+    }
+    mistakes = {"tests/bench/d.py": f'"""Loops."""{runs}', "tests/bench/e.py": '"""`python -m tests.bench.e`."""'}
+    assert helpers_outside_support({**files, **mistakes}) == list(mistakes)
 
 
-def rooms_without_layer(layers: str, rooms: Iterable[str]) -> list[str]:
-    """Rooms that a contract's layers do not name."""
-    named = {name.strip() for line in layers.splitlines() for name in line.split("|")}
-    return sorted(set(rooms) - named)
+# A room of so few modules needs no contract of its own: its place among the other rooms is enough.
+TINY_ROOM = 3
 
 
-def test_every_module_stands_in_the_import_contract() -> None:
+def modules_by_room(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Names of the modules and rooms directly in each package, by the package's dotted name."""
+    rooms: dict[str, set[str]] = defaultdict(set)
+    for path in map(Path, paths):
+        parts = path.with_suffix("").parts
+        for depth in range(1, len(parts)):
+            if parts[depth] != "__init__":
+                rooms[".".join(parts[:depth])].add(parts[depth])
+    return rooms
+
+
+def modules_without_contract(rooms: dict[str, set[str]], layers_by_room: dict[str, str]) -> list[str]:
+    """Modules that no contract of their room names, except those of a tiny room, by dotted name.
+
+    Args:
+        rooms: names of modules by room.
+        layers_by_room: the layers of the exhaustive contract of a room.
+    """
+    missing = []
+    for room, names in rooms.items():
+        named = {name.strip() for line in layers_by_room.get(room, "").splitlines() for name in line.split("|")}
+        if room in layers_by_room or room in PACKAGES or len(names) > TINY_ROOM:
+            missing += [f"{room}.{name}" for name in sorted(names - named)]
+    return missing
+
+
+def test_every_module_stands_in_an_import_contract() -> None:
+    """In a contract whose layers are exhaustive: otherwise import-linter passes over a module without a layer."""
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
-    contract = setup["importlinter:contract:library"]
-    assert contract["type"] == "layers"
-    assert contract.getboolean("exhaustive"), "else import-linter passes over a room without a layer"
-    assert contract["containers"].split() == ["miniplm_udf"]
-    rooms = {path.stem for path in (REPOSITORY / "miniplm_udf").iterdir() if path.suffix == ".py" or path.is_dir()}
-    rooms -= {"__init__", "__pycache__"}
-    assert rooms_without_layer(contract["layers"], rooms) == []
-    assert rooms_without_layer("a\nb | c", ["a", "b", "d"]) == ["d"]
+    contracts = [dict(section) for name, section in setup.items() if name.startswith("importlinter:contract:")]
+    layers_by_room = {
+        room: contract["layers"]
+        for contract in contracts
+        if contract["type"] == "layers" and contract.get("exhaustive") == "true"
+        for room in contract["containers"].split()
+    }
+    assert modules_without_contract(modules_by_room(sources(*PACKAGES)), layers_by_room) == []
     assert setup["importlinter"]["root_packages"].split() == list(PACKAGES)
     # Files outside the packages would stand in no contract.
     folders = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")}
     assert folders == {*PACKAGES, "tests"}
 
 
+def test_a_module_without_a_contract_is_seen() -> None:
+    files = ["jobs/__init__.py", "jobs/a.py", "jobs/b.py", "jobs/small/a.py", "jobs/big/__init__.py"]
+    files += [f"jobs/big/{name}.py" for name in "abcd"]
+    rooms = modules_by_room(files)
+    jobs = "a\nsmall | big"
+    assert modules_without_contract(rooms, {"jobs": jobs, "jobs.big": "a | b\nc"}) == ["jobs.b", "jobs.big.d"]
+    assert modules_without_contract(rooms, {"jobs": f"{jobs} | b"}) == [f"jobs.big.{name}" for name in "abcd"]
+    assert modules_without_contract({"jobs": {"a"}}, {}) == ["jobs.a"]
+
+
+def class_names(source: str) -> Iterator[str]:
+    """Names of the classes of a file, at its top or inside functions, and of its types at the top, without underscores.
+
+    A type at the top is a name in CapitalWords that a value is assigned to, as in `Rows = list[dict[str, int]]`.
+    """
+    tree = ast.parse(source)
+    names = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    names += [target.id for target in targets if isinstance(target, ast.Name) and not target.id.isupper()]
+    yield from (name.lstrip("_") for name in names if name.lstrip("_")[:1].isupper())
+
+
 def shared_class_names(files: dict[str, str]) -> dict[str, list[str]]:
-    """Names of classes at the top of more than one file, with these files."""
+    """Names of classes and types that occur more than once, with their files."""
     places: dict[str, list[str]] = defaultdict(list)
     for path, source in files.items():
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef):
-                places[node.name].append(path)
+        for name in class_names(source):
+            places[name].append(path)
     return {name: paths for name, paths in places.items() if len(paths) > 1}
 
 
 def test_no_two_classes_share_a_name() -> None:
-    shared = shared_class_names(sources(*PACKAGES))
-    assert shared == {}
-    mistakes = {"a.py": "class A: ...", "b.py": "class A: ...\nclass B: ..."}
-    assert shared_class_names(mistakes) == {"A": ["a.py", "b.py"]}
-
-
-def joined_places(source: str) -> Iterator[str]:
-    """String literals with the name of a place under a root, given to a `join` or standing in an f-string or a `/`."""
-    for node in ast.walk(ast.parse(source)):
-        parts: list[ast.expr] = []
-        if isinstance(node, ast.Call) and (
-            isinstance(node.func, ast.Attribute) and node.func.attr in ("join", "joinpath")
-        ):
-            parts = node.args
-        elif isinstance(node, ast.JoinedStr):
-            parts = node.values if len(node.values) > 1 else []
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div | ast.Add):
-            parts = [node.left, node.right]
-        for part in parts:
-            if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                if isinstance(node, ast.JoinedStr):
-                    is_place = any(f"/{place}/" in f"/{part.value}" for place in PLACES) and "/" in part.value
-                else:
-                    is_place = any(place in part.value.split("/") for place in PLACES)
-                if is_place:
-                    yield f"line {node.lineno}: {part.value!r}"
-
-
-# Texts for a reader, which name a place and open nothing, and the end of a URI from a root that may have been moved.
-ALLOWED = {"jobs/summary.py", "miniplm_udf/upkeep/preflight.py", "miniplm_udf/corpora/takedown.py"}
-
-
-def test_only_the_layout_joins_places_under_a_root() -> None:
-    found = {
-        path: list(joined_places(source))
-        for path, source in sources(*PACKAGES).items()
-        if path != "miniplm_udf/layout.py" and path not in ALLOWED
+    """Tests may give a fake the name of the class that it stands for, but no two tests the same name."""
+    assert shared_class_names(sources(*PACKAGES)) == {}
+    assert shared_class_names(sources("tests")) == {}
+    mistakes = {
+        "a.py": "class Run: ...\nRows = dict[str, int]\nLIMIT = 1",
+        "b.py": "class _Run: ...\ndef f():\n    class Rows: ...\nLIMIT = 2",
     }
-    assert {path: lines for path, lines in found.items() if lines} == {}
+    assert shared_class_names(mistakes) == {"Run": ["a.py", "b.py"], "Rows": ["a.py", "b.py"]}
+
+
+def texts(source: str) -> Iterator[tuple[ast.Constant, ast.AST | None]]:
+    """String literals that are no docstring, parts of f-strings too, with the node around each."""
+    tree = ast.parse(source)
+    around = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and not isinstance(around[node], ast.Expr):
+            yield node, around[node]
+
+
+def spelled_places(source: str) -> Iterator[str]:
+    """String literals with a path below a root, or with the name of a place by itself, whatever they are used for.
+
+    Two things are not meant: a placeholder for a reader (`<root>/models`, `refined/<name>`), and a key of a dict, which
+    stands in the dict or is given to it as an index or with `get` or `pop`.
+    """
+    for node, around in texts(source):
+        text = str(node.value)
+        is_key = isinstance(around, ast.Subscript) or (isinstance(around, ast.Dict) and node in around.keys)
+        if isinstance(around, ast.Call) and isinstance(around.func, ast.Attribute):
+            is_key = is_key or around.func.attr in ("get", "pop")
+            if around.func.attr == "table" and text in TABLE_FOLDERS:
+                yield f"line {node.lineno}: {text!r}"
+        if PLACE_IN_PATH.search(text) or (text in PLACES and not is_key):
+            yield f"line {node.lineno}: {text!r}"
+
+
+def test_only_the_layout_spells_places_under_a_root() -> None:
+    """`layout.py` makes the paths and takes them apart, `table_names.py` the names of tables in folders."""
+    owners = ("miniplm_udf/layout.py", "miniplm_udf/schemas/table_names.py")
+    files = {path: source for path, source in sources(*PACKAGES).items() if path not in owners}
+    spelled = {path: list(spelled_places(source)) for path, source in files.items()}
+    assert {path: lines for path, lines in spelled.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
@@ -160,10 +231,30 @@ def test_only_the_layout_joins_places_under_a_root() -> None:
         'f"{root}/_checkpoints/score"',
         'root / "models"',
         'root + "/tables/scores"',
+        'parts = ("tables", name)\nuri = "/".join([root, *parts])',
+        'for part in ["_stages", "_leases"][:1]: uri = f"{root}/{part}"',
+        'name.startswith("refined/")',
+        'f"packed/{corpus}"',
+        'layout.table("cuts", name)',
+        'message = "the record tables/instances.json"',
     ],
 )
-def test_a_join_of_a_place_is_seen(mistake: str) -> None:
-    assert len(list(joined_places(mistake))) == 1
+def test_a_place_is_seen(mistake: str) -> None:
+    assert len(list(spelled_places(mistake))) in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"""Reads tables/scores."""',
+        'help = "writes <root>/models/NAME and refined/<name>"',
+        'config["models"], config.pop("models"), {"tables": 1}',
+        'mode = "packed"',
+        'f"models.{alias}: no such model"',
+    ],
+)
+def test_a_text_or_a_key_is_no_place(text: str) -> None:
+    assert list(spelled_places(text)) == []
 
 
 # Arguments that need no word: `self`, and those whose type says all, the session and the experiment.

@@ -10,10 +10,11 @@ import pytest
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, ScoringError
 from miniplm_udf.scores.nll import NLL_TYPE, _model_config, nll_arrow
-from tests.support.score_tables import Failed, FakeScorer, Result
+from miniplm_udf.scoring.results import Failure, Score
+from tests.support.score_tables import FakeScorer
 
 
-class Scorer(FakeScorer):
+class EndsScorer(FakeScorer):
     """The fake of the score job's tests, for texts that a job never hands over, and with an eye on document ends."""
 
     def __init__(self) -> None:
@@ -22,15 +23,15 @@ class Scorer(FakeScorer):
     def score(self, texts, segment_ends, ends_document):  # type: ignore[no-untyped-def]
         found = super().score([text or "fail" for text in texts], segment_ends, ends_document)
         return [
-            one if isinstance(one, Failed) else Result(one.nll_sum_nats + 0.5 * ends, one.n_tokens, one.n_bytes)
+            one if isinstance(one, Failure) else Score(one.nll_sum_nats + 0.5 * ends, one.n_tokens, one.n_bytes)
             for one, ends in zip(found, ends_document, strict=True)
         ]
 
 
 def run(arrays: list[pa.Array], ends_document: bool = False) -> list[dict[str, float] | None]:
-    found = list(nll_arrow(Scorer, ends_document)(iter(arrays)))
-    assert all(array.type == NLL_TYPE for array in found)
-    return [row for array in found for row in array.to_pylist()]
+    numbers = list(nll_arrow(EndsScorer, ends_document)(iter(arrays)))
+    assert all(array.type == NLL_TYPE for array in numbers)
+    return [row for array in numbers for row in array.to_pylist()]
 
 
 def expected(text: str) -> dict[str, float]:
@@ -72,7 +73,7 @@ def test_rows_are_taken_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
             taken += 1
             yield pa.array(["x" * 200_000] * 5)
 
-    next(iter(nll_arrow(Scorer, True)(arrays())))
+    next(iter(nll_arrow(EndsScorer, True)(arrays())))
     assert taken < 100
 
 

@@ -22,7 +22,7 @@ from miniplm_udf.workers.score_counts import ScoreCounts
 from miniplm_udf.workers.scorer_client import MAX_DEATHS
 from miniplm_udf.workers.scorer_process import Lifetime
 from miniplm_udf.workers.scorer_wire import Wire
-from tests.support.crashing_scorer import Factory, Unloadable, made, pids, scored
+from tests.support.crashing_scorer import CrashingFactory, Unloadable, made, pids, scored
 from tests.support.scorer_requests import is_gone, request, run, texts_of, wait_until
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def check(rows: Sequence[dict[str, Any]], texts: Sequence[str], bad: Sequence[st
 
 
 def test_a_model_is_kept_between_tasks_and_makes_room_for_another(log: Path) -> None:
-    teacher, reference = Factory(1.0, log), Factory(2.0, log)
+    teacher, reference = CrashingFactory(1.0, log), CrashingFactory(2.0, log)
     texts = texts_of(20)
     for _ in range(3):
         check(run({"teacher": teacher}, texts), texts)
@@ -66,14 +66,14 @@ def test_a_model_is_kept_between_tasks_and_makes_room_for_another(log: Path) -> 
     check([row for row in both if row["model_id"] == "teacher"], texts)
     check([row for row in both if row["model_id"] == "reference"], texts, factor=2.0)
     assert [factor for factor, _ in made(log)] == [1.0, 2.0]
-    check(run({"student": Factory(3.0, log)}, texts), texts, factor=3.0)
+    check(run({"student": CrashingFactory(3.0, log)}, texts), texts, factor=3.0)
     check(run({"teacher": teacher}, texts), texts)
     assert [factor for factor, _ in made(log)] == [1.0, 2.0, 3.0, 1.0]
     assert len(set(pids(log))) == 1
 
 
 def test_tasks_at_once_have_a_process_each_and_find_their_models_again(log: Path) -> None:
-    factories = [{"teacher": Factory(factor, log)} for factor in (1.0, 2.0)]
+    factories = [{"teacher": CrashingFactory(factor, log)} for factor in (1.0, 2.0)]
     texts = texts_of(30)
     for order in ([0, 1], [1, 0]):
         tasks = {n: score_arrow(factories[n])(iter([request(texts)])) for n in order}
@@ -99,7 +99,7 @@ def test_a_text_that_kills_the_process_is_found_and_the_rest_is_scored(log: Path
     texts = [f"kill {i}" if i in bad_rows else text for i, text in enumerate(texts_of(n))]
     bad = [texts[row] for row in bad_rows]
     total = ScoreCounts()
-    rows = run({"a": Factory(1.0, log), "b": Factory(2.0, log)}, texts, total)
+    rows = run({"a": CrashingFactory(1.0, log), "b": CrashingFactory(2.0, log)}, texts, total)
     for alias, factor in (("a", 1.0), ("b", 2.0)):
         check([row for row in rows if row["model_id"] == alias], texts, bad, factor)
         counts = total.models[alias]
@@ -115,7 +115,7 @@ def test_a_text_that_kills_the_process_is_found_and_the_rest_is_scored(log: Path
 def test_a_death_that_does_not_repeat_costs_the_repetition(log: Path) -> None:
     texts = ["once" if n == 20 else text for n, text in enumerate(texts_of(36))]
     total = ScoreCounts()
-    rows = run({"teacher": Factory(1.0, log)}, texts, total)
+    rows = run({"teacher": CrashingFactory(1.0, log)}, texts, total)
     check(rows, texts)
     assert (total.models["teacher"].n_scored, total.failed) == (36, [])
     assert len(pids(log)) == 2
@@ -125,22 +125,22 @@ def test_a_death_that_does_not_repeat_costs_the_repetition(log: Path) -> None:
 
 def test_a_text_alone_is_given_up_only_where_it_kills_again(log: Path) -> None:
     """It dies on its way, and asked again alone; the second of these is not enough to tell the text from the time."""
-    check(run({"teacher": Factory(1.0, log)}, ["twice"]), ["twice"])
+    check(run({"teacher": CrashingFactory(1.0, log)}, ["twice"]), ["twice"])
     assert len(pids(log)) == 3
 
 
 def test_a_process_that_died_between_tasks_is_replaced_on_its_socket(log: Path) -> None:
     texts = texts_of(3)
-    check(run({"teacher": Factory(1.0, log)}, texts), texts)
+    check(run({"teacher": CrashingFactory(1.0, log)}, texts), texts)
     os.kill(pids(log)[0], signal.SIGKILL)
     wait_until(lambda: is_gone(pids(log)[0]))
-    check(run({"teacher": Factory(1.0, log)}, texts), texts)
+    check(run({"teacher": CrashingFactory(1.0, log)}, texts), texts)
     assert len(set(pids(log))) == 2
 
 
 def test_an_error_of_cuda_is_a_death(log: Path) -> None:
     texts = [*texts_of(9), "cuda", *texts_of(4)]
-    rows = run({"teacher": Factory(1.0, log)}, texts)
+    rows = run({"teacher": CrashingFactory(1.0, log)}, texts)
     check(rows, texts, ["cuda"])
     assert "exit code 70" in rows[9]["detail"]
     assert "RuntimeError: CUDA error: device-side assert triggered" in rows[9]["detail"]
@@ -148,7 +148,7 @@ def test_an_error_of_cuda_is_a_death(log: Path) -> None:
 
 @pytest.mark.long
 def test_a_machine_that_kills_everything_is_an_error_and_stays_known(log: Path) -> None:
-    factories = {"teacher": Factory(1.0, log)}
+    factories = {"teacher": CrashingFactory(1.0, log)}
     with pytest.raises(ScoringError, match=f"died {MAX_DEATHS} times and scored nothing.*SIGKILL"):
         run(factories, [f"kill {text}" for text in texts_of(30)])
     assert len(pids(log)) == MAX_DEATHS
@@ -161,16 +161,16 @@ def test_a_machine_that_kills_everything_is_an_error_and_stays_known(log: Path) 
 
 def test_deaths_while_loading(log: Path) -> None:
     texts = texts_of(3)
-    check(run({"teacher": Factory(1.0, log, "die once")}, texts), texts)
+    check(run({"teacher": CrashingFactory(1.0, log, "die once")}, texts), texts)
     with pytest.raises(ModelLoadError, match=r"died during loading teacher, 2 times: killed by SIGKILL"):
-        run({"teacher": Factory(2.0, log, "die")}, texts)
+        run({"teacher": CrashingFactory(2.0, log, "die")}, texts)
 
 
 def test_errors_of_loading_come_with_their_class(log: Path) -> None:
     with pytest.raises(ConfigError, match="context_tokens: too many"):
-        run({"teacher": Factory(1.0, log, "ConfigError")}, texts_of(1))
+        run({"teacher": CrashingFactory(1.0, log, "ConfigError")}, texts_of(1))
     with pytest.raises(ModelLoadError, match="teacher: cannot be loaded: ValueError: no weights"):
-        run({"teacher": Factory(2.0, log, "ValueError")}, texts_of(1))
+        run({"teacher": CrashingFactory(2.0, log, "ValueError")}, texts_of(1))
     assert len(set(pids(log))) == 1, "an error ends no process"
 
 
@@ -184,17 +184,17 @@ def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "miniplm_udf/__init__.py").write_text("raise ImportError('a half of an installation')")
     monkeypatch.setattr(scorer_connection, "_path", lambda: [str(tmp_path)])
     with pytest.raises(ModelLoadError, match="during its start, 2 times: ended with exit code 1"):
-        run({"teacher": Factory(1.0, log)}, texts_of(1))
+        run({"teacher": CrashingFactory(1.0, log)}, texts_of(1))
 
 
 def test_work_of_a_worker_that_is_gone_is_dropped(log: Path) -> None:
     """As the process sees it: the connection ends while slices are unanswered."""
     texts = [f"slow {n:02d}" for n in range(60)]  # fifteen a slice: a second and a half
-    task = score_arrow({"teacher": Factory(1.0, log)})(iter([request(texts)]))
+    task = score_arrow({"teacher": CrashingFactory(1.0, log)})(iter([request(texts)]))
     next(task)
     task.close()  # type: ignore[attr-defined]
     start = time.monotonic()
-    check(run({"teacher": Factory(1.0, log)}, texts_of(5)), texts_of(5))
+    check(run({"teacher": CrashingFactory(1.0, log)}, texts_of(5)), texts_of(5))
     assert time.monotonic() - start < 1.0
     assert len(scored(log)) < 30
     assert len(pids(log)) == 1
@@ -209,7 +209,7 @@ def test_no_more_is_read_than_a_few_slices(log: Path) -> None:
             taken += 1
             yield request(["x" * 100])
 
-    task = score_arrow({"teacher": Factory(1.0, log)})(source())
+    task = score_arrow({"teacher": CrashingFactory(1.0, log)})(source())
     for n in range(1, 20):
         next(task)
         time.sleep(0.01)
@@ -221,9 +221,9 @@ def test_no_more_is_read_than_a_few_slices(log: Path) -> None:
 def test_it_ends_within_two_seconds_of_its_owner(log: Path, how: str) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from tests.support.crashing_scorer import Factory\n"
+        "from tests.support.crashing_scorer import CrashingFactory\n"
         "from tests.support.scorer_requests import run, texts_of\n"
-        "run({'teacher': Factory(1.0, Path(sys.argv[1]))}, texts_of(2)); print('done', flush=True); input()\n"
+        "run({'teacher': CrashingFactory(1.0, Path(sys.argv[1]))}, texts_of(2)); print('done', flush=True); input()\n"
     )
     owner = subprocess.Popen(
         [sys.executable, "-c", code, str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

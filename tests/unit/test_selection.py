@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 
 from miniplm_udf.refinement.selection import ALL, Bucket, Cut, IdGroup, budget_of, find_cuts, n_fitting
-from tests.support.selection_oracles import Row, by_cut, by_sorting, random_rows
+from tests.support.selection_oracles import RankedRow, by_cut, by_sorting, random_rows
 
 
 class RankedList:
     """`Ranked` over lists, a group each: the same sums, plainly. Counts what was fetched at once."""
 
-    def __init__(self, groups: dict[str, list[Row]]) -> None:
+    def __init__(self, groups: dict[str, list[RankedRow]]) -> None:
         self.groups, self.fetched = groups, 0
 
     @staticmethod
-    def _bucket(group: str, rows: list[Row]) -> Bucket:
+    def _bucket(group: str, rows: list[RankedRow]) -> Bucket:
         scores = [row[0] for row in rows]
         return Bucket(group, len(rows), sum(row[2] for row in rows), min(scores), max(scores))
 
-    def _by(self, group: str, keyed: list[tuple[Any, Row]]) -> list[Bucket]:
-        parts: dict[Any, list[Row]] = defaultdict(list)
+    def _by(self, group: str, keyed: list[tuple[Any, RankedRow]]) -> list[Bucket]:
+        parts: dict[Any, list[RankedRow]] = defaultdict(list)
         for key, row in keyed:
             parts[key].append(row)
         return [self._bucket(group, rows) for rows in parts.values()]
@@ -37,7 +37,7 @@ class RankedList:
             for bucket in self._by(group, [(math.floor(math.atan(row[0]) * n_buckets), row) for row in rows])
         ]
 
-    def _within(self, bucket: Bucket) -> list[Row]:
+    def _within(self, bucket: Bucket) -> list[RankedRow]:
         return [row for row in self.groups[bucket.group] if bucket.low <= row[0] <= bucket.high]
 
     def split(self, ranges: Mapping[str, Bucket], n_buckets: int) -> list[Bucket]:
@@ -57,7 +57,7 @@ class RankedList:
         ]
 
     def id_groups(self, ties: Mapping[str, tuple[float, str]], n_characters: int) -> list[IdGroup]:
-        groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        groups: dict[tuple[str, str], list[RankedRow]] = defaultdict(list)
         for group, (score, prefix) in ties.items():
             for row in self.groups[group]:
                 if row[0] == score and row[1].startswith(prefix):
@@ -70,7 +70,7 @@ class RankedList:
         ]
 
 
-def find_cut(rows: list[Row], budget: int, n_buckets: int = 16, small: int = 100_000) -> Cut | None:
+def find_cut(rows: list[RankedRow], budget: int, n_buckets: int = 16, small: int = 100_000) -> Cut | None:
     ranked = RankedList({ALL: rows})
     cut = find_cuts(ranked, ranked.whole(n_buckets), {ALL: budget}, n_buckets, small).get(ALL)
     assert ranked.fetched <= small

@@ -16,7 +16,7 @@ LENGTH, ROWS, STEPS = 4, 300, 20
 CONFIG = TrainConfig(batch_sequences=12, steps=STEPS, warmup_steps=0, seed=7)
 
 
-class FakeSequences:
+class NumberedSequences:
     """Rows that hold their number; a call past `n_good` fails."""
 
     sequence_length, n_sequences, group_rows = LENGTH, ROWS, np.array([100, 120, 80])
@@ -45,7 +45,7 @@ def until(condition: object) -> None:
 
 @pytest.mark.parametrize("first", [0, 13])
 def test_reading_ahead_changes_no_batch(first: int) -> None:
-    direct, ahead = Batches(FakeSequences(), CONFIG, World()), Batches(FakeSequences(), CONFIG, World())
+    direct, ahead = Batches(NumberedSequences(), CONFIG, World()), Batches(NumberedSequences(), CONFIG, World())
     expected = [direct.rows(step).tolist() for step in range(first, STEPS)]
     assert [rows_of(direct.get(step)) for step in range(first, STEPS)] == expected
     with ahead.read_ahead(first, STEPS):
@@ -58,14 +58,14 @@ def test_reading_ahead_changes_no_batch(first: int) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_any_number_of_ranks_reads_the_same_rows(world_size: int) -> None:
-    ranks = [Batches(FakeSequences(), CONFIG, World(rank=rank, size=world_size)) for rank in range(world_size)]
+    ranks = [Batches(NumberedSequences(), CONFIG, World(rank=rank, size=world_size)) for rank in range(world_size)]
     for step in range(STEPS):
         parts = [rows_of(rank.get(step)) for rank in ranks]
         assert sorted(np.concatenate(parts)) == sorted(ranks[0].rows(step))
 
 
 def test_an_error_comes_in_the_step_that_needs_the_batch() -> None:
-    batches = Batches(FakeSequences(n_good=3), CONFIG, World())
+    batches = Batches(NumberedSequences(n_good=3), CONFIG, World())
     with batches.read_ahead(0, STEPS):
         for step in range(3):
             batches.get(step)
@@ -75,7 +75,7 @@ def test_an_error_comes_in_the_step_that_needs_the_batch() -> None:
 
 
 def test_reading_ahead_is_bounded_and_stops_with_the_block() -> None:
-    sequences = FakeSequences()
+    sequences = NumberedSequences()
     batches = Batches(sequences, CONFIG, World())
     before = threading.active_count()
     with batches.read_ahead(0, STEPS):

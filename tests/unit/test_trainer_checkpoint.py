@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, width: int) ->
     assert checkpoints.newest_whole(model) == 2
 
 
-class Slow(Checkpoints):
+class SlowCheckpoints(Checkpoints):
     """Saves when it is told to, and fails at the steps that it is told."""
 
     def __init__(self, folder: Path, fails: tuple[int, ...] = ()) -> None:
@@ -157,7 +157,7 @@ class Slow(Checkpoints):
 
 def test_a_save_in_the_thread_holds_the_weights_of_its_step(tmp_path: Path) -> None:
     model, optimizer = trained()
-    checkpoints = Slow(tmp_path)
+    checkpoints = SlowCheckpoints(tmp_path)
     with CheckpointWriter(checkpoints) as writer:
         at_the_save = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
         writer.save(SavedState(1), tensors_of(model, optimizer))
@@ -191,7 +191,7 @@ def train_until(end: str, writer: CheckpointWriter, tensors: Tensors) -> None:
 def test_an_error_of_the_thread_comes_to_the_training(tmp_path: Path) -> None:
     tensors = tensors_of(*trained())
     for end in ("check", "save", "finish", "exit"):
-        checkpoints = Slow(tmp_path / end, fails=(2,))
+        checkpoints = SlowCheckpoints(tmp_path / end, fails=(2,))
         checkpoints.may_save.set()
         writer = CheckpointWriter(checkpoints)
         with pytest.raises(MiniplmError, match="step 2 cannot be written"):
@@ -207,7 +207,7 @@ def save_and_fail(writer: CheckpointWriter, step: int) -> None:
 
 
 def test_a_save_ends_even_if_the_training_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoints = Slow(tmp_path, fails=(2,))
+    checkpoints = SlowCheckpoints(tmp_path, fails=(2,))
     checkpoints.may_save.set()
     for step in (1, 2):
         with pytest.raises(KeyError, match="of the training"):

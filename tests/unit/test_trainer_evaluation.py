@@ -5,7 +5,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError, ModelLoadError
 from miniplm_udf.store.model_records import read_evaluation, read_training
 from tests.support.tracking_store import own_tracking_store
-from tests.support.trainer_roots import LENGTH, make_root, some_texts, write_config, write_instances
+from tests.support.trainer_roots import LENGTH, MakeConfig, make_root, some_texts, write_config, write_instances
 from trainer.__main__ import main
 from trainer.evaluation import losses, texts
 from trainer.evaluation import run as evaluation
@@ -37,7 +37,6 @@ from trainer.train import train
 
 pytestmark = pytest.mark.slow
 
-Make = Callable[..., ExperimentConfig]
 SEPARATOR_ID = 0
 
 
@@ -52,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(trained: Path, tmp_path: Path) -> Iterator[Make]:
+def make(trained: Path, tmp_path: Path) -> Iterator[MakeConfig]:
     """Makes the config of a copy of the root, with overrides."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
@@ -89,7 +88,7 @@ def nats_of_ids(config: ExperimentConfig, ids: list[int]) -> list[float]:
     return nats
 
 
-def test_every_byte_counts_and_nothing_is_repeated(make: Make) -> None:
+def test_every_byte_counts_and_nothing_is_repeated(make: MakeConfig) -> None:
     config = make()
     with pytest.raises(CorpusError, match="train --reference"):
         evaluation.evaluate(config, all_targets(config))
@@ -116,7 +115,7 @@ def test_every_byte_counts_and_nothing_is_repeated(make: Make) -> None:
     assert not evaluate(config).skipped
 
 
-def test_the_numbers_equal_a_plain_forward_pass(make: Make) -> None:
+def test_the_numbers_equal_a_plain_forward_pass(make: MakeConfig) -> None:
     short = ["stone river", "the green tea."]
     config = make("evaluate.inputs.short.path=" + str(write_jsonl(make().root, short)))
     loss = evaluate(config).evaluation.sets["short"]
@@ -127,7 +126,7 @@ def test_the_numbers_equal_a_plain_forward_pass(make: Make) -> None:
     assert loss.nats_per_instance_mean == pytest.approx(np.mean([np.mean(each) for each in nats]), abs=1e-4)
 
 
-def test_the_official_loss_is_that_of_the_official_instances(make: Make) -> None:
+def test_the_official_loss_is_that_of_the_official_instances(make: MakeConfig) -> None:
     """Documents with separators behind them, cut to sequences of at most 17 tokens; each predicts its own tokens."""
     rows = ["stone river walks and the green. tea", "green tea walks and the river " * 7, "tea"]
     config = make("evaluate.inputs.short.path=" + str(write_jsonl(make().root, rows)))
@@ -159,7 +158,7 @@ def write_jsonl(root: str, rows: list[Any], name: str = "rows") -> Path:
     return path
 
 
-def test_awkward_sources_are_evaluated_and_tracked(make: Make) -> None:
+def test_awkward_sources_are_evaluated_and_tracked(make: MakeConfig) -> None:
     config = make()
     sources = ["", "..", "x" * 300, "维基", "百科", "a/b", "a_b", "Web"]
     instances = Path(storage.local_path(config.layout.table("instances")))
@@ -171,7 +170,7 @@ def test_awkward_sources_are_evaluated_and_tracked(make: Make) -> None:
     assert sorted(by_source) == pytest.approx(sorted(loss.bits_per_byte for loss in result.by_source.values()))
 
 
-def test_a_model_that_lost_a_weight_is_not_evaluated(make: Make) -> None:
+def test_a_model_that_lost_a_weight_is_not_evaluated(make: MakeConfig) -> None:
     config = make()
     file = folder(config) / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if "up_proj" not in name}
@@ -181,7 +180,7 @@ def test_a_model_that_lost_a_weight_is_not_evaluated(make: Make) -> None:
     assert not (folder(config) / "evaluation.json").exists()
 
 
-def test_no_heldout_text_and_the_bound_of_instances(make: Make) -> None:
+def test_no_heldout_text_and_the_bound_of_instances(make: MakeConfig) -> None:
     config = make("evaluate.max_instances_per_source=1")
     rows = texts.heldout_set(config).rows()
     assert sorted(row.source for row in rows if isinstance(row, texts.TextRow)) == ["books", "web"]
@@ -192,7 +191,7 @@ def test_no_heldout_text_and_the_bound_of_instances(make: Make) -> None:
         evaluate(make("ingest.split.heldout=0"))
 
 
-def external(make: Make) -> ExperimentConfig:
+def external(make: MakeConfig) -> ExperimentConfig:
     """The same texts as JSON lines, as Parquet, and as version 0 of a Delta table whose newest version has more."""
     root, rows = make().root, some_texts(5, seed=7)
     base = Path(storage.local_path(root)).parent
@@ -209,7 +208,7 @@ def external(make: Make) -> ExperimentConfig:
     return make(f"evaluate.inputs={json.dumps(sets)}", "ingest.split.heldout=0")
 
 
-def test_external_sets_of_each_format_have_the_same_losses(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_external_sets_of_each_format_have_the_same_losses(make: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
     config = external(make)
     with caplog.at_level(logging.WARNING, "miniplm"):
         sets = evaluate(config).evaluation.sets
@@ -228,7 +227,7 @@ def test_external_sets_of_each_format_have_the_same_losses(make: Make, caplog: p
     assert metrics(config)["evaluate/delta/nats_per_token"] == pytest.approx(sets["delta"].nats_per_token)
 
 
-def test_only_what_has_changed_is_evaluated_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_has_changed_is_evaluated_again(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[str] = []
     original = losses.EvaluatedModel.score
 
@@ -259,7 +258,7 @@ def test_only_what_has_changed_is_evaluated_again(make: Make, monkeypatch: pytes
 
 
 def test_numbers_that_mlflow_did_not_take_are_logged_by_the_next_run(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make()
     with monkeypatch.context() as patch:
@@ -272,7 +271,7 @@ def test_numbers_that_mlflow_did_not_take_are_logged_by_the_next_run(
     assert "heldout_nats_per_token" in metrics(config)
 
 
-def test_one_student_by_name(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_student_by_name(make: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make()
     conf = str(tmp_path / "experiment.yaml")
     assert main(["evaluate", "-c", conf]) == 1  # the reference is not trained
@@ -286,7 +285,7 @@ def test_one_student_by_name(make: Make, tmp_path: Path, capsys: pytest.CaptureF
     assert "did you mean 'small'" in capsys.readouterr().err
 
 
-def test_an_evaluation_during_training_changes_no_bit(make: Make) -> None:
+def test_an_evaluation_during_training_changes_no_bit(make: MakeConfig) -> None:
     """The curve ends with the numbers of the finished model, and the weights are those of an unwatched training."""
     plain, watched = make(), make(evaluate_every_steps=2)
     before = (folder(plain) / "model.safetensors").read_bytes()
@@ -302,7 +301,7 @@ def test_an_evaluation_during_training_changes_no_bit(make: Make) -> None:
     assert curve[-1].value == pytest.approx(finished.nats_per_token, rel=1e-6)
 
 
-def test_an_evaluation_leaves_the_random_generators_as_they_are(make: Make) -> None:
+def test_an_evaluation_leaves_the_random_generators_as_they_are(make: MakeConfig) -> None:
     config = make()
     watch = TrainingEvaluation(config, student_target(config, "small"))
 
@@ -315,7 +314,7 @@ def test_an_evaluation_leaves_the_random_generators_as_they_are(make: Make) -> N
     assert [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()] == states  # type: ignore[index]
 
 
-def test_a_training_that_cannot_be_evaluated_is_refused_before_its_first_step(make: Make) -> None:
+def test_a_training_that_cannot_be_evaluated_is_refused_before_its_first_step(make: MakeConfig) -> None:
     config = make("ingest.split.heldout=0", evaluate_every_steps=2)
     with pytest.raises(ConfigError, match=r"train\.evaluate_every_steps: expected a text to evaluate on"):
         train(config, student_target(config, "small"), retrain=True)
@@ -323,7 +322,9 @@ def test_a_training_that_cannot_be_evaluated_is_refused_before_its_first_step(ma
         make(evaluate_every_steps=-1)
 
 
-def test_an_evaluation_that_cannot_write_the_weights_is_one_line(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_cannot_write_the_weights_is_one_line(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make(evaluate_every_steps=4)
 
     def no_space(*arguments: Any) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from miniplm_udf.errors import ConfigError
 from miniplm_udf.store.model_records import read_training
 from tests.support.local_tasks import write_tasks
 from tests.support.tracking_store import own_tracking_store
-from tests.support.trainer_roots import make_root, write_config
+from tests.support.trainer_roots import MakeConfig, make_root, write_config
 from trainer.evaluation import losses, run
 from trainer.evaluation.records import EvaluateResult
 from trainer.targets import student_target
@@ -25,8 +25,6 @@ from trainer.tracking.store import connect
 from trainer.train import train
 
 pytestmark = pytest.mark.slow
-
-Make = Callable[..., ExperimentConfig]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
-def make(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def make(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeConfig]:
     """Makes the config of a copy of the root, with overrides; without held-out text, to be quick."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
@@ -72,7 +70,7 @@ def evaluate(config: ExperimentConfig) -> EvaluateResult:
     return run.evaluate(config, [student_target(config, "small")])["small"]
 
 
-def test_one_task_and_what_is_recorded_of_it(make: Make, connections: list[Any], tmp_path: Path) -> None:
+def test_one_task_and_what_is_recorded_of_it(make: MakeConfig, connections: list[Any], tmp_path: Path) -> None:
     config = make("evaluate.tasks=[piqa]")
     # The questions' two answers are the same text, so every answer is as likely as the other: the first is chosen.
     (tmp_path / "tasks/piqa.jsonl").write_text(
@@ -97,7 +95,7 @@ def test_one_task_and_what_is_recorded_of_it(make: Make, connections: list[Any],
     assert connections == []
 
 
-def test_the_nine_tasks_of_the_paper(make: Make, connections: list[Any]) -> None:
+def test_the_nine_tasks_of_the_paper(make: MakeConfig, connections: list[Any]) -> None:
     """lm-eval's own definitions of the nine, each with a few questions of ours."""
     tasks = evaluate(make("evaluate.tasks=[paper]")).evaluation.tasks
     assert tasks is not None
@@ -110,7 +108,7 @@ def test_the_nine_tasks_of_the_paper(make: Make, connections: list[Any]) -> None
     assert connections == []
 
 
-def test_the_example_of_the_docs_is_a_task(make: Make, tmp_path: Path) -> None:
+def test_the_example_of_the_docs_is_a_task(make: MakeConfig, tmp_path: Path) -> None:
     """The YAML file of Story Cloze in docs/evaluation.md, with questions in the columns that it names."""
     text = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text()
     (example,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "dataset_kwargs" in block)
@@ -136,7 +134,9 @@ def test_the_example_of_the_docs_is_a_task(make: Make, tmp_path: Path) -> None:
         (["evaluate.tasks=[piqa]", "evaluate.tasks_folder=/nowhere"], "expected a local folder.*/nowhere"),
     ],
 )
-def test_a_task_that_cannot_run_is_refused(make: Make, tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_a_task_that_cannot_run_is_refused(
+    make: MakeConfig, tmp_path: Path, overrides: list[str], message: str
+) -> None:
     lost = json.loads((tmp_path / "tasks/piqa.yaml").read_text())
     lost |= {"task": "lost", "dataset_kwargs": {"data_files": {"validation": "no_such.jsonl"}}}
     perplexity = {
@@ -155,7 +155,7 @@ def test_a_task_that_cannot_run_is_refused(make: Make, tmp_path: Path, overrides
 
 
 def test_a_wrong_task_is_refused_before_texts_are_scored(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses.EvaluatedModel, "score", None)
     (tmp_path / "tasks/piqa.jsonl").unlink()
@@ -163,7 +163,7 @@ def test_a_wrong_task_is_refused_before_texts_are_scored(
         evaluate(make("evaluate.tasks=[piqa]", "ingest.split.heldout=0.01"))
 
 
-def test_a_missing_library_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     with pytest.raises(ConfigError, match=r"expected the package lm-eval.*pip install 'miniplm\[eval\]'"):

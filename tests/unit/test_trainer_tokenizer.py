@@ -72,7 +72,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentConfig:
 @pytest.mark.parametrize(("make", "name"), [(llama3_like, "small"), (gemma_like, "reference")])
 def test_a_trained_model_has_no_bos_where_its_data_has_none(config: ExperimentConfig, make: Any, name: str) -> None:
     target = reference_target(config) if name == "reference" else student_target(config, name)
-    packed = Path(storage.local_path(config.layout.model(target.tokenizer_folder)))
+    packed = Path(storage.local_path(config.layout.tokenizer(target.tokenizer)))
     trained = Path(storage.local_path(config.layout.model(target.name)))
     # The ids of the root's packed data are of another tokenizer; here they are numbers to train on.
     saved(packed, make())

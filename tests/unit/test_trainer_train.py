@@ -15,6 +15,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from miniplm_udf.store.model_records import read_training
 from tests.support.full_disk import largest_file
+from tests.support.killed_training import Killed
 from tests.support.trainer_roots import (
     FAMILIES,
     make_root,
@@ -142,10 +143,6 @@ def test_the_reference_is_frozen(config: ExperimentConfig, tmp_path: Path, caplo
         train(changed, reference_target(changed), retrain=True)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours may catch it."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("save", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_weights_in_the_same_run(
@@ -154,7 +151,7 @@ def test_a_killed_run_ends_with_the_same_weights_in_the_same_run(
     whole = student(config)
     shutil.copytree(folder(config, "small"), tmp_path / "whole")
     shutil.rmtree(folder(config, "small"))
-    shutil.rmtree(Path(storage.local_path(config.layout.checkpoint("train/small"))))
+    shutil.rmtree(Path(storage.local_path(config.layout.training("small"))))
     original = Checkpoints.save
 
     def save_and_die(self: Checkpoints, state: SavedState, *arguments: Any) -> Path:
@@ -205,7 +202,7 @@ def test_a_training_whose_lease_was_taken_saves_nothing_more(
     with pytest.raises(CorpusError, match="small: the training of this process did not renew its lease in time"):
         student(config)
     assert not folder(config, "small").exists()
-    checkpoints = Path(storage.local_path(config.layout.checkpoint("train/small")))
+    checkpoints = Path(storage.local_path(config.layout.training("small")))
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-2"]
 
 

@@ -145,7 +145,7 @@ class EvaluatedModel:
     ):
         self.name, self._compiled = target.name, compiled
         self._tokens_per_batch = config.evaluate.tokens_per_batch
-        separator = read_tokenizer(config.layout.model(target.tokenizer_folder)).document_separator
+        separator = read_tokenizer(config.layout.tokenizer(target.tokenizer)).document_separator
         self._every_byte = _model_config(folder, separator, sequence_length, "token")
         self._official = _model_config(folder, separator, sequence_length, "none")
         self._description = describe(target.name, self._every_byte)

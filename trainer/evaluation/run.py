@@ -17,6 +17,7 @@ from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
+from miniplm_udf.store import delta_log
 from miniplm_udf.store.model_records import Evaluation, TrainingRecord, read_evaluation, read_training
 from trainer.evaluation.losses import EvaluatedModel
 from trainer.evaluation.records import EvaluateResult, metrics, write_evaluation
@@ -81,7 +82,7 @@ def plan(config: ExperimentConfig, targets: Sequence[Target]) -> Json:
     if config.ingest.split.heldout <= 0:
         return facts
     facts["sets"] = {HELDOUT: storage.redact(config.layout.table("instances")), **facts["sets"]}
-    if not storage.exists(storage.join(config.layout.table("instances"), "_delta_log")):
+    if not delta_log.has_commits(config.layout.table("instances")):
         return {**facts, "status": "waits for the ingest stage"}
     heldout = heldout_set(config)
     return {**facts, "heldout_instances": sum(1 for _ in heldout.rows()), "heldout_bytes": heldout.n_bytes}

@@ -157,7 +157,7 @@ def _is_same_tokenizer(
     if description.tokenizer_hash == tokenizer.tokenizer_hash:
         return True
     folders = (
-        storage.local_folder(config.layout.model(target.tokenizer_folder)),
+        storage.local_folder(config.layout.tokenizer(target.tokenizer)),
         model_folder(config.models[description.model_id]),
     )
     mine, theirs = (json.loads(load_tokenizer(folder).to_str()) for folder in folders)

@@ -20,6 +20,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
 from miniplm_udf.config.sections import ChunkingConfig, IngestConfig, ModelConfig, ScoreConfig, SplitConfig
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.scoring.results import Failure, Score
 
 SCALES = {"teacher": 1.0, "reference": 2.5}
 CORPUS = "best"
@@ -33,20 +34,7 @@ REFUSED = "refused"
 _SECONDS_A_ROW = 0.02
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    nll_sum_nats: float
-    n_tokens: int
-    n_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    reason: str
-    detail: str
-
-
-class FakeScorer:
+class VaryingScorer:
     """Takes its time over each row. The same text has the same score from two scorers, unless they vary."""
 
     def __init__(self, scale: float, varying: bool) -> None:
@@ -57,7 +45,7 @@ class FakeScorer:
     ) -> list[Any]:
         return [self._one(str(text)) for text in texts]
 
-    def _one(self, text: str) -> Result | Failure:
+    def _one(self, text: str) -> Score | Failure:
         time.sleep(_SECONDS_A_ROW)
         if REFUSED in text:
             return Failure("no_tokens", "the fake refuses it")
@@ -65,22 +53,22 @@ class FakeScorer:
         # The place of each byte counts: two texts of the same words differ.
         total = self._scale * sum((place % 7 + 1) * byte for place, byte in enumerate(raw)) / 1000
         noise = self._noise.random() / 1000 if self._noise is not None else 0.0
-        return Result(total + noise, len(text.split()), len(raw))
+        return Score(total + noise, len(text.split()), len(raw))
 
 
 @dataclasses.dataclass(frozen=True)
-class FakeFactory:
+class VaryingFactory:
     """Makes a scorer in the Spark worker, for it has no `key`."""
 
     scale: float
     varying: bool
 
-    def __call__(self) -> FakeScorer:
-        return FakeScorer(self.scale, self.varying)
+    def __call__(self) -> VaryingScorer:
+        return VaryingScorer(self.scale, self.varying)
 
 
 @dataclasses.dataclass(frozen=True)
-class KeyedFactory(FakeFactory):
+class KeyedVaryingFactory(VaryingFactory):
     """Makes a scorer that is kept by its key: in a process of its own, where there is one."""
 
     @property
@@ -88,8 +76,8 @@ class KeyedFactory(FakeFactory):
         return f"fake/{self.scale}/{self.varying}"
 
 
-def factories(varying: bool, keyed: bool) -> dict[str, FakeFactory]:
-    made = KeyedFactory if keyed else FakeFactory
+def factories(varying: bool, keyed: bool) -> dict[str, VaryingFactory]:
+    made = KeyedVaryingFactory if keyed else VaryingFactory
     return {alias: made(scale, varying) for alias, scale in SCALES.items()}
 
 

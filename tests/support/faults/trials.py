@@ -145,7 +145,7 @@ class _Turns:
 
 
 @dataclasses.dataclass
-class Bench:
+class TrialBench:
     """The cluster and the inputs that trials share.
 
     Attributes:
@@ -168,7 +168,7 @@ class Bench:
     landed: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
 
 
-def run_trial(bench: Bench, trial: Trial, number: int) -> Outcome:
+def run_trial(bench: TrialBench, trial: Trial, number: int) -> Outcome:
     """Runs a trial, again where a kill was not delivered; its root stays where rows are lost, doubled or differ."""
     for attempt in range(_ATTEMPTS):
         start = time.monotonic()
@@ -195,7 +195,7 @@ class _Run:
     A random kill counts in its own stage alone: once the run has told of the next one, it is too late.
     """
 
-    def __init__(self, bench: Bench, trial: Trial, root: Path) -> None:
+    def __init__(self, bench: TrialBench, trial: Trial, root: Path) -> None:
         self._bench, self._trial = bench, trial
         self._command = {
             "root": str(root), "input": str(bench.input), "stages": COMMANDS[trial.start],

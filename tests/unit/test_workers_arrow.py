@@ -17,21 +17,15 @@ import pyarrow as pa
 import pytest
 
 from miniplm_udf.errors import ScoringError
-from miniplm_udf.scoring.results import Failure, Generation
+from miniplm_udf.scoring.results import Failure, Generation, Score
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.engine import MAX_ERRORS_IN_A_ROW
 from miniplm_udf.workers.messages import GENERATED_SCHEMA, SCORE_REQUEST_SCHEMA, SCORED_SCHEMA
 from miniplm_udf.workers.score_counts import ScoreCounts
+from tests.support.poison import Panic
 
 
-@dataclasses.dataclass
-class FakeScore:
-    nll_sum_nats: float
-    n_tokens: int
-    n_bytes: int
-
-
-class FakeScorer:
+class RowScorer:
     """A score that is a function of the row, so that one at the wrong row shows."""
 
     slice_bytes = 40
@@ -47,25 +41,25 @@ class FakeScorer:
         return [
             Failure("no_tokens", f"found {text!r}")
             if not text
-            else FakeScore(self.factor * sum(text.encode()) + sum(ends) + 0.5 * ended, len(text), len(text.encode()))
+            else Score(self.factor * sum(text.encode()) + sum(ends) + 0.5 * ended, len(text), len(text.encode()))
             for text, ends, ended in zip(texts, segment_ends, ends_document, strict=True)
         ]
 
 
 @dataclasses.dataclass
-class FakeFactory:
+class RowFactory:
     """Has no key: called in this process."""
 
     factor: float
-    made: list[FakeScorer] = dataclasses.field(default_factory=list)
+    made: list[RowScorer] = dataclasses.field(default_factory=list)
 
-    def __call__(self) -> FakeScorer:
-        self.made.append(FakeScorer(self.factor))
+    def __call__(self) -> RowScorer:
+        self.made.append(RowScorer(self.factor))
         return self.made[-1]
 
 
 @dataclasses.dataclass
-class KeyedFactory(FakeFactory):
+class KeyedRowFactory(RowFactory):
     """Called in a scorer process."""
 
     @property
@@ -74,7 +68,7 @@ class KeyedFactory(FakeFactory):
 
 
 # Both ways must do the same.
-both_ways = pytest.mark.parametrize("make", [FakeFactory, KeyedFactory])
+both_ways = pytest.mark.parametrize("make", [RowFactory, KeyedRowFactory])
 
 
 def request(rows: int, aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
@@ -95,7 +89,7 @@ def request(rows: int, aliases: Sequence[str] = ("teacher",)) -> pa.RecordBatch:
 
 @both_ways
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 20])
-def test_every_score_is_at_its_row(rows: int, make: type[FakeFactory]) -> None:
+def test_every_score_is_at_its_row(rows: int, make: type[RowFactory]) -> None:
     factories = {"teacher": make(1.0), "reference": make(2.0)}
     batches = list(score_arrow(factories)(iter([request(rows, ["teacher", "reference"])])))
     found = {(row["instance_id"], row["model_id"]): row for batch in batches for row in batch.to_pylist()}
@@ -108,12 +102,12 @@ def test_every_score_is_at_its_row(rows: int, make: type[FakeFactory]) -> None:
             assert (one["n_tokens"], one["n_bytes"]) == (len(text), len(text.encode()))
             assert (one["reason"], one["detail"]) == (None, None)
     assert all(batch.schema == SCORED_SCHEMA for batch in batches)
-    if rows == 20 and make is FakeFactory:
+    if rows == 20 and make is RowFactory:
         assert max(factories["teacher"].made[0].calls) <= 3, "slices of about 40 bytes"
 
 
 @both_ways
-def test_a_row_is_scored_by_the_models_it_names(make: type[FakeFactory]) -> None:
+def test_a_row_is_scored_by_the_models_it_names(make: type[RowFactory]) -> None:
     batch = pa.RecordBatch.from_pylist(
         [
             {"instance_id": "a", "text": "x", "model_ids": ["teacher"], "segment_ends": [], "ends_document": True},
@@ -134,7 +128,7 @@ def test_a_row_is_scored_by_the_models_it_names(make: type[FakeFactory]) -> None
 
 
 @both_ways
-def test_failures_are_rows_without_numbers(make: type[FakeFactory]) -> None:
+def test_failures_are_rows_without_numbers(make: type[RowFactory]) -> None:
     batch = pa.RecordBatch.from_pylist(
         [{"instance_id": f"i{n}", "text": text, "model_ids": ["teacher"]} for n, text in enumerate(["a", "", None])],
         schema=SCORE_REQUEST_SCHEMA,
@@ -147,11 +141,11 @@ def test_failures_are_rows_without_numbers(make: type[FakeFactory]) -> None:
 
 
 def test_a_score_that_is_no_number_is_a_failure_and_the_tally_counts() -> None:
-    class Broken(FakeScorer):
+    class Broken(RowScorer):
         def score(self, texts: Sequence[str | None], *rest: Any) -> list[Any]:
             odd = {"a": math.nan, "b": math.inf}
             return [
-                FakeScore(odd.get(str(text), 2.0), 5, 1) if text else Failure("no_tokens", "x" * 2000) for text in texts
+                Score(odd.get(str(text), 2.0), 5, 1) if text else Failure("no_tokens", "x" * 2000) for text in texts
             ]
 
     totals: list[ScoreCounts] = []
@@ -171,7 +165,7 @@ def test_a_score_that_is_no_number_is_a_failure_and_the_tally_counts() -> None:
 
 
 @both_ways
-def test_columns_are_carried_along(make: type[FakeFactory]) -> None:
+def test_columns_are_carried_along(make: type[RowFactory]) -> None:
     batch = request(7).append_column("source", pa.array([f"s{i}" for i in range(7)]))
     batch = batch.append_column("size", pa.array(range(7), pa.int64()))
     model_ids = pa.array([["teacher"] if i % 2 else ["reference", "teacher"] for i in range(7)])
@@ -207,12 +201,12 @@ def texts_request(*texts: str | None) -> pa.RecordBatch:
     ],
 )
 def test_slices_are_full_whatever_the_batches(
-    batches: list[list[str | None]], sizes: list[int], make: type[FakeFactory]
+    batches: list[list[str | None]], sizes: list[int], make: type[RowFactory]
 ) -> None:
     factory = make(1.0)
     outs = list(score_arrow({"teacher": factory})(texts_request(*batch) for batch in batches))
     assert [out.num_rows for out in outs] == sizes
-    if make is FakeFactory:
+    if make is RowFactory:
         assert [factory.made[0].calls if factory.made else []] == [sizes]
     rows = [row for out in outs for row in out.to_pylist()]
     everything = [(f"id{n}", text) for batch in batches for n, text in enumerate(batch)]
@@ -220,7 +214,7 @@ def test_slices_are_full_whatever_the_batches(
     assert [row["n_tokens"] for row in rows] == [len(text) if text else None for _, text in everything]
 
 
-class TokenizingScorer(FakeScorer):
+class TokenizingScorer(RowScorer):
     """Tokens are a text's bytes; says who tokenized and in which thread."""
 
     def __init__(self, factor: float, tokenizer_hash: str) -> None:
@@ -282,7 +276,7 @@ def test_a_model_that_only_a_later_row_names_is_made_then() -> None:
 
 
 def test_errors_of_the_thread_are_raised_as_they_were_and_no_thread_is_left() -> None:
-    class Refusing(TokenizingScorer):
+    class RefusingTokenizer(TokenizingScorer):
         def tokenize(self, texts: Sequence[str | None], segment_ends: Sequence[Sequence[int]]) -> list[Any]:
             raise ScoringError("the tokenizer is broken")
 
@@ -292,11 +286,11 @@ def test_errors_of_the_thread_are_raised_as_they_were_and_no_thread_is_left() ->
 
     before = threading.active_count()
     with pytest.raises(ScoringError, match="broken"):
-        list(score_arrow({"teacher": lambda: Refusing(1.0, "x")})(iter([request(2)])))
+        list(score_arrow({"teacher": lambda: RefusingTokenizer(1.0, "x")})(iter([request(2)])))
     with pytest.raises(ConnectionError, match="gone"):
-        list(score_arrow({"teacher": FakeFactory(1.0)})(failing()))
+        list(score_arrow({"teacher": RowFactory(1.0)})(failing()))
     # A consumer that stops early, as under a LIMIT.
-    run = score_arrow({"teacher": FakeFactory(1.0)})(request(5) for _ in range(1000))
+    run = score_arrow({"teacher": RowFactory(1.0)})(request(5) for _ in range(1000))
     assert isinstance(run, Generator)
     next(run)
     run.close()
@@ -304,7 +298,7 @@ def test_errors_of_the_thread_are_raised_as_they_were_and_no_thread_is_left() ->
 
 
 def test_waiting_for_input_is_told_from_scoring() -> None:
-    class Slow(FakeScorer):
+    class SlowScorer(RowScorer):
         def score(self, *columns: Any) -> list[Any]:
             time.sleep(0.02)
             return super().score(*columns)
@@ -316,7 +310,7 @@ def test_waiting_for_input_is_told_from_scoring() -> None:
                 yield request(3)
 
         totals: list[ScoreCounts] = []
-        list(score_arrow({"teacher": lambda: Slow(1.0)}, sink=SimpleNamespace(add=totals.append))(source()))
+        list(score_arrow({"teacher": lambda: SlowScorer(1.0)}, sink=SimpleNamespace(add=totals.append))(source()))
         assert totals[0].models["teacher"].seconds >= 0.02 * n_slices
         return totals[0].wait_share
 
@@ -325,7 +319,7 @@ def test_waiting_for_input_is_told_from_scoring() -> None:
     assert wait_share(0.0, n_slices=1) is None
     # The first slice does not count, whichever models scored it.
     totals: list[ScoreCounts] = []
-    factories = {"teacher": lambda: Slow(1.0), "reference": lambda: Slow(2.0)}
+    factories = {"teacher": lambda: SlowScorer(1.0), "reference": lambda: SlowScorer(2.0)}
     sink = SimpleNamespace(add=totals.append)
     list(score_arrow(factories, sink=sink)(iter([request(3, ["teacher", "reference"])])))
     assert totals[0].wait_share is None
@@ -334,9 +328,9 @@ def test_waiting_for_input_is_told_from_scoring() -> None:
 def test_a_factory_without_a_key_is_called_once_a_call() -> None:
     made: list[int] = []
 
-    def factory() -> FakeScorer:
+    def factory() -> RowScorer:
         made.append(1)
-        return FakeScorer(1.0)
+        return RowScorer(1.0)
 
     run = score_arrow({"teacher": factory})
     list(run(iter([request(3), request(3)])))
@@ -346,13 +340,13 @@ def test_a_factory_without_a_key_is_called_once_a_call() -> None:
 
 
 @both_ways
-def test_an_unknown_alias_raises(make: type[FakeFactory]) -> None:
+def test_an_unknown_alias_raises(make: type[RowFactory]) -> None:
     with pytest.raises(ScoringError, match="found 'other'"):
         list(score_arrow({"teacher": make(1.0)})(iter([request(1, ["other"])])))
 
 
 def test_lost_rows_raise() -> None:
-    class Loser(FakeScorer):
+    class Loser(RowScorer):
         def score(self, *columns: Any) -> list[Any]:
             return super().score(*columns)[1:]
 
@@ -372,10 +366,6 @@ class Poisoned(TokenizingScorer):
         if any("raise" in str(text) for text in texts):
             raise KeyError("a token")
         return super().score(texts, *rest)
-
-
-class Panic(BaseException):
-    pass
 
 
 def test_a_text_that_the_scorer_raises_on_is_found_and_the_rest_is_scored() -> None:
