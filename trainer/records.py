@@ -44,7 +44,7 @@ class TrainingRecord:
         tokenizer_file_hash: hash of the tokenizer.json in the model's folder; None in a file of an earlier version.
         tracking_id: id of the training in other trackers than MLflow; None in a file of an earlier version.
         kd_ratio: share of the KL divergence from the teacher in the loss.
-        kd_teacher: the teacher (`teacher_loading.teacher_record`); None without one.
+        kd_teacher: facts about the teacher (`teacher_loading.teacher_record`); None without a teacher.
     """
 
     name: str
@@ -96,7 +96,7 @@ class TrainResult:
 
 
 def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:
-    """Reads `training.json` of the model `name`; None if it is absent.
+    """Returns the content of `training.json` of the model `name`; None if the file is absent.
 
     Args:
         config: the experiment.

@@ -48,10 +48,10 @@ class TrainingEvaluation:
         """Evaluates the weights of this moment.
 
         Args:
-            write_model: writes them into the folder that it is given, as a finished model's folder has them.
+            write_model: writes the weights into a folder, as a finished model's folder has them.
 
         Returns:
-            Values by their names in MLflow.
+            Losses in nats or bits, by their names in MLflow.
         """
         with _kept_random_state(), tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder))

@@ -45,7 +45,7 @@ class RowCache:
         self.rows_decoded = 0
 
     def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gathers rows; several threads take turns.
+        """Gathers rows. Thread-safe; concurrent calls run one after the other.
 
         Args:
             rows: int64 row numbers of shape (n,).
@@ -79,7 +79,7 @@ class RowCache:
         self._clock += len(rows)
 
     def _load(self, needed: np.ndarray) -> None:
-        """Decodes those of the needed row groups that are in no slot, into the slots that were not used for longest."""
+        """Decodes the needed row groups that are in no slot, into the slots that were not used for longest."""
         missing = needed[self._slot_of[needed] < 0]
         if not len(missing):
             return

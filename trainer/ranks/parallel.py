@@ -52,7 +52,7 @@ def undivided(module: torch.nn.Module) -> Any:
     """Returns the module that was given to `divide`; with FSDP its weights are shards.
 
     Args:
-        module: from `divide`.
+        module: the result of `divide`.
     """
     return module.module if isinstance(module, DistributedDataParallel) else module
 
@@ -89,7 +89,7 @@ def gradient_sums(module: torch.nn.Module, last: bool) -> contextlib.AbstractCon
     """Returns a context for one micro-batch, in which ranks add up gradients as described above.
 
     Args:
-        module: from `divide`.
+        module: the result of `divide`.
         last: whether this is the last micro-batch of the step.
     """
     if isinstance(module, DistributedDataParallel) and not last:
@@ -103,7 +103,7 @@ def clip_gradient(module: torch.nn.Module, limit: float) -> torch.Tensor:
     """Scales the gradient of all ranks down to a norm of at most `limit`.
 
     Args:
-        module: from `divide`.
+        module: the result of `divide`.
         limit: largest norm; infinite leaves the gradient as it is.
 
     Returns:

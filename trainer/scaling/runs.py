@@ -44,7 +44,7 @@ class StudentRuns:
         teacher_parameters: number of the weights of its teacher; 0 without one.
         tokenizer: name of its tokenizer.
         text: the text of the losses: the fingerprint of the held-out text, or the name of the training corpus.
-        run_ids: MLflow runs, the oldest first.
+        run_ids: ids of the MLflow runs, the oldest first.
         curves: the points of each run.
     """
 
