@@ -237,7 +237,7 @@ def _new_model(config: ExperimentConfig, target: Target, inputs: TrainingInputs,
 def _checkpoints(
     config: ExperimentConfig, target: Target, inputs: TrainingInputs, finished: TrainingRecord | None
 ) -> Checkpoints:
-    """The checkpoints of the training; those of the finished model may be replaced."""
+    """The checkpoints of the training; checkpoints of the finished model may be replaced."""
     return Checkpoints(
         checkpoint_folder(config.layout.checkpoint(f"train/{target.name}")),
         inputs.fingerprint,

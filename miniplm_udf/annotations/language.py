@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def with_language(rows: "DataFrame") -> "DataFrame":
-    """Adds `language` and `language_confidence` of the column `text`.
+    """Returns the rows with `language` and `language_confidence` of the column `text`.
 
     Args:
         rows: a frame with `text`.

@@ -86,7 +86,7 @@ def write_file(uri: str, to: str, batches: Iterator["pa.RecordBatch"]) -> dict[s
     """Writes one file.
 
     Args:
-        uri: of the new file.
+        uri: URI of the new file.
         to: `jsonl.zst` or `parquet`.
         batches: rows to write, with the columns COUNTED.
 

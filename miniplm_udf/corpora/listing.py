@@ -30,7 +30,7 @@ Counts = dict[str, dict[str, int]]
 
 
 class ShownInstance(TypedDict):
-    """An example of an added or removed row; `text` has at most 240 characters, None if there is no such instance."""
+    """An example of an added or removed row; `text` has at most 240 characters, None if the instance is missing."""
 
     instance_id: str
     source: str
@@ -133,7 +133,7 @@ def diff(root: str, before: str, after: str, n_examples: int) -> VersionDifferen
     Args:
         root: URI of the root.
         before, after: addresses; rows that only `after` has were added.
-        n_examples: texts to show of the added and of the removed rows, those with the highest scores.
+        n_examples: texts to show of the added and of the removed rows, beginning with the highest score.
 
     Returns:
         The counts of added, removed and common rows by source, and examples.
@@ -357,7 +357,7 @@ def _first(table: "pa.Table", order: list[tuple[str, str]], n_rows: int) -> Any:
 def _texts(root: str, ids: Collection[str]) -> dict[str, str]:
     """The beginnings of the texts of some instances, by id; an instance that is not there is left out.
 
-    Reads the ids of each row group of `instances`, and the texts of those row groups alone that hold a wanted id.
+    Reads the ids of each row group of `instances`, but the texts only of row groups that hold a wanted id.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

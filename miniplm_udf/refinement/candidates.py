@@ -30,8 +30,8 @@ class Candidates:
     """Rows to choose from.
 
     Attributes:
-        rows: with `query_id` and `batch_id` of their own table.
-        inputs: for the provenance: the versions of the tables, and their newest micro-batches.
+        rows: a frame with `query_id` and `batch_id` of its own table.
+        inputs: versions of the tables and their newest micro-batches, for the provenance.
     """
 
     rows: "DataFrame"
@@ -75,7 +75,7 @@ def revisions(config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame")
     Args:
         config: the experiment.
         corpus: its resolved config.
-        rows: of `read_candidates`.
+        rows: rows of `read_candidates`.
 
     Returns:
         Revisions by alias, and the revision of the proxy under `proxy`; empty if there are no rows.

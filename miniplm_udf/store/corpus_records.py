@@ -98,7 +98,7 @@ def commit(
         table: its declaration.
         metadata: becomes `userMetadata`.
         on: the state that the rows were chosen with; None if there was no table.
-        replaces: whether the rows replace those of the table, or are appended.
+        replaces: whether the rows replace all rows of the table, or are appended.
 
     Returns:
         The version of the commit.
@@ -144,7 +144,7 @@ def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     Args:
         spark: any session.
         root: path or URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: None takes the newest.
 
     Raises:
@@ -181,7 +181,7 @@ def choose_version(rows: Sequence[TableRow], name: str, version: int | None = No
 
 
 def parsed(row: TableRow) -> Json:
-    """A row of `corpora` as plain data, its JSON parsed.
+    """Returns a row of `corpora` as plain data, with its JSON parsed.
 
     Args:
         row: the row, whose `config` and `inputs` are JSON texts.
@@ -220,7 +220,7 @@ def read_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     Args:
         spark: any session.
         root: path or URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: None reads the newest.
 
     Raises:
@@ -285,13 +285,13 @@ def gone_message(name: str, version: int) -> str:
 
 
 def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> Provenance:
-    """A version's provenance from its row of `corpora`, which outlives the log. `n_unscorable` and
+    """Returns a version's provenance from its row of `corpora`, which outlives the log. `n_unscorable` and
     `kept_share_by_source` are not in the row, so they are None and empty.
 
     Args:
         spark: any session.
         root: path or URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: its number.
 
     Raises:
@@ -364,7 +364,7 @@ def require_unrecorded(spark: "SparkSession", root: str, name: str) -> None:
     Args:
         spark: any session.
         root: path or URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
 
     Raises:
         CorpusError: `corpora` has rows of the corpus.

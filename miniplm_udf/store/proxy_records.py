@@ -28,7 +28,7 @@ class ProxySettings(TypedDict):
         features: size of a text's feature vector.
         n_grams: version of the rule that makes this vector.
         ridge: weight of the penalty, in rows.
-        model_revisions: by alias.
+        model_revisions: revision of each model, by alias.
     """
 
     score: str
@@ -82,7 +82,7 @@ class ProxyRecord:
         fitted_on: the rows.
         tokens_per_byte: tokens of the model `tokens_of` per UTF-8 byte, over all drawn rows.
         tokens_per_byte_of: the same by source.
-        quality: on the held-out rows: a `proxy.quality.Quality` as plain data.
+        quality: quality on the held-out rows: a `proxy.quality.Quality` as plain data.
         solver: the work of the fit.
         warnings: sentences to read before a corpus is refined with this proxy.
         code_revision: version of this package that fitted it.

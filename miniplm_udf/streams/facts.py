@@ -49,13 +49,13 @@ def record(checkpoint_uri: str, facts: QueryFacts) -> None:
 
 
 def read(checkpoint_uri: str) -> QueryFacts:
-    """Reads the recorded facts of a query; without a whole record, takes them from the name of its checkpoint.
+    """Returns the recorded facts of a query; without a whole record, takes them from the name of its checkpoint.
 
     Args:
         checkpoint_uri: the checkpoint folder; the record is a file next to it.
 
     Raises:
-        CorpusError: there is no whole record, and the name has no share where one is expected.
+        CorpusError: there is no whole record, and the name of the checkpoint lacks the expected share.
     """
     recorded = _recorded(layout.query_facts(checkpoint_uri))
     if recorded is not None:

@@ -73,7 +73,7 @@ _TEXTS = ("instances", "rejects", "document_keys")
 _READS_CORPUS = ("corpora", "instances")
 # Without corpora and pinned copies, which a user may have dropped on purpose; a command that reads one fails by itself.
 _ALL = tuple(kind for kind in _REMEDIES if kind not in ("refined", "pinned"))
-# The tables that a command needs besides those that its own queries write, by the first part of their names.
+# The tables that a command needs besides the tables that its own queries write, by the first part of their names.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "run": (*_TEXTS, "scores"),
     "ingest": ("document_keys",),
@@ -138,7 +138,7 @@ def check(spark: "SparkSession", config: ExperimentConfig, command: str) -> None
         command: a stage, or the words after `miniplm`, as in `_NEEDS`.
 
     Raises:
-        ConfigError: the root cannot be made or written; the table to ingest is not the one ingested before.
+        ConfigError: the root cannot be made or written; the table to ingest is another one than before.
         CorpusError: a needed table is gone, or was made again under a query that continues; a record is gone.
     """
     root = config.root
@@ -174,7 +174,7 @@ def check_files(root: str, command: str) -> None:
 
 
 def lost_tables(spark: "SparkSession", root: str) -> list[LostTable]:
-    """Finds the tables that checkpoints, records and other tables of a root name, and that do not exist.
+    """Returns the missing tables: checkpoints, records or other tables of the root name them, and they do not exist.
 
     Args:
         spark: any session.
@@ -218,7 +218,7 @@ def require_writable(root: str) -> None:
     """Refuses a local root that cannot be made or written, with the reason that the operating system gives.
 
     Args:
-        root: path or URI of the root; one that is not local passes.
+        root: path or URI of the root; a remote root passes.
 
     Raises:
         ConfigError: it cannot be written.

@@ -117,7 +117,7 @@ class _Sums:
                     totals.add_official(result)
 
     def add_bad_rows(self, rows: Sequence[BadRow]) -> None:
-        """Counts bad rows, and remembers the places of the first ones."""
+        """Counts bad rows, and remembers the places of the first bad rows."""
         self.bad_rows.update(row.reason for row in rows)
         self._places += [f"{row.reason} in {row.place}" for row in rows[: _SHOWN - len(self._places)]]
 

@@ -5,8 +5,8 @@
 Axes in tensor names: N positions, n positions of a chunk, D hidden size, V entries of the vocabulary. Inputs: hidden
 states, the weight of the output layer, targets and their weights. Output: a float32 scalar, in nats. The gradients of
 hidden states and weight are computed in the forward pass, chunk by chunk, while the logits of the chunk exist. So
-nothing is computed twice, and no more than one chunk of logits is held (docs/training.md, Speed). `chunked_losses`
-does this for any losses of a chunk; kd_loss.py has those of distillation. Pure; needs torch alone. Products have the
+nothing is computed twice, and no more than one chunk of logits is held (docs/training.md, Speed). `chunked_losses` does
+this for any losses of a chunk; kd_loss.py has the losses of distillation. Pure; needs torch alone. Products have the
 dtype of autocast, or else the dtype of the weight; sums and the weight's gradient are float32.
 """
 

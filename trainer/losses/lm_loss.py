@@ -127,7 +127,7 @@ class DistilledCausalLM(CausalLMWithLoss):
         Returns:
             The mixed loss as a float32 scalar, in nats, and the two losses that it mixes.
         """
-        # The teacher comes first: its activations are gone before those of the student are kept.
+        # The teacher comes first: its activations are freed before the student's activations are kept.
         teacher_ND = self.teacher.hidden(inputs_BT, positions_BT).flatten(0, 1)
         targets_N, weights_N = targets_BT.flatten(), weights_BT.flatten()
 
@@ -153,7 +153,7 @@ def _positions(positions_BT: torch.Tensor | None) -> Json:
 def has_plain_head(model: Any) -> bool:
     """Whether a model's logits are the product of its decoder's hidden states and the output layer's weight.
 
-    The test runs the model on a few tokens, replaces the hidden states by larger ones, and compares the logits.
+    The test runs the model on a few tokens, replaces the hidden states by larger values, and compares the logits.
 
     Args:
         model: any module; it stays as it is.

@@ -1,6 +1,6 @@
 """Model FLOPs of a training step, and the peak of the chips that MFU compares them with.
 
-    FLOPs per token = 3 (2 P + 2 layers width T) = 6 P + 6 layers width T; a teacher adds those of its forward pass
+    FLOPs per token = 3 (2 P + 2 layers width T) = 6 P + 6 layers width T; a teacher adds its forward pass
 
 P parameters in matrix products, T tokens of a sequence, width of attention: heads times the size of a head. A token
 attends to half of its sequence on average; the backward pass has twice the FLOPs of the forward pass. FLOPs that

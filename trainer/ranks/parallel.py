@@ -4,7 +4,7 @@ Input: a whole module on each rank with equal weights. Output: the module that t
 the last micro-batch of a step. FSDP shards each transformer block; the rest (embeddings, last norm, head) is one more
 group, so that tied weights stay one tensor and a loss inside the module sees the whole head. Sharded gradients are
 added up in every micro-batch, because a whole gradient would cost the memory that sharding saves; HSDP adds up the
-copies in the last one only. Everything is gathered and reduced in float32, so the sums are those of DDP.
+copies in the last one only. Everything is gathered and reduced in float32, so the sums are the same as with DDP.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Trackers besides MLflow: TensorBoard and Weights & Biases, each behind one small protocol.
 
 Input: what MLflow also gets: parameters and tags, points, the final status. Owns the protocol `TrackingCallback`, its
-two implementations, and `Callbacks`, which calls them: one that fails is left out with a warning, and the work
-continues. A training has an id of its own (`Checkpoints.tracking_id`), which its resumed processes and its evaluation
-share. The packages are extras and are imported when they are used. Rank 0 only.
+two implementations, and `Callbacks`, which calls them: a tracker that fails gets no further calls, with a warning, and
+the work continues. A training has an id of its own (`Checkpoints.tracking_id`), which its resumed processes and its
+evaluation share. The packages are extras and are imported when they are used. Rank 0 only.
 """
 
 import importlib.util

@@ -8,7 +8,7 @@ follows from its children.
 from typing import Any
 
 _PARENT_TAG = "mlflow.parentRunId"
-# Not every store keeps a run's start in more than milliseconds; the id decides between equal ones.
+# Not every store keeps a run's start in more than milliseconds; the id decides between equal times.
 _ORDER = ["attributes.start_time ASC", "attributes.run_id ASC"]
 
 
@@ -80,7 +80,7 @@ def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
 
 
 def _oldest(client: Any, experiment_id: str, name: str) -> str | None:
-    """The oldest run of this name that is no child; None without one."""
+    """The id of the oldest run of this name that is no child; None if there is none."""
     for run in client.search_runs([experiment_id], f"attributes.run_name = '{name}'", order_by=_ORDER):
         if _PARENT_TAG not in run.data.tags:
             return str(run.info.run_id)

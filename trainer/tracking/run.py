@@ -37,7 +37,7 @@ _LAST_TAG_OF_THE_START = "fingerprint"
 
 
 class Run:
-    """An MLflow run. Its calls return at once; a thread makes them, and repeats those that fail (`outbox.Outbox`).
+    """An MLflow run. Its calls return at once; a thread makes them, and repeats failed calls (`outbox.Outbox`).
 
     Attributes:
         name: name of the model.
