@@ -19,7 +19,7 @@ _LOSSES = {
 
 
 def evaluation_text(summary: Json) -> str:
-    """Formats the summary of the stage `evaluate`.
+    """Returns the summary of the stage `evaluate` as text.
 
     Args:
         summary: `students` holds the evaluations by name.
@@ -30,7 +30,7 @@ def evaluation_text(summary: Json) -> str:
 
 
 def evaluation_tables(students: Mapping[str, Json]) -> str:
-    """Formats evaluations: one table of losses, and one of tasks if there are any.
+    """Returns a table of losses as text, and a table of tasks if there are any.
 
     Args:
         students: content of `evaluation.json`, by name of the student.

@@ -1,4 +1,4 @@
-"""`miniplm run`: all stages in order, skipping those whose inputs and config have not changed.
+"""`miniplm run`: all stages in order; skips stages whose inputs and config have not changed.
 
     ingest -> annotate -> reference -> score -> proxy -> refine -> pack -> train -> evaluate -> report
 
@@ -32,7 +32,7 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
 
     Args:
         config: the experiment.
-        options: of the command line.
+        options: the options of the command line.
 
     Returns:
         The highest exit code of the stages; a skipped stage has the exit code of its last run.

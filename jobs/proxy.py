@@ -60,7 +60,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None
 
 
 def text(summary: Json) -> str:
-    """Formats the proxy's report on one line.
+    """Returns the proxy's report on one line.
 
     Args:
         summary: the summary of the stage, as plain data.

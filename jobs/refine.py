@@ -35,7 +35,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None
     Args:
         spark: the session.
         config: the experiment.
-        options: of the command line.
+        options: the options of the command line.
 
     Returns:
         `kept` (instances by corpus), `refined` (summary of `refinement.refine.refine` by corpus), `seconds`.
@@ -67,7 +67,7 @@ def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str]
         `followed` (the newest version by corpus) and `seconds`.
 
     Raises:
-        ConfigError, CorpusError: as `run`; another driver follows one of the corpora.
+        ConfigError, CorpusError: a corpus cannot be refined (see `run`), or another driver follows one of the corpora.
     """
     start = time.monotonic()
     chosen = list(names) or _names(config)

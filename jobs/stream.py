@@ -43,7 +43,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, factories: Mapping[str,
         The summary of `jobs.score.run`.
 
     Raises:
-        ConfigError, ModelLoadError, CorpusError: as `ingest` and `score` raise them, before any query starts.
+        ConfigError, ModelLoadError, CorpusError: `ingest` or `score` cannot run; raised before any query starts.
     """
     start = time.monotonic()
     config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, trigger="processing_time"))
