@@ -22,8 +22,8 @@ class StageRecord(TypedDict):
     """The record of a stage that has finished.
 
     Attributes:
-        fingerprint: fingerprint of the stage's config and inputs, taken before it ran.
-        summary: the result of the stage as plain data, perhaps from an earlier release.
+        fingerprint: of the stage's config and inputs, taken before it ran.
+        summary: what the stage returned, perhaps in an earlier release, as plain data.
         seconds: how long it ran.
         finished_at: seconds since 1970; absent in a record of an earlier release.
     """
@@ -62,8 +62,8 @@ def write_record(config: ExperimentConfig, stage: str, fingerprint: str, summary
     Args:
         config: its root is written.
         stage: name of the stage.
-        fingerprint: fingerprint of the stage's config and inputs, taken before it ran.
-        summary: the result of the stage, a dataclass or plain data.
+        fingerprint: of its config and inputs, taken before it ran.
+        summary: what it returned, a dataclass or plain data.
         seconds: how long it ran.
     """
     record: StageRecord = {

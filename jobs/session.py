@@ -1,7 +1,7 @@
 """The Spark session of a command: Delta's jars and the settings that every job needs. Driver only.
 
-Input: the section `spark` of the config; output: a session. Delta's jars are named by Maven coordinates, only jars
-that pyspark does not contain. With spark-submit, its master and properties win over the settings of this module.
+Input: the section `spark` of the config; output: a session. Delta's jars are named by Maven coordinates, only those
+that pyspark does not contain. Under spark-submit, the master and every property given there win over the ones set here.
 Reads and writes no table.
 """
 
@@ -112,7 +112,7 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     from pyspark.logger import PySparkLogger
     from pyspark.sql import SparkSession
 
-    # These loggers print every error with Java's stack, even a caught error: an expression is tried over several
+    # These loggers print every error with Java's stack, even one that is caught: an expression is tried over several
     # tables.
     for logger in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):
         PySparkLogger.getLogger(logger).setLevel(logging.CRITICAL)

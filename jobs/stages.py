@@ -98,7 +98,7 @@ class Stage:
         is_service: whether it runs with these options until it is stopped, and leaves no record.
         is_partial: whether it does only a part of its work with these options, and leaves no record.
         needs_spark: whether its command starts Spark.
-        with_earlier: completes the summary with the summary of the last run.
+        with_earlier: completes the summary with the one of the last run.
         last_line: text for stderr after the summary, or "".
         check: refuses a config that the stage cannot finish with, before any work.
         add_arguments: adds options of its own.
@@ -204,7 +204,7 @@ def _add_refit_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _require_reference(config: ExperimentConfig) -> None:
-    """Refuses to train a reference if instances were scored with another one: they would be scored again."""
+    """Refuses to train a reference in place of one that instances were scored with: they would be scored again."""
     assert config.reference is not None
     alias, (file,) = config.reference.alias, stage_inputs.reference_files(config)
     if storage.exists(config.layout.model_record(alias)) and not storage.exists(file):

@@ -44,7 +44,7 @@ class TrainingRecord:
         tokenizer_file_hash: hash of the tokenizer.json in the model's folder; None in a file of an earlier version.
         tracking_id: id of the training in other trackers than MLflow; None in a file of an earlier version.
         kd_ratio: share of the KL divergence from the teacher in the loss.
-        kd_teacher: facts about the teacher (`teacher_loading.teacher_record`); None without a teacher.
+        kd_teacher: the teacher (`teacher_loading.teacher_record`); None without one.
     """
 
     name: str

@@ -56,12 +56,12 @@ class Target:
 
     @property
     def packed_table(self) -> str:
-        """The name of the packed table under `tables/`."""
+        """Name of the packed table under `tables/`."""
         return f"packed/{self.corpus}/{self.tokenizer}"
 
     @property
     def tokenizer_folder(self) -> str:
-        """The name of the tokenizer's folder under `models/`."""
+        """Name of the tokenizer's folder under `models/`."""
         return f"tokenizer_{self.tokenizer}"
 
     def config_fingerprint(self) -> str:
@@ -109,7 +109,7 @@ def student_target(config: ExperimentConfig, name: str) -> Target:
 
 
 def reference_target(config: ExperimentConfig) -> Target:
-    """Returns the target of the reference: its name, data, tokenizer and training settings.
+    """The reference model as a training target: its name, data, tokenizer and training settings.
 
     Args:
         config: the experiment.

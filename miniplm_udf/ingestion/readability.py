@@ -72,7 +72,7 @@ def check_file(path: str, columns: Sequence[str] | None) -> tuple[str, str | Non
 
     Args:
         path: URI of the file, percent-encoded.
-        columns: see `damaged_files`.
+        columns: as for `damaged_files`.
 
     Returns:
         The path; what is wrong with the file; about how many rows a damaged file holds; why it cannot be checked. The

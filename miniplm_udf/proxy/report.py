@@ -32,11 +32,11 @@ class ProxyReport:
     """The report about a proxy.
 
     Attributes:
-        revision: revision of the proxy.
-        path: path or URI of the proxy's coefficients.
+        revision: of the proxy.
+        path: of its coefficients.
         fitted_on: the rows that it was fitted on (`ProxyRecord.fitted_on`).
         heldout: its quality on held-out rows (`quality.Quality`), from the record.
-        rows: number of rows of the pool.
+        rows: of the pool.
         flops: costs with the proxy and without.
         fit_seconds: how long the fit took.
         warnings: sentences to read before a corpus is chosen by it.
@@ -58,7 +58,7 @@ def report(spark: "SparkSession", config: ExperimentConfig, record: ProxyRecord)
     Args:
         spark: any session.
         config: the experiment.
-        record: record of the proxy.
+        record: of the proxy.
     """
     aliases = config.scored_aliases
     pool = _sums(spark, config, "proxy_scores", ["n_bytes", "estimated_tokens"])

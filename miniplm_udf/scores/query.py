@@ -4,10 +4,10 @@
               -> one append to `scores` -> `rejects`
 
 Scores only what is missing. Rows that another query has scored or rejected (a lost checkpoint, another set of models)
-are searched for until the instances that existed at the start are done; later instances cannot have been scored, since
-one driver at a time scores with a model. The search opens only files from the micro-batch's time (`batch_range`). A
-micro-batch commits `scores` once, under its (query_id, batch_id); everything else is derived from the committed rows. A
-replayed micro-batch finds its rows and skips scoring. If it was killed before its commit, it scores again, and nothing
+are searched for until the instances that existed at the start are done; later ones cannot have been scored, since one
+driver at a time scores with a model. The search opens only files from the micro-batch's time (`batch_range`). A
+micro-batch commits `scores` once, under its (query_id, batch_id); everything else is derived from the committed rows.
+A replayed micro-batch finds its rows and skips scoring; one that was killed before its commit scores again, and nothing
 of the first attempt remains.
 """
 

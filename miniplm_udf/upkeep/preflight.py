@@ -73,7 +73,7 @@ _TEXTS = ("instances", "rejects", "document_keys")
 _READS_CORPUS = ("corpora", "instances")
 # Without corpora and pinned copies, which a user may have dropped on purpose; a command that reads one fails by itself.
 _ALL = tuple(kind for kind in _REMEDIES if kind not in ("refined", "pinned"))
-# The tables that a command needs besides the tables that its own queries write, by the first part of their names.
+# The tables that a command needs besides those that its own queries write, by the first part of their names.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "run": (*_TEXTS, "scores"),
     "ingest": ("document_keys",),

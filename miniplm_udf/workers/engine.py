@@ -31,7 +31,7 @@ LOGGER = logging.getLogger("miniplm.udf")
 
 # Slices that are ready, or being made ready, while a model works: two would do; a third evens out their sizes.
 SLICES_AHEAD = 3
-# After this many failed texts in a row, in this and earlier tasks, the model or the machine is broken, and the
+# After this many failed texts in a row, in this task and those before it, the model or the machine is broken, and the
 # texts must not be rejected. Texts that break a tokenizer come singly, or a few in one file; a model that is broken
 # from the start fails its task within the first slice, so that nothing is written.
 MAX_ERRORS_IN_A_ROW = 32

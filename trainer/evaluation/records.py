@@ -26,12 +26,11 @@ class TextLoss:
     Attributes:
         nats_per_token: the token mean: sum of -log p over the number of tokens.
         nats_per_instance_mean: mean over texts (held-out instances, external documents) of their nats per token.
-        official_loss: the loss of the paper's tables, in nats: a mean like `nats_per_instance_mean`, but over instances
-            of at most one training sequence, with nothing in front of a text, and without the predictions from a
-            separator.
-        bits_per_byte: sum of -log2 p over the number of bytes; the only loss that compares models with different
-            tokenizers.
-        n_instances, n_tokens, n_bytes: texts, tokens and bytes scored for the losses other than `official_loss`.
+        official_loss: the official mean of instance means: as the mean above, but over instances of at most one
+            training sequence, with nothing in front of a text, and without the predictions from a separator. The loss
+            of the paper's tables.
+        bits_per_byte: sum of -log2 p over the number of bytes; the only one that compares tokenizers.
+        n_instances, n_tokens, n_bytes: texts, tokens and bytes that were scored for the three others.
     """
 
     nats_per_token: float | None
@@ -88,7 +87,7 @@ class TaskEvaluation:
     """Scores of a model on tasks, without examples in the prompt (zero-shot).
 
     Attributes:
-        scores: score of each task, by the task's name.
+        scores: by name of the task.
         average: mean of the values.
         lm_eval_version: version of the library.
         fingerprint: hash of the method, the model's revision, the tasks and the library's version.
@@ -105,7 +104,7 @@ class Evaluation:
     """`evaluation.json`.
 
     Attributes:
-        sets: losses on each set, by the set's name; `heldout` is the experiment's own held-out text.
+        sets: by name; `heldout` is the experiment's own held-out text.
         tasks: None if the config names no task.
         run_id: MLflow run that has these numbers; None until they are logged.
     """
@@ -117,8 +116,8 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """The numbers by their names in MLflow.
 
-        The set `heldout` has `heldout_nats_per_token` and so on, another set `evaluate/NAME/nats_per_token` and so on;
-        bits per byte are also logged by source. Tasks have `tasks/NAME` and `tasks/average`.
+        Those of the set `heldout` are `heldout_nats_per_token` and so on, those of another set
+        `evaluate/NAME/nats_per_token`; bits per byte also by source. Tasks are `tasks/NAME` and `tasks/average`.
         """
         metrics: dict[str, float | None] = {}
         for name, losses in self.sets.items():
