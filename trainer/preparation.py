@@ -93,10 +93,13 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
 
     Raises:
         ConfigError: the teacher does not fit the tokenizer.
-        CorpusError: the table or the tokenizer cannot be used, or ranks see different tables, tokenizers or teachers.
+        CorpusError: the table or the tokenizer cannot be used, or ranks see different tables, tokenizers, teachers or
+            settings.
         ModelLoadError: the teacher cannot be found or read.
     """
     uri = config.layout.table(target.packed_table)
+    # Also settings that are not part of the fingerprint decide which collectives a rank takes part in, and when.
+    _check_equal(world, fingerprint(dataclasses.asdict(target.train)), "section train of the config")
 
     def open_version(version: int | None) -> TrainingInputs:
         tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))
@@ -157,9 +160,9 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
         module, optimizer, state = *distribute(whole, target.train, world), SavedState(0)
     else:
         module, optimizer, state = resume(checkpoints, step, whole, target.train, world)
+    loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
     if begins_again and world.is_first:
         checkpoints.replace(replaced)
-    loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
     return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, state, files, evaluation)
 
 

@@ -175,7 +175,7 @@ def _save(uri: str, tokenizer: PackTokenizer, identity: str) -> None:
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.content)
         storage.write_json(str(folder / "tokenizer_config.json"), for_transformers)
         storage.write_json(str(folder / "miniplm.json"), record)
-        storage.upload_folder(folder, uri)
+        storage.upload_folder(folder, uri, last="miniplm.json")
 
 
 # --- on an executor ---

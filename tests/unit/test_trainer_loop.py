@@ -221,9 +221,19 @@ def test_the_first_bad_step_is_named_with_its_rows_though_later_steps_ran(monkey
     monkeypatch.setattr(loop.optimizer, "step", spoil)
     saved: list[StepMeasures] = []
     rows = ", ".join(str(row) for row in loop.batches.rows(2))
-    with pytest.raises(MiniplmError, match=rf"at step 3 the loss or .*packed table: {rows}$"):
+    with pytest.raises(MiniplmError, match=rf"at step 3 the loss or .*packed table .sequence_id.: {rows}$"):
         loop.run(0, saved.append, saved.append)
     assert (saved, done) == ([], 4)  # step 4 would have saved
+
+
+def test_diverged_weights_are_not_evaluated() -> None:
+    loop = make_loop(evaluate_every_steps=2, log_every_steps=2)
+    with torch.no_grad():
+        next(loop.model.parameters()).fill_(float("nan"))
+    evaluated: list[int] = []
+    with pytest.raises(MiniplmError, match="at step 1 the loss or"):
+        loop.run(0, lambda m: None, lambda m: None, on_evaluate=evaluated.append)
+    assert evaluated == []
 
 
 def test_no_target_at_all() -> None:

@@ -83,7 +83,11 @@ def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
         raise CorpusError(f"no Delta table at {shown}: run the {made_by} stage, which writes it") from error
     except DeltaError as error:
         at = "" if version is None else f" at version {version}"
-        raise CorpusError(f"the Delta table {shown} cannot be read{at}: {error}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CorpusError(
+            f"the Delta table {shown} cannot be read{at}: {reason}; restore it from a copy, or delete its folder and "
+            f"run the {made_by} stage again"
+        ) from error
 
 
 def user_metadata(uri: str, version: int) -> Json | None:
