@@ -71,7 +71,7 @@ class Lease:
 
     Raises:
         CorpusError: another process holds the lease; raised at the start of the block.
-        MiniplmError: the file cannot be written, for example because the disk is full; raised at the start of the block.
+        MiniplmError: the file cannot be written, for example because the disk is full; raised at the same moment.
     """
 
     def __init__(self, uri: str, name: str, waits: bool = False, what: str = "query") -> None:

@@ -99,7 +99,7 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
     """
     uri = config.layout.table(target.packed_table)
     # Also settings that are not part of the fingerprint decide which collectives a rank takes part in, and when.
-    _check_equal(world, fingerprint(dataclasses.asdict(target.train)), "section train of the config")
+    _check_equal(world, fingerprint(dataclasses.asdict(target.train)), "sections train of the config")
 
     def open_version(version: int | None) -> TrainingInputs:
         tokenizer = read_tokenizer_info(config.layout.model(target.tokenizer_folder))

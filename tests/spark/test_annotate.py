@@ -245,7 +245,7 @@ def test_what_is_new_is_added_and_as_good_as_at_once(
 
 
 @pytest.mark.long
-def test_other_settings_make_it_anew_and_other_names_of_files_do_not(
+def test_other_settings_make_it_again_and_other_names_of_files_do_not(
     spark: Any, copy: ExperimentConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert copy.annotate is not None

@@ -245,7 +245,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "settings": (
         lambda root: (root.parent / "overrides.txt").write_text("train.save_every_steps=3"),
-        "rank 1 and rank 0 see another section train of the config",
+        "rank 1 and rank 0 see different sections train of the config",
     ),
 }
 
