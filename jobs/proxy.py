@@ -38,7 +38,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None
     Args:
         spark: the session.
         config: has the section `proxy`.
-        options: with `refit`, the proxy is fitted again to the instances scored so far.
+        options: the options of the command line; `refit` fits the proxy again to the instances scored so far.
 
     Returns:
         The report of `proxy.report.report` as plain data, and `seconds`.

@@ -45,7 +45,13 @@ _RECORD_DDL = "file string, texts array<string>, problem string"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationCounts:
-    """The evaluation files: distinct n-grams, records, and records that are too short for an n-gram."""
+    """Counts of the evaluation files.
+
+    Attributes:
+        ngrams: distinct n-grams.
+        records: records.
+        short_records: records that are too short for an n-gram.
+    """
 
     ngrams: int
     records: int

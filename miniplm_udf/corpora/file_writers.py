@@ -46,7 +46,12 @@ class ExportedFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WrittenFile(ExportedFile):
-    """A task's report about its file: also the exclusive or of its rows' hashes, and the sum of their low 32 bits."""
+    """A task's report about its file.
+
+    Attributes:
+        hash_xor: exclusive or of the hashes of the file's rows.
+        hash_sum: sum of the low 32 bits of these hashes.
+    """
 
     hash_xor: int
     hash_sum: int

@@ -23,7 +23,7 @@ class FlopCounts:
 
     Attributes:
         models_per_token: FLOPs of all models for one token.
-        proxy_per_token: of a prediction, per estimated token.
+        proxy_per_token: FLOPs of a prediction, per estimated token.
         models_on_pool: the whole pool scored by all models.
         models_on_scored: the sample that the models have scored.
         proxy_fit: fitting the proxy; `proxy_predict` is predicting the pool.

@@ -36,7 +36,7 @@ class Quality:
         n_rows: held-out rows.
         spearman: rank correlation of prediction and score; None if either is the same for all rows.
         spearman_error: its standard error if nothing is related.
-        top: by alpha, as text.
+        top: agreement on the best share alpha of the rows (`TopShare`), by alpha as text.
     """
 
     n_rows: int

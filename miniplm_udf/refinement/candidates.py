@@ -105,7 +105,7 @@ def as_of(rows: "DataFrame", last_batches: dict[str, int]) -> "DataFrame":
 
     Args:
         rows: a frame with `query_id` and `batch_id`.
-        last_batches: by query id, the last micro-batch whose rows are returned. Rows of other queries are left out.
+        last_batches: the last micro-batch whose rows are returned, by query id. Rows of other queries are left out.
     """
     conditions = [f"(query_id = '{query}' and batch_id <= {last})" for query, last in last_batches.items()]
     return rows.where(" or ".join(conditions) or "false")

@@ -45,7 +45,7 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """The rows of a group with scores from `low` to `high`, both of which occur."""
+    """The rows of a group with scores from `low` to `high`, both of which occur: their number and their weight."""
 
     group: str
     n_rows: int
@@ -56,7 +56,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class IdGroup:
-    """The rows of a group with one score whose ids begin with `prefix`; `last_id` is the greatest of these ids."""
+    """The rows of a group with one score whose ids begin with `prefix`: number, weight and greatest id (`last_id`)."""
 
     group: str
     n_rows: int

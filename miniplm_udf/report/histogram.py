@@ -17,7 +17,7 @@ _ZOOMS = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Rows kept and dropped in each of equal buckets over [low, high]; rows outside are only counted."""
+    """Rows kept and dropped in each of equal buckets over [low, high]; `n_below` and `n_above` count rows outside."""
 
     low: float
     high: float

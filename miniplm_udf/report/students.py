@@ -87,7 +87,14 @@ class StudentFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Held-out bits per byte of `name` minus bits per byte of `baseline`: below 0, `name` is better."""
+    """A comparison of two students.
+
+    Attributes:
+        name, baseline: the student, and the student that it is compared with.
+        bits_per_byte: held-out bits per byte of `name` minus bits per byte of `baseline`; below 0, `name` is better.
+        relative: `bits_per_byte` as a share of the baseline's.
+        is_noise: whether a training or its held-out text is so small that the difference may be noise.
+    """
 
     name: str
     baseline: str

@@ -33,7 +33,7 @@ class PipelineSummary(TypedDict, total=False):
         kept: instances by corpus.
         tokens_per_second: speed of each model at its last scoring, by alias; None if it was never measured.
         refined: counts of each refined corpus, by its name.
-        students: by name, `heldout_nats_per_token` and `heldout_bits_per_byte`; None: no instance could be scored.
+        students: held-out losses of each student, by name; None if no instance could be scored.
         seconds: duration of each stage's last run.
     """
 

@@ -121,7 +121,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         Every tensor, by name.
 
     Raises:
-        ModelLoadError: as `weight_files`; or a file is cut off or is no safetensors file, or two files hold a tensor
+        ModelLoadError: a weight file is missing, cut off or no safetensors file, or two files hold a tensor
             with the same name.
     """
     entries: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ def weights_hash(folder: Path) -> str:
         32 hex digits.
 
     Raises:
-        ModelLoadError: as `weight_files`.
+        ModelLoadError: a weight file is missing, or the index of the weight files is damaged.
     """
     source = folder / SOURCE_FILE
     if source.is_file():

@@ -87,7 +87,7 @@ EVALUATED = [BENCHMARK, SPEECHES["zh"], "too short to be found", DECOMPOSED]
 
 
 def write(spark: Any, config: ExperimentConfig, texts: Mapping[str, tuple[int, str]]) -> None:
-    """Appends instances of the pool, those of a later micro-batch an hour later; and one that is held out."""
+    """Appends instances of the pool (a later micro-batch is an hour later), and one held-out instance."""
     rows = []
     held_out = {"held out": (0, ENGLISH)} if "en" in texts else {}
     for name, (batch, text) in {**texts, **held_out}.items():

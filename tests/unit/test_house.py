@@ -166,7 +166,7 @@ def test_a_join_of_a_place_is_seen(mistake: str) -> None:
     assert len(list(joined_places(mistake))) == 1
 
 
-# Arguments that need no word: `self`, and those whose type says all, the session and the experiment.
+# Arguments that need no description: `self`, and arguments whose type says all: the session and the experiment.
 UNDESCRIBED = {"self", "cls", "SparkSession", "ExperimentConfig"}
 
 
@@ -181,7 +181,7 @@ def public_functions(source: str) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def arguments_to_describe(function: ast.FunctionDef) -> list[str]:
-    """Arguments of a function, except `self`, `cls`, `*more`, `**more` and those of a type that says all."""
+    """Arguments of a function, except `self`, `cls`, `*more`, `**more` and arguments of a type in UNDESCRIBED."""
     every = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     types = {argument.arg: ast.unparse(argument.annotation).strip("'") for argument in every if argument.annotation}
     return [name for name in (argument.arg for argument in every) if types.get(name, name) not in UNDESCRIBED]

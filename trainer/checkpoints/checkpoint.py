@@ -301,7 +301,7 @@ def _damage(path: Path, state: Json | None) -> str | None:
 
 
 def _misfit(file: Path, model: torch.nn.Module) -> str | None:
-    """Returns how names and shapes in `state.pt` differ from those of the model, or None if they are equal."""
+    """Returns how names and shapes in `state.pt` differ from the model's, or None if they are equal."""
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if set(tensors) != {"model", "optimizer"}:
         return f"state.pt holds {sorted(tensors)} instead of model and optimizer"

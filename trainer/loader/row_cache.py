@@ -74,7 +74,7 @@ class RowCache:
         # All places exist; with mode="raise", numpy would gather into a buffer first.
         np.take(self._tokens, places, axis=0, out=tokens, mode="clip")
         np.take(self._mask, places, axis=0, out=mask, mode="clip")
-        # The row that a lane used last decides: its finished row group is then older than those of all other lanes.
+        # The row that a lane used last decides: its finished row group is then older than all other lanes' groups.
         self._last_used[slots] = self._clock + np.arange(len(rows))
         self._clock += len(rows)
 
