@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the command and its options; None takes those of the process.
+        argv: the command and its options; None takes the arguments of the process.
 
     Returns:
         The exit code.

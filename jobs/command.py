@@ -42,7 +42,7 @@ class Command:
         text: formats the result of `run` for a terminal.
         add_arguments: adds the command's own options.
         takes_root: `--root ROOT` may stand in place of `-c CONFIG`.
-        plan: what `--dry-run` prints after the resolved config; None: no such option. It starts no Spark.
+        plan: returns what `--dry-run` prints after the resolved config; None: no such option. It starts no Spark.
         formats: other formats of the result, by the name of their option.
         exit_code: the exit code for a result.
     """
@@ -72,7 +72,7 @@ class Command:
         """Runs the command and prints its result.
 
         Args:
-            argv: the words after the command's name; None takes those of the process.
+            argv: the words after the command's name; None takes the arguments of the process.
 
         Returns:
             The exit code.
@@ -93,7 +93,7 @@ class Command:
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Makes a parser with the name and the description of a command.
+    """Returns a parser with the name and the description of a command.
 
     Args:
         name: the word after `miniplm`.
@@ -121,7 +121,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, takes_root: bool = Fal
 
 
 def read_config(name: str, arguments: argparse.Namespace) -> ExperimentConfig:
-    """Reads the config that the options name; with `--root`, the defaults on that root.
+    """Returns the config that the options name; with `--root`, the defaults on that root.
 
     Args:
         name: name of the command, for messages.

@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `miniplm corpus ACTION`.
 
     Args:
-        argv: the words after the command's name, the action first; None takes those of the process.
+        argv: the words after the command's name, the action first; None takes the arguments of the process.
 
     Returns:
         The exit code of the action.

@@ -11,10 +11,10 @@ from jobs.text import plain, table
 
 
 def listing(versions: Sequence[Mapping[str, Any]]) -> str:
-    """Formats a table with one row per version.
+    """Returns a table with one row per version.
 
     Args:
-        versions: as `miniplm_udf.corpora.listing.listing` returns them.
+        versions: the result of `miniplm_udf.corpora.listing.listing`.
     """
     head = ("version", "made (UTC)", "by", "instances", "tokens", "threshold", "pinned", "fingerprint")
     rows = [
@@ -28,10 +28,10 @@ def listing(versions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def show(version: Mapping[str, Any]) -> str:
-    """Formats the provenance of a version, one line per fact, and its counts by source.
+    """Returns the provenance of a version as text, one line per fact, and its counts by source.
 
     Args:
-        version: as `miniplm_udf.corpora.listing.show` returns it.
+        version: the result of `miniplm_udf.corpora.listing.show`.
     """
     inputs = dict(version["inputs"])
     names = ("model_revisions", "followed", "derived", "diagnostics")
@@ -69,10 +69,10 @@ def _words(value: Any) -> str:
 
 
 def diff(difference: Mapping[str, Any]) -> str:
-    """Formats the counts by source of added, removed and common rows, and examples with their texts.
+    """Returns the counts by source of added, removed and common rows as text, and examples with their texts.
 
     Args:
-        difference: as `miniplm_udf.corpora.listing.diff` returns it.
+        difference: the result of `miniplm_udf.corpora.listing.diff`.
     """
     kinds = ("added", "removed", "both")
     none = {"n_instances": 0, "n_tokens": 0}
@@ -92,7 +92,7 @@ def diff(difference: Mapping[str, Any]) -> str:
 
 
 def pinned(pin: Any) -> str:
-    """Formats a pin on one line.
+    """Returns one line about a pin.
 
     Args:
         pin: the pin, a dataclass or plain data.
@@ -103,7 +103,7 @@ def pinned(pin: Any) -> str:
 
 
 def unpinned(version: Mapping[str, Any]) -> str:
-    """Says that a version is not pinned any more.
+    """Returns one line that says that a version is not pinned any more.
 
     Args:
         version: its `name` and `version`.
@@ -112,7 +112,7 @@ def unpinned(version: Mapping[str, Any]) -> str:
 
 
 def made(result: Any) -> str:
-    """Names the version that `restore` or `rebuild` made, or the existing one that has the same rows.
+    """Returns one line about the version that `restore` or `rebuild` made, or found with the same rows.
 
     Args:
         result: what `restore` or `rebuild` returned, a dataclass or plain data.
@@ -125,7 +125,7 @@ def made(result: Any) -> str:
 
 
 def taken_down(result: Any) -> str:
-    """Lists the rows that a take-down removed, or would remove, by table.
+    """Returns the numbers of rows that a take-down removed, or would remove, by table, as text.
 
     Args:
         result: what the take-down returned, a dataclass or plain data.

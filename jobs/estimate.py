@@ -59,10 +59,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def text(result: Estimate) -> str:
-    """Formats the estimate for a terminal.
+    """Returns the estimate as text for a terminal.
 
     Args:
-        result: as `run` returns it.
+        result: the result of `run`.
     """
     return "\n\n".join([_corpus_lines(result), _model_lines(result), _cost_lines(result), _reject_lines(result)])
 

@@ -21,7 +21,7 @@ from miniplm_udf.corpora.file_writers import FORMATS
 
 
 def text(manifest: Any) -> str:
-    """Formats the version, counts and place of an export on one line.
+    """Returns one line with the version, counts and place of an export.
 
     Args:
         manifest: the manifest of the export, a dataclass or plain data.

@@ -21,7 +21,7 @@ from miniplm_udf.corpora.inspection import SIDES, Question, inspect
 
 
 def text(answer: Any) -> str:
-    """Formats the answer for a terminal: a head, and for each row two lines and its text, indented.
+    """Returns the answer as text for a terminal: a head, and for each row two lines and its text, indented.
 
     Args:
         answer: the answer of the inspection, a dataclass or plain data.
@@ -52,7 +52,7 @@ def _row(number: int, row: Mapping[str, Any]) -> str:
 
 
 def visible(shown: str) -> str:
-    """Writes control characters as escapes, because a terminal would obey them instead of showing them.
+    """Returns a text with control characters as escapes, because a terminal would obey them instead of showing them.
 
     Args:
         shown: any text; its line breaks and tabs stay as they are.

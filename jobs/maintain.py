@@ -19,7 +19,7 @@ from miniplm_udf.upkeep.maintain import ABANDONED_DAYS, RETAIN_HOURS, Maintained
 
 
 def text(result: Maintained) -> str:
-    """Formats a table with one line for each table of the root, then the pinned versions and the removed checkpoints.
+    """Returns one line of text for each table of the root, then the pinned versions and the removed checkpoints.
 
     Args:
         result: what the maintenance did.

@@ -1,4 +1,4 @@
-"""`miniplm run`: all stages in order, skipping those whose inputs and config have not changed.
+"""`miniplm run`: all stages in order; skips stages whose inputs and config have not changed.
 
 Reads and writes every table, through the stages (`stages.py`). Spark stages share one session; the trainer's stages are
 processes of their own. A kill loses at most the work of the running stage: each stage can be run again. A second run on
@@ -30,7 +30,7 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
 
     Args:
         config: the experiment.
-        options: of the command line.
+        options: the options of the command line.
 
     Returns:
         The highest exit code of the stages; a skipped stage has the exit code of its last run.

@@ -30,7 +30,7 @@ def plan_text(stages: Sequence[Stage], config: ExperimentConfig, options: Option
     Args:
         stages: the stages of the command, in order.
         config: the experiment.
-        options: of the command line.
+        options: the options of the command line.
         is_named: the stage is a command of its own, which runs although it is unchanged.
 
     Returns:

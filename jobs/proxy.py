@@ -44,7 +44,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None
     Args:
         spark: the session.
         config: has the section `proxy`.
-        options: with `refit`, the proxy is fitted again to the instances scored so far.
+        options: the options of the command line; `refit` fits the proxy again to the instances scored so far.
 
     Raises:
         ConfigError: the config has no section `proxy`, or its score is wrong.

@@ -68,7 +68,7 @@ def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str]
         names: the corpora to follow; none: all.
 
     Raises:
-        ConfigError, CorpusError: as `run`; another driver follows one of the corpora.
+        ConfigError, CorpusError: a corpus cannot be refined (see `run`), or another driver follows one of the corpora.
     """
     start = time.monotonic()
     chosen = list(names) or _names(config)

@@ -34,7 +34,7 @@ def ingest_inputs(config: ExperimentConfig) -> list[Any]:
 
 
 def ingest_files(spark: "SparkSession | None", config: ExperimentConfig) -> list[Any] | None:
-    """Lists the input files, so that a change of one is noticed.
+    """Lists the input files, so that a change of a file is noticed.
 
     Args:
         spark: the command's session; None if there is none yet.
@@ -54,7 +54,7 @@ def annotate_inputs(config: ExperimentConfig) -> list[Any]:
 
 
 def evaluation_files(spark: "SparkSession | None", config: ExperimentConfig) -> list[Any] | None:
-    """Lists the evaluation files of `annotate.contamination`, so that a change of one is noticed.
+    """Lists the evaluation files of `annotate.contamination`, so that a change of a file is noticed.
 
     Args:
         spark: the command's session; None if there is none yet.
@@ -220,7 +220,7 @@ def evaluate_inputs(config: ExperimentConfig) -> list[Any]:
 
 
 def model_files(config: ExperimentConfig, file: str) -> list[str]:
-    """Lists the URIs of a file of every student.
+    """Returns the URIs of a file of every student.
 
     Args:
         config: the experiment.

@@ -38,7 +38,7 @@ def must_run(
         stage: the stage; it applies to the config.
         spark: the session; None if the stage needs none.
         config: the experiment.
-        options: of the command line.
+        options: the options of the command line.
         is_named: the user asked for this stage by its name. It runs then, unless it is frozen.
 
     Returns:
@@ -68,7 +68,7 @@ def execute(
         stage: the stage.
         spark: the session; None if the stage needs none.
         config: the experiment.
-        options: of the command line; None: none were given.
+        options: the options of the command line; None: there are none.
 
     Returns:
         The summary, as the stage's `run` returns it.
@@ -109,7 +109,7 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
 
     Args:
         name: the stage.
-        argv: the words after the name; None takes those of the process.
+        argv: the words after the name; None takes the arguments of the process.
 
     Returns:
         The exit code. The summary is printed as JSON, `{NAME: summary}`; with `--dry-run`, the config and the plan.

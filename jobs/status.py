@@ -45,10 +45,10 @@ def read(root: str) -> list[QueryStatus]:
 
 
 def text(records: Sequence[QueryStatus]) -> str:
-    """Formats the status records as a table, and below it what is wrong.
+    """Returns the status records as a table of text, and below it the problems.
 
     Args:
-        records: as `read` returns them.
+        records: the result of `read`.
     """
     lines = [table(_HEAD, [_row(record) for record in records])]
     for record in records:

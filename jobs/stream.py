@@ -44,7 +44,7 @@ def run(
         The summary of `jobs.score.run`.
 
     Raises:
-        ConfigError, ModelLoadError, CorpusError: as `ingest` and `score` raise them, before any query starts.
+        ConfigError, ModelLoadError, CorpusError: `ingest` or `score` cannot run; raised before any query starts.
     """
     start = time.monotonic()
     config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, trigger="processing_time"))

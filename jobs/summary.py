@@ -53,17 +53,17 @@ def write_summary(config: ExperimentConfig, summary: PipelineSummary) -> None:
 
     Args:
         config: the experiment, whose report folder is local.
-        summary: as `build_summary` returns it.
+        summary: the result of `build_summary`.
     """
     storage.write_json(str(config.report_folder() / "summary.json"), summary)
 
 
 def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
-    """Formats the summary for a terminal.
+    """Returns the summary as text for a terminal.
 
     Args:
         config: the experiment.
-        summary: as `build_summary` returns it.
+        summary: the result of `build_summary`.
     """
     counts = [
         ("instances in", f"{summary['instances']:,}"),

@@ -32,7 +32,7 @@ def table(head: Sequence[str] | None, rows: Sequence[Sequence[Any]], indent: str
 
 
 def cell(value: Any) -> str:
-    """Formats one value as `table` shows it.
+    """Returns the text of one value, as `table` shows it.
 
     Args:
         value: a number, a text or None; any other value is shown as `str` formats it.
@@ -52,7 +52,7 @@ def decimal(value: float | None) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Converts a dataclass, or a list of them, to plain data; returns any other value as it is.
+    """Returns a dataclass, or a list of dataclasses, as plain data, and any other value as it is.
 
     Args:
         value: any value.
@@ -63,7 +63,7 @@ def plain(value: Any) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """Formats a result as indented JSON; what JSON does not know becomes a string.
+    """Returns a result as indented JSON; a value that JSON does not know becomes a string.
 
     Args:
         value: plain data or dataclasses.

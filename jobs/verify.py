@@ -23,7 +23,7 @@ _MARKS = {True: "ok", False: "FAILED"}
 
 
 def text(checks: Sequence[Check]) -> str:
-    """Formats the checks as a table, and below it their notes and examples.
+    """Returns the checks as a table of text, and below it their notes and examples.
 
     Args:
         checks: the finished checks.

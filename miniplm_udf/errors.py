@@ -1,4 +1,4 @@
-"""Errors, classed by what the reader does next, and the exit code of a command that each of them ends.
+"""Errors, grouped by what the user does next, and the exit code of a command for each group.
 
 A message says what was expected, what was found, where, and what to do. Bad rows are not errors: they are rejects.
 An executor raises the same classes; `workers.remote` brings them back to the driver.
@@ -43,7 +43,7 @@ class DamagedRecordError(CorpusError, ValueError):
 
 
 def mlflow_errors() -> tuple[type[Exception], ...]:
-    """The errors that MLflow raises: its own, and those of its HTTP client, its database and its artifact folder."""
+    """The errors that MLflow raises: its own, and errors of its HTTP client, its database and its artifact folder."""
     import requests
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException

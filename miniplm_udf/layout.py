@@ -32,7 +32,7 @@ TOKENIZER_RECORD_FILE = "miniplm.json"
 
 
 def query_facts(checkpoint_uri: str) -> str:
-    """URI of the facts about a query: a file next to its checkpoint folder, which belongs to Spark.
+    """Returns the URI of the facts about a query: a file next to its checkpoint folder, which belongs to Spark.
 
     Args:
         checkpoint_uri: the checkpoint folder, with or without a trailing slash.
@@ -85,7 +85,7 @@ class Root:
         return self.table(table_names.CUTS, *corpus)
 
     def pinned(self, corpus: str, version: int) -> str:
-        """URI of the copy of a pinned version.
+        """Returns the URI of the copy of a pinned version.
 
         Args:
             corpus: name of the corpus.
@@ -115,7 +115,7 @@ class Root:
         return storage.join(self.uri, "models", *parts)
 
     def model_record(self, alias: str) -> str:
-        """URI of the record of a scored model.
+        """Returns the URI of the record of a scored model.
 
         Args:
             alias: the model's alias.
@@ -135,7 +135,7 @@ class Root:
         return storage.join(self.uri, "exports", *parts)
 
     def lease(self, name: str) -> str:
-        """URI of the file of a lease.
+        """Returns the URI of the file of a lease.
 
         Args:
             name: name of the lease: `score`, `refined-<corpus>`, ...
@@ -147,7 +147,7 @@ class Root:
         return storage.join(self.uri, "_status", *(f"{name}.json" for name in lease))
 
     def stage(self, name: str) -> str:
-        """URI of the record that a stage left.
+        """Returns the URI of the record of a stage's last run.
 
         Args:
             name: name of the stage: `ingest`, `score`, ...

@@ -4,8 +4,8 @@ Input: the URI of one small JSON file per lease, under `<root>/_leases/`. The ho
 by increasing a counter. Another process takes the lease if the holder has ended (on this machine) or its counter has
 not moved for 30 s on the other process's clock; otherwise it is refused with the holder's name. A holder that lost its
 lease learns it from `check`, before its next micro-batch or checkpoint. Exactly-once does not depend on leases, because
-commits carry (query_id, batch_id); leases save two processes from doing the same work, and tell the second one so. On
-the driver and in the trainer; imports no Spark.
+commits carry (query_id, batch_id); leases keep two processes from doing the same work, and the second one gets an
+error. On the driver and in the trainer; imports no Spark.
 """
 
 import contextlib
@@ -70,8 +70,8 @@ class Lease:
         what: kind of work, for messages: query, run, training.
 
     Raises:
-        CorpusError: on entering, if another process holds the lease.
-        MiniplmError: on entering, if the file cannot be written, because the disk is full for example.
+        CorpusError: another process holds the lease; raised at the start of the block.
+        MiniplmError: the file cannot be written, for example because the disk is full; raised at the same moment.
     """
 
     def __init__(self, uri: str, name: str, waits: bool = False, what: str = "query") -> None:

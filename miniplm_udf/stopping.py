@@ -4,7 +4,7 @@ The first signal raises `Stopped` in the main thread, so that leases are release
 the main thread waits for Java, an exception would leave Java's answer on the connection, where the next call would read
 it. A command with a JVM therefore passes `end_calls`, which ends the JVM, so that the waiting call fails by itself.
 Errors after a signal follow from it and are not reported. A second signal, or an end that takes longer than 20 s, ends
-the process at once. Inside `deferred`, the first signal is only recorded: the work asks `received` at its next safe
+the process at once. Inside `deferred`, the first signal is only recorded: the work checks `received` at its next safe
 point and ends by itself, which may take longer. On the driver and in the trainer; imports no Spark.
 """
 
@@ -46,7 +46,7 @@ def is_taken(handler: object) -> bool:
     """Whether a signal's handler was installed by `stops_on_signals`.
 
     Args:
-        handler: as `signal.getsignal` returns it.
+        handler: the result of `signal.getsignal`.
     """
     return getattr(handler, "__module__", None) == __name__
 
@@ -59,8 +59,12 @@ def stops_on_signals(
     """Handles SIGTERM and SIGINT while the block runs. Does nothing outside the main thread.
 
     Args:
-        waits_for_call: told the interrupted frame; whether the main thread is in a call that only `end_calls` may end.
-        end_calls: ends those calls, so that they raise; runs in a separate thread.
+        waits_for_call: receives the interrupted frame; returns whether the main thread is in a call that only
+            `end_calls` may end.
+        end_calls: ends these calls, so that they raise; runs in a separate thread.
+
+    Raises:
+        Stopped: a signal arrived while the block runs, outside a call that only `end_calls` may end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -114,7 +118,7 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Gives the signals to a handler while the block runs, except those that the process ignores."""
+    """Gives the signals to a handler while the block runs, except signals that the process ignores."""
     before = {
         number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     }

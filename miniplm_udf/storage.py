@@ -30,7 +30,7 @@ _UNSAFE = re.compile(r"::|[%`$*?\[\]{}\\|^\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def to_uri(path: str) -> str:
-    """Makes a bare path an absolute `file:` URI; removes the trailing slash of any other URI.
+    """Returns an absolute `file:` URI for a bare path, and any other URI without its trailing slash.
 
     Args:
         path: a bare path (which may begin with `~`), a `file:` URI or any other URI.
@@ -64,7 +64,7 @@ def check_location(key: str, uri: str) -> None:
 
     Args:
         key: the config key or option that gives the location, for the message.
-        uri: as `to_uri` returns it.
+        uri: the result of `to_uri`.
 
     Raises:
         ConfigError: the location has one of these characters; the message has its position.
@@ -133,7 +133,7 @@ def exists(uri: str) -> bool:
 
 
 def read_text(uri: str) -> str:
-    """Reads a UTF-8 file.
+    """Returns the text of a UTF-8 file.
 
     Args:
         uri: a path or URI.
@@ -241,7 +241,7 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
 
 
 def list_folder(uri: str) -> list[str]:
-    """Sorted names of the files and folders in the folder at `uri`, without hidden ones; empty if there is none.
+    """Returns the sorted names in the folder at `uri`, without hidden ones; empty if there is no folder.
 
     Args:
         uri: a path or URI.

@@ -1,11 +1,11 @@
 """The trainer: reads packed Delta tables, writes model folders and MLflow runs. Uses torch; no JVM, no Spark.
 
-`__main__` (the command) calls `train` and the room `evaluation`; `train` calls `loop`, which calls `loss`, `schedule`,
-`order` and `document_masks`.
-Input and output are in `data` (Delta, Arrow), `checkpoint` (local disk), `records` (JSON files of a model folder) and
-`tracking` (MLflow). The numeric modules (`loop`, `loss`, `schedule`, `order`, `document_masks`, `model`) import only
-torch, transformers, numpy and the standard library.
+`__main__` (the command) calls `train`, `evaluation.run` or `scaling.command`. `train` prepares a training
+(`preparation`) and runs its steps (`training`), which call `loop`.
+Input and output are in `loader` (Delta, Arrow), `checkpoints` (local disk), `records` (JSON files of a model folder),
+`results` (model folder, MLflow's registry) and `tracking` (MLflow). The numeric modules (`loop`, `schedule`, `losses`,
+`loader.order`) compute with torch and numpy only.
 
-`scaling_command` fits laws to finished runs: `scaling_runs` reads them from MLflow, `scaling` fits them (numpy and
-scipy), and `scaling_plot` draws them.
+`scaling.command` fits laws to finished runs: `scaling.runs` reads the runs from MLflow, `scaling.laws` fits the laws
+(numpy and scipy), and `scaling.plot` draws them.
 """

@@ -146,7 +146,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"expected options and key=value overrides, found {' '.join(unknown)}")
     if arguments.command == "scaling" and arguments.replicates < 20:
         parser.error(f"--replicates: expected at least 20, found {arguments.replicates}")
-    # argparse accepts one group of positional words, but overrides may stand before and after an option.
+    # argparse accepts positional words in one place only, but overrides may stand before and after an option.
     arguments.overrides += rest
     return arguments
 
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv: words of the command line; by default those of the process.
+        argv: words of the command line; None takes the arguments of the process.
 
     Returns:
         The exit code.

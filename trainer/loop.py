@@ -33,11 +33,11 @@ class StepMeasures:
     """The measures of one step.
 
     Attributes:
-        steps_done: optimiser steps of the whole run so far, including those before a resume.
+        steps_done: optimiser steps of the whole run so far, including steps before a resume.
         loss: loss of the batch, in nats per token; with a teacher the mixed loss.
         learning_rate: rate of this step.
         gradient_norm: norm of the whole gradient before clipping.
-        tokens: input tokens of the whole run so far, including those before a resume.
+        tokens: input tokens of the whole run so far, including tokens before a resume.
         tokens_per_second: input tokens of all ranks per second, since the measures before, or since the start.
         mfu: the model FLOPs per second as a share of the peak of all chips (flops.py); None if the peak is not known.
         lm_loss: -log p of the targets, in nats per token, the same mean as `loss`; None without a teacher.

@@ -1,4 +1,4 @@
-"""Prepares a training: its data, model, optimiser and checkpoints on each rank, equal on all before the first step.
+"""Prepares a training: its data, model, optimiser and checkpoints on each rank, the same on every rank.
 
 Inputs: a `Target` and the newest version of its packed table. `open_inputs` opens table, tokenizer and teacher.
 `prepare` builds the model, lets rank 0 choose the checkpoint, checks that all ranks see the same data, checkpoint and
@@ -42,7 +42,7 @@ class TrainingInputs:
     Attributes:
         sequences: the packed table.
         tokenizer: the table's tokenizer.
-        teacher: the teacher, not loaded yet; None without one.
+        teacher: description of the teacher, which is not loaded yet; None without a teacher.
         fingerprint: hash of config, data, tokenizer and teacher.
     """
 
@@ -54,11 +54,20 @@ class TrainingInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One training and everything that it works on, on this rank.
+    """A prepared training on this rank.
 
     Attributes:
+        config: the experiment.
+        target: the model to train.
+        inputs: packed table, tokenizer and teacher.
+        world: the place of this process among the ranks.
         model: the transformers model; its weights may be shards.
-        state: the numbers of the checkpoint that it resumes from, or those of a new training.
+        optimizer: the optimiser of the model's weights.
+        loop: the training loop over the model and the packed table.
+        checkpoints: the checkpoints of this training.
+        state: the numbers of the checkpoint that the training resumes from; zeros for a new training.
+        files: the tokenizer's files, for the model folder.
+        evaluation: the evaluation during the training; None if `evaluate_every_steps` is 0.
     """
 
     config: ExperimentConfig
@@ -82,21 +91,24 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
         target: the model.
         world: the place of this process among the ranks.
 
+    Returns:
+        The same table version, tokenizer and teacher on every rank.
+
     Raises:
         ConfigError: the teacher does not fit the tokenizer.
-        CorpusError: the table or the tokenizer cannot be used, or ranks see different ones, or different teachers or
+        CorpusError: the table or the tokenizer cannot be used, or ranks see different tables, tokenizers, teachers or
             settings.
         ModelLoadError: the teacher cannot be found or read.
     """
     uri = config.layout.table(target.packed_table)
     # Also settings that are not part of the fingerprint decide which collectives a rank takes part in, and when.
-    _check_equal(world, fingerprint(dataclasses.asdict(target.train)), "section train of the config")
+    _check_equal(world, fingerprint(dataclasses.asdict(target.train)), "sections train of the config")
 
     def open_version(version: int | None) -> TrainingInputs:
         tokenizer = read_tokenizer(config.layout.tokenizer(target.tokenizer))
         sequences = PackedSequences(uri, version, target.sequence_length, tokenizer)
         # The manifest instead of the version: a commit that changes no file (by VACUUM) is no reason to train again.
-        # Another order of the rows is another training: its checkpoints are not continued.
+        # If the row order changes, checkpoints of the old order cannot be resumed.
         hashes = (target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash, ORDER_VERSION)
         teacher = describe_teacher(config, target, tokenizer)
         identity = teacher_identity(config, target, teacher)
@@ -115,20 +127,20 @@ def _check_equal(world: World, value: str, what: str) -> None:
     for rank, other in enumerate(values):
         if other != values[0]:
             raise CorpusError(
-                f"rank {rank} and rank 0 see another {what}: {other}, and {values[0]} on rank 0. Nothing was written; "
-                "root must be one folder that all machines share"
+                f"rank {rank} and rank 0 see different {what}: {other}, and {values[0]} on rank 0. Nothing was "
+                "written; root must be one folder that all machines share"
             )
 
 
 def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, world: World, retrain: bool) -> Training:
-    """Builds a training, resumed from its newest checkpoint, with the same weights on every rank.
+    """Returns a training, resumed from its newest checkpoint, with the same weights on every rank.
 
     Args:
         config: the experiment.
         target: the model.
-        inputs: from `open_inputs`.
+        inputs: the result of `open_inputs`.
         world: the place of this process among the ranks.
-        retrain: begin at the first step, unless the checkpoints are those of an earlier `retrain` that was stopped.
+        retrain: begin at the first step, unless the checkpoints belong to an earlier `retrain` that was stopped.
 
     Raises:
         ConfigError: the architecture cannot be built or trained as the config says.
@@ -192,8 +204,8 @@ def resume(
 
     Args:
         checkpoints: the training's checkpoints. Rank 0 reads the tensors; the other ranks only compare the checksum.
-        step: the step that rank 0 chose.
-        module, config, world: as for `distribute`.
+        step: the step of the checkpoint, chosen by rank 0.
+        module, config, world: see `distribute`.
 
     Returns:
         The module to call in the training loop, the optimiser, and the checkpoint's numbers.
@@ -201,7 +213,7 @@ def resume(
     Raises:
         CorpusError: the ranks see different checkpoints of this step.
     """
-    _check_equal(world, checkpoints.checksum(step), f"checkpoint {checkpoints.folder}/step-{step}")
+    _check_equal(world, checkpoints.checksum(step), f"checkpoints {checkpoints.folder}/step-{step}")
     state, tensors = checkpoints.load(step) if world.is_first else (SavedState(step), None)
     set_weights(module.model, tensors, world)
     divided, optimizer = distribute(module, config, world)
@@ -238,7 +250,7 @@ def _new_model(config: ExperimentConfig, target: Target, inputs: TrainingInputs,
 def _checkpoints(
     config: ExperimentConfig, target: Target, inputs: TrainingInputs, finished: TrainingRecord | None
 ) -> Checkpoints:
-    """The checkpoints of the training; those of the finished model may be replaced."""
+    """The checkpoints of the training; checkpoints of the finished model may be replaced."""
     return Checkpoints(
         checkpoint_folder(config.layout.training(target.name)),
         inputs.fingerprint,

@@ -1,7 +1,7 @@
 """The learning rate of a step: linear warm-up, then a cosine down to a share of the peak rate. A pure function.
 
-Source: the recipe of arXiv 2410.17215, appendix: 2,000 warm-up steps, cosine to a tenth of the peak rate. Each update
-has the rate of the next update of the official code, which spends its first one at rate 0 (tests/unit/test_golden.py).
+Source: the recipe of arXiv 2410.17215, appendix: 2,000 warm-up steps, cosine to a tenth of the peak rate. The official
+code does its first update with rate 0; here, update n has the rate of update n + 1 there (tests/unit/test_golden.py).
 """
 
 import math

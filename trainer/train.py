@@ -4,9 +4,9 @@ Reads the newest version of `<root>/tables/packed/<corpus>/<tokenizer>`, and `<r
 Writes checkpoints during training, and at the end the whole folder `<root>/models/<name>/` (config.json,
 model.safetensors, tokenizer.json, tokenizer_config.json, training.json). A finished model is skipped while its config,
 data and tokenizer are unchanged; a finished reference is always skipped. A killed training resumes from its last
-checkpoint in the same MLflow run, on any number of ranks; on one process the weights are then the same, bit for bit,
-as without the kill. Under torchrun only rank 0 writes, and all ranks first check that they see the same data. A lease
-makes sure that one process (or one torchrun) trains a model at a time.
+checkpoint in the same MLflow run, on any number of ranks; with one process, the weights are bit for bit the same as
+without the kill. Under torchrun only rank 0 writes, and all ranks first check that they see the same data. A lease
+makes sure that only one process (or one torchrun) trains a model at a time.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) ->
         retrain: train from new weights, even if a finished or frozen model exists.
 
     Returns:
-        The model's record, and whether the training was skipped, or stopped by a signal (`stopping.deferred`).
+        The model's record, with a note if the training was skipped, or stopped by a signal (`stopping.deferred`).
 
     Raises:
         ConfigError: the architecture cannot be built or trained as the config says, the teacher does not fit the
@@ -153,13 +153,13 @@ def _train(
         run.log_metrics({name: value for name, value in metrics.items() if value is not None})
         record = write_model(training, weights, run, state)
         run.set_tags({"model_uri": storage.redact(config.layout.model(target.name))})
-    if run.run_id != record.run_id:  # MLflow was away until now
+    if run.run_id != record.run_id:  # MLflow could not be reached until now
         record = set_run(config, record, run.run_id)
     return TrainResult(target.name, record, skipped=False)
 
 
 def _run(training: Training) -> contextlib.AbstractContextManager[Run]:
-    """The MLflow run of the training, which continues if the training does, with the other trackers."""
+    """The MLflow run and the other trackers; a resumed training continues its earlier run."""
     config, name, checkpoints = training.config, training.target.name, training.checkpoints
     training_id = checkpoints.tracking_id()
     callbacks = callbacks_of(config, name, training_id, training.state.steps_done)

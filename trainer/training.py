@@ -19,7 +19,7 @@ from trainer.checkpoints.checkpoint_writer import CheckpointWriter
 from trainer.evaluation.during_training import TrainingEvaluation
 from trainer.loop import StepMeasures
 from trainer.preparation import Training
-from trainer.ranks.distributed import Agreement, Wish
+from trainer.ranks.distributed import Agreement, Request
 from trainer.ranks.state import gather, gather_weights
 from trainer.results.model_folder import write_weights
 from trainer.tracking.run import Run
@@ -29,7 +29,7 @@ def run_steps(training: Training, run: Run | None, lease: Lease | None) -> tuple
     """Runs the loop to the last step, or until a signal; the last step's checkpoint is whole when this returns.
 
     Args:
-        training: from `prepare`.
+        training: the result of `prepare`.
         run: the MLflow run, on rank 0; None on the others.
         lease: the training's lease, on rank 0; None on the others.
 
@@ -41,7 +41,7 @@ def run_steps(training: Training, run: Run | None, lease: Lease | None) -> tuple
             another rank failed.
     """
     agreement = Agreement(training.world)
-    if agreement.now(_wish()) is not Wish.GO_ON:
+    if agreement.now(_request()) is not Request.CONTINUE:
         return training.state, True
     name, total = training.target.name, training.target.train.steps - training.state.steps_done
     shown = progress(f"train {name}", total=total, unit="step") if training.world.is_first else contextlib.nullcontext()
@@ -67,8 +67,8 @@ def record_run(checkpoints: Checkpoints, run: Run) -> None:
         checkpoints.set_run_id(run.run_id)
 
 
-def _wish() -> Wish:
-    return Wish.GO_ON if stopping.received() is None else Wish.STOP
+def _request() -> Request:
+    return Request.CONTINUE if stopping.received() is None else Request.STOP
 
 
 class _Steps:
@@ -113,7 +113,7 @@ class _Steps:
             self._attempt(functools.partial(self._writer.save, self.latest, tensors))
 
     def on_evaluate(self, steps_done: int) -> None:
-        """Evaluates the weights on rank 0; the seconds of a training are those of its steps."""
+        """Evaluates the weights on rank 0. Evaluation time does not count as training time."""
         paused = time.perf_counter()
         training = self._training
         weights = gather_weights(training.model)
@@ -129,15 +129,15 @@ class _Steps:
     def ends(self) -> bool:
         """Whether all ranks stop after this step, because one of them received a signal."""
         self._attempt(self._writer.check)
-        agreed = self._agreement.after_step(_wish() if self._failure is None else Wish.FAIL)
+        agreed = self._agreement.after_step(_request() if self._failure is None else Request.FAIL)
         self._raise_if(agreed)
-        self.stopped = agreed is Wish.STOP
+        self.stopped = agreed is Request.STOP
         return self.stopped
 
     def finish(self) -> None:
         """Waits until the last checkpoint is whole."""
         self._attempt(self._writer.finish)
-        self._raise_if(self._agreement.now(Wish.GO_ON if self._failure is None else Wish.FAIL))
+        self._raise_if(self._agreement.now(Request.CONTINUE if self._failure is None else Request.FAIL))
 
     def _attempt(self, call: Callable[[], None]) -> None:
         """Calls a function, unless an earlier one failed. Its error is raised after the ranks have agreed on it."""
@@ -150,9 +150,9 @@ class _Steps:
             if self._training.world.size == 1:
                 raise
 
-    def _raise_if(self, agreed: Wish) -> None:
-        if agreed is Wish.FAIL:
-            raise self._failure or MiniplmError("another rank failed, and its message says why; no rank trains on")
+    def _raise_if(self, agreed: Request) -> None:
+        if agreed is Request.FAIL:
+            raise self._failure or MiniplmError("another rank failed, and its message says why; all ranks stop")
 
 
 def _metrics(measures: StepMeasures) -> dict[str, float]:

@@ -48,8 +48,8 @@ class AnnotationSummary:
         version: its newest version that changed rows.
         new_annotated: rows that this run added.
         annotated: rows in all.
-        duplicates, near_duplicates, contamination: rows with a finding; None if the config has no such group.
-        languages: rows of the most frequent languages, by code; None if the config has no such group.
+        duplicates, near_duplicates, contamination: rows with a finding; None if the config lacks the group.
+        languages: rows of the most frequent languages, by code; None if the config lacks the group.
         evaluation: the evaluation files; None without the group contamination.
     """
 

@@ -47,7 +47,13 @@ _RECORD_SCHEMA = pa.schema([("file", pa.string()), ("texts", pa.list_(pa.string(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationCounts:
-    """The evaluation files: distinct n-grams, records, and records that are too short for an n-gram."""
+    """Counts of the evaluation files.
+
+    Attributes:
+        ngrams: distinct n-grams.
+        records: records.
+        short_records: records that are too short for an n-gram.
+    """
 
     ngrams: int
     records: int
@@ -62,7 +68,7 @@ class EvaluationNgrams:
         ngrams: distinct hashes, in the column `ngram`; persisted, so the caller unpersists them.
         n_ngrams: their number.
         n_records: lines and whole files; `n_short` of them have no n-gram.
-        fingerprint: of the hashes; the names and the order of the files do not matter.
+        fingerprint: fingerprint of the hashes; the names and the order of the files do not matter.
     """
 
     ngrams: "DataFrame"
@@ -77,14 +83,14 @@ class EvaluationNgrams:
 
 
 def files_of(spark: "SparkSession", config: ContaminationConfig) -> list[InputFile]:
-    """Lists the evaluation files, by path.
+    """Returns the evaluation files, sorted by path.
 
     Args:
         spark: any session.
-        config: its `paths` are listed.
+        config: the section with the `paths` of the files.
 
     Raises:
-        ConfigError: a path has no such file, or a file name that Spark cannot read.
+        ConfigError: a path has no evaluation file, or a file name that Spark cannot read.
     """
     files = {file for path in config.paths for file in _files_at(spark, path, _spark_path(spark, path))}
     return sorted(files, key=lambda file: file.path)
@@ -216,7 +222,7 @@ def shared_ngrams(rows: "DataFrame", evaluation: EvaluationNgrams, n: int) -> "D
     """Counts the n-grams of each text that are in the evaluation files; an n-gram counts at each position.
 
     Args:
-        rows: with instance_id and text.
+        rows: a frame with instance_id and text.
         evaluation: the evaluation files.
         n: words of an n-gram.
 

@@ -3,9 +3,9 @@
     content_hash -> duplicate_of
     shingles -> buckets -> pairs -> their Jaccard similarity -> near_duplicate_of
 
-Instances are ordered by the time of their ingestion, then by id, and each is compared only with earlier ones, so the
+Instances are ordered by the time of their ingestion, then by id. Each is compared only with earlier instances, so the
 results of an earlier run stay true whatever is ingested later. In a bucket, each instance is paired with the first one
-and with the one just before it, so the work grows with the rows and not with the square of the copies. A pair counts by
+and with the preceding one, so the work grows with the rows and not with the square of the copies. A pair counts by
 the Jaccard similarity of the whole texts, not of their signatures: chance may lose a pair, but never make one. (Spark
 ML's MinHashLSH makes a bucket from a single minimum, which most texts of a language share by chance, and joins all
 pairs within a bucket.)
@@ -25,10 +25,10 @@ _ORDER = ("ingested_at", "instance_id")
 
 
 def with_duplicates(rows: "DataFrame", pool: "DataFrame") -> "DataFrame":
-    """Adds `duplicate_of`: the id of the first instance with the same text, or null if the row itself is the first.
+    """Returns the rows with `duplicate_of`: the id of the first instance with the same text; null for the first itself.
 
     Args:
-        rows: with instance_id and content_hash.
+        rows: a frame with instance_id and content_hash.
         pool: all instances, also with ingested_at.
     """
     from pyspark.sql import functions as F
@@ -60,7 +60,7 @@ def shingles(size: int) -> "Column":
 
 
 def with_buckets(rows: "DataFrame", config: NearDuplicatesConfig) -> "DataFrame":
-    """Adds the buckets of the texts (`BUCKETS`, array<bigint>); a text without words has none.
+    """Returns the rows with the buckets of their texts (`BUCKETS`, array<bigint>); a text without words has none.
 
     Args:
         rows: a frame with `text`.
@@ -121,7 +121,7 @@ def shingle_sets(pairs: "DataFrame", pool: "DataFrame", config: NearDuplicatesCo
     """The sets of shingles of all instances in the pairs.
 
     Args:
-        pairs: as `pairs` returns them.
+        pairs: the result of `pairs`.
         pool: all instances, with their texts.
         config: the words of a shingle.
 
@@ -139,8 +139,8 @@ def nearest(pairs: "DataFrame", sets: "DataFrame", threshold: float) -> "DataFra
     """For each instance, the earliest instance that is at least as similar as the threshold.
 
     Args:
-        pairs: as `pairs` returns them.
-        sets: as `shingle_sets` returns them.
+        pairs: the result of `pairs`.
+        sets: the result of `shingle_sets`.
         threshold: Jaccard similarity, above 0 and at most 1.
 
     Returns:

@@ -19,7 +19,7 @@ _LANGUAGE_SCHEMA = pa.schema([("language", pa.string()), ("language_confidence",
 
 
 def with_language(rows: "DataFrame") -> "DataFrame":
-    """Adds `language` and `language_confidence` of the column `text`.
+    """Returns the rows with `language` and `language_confidence` of the column `text`.
 
     Args:
         rows: a frame with `text`.

@@ -46,7 +46,7 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def p_shared(jaccard: float, bands: int, rows: int) -> float:
-    """Computes the probability, 0 to 1, that two sets share a bucket: all minima of at least one band are equal.
+    """Returns the probability, 0 to 1, that two sets share a bucket: all minima of at least one band are equal.
 
     Args:
         jaccard: Jaccard similarity of the sets, 0 to 1.

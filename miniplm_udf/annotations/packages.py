@@ -20,13 +20,13 @@ def on_executors(spark: "SparkSession", groups: Iterable[str]) -> dict[str, str]
 
     Args:
         spark: any session.
-        groups: names of groups; others than those of `NEEDED` need no package.
+        groups: names of groups. Groups that `NEEDED` does not name need no package.
 
     Returns:
         Versions by name of the package.
 
     Raises:
-        ConfigError: one cannot be imported there.
+        ConfigError: a package cannot be imported there.
     """
     needed = {group: NEEDED[group] for group in groups if group in NEEDED}
     if not needed:

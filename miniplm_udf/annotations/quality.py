@@ -23,7 +23,7 @@ _SHORT_LINE_CHARACTERS = 30
 
 
 def with_quality(rows: "DataFrame") -> "DataFrame":
-    """Adds the signals of the column `text`.
+    """Returns the rows with the quality signals of the column `text`.
 
     Args:
         rows: a frame with `text`.

@@ -66,7 +66,7 @@ def plain_forms(texts: "pa.Array") -> "pa.Array":
 
 
 def with_words(rows: "DataFrame") -> "DataFrame":
-    """Adds the column `WORDS`: the words of the column `text`, array<string>.
+    """Returns the rows with the column `WORDS`: the words of the column `text`, array<string>.
 
     Args:
         rows: a frame with `text`.
@@ -75,7 +75,7 @@ def with_words(rows: "DataFrame") -> "DataFrame":
 
 
 def words(text: "Column | str") -> "Column":
-    """Makes the column of a text's words, in order: array<string>.
+    """Returns the column of a text's words, in order: array<string>.
 
     It calls Python, which a lambda cannot (see `words_of_plain`).
 
@@ -95,7 +95,7 @@ def words(text: "Column | str") -> "Column":
 
 
 def words_of_plain(text: "Column") -> "Column":
-    """Makes the column of the words of a text that is in its plain form: array<string>.
+    """Returns the column of the words of a text that is in its plain form: array<string>.
 
     Args:
         text: a string expression; a variable of a lambda is allowed.
@@ -106,7 +106,7 @@ def words_of_plain(text: "Column") -> "Column":
 
 
 def ngram_hashes(words: "Column", n: int) -> "Column":
-    """Hashes of every n consecutive words, in order: array<bigint>; empty for fewer than n words.
+    """Returns the hashes of every n consecutive words, in order: array<bigint>; empty for fewer than n words.
 
     Args:
         words: a column of the frame or a lambda's variable, not an expression: Spark would compute it for every n-gram.
@@ -121,7 +121,7 @@ def ngram_hashes(words: "Column", n: int) -> "Column":
 
 
 def n_ngrams(words: "Column", n: int) -> "Column":
-    """Makes the column with the number of n-grams; 0 for fewer than n words.
+    """Returns the column with the number of n-grams; 0 for fewer than n words.
 
     Args:
         words: an array expression.

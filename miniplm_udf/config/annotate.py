@@ -1,6 +1,6 @@
 """The section `annotate` of an experiment: which columns are computed from the instances' text, for use in refinement.
 
-Frozen dataclasses, checked when they are made, like those of sections.py. A group of columns is computed if its key is
+Frozen dataclasses, checked when they are made, as in sections.py. A group of columns is computed if its key is
 given; the columns are declared in `schemas` and described in docs/annotations.md. Imports nothing heavy.
 """
 

@@ -1,6 +1,6 @@
 """The section `evaluate` of an experiment: the texts and the tasks on which trained models are evaluated.
 
-Frozen dataclasses, checked when they are made, like those of sections.py. Owns the names of the paper's nine tasks
+Frozen dataclasses, checked when they are made, as in sections.py. Owns the names of the paper's nine tasks
 (arXiv 2410.17215). docs/evaluation.md describes the numbers. Imports nothing heavy.
 """
 
@@ -30,7 +30,7 @@ PAPER_TASKS: Mapping[str, str] = types.MappingProxyType(
 
 
 def task_columns(names: Iterable[str]) -> dict[str, str]:
-    """The columns of a table of tasks: those of the paper first, in its order.
+    """The columns of a table of tasks: the paper's tasks first, in its order.
 
     Args:
         names: names of tasks; duplicates count once.

@@ -287,7 +287,7 @@ def _unshared(value: Any) -> Any:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads an experiment.
+    """Returns the experiment in a YAML file, with overrides.
 
     Args:
         path: the YAML file.

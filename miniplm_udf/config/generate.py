@@ -1,6 +1,6 @@
 """The section `generate` of an experiment: the teacher continues texts of the pool, for SeqKD.
 
-A frozen dataclass, checked when it is made, like those of sections.py. The defaults are those of arXiv 2410.17215
+A frozen dataclass, checked when it is made, as in sections.py. The defaults are the values of arXiv 2410.17215
 (docs/training.md says what the paper states, and what it leaves open). Imports nothing heavy.
 """
 
@@ -20,7 +20,7 @@ GENERATED = "generated"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How a model continues the beginnings of instances. Workers and GPUs are those of the section `score`.
+    """How a model continues the beginnings of instances. Workers and GPUs are set in the section `score`.
 
     Attributes:
         model: alias of the model that continues.
@@ -29,10 +29,11 @@ class GenerateConfig:
         new_tokens: most tokens that are generated after a prompt; fewer if the model ends the document.
         temperature: divides the logits before sampling; 0 takes the most probable token instead.
         top_p: samples from the most probable tokens whose probabilities sum to this share; 1: from all.
-        seed: of the random numbers; another seed gives other texts.
+        seed: seed of the random numbers; another seed gives other texts.
         sample: share of the pool whose instances are continued, chosen as `score.sample` chooses.
         tokens_per_batch: most tokens, prompts and continuations, of one batch; null takes a value for the device.
-        max_bytes_per_trigger: size of a micro-batch, as bytes of the instances' files: a killed job loses at most one.
+        max_bytes_per_trigger: size of a micro-batch, in bytes of the instances' files. A killed job loses at most one
+            micro-batch.
     """
 
     model: str = "teacher"
@@ -65,7 +66,7 @@ class GenerateConfig:
         return {name: getattr(self, name) for name in names}
 
     def revision(self, model_revision: str) -> str:
-        """A hash of the model and of the settings that decide which texts are generated, 32 hexadecimal digits.
+        """Returns a hash of the model and the settings that decide which texts are generated, 32 hexadecimal digits.
 
         Args:
             model_revision: revision of the model that continues.

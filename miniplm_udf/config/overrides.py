@@ -20,7 +20,7 @@ def apply_override(raw: Json, override: str, owner: type) -> None:
 
     Args:
         raw: the mapping of the YAML file; changed in place.
-        override: as typed, with or without `--` in front.
+        override: an override as the user typed it, with or without `--` in front.
         owner: dataclass of the whole config.
 
     Raises:

@@ -1,6 +1,6 @@
 """The section `refine` of an experiment: what a corpus is ranked by, and which rows of the ranking it keeps.
 
-Frozen dataclasses, checked when they are made, like those of sections.py. `rules.py` reads the rules;
+Frozen dataclasses, checked when they are made, as in sections.py. `rules.py` reads the rules;
 `refinement/expressions.py` checks the SQL, and `refinement/keep.py` applies the selection. Imports nothing heavy.
 """
 
@@ -140,7 +140,7 @@ class CorpusConfig:
 
     Attributes:
         candidates: the table whose rows may be kept. `proxy_scores` has the whole pool, including instances that no
-            model has scored; expressions may then use its columns and those of `score_matrix`, which are null for
+            model has scored; expressions may then use its columns and the columns of `score_matrix`, which are null for
             instances without scores.
         rule: a published rule by name (`miniplm refine --rules` lists them), instead of `score`. Without either, the
             paper's rule, miniplm.
@@ -177,7 +177,7 @@ class CorpusConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefineConfig:
-    """The refined corpora by name; a selection by tokens counts those of the model `tokens_of`."""
+    """The refined corpora by name; a selection by tokens counts tokens of the model `tokens_of`."""
 
     tokens_of: str = "teacher"
     corpora: dict[str, CorpusConfig] = dataclasses.field(default_factory=dict)

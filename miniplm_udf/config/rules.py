@@ -48,7 +48,7 @@ class Rule:
 
         Args:
             aliases: model aliases by the rule's names; a missing name is itself the alias.
-            seed: of `{uniform}`.
+            seed: seed of `{uniform}`.
         """
         return self.score.format(uniform=uniform(seed), **{role: aliases.get(role, role) for role in self.models})
 
@@ -64,7 +64,7 @@ def load_rules() -> dict[str, Rule]:
 
 
 def uniform(seed: int, purpose: str = "") -> str:
-    """SQL: a uniform number in (0, 1) that depends on the instance and the seed, not on partitions.
+    """Returns SQL for a uniform number in (0, 1) that depends on the instance and the seed, not on partitions.
 
     Args:
         seed: draws with different seeds are independent.
@@ -78,13 +78,13 @@ def in_sample(share: float) -> str:
     """Returns an SQL condition: whether an instance is in the share that `score.sample` scores.
 
     Args:
-        share: from 0 to 1. A larger share contains a smaller one.
+        share: share of the instances, from 0 to 1. A larger share contains a smaller share.
     """
     return "true" if share >= 1 else f"{uniform(0, 'score.sample')} < {float(share)!r}D"
 
 
 def resolve(corpus: CorpusConfig) -> CorpusConfig:
-    """Fills in `rule`, `score` (SQL, with noise if the selection is random) and `select` of a corpus.
+    """Returns a corpus with `rule`, `score` (SQL, with noise if the selection is random) and `select` filled in.
 
     A resolved corpus stays unchanged.
 
@@ -121,7 +121,7 @@ def is_random(corpus: CorpusConfig) -> bool:
     """Whether a resolved corpus is selected at random, regardless of its text.
 
     Args:
-        corpus: as `resolve` returns it.
+        corpus: the result of `resolve`.
     """
     return corpus.rule == "random" or (corpus.select is not None and corpus.select.rule == "random")
 

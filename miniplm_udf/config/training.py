@@ -1,6 +1,6 @@
 """The sections of an experiment about training: the optimiser and its schedule, the students, and the reference.
 
-Frozen dataclasses, checked when they are made, like those of sections.py. The defaults are the paper's recipe for its
+Frozen dataclasses, checked when they are made, as in sections.py. The defaults are the paper's recipe for its
 Qwen models. `experiment.load_config` lets each model inherit from the experiment's section `train` and from its named
 model (student_models.py). Imports nothing heavy.
 """
@@ -18,9 +18,13 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch_sequences: sequences in one step; `micro_batch_sequences` of them in one forward pass.
+        batch_sequences: sequences in one step, over all ranks.
+        micro_batch_sequences: sequences in one forward pass of one rank.
+        learning_rate: highest learning rate, reached after the warm-up.
         min_learning_rate_ratio: final learning rate over `learning_rate`.
         warmup_steps: steps in which the learning rate rises.
+        adam_beta1, adam_beta2, adam_eps, weight_decay: settings of AdamW.
+        gradient_clip_norm: largest norm of the gradient; 0 does not clip.
         loss: official is the mean over sequences of the mean over targets whose input is not the separator;
             token_mean is the mean over all targets.
         kd_ratio: share of the forward KL divergence from the teacher in the loss (Vanilla KD); the rest is the LM loss.
@@ -28,14 +32,18 @@ class TrainConfig:
         kd_teacher: alias of the teacher in the section `models`.
         document_masks: whether tokens see only their own document in a sequence; false as in the paper.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
-        parallel: what ranks share. ddp: each rank has all weights; fsdp: all ranks share one copy of the weights and of
-            the optimiser's state; hsdp: groups of `shard_ranks` ranks share one copy. One process ignores it.
+        parallel: how ranks divide a model. ddp: each rank has all weights; fsdp: all ranks share one copy of the
+            weights and of the optimiser's state; hsdp: groups of `shard_ranks` ranks share one copy. One process
+            ignores it.
         shard_ranks: ranks that share a copy with hsdp; null: the ranks of one machine. It divides the number of ranks.
         compile: whether torch compiles the model's layers; auto compiles on a GPU, where that is possible.
         activation_checkpointing: whether the backward pass computes the layers again instead of keeping what they
             computed: slower, and with less memory.
-        save_every_steps: steps between checkpoints, of which the newest `keep_checkpoints` are kept.
+        save_every_steps: steps between checkpoints.
+        keep_checkpoints: number of newest checkpoints that are kept.
+        log_every_steps: steps between points of the curves.
         evaluate_every_steps: steps between evaluations on held-out and external texts; 0: none during training.
+        seed: seed of the weights, the order of the rows and dropout.
     """
 
     steps: int = 100_000
@@ -119,7 +127,7 @@ class ReferenceConfig:
     Attributes:
         alias: its alias in the section `models`.
         tokenizer: alias of the model whose tokenizer it uses.
-        model, architecture: as for a student.
+        model, architecture: see `StudentConfig`.
         train: keys that are not set come from the experiment's section `train`, then from `model`.
     """
 

@@ -79,17 +79,17 @@ class Manifest:
         corpus: name of the corpus; `version` is the number of the version.
         to: the format.
         exported_at: ISO 8601, UTC.
-        code_revision: version of this package that exported; `refined_by` is the one that refined.
+        code_revision: version of this package that exported; `refined_by` is the version that refined.
         n_instances: rows; `n_tokens` are their tokens, `text_bytes` the UTF-8 bytes of their texts.
         n_candidates: pool rows that passed `where`.
         n_bytes: size of all files.
         threshold: the lowest kept score.
         fingerprint: hash of the ids and scores.
-        model_revisions: by alias.
+        model_revisions: revision of each model, by alias.
         config: the resolved corpus config.
-        inputs: as in the provenance of the version.
+        inputs: inputs of the version, as in its provenance.
         columns: the meaning of each column, in order.
-        files: by name.
+        files: facts about each file, by its name.
     """
 
     kind: str = export_folder.KIND
@@ -133,7 +133,7 @@ class _ExportedVersion:
 
     @property
     def columns(self) -> list[schemas.Column]:
-        """The columns of the files, in order: the id, those of the instance, then those of the corpus."""
+        """The columns of the files, in order: the id, columns of the instance, then columns of the corpus."""
         refined = schemas.refined(self.name, self.provenance.config["models"]).columns
         of_instances = {column.name: column for column in schemas.INSTANCES.columns}
         return [refined[0], *(of_instances[name] for name in _INSTANCE_COLUMNS), *refined[1:]]

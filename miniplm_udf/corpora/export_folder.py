@@ -50,7 +50,7 @@ def check_free(target: str, overwrite: bool) -> None:
 
 
 def manifest_of(target: str) -> Json | None:
-    """Reads the manifest of the export in a folder; None if the folder has none.
+    """Returns the manifest of the export in a folder; None if the folder has no manifest.
 
     Args:
         target: URI of the folder, which need not exist.
@@ -73,7 +73,7 @@ def written(target: str, overwrite: bool) -> Iterator[str]:
         URI of the folder to write to.
 
     Raises:
-        ConfigError: on entering, the target is refused (`check_free`) or cannot be written to.
+        ConfigError: the target is refused (`check_free`) or cannot be written to; raised at the start of the block.
     """
     check_free(target, overwrite)
     with (_on_disk if storage.is_local(target) else _on_object_store)(target) as folder:
@@ -114,7 +114,7 @@ def _on_object_store(target: str) -> Iterator[str]:
 
 
 def remove_others(folder: str, names: Collection[str]) -> None:
-    """Removes files whose names are not in `names`: those of tasks that failed and were run again.
+    """Removes files whose names are not in `names`: files of tasks that failed and were run again.
 
     Args:
         folder: path or URI of the folder.

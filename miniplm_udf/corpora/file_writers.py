@@ -46,7 +46,12 @@ class ExportedFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WrittenFile(ExportedFile):
-    """A task's report about its file: also the exclusive or of its rows' hashes, and the sum of their low 32 bits."""
+    """A task's report about its file.
+
+    Attributes:
+        hash_xor: exclusive or of the hashes of the file's rows.
+        hash_sum: sum of the low 32 bits of these hashes.
+    """
 
     hash_xor: int
     hash_sum: int
@@ -86,7 +91,7 @@ def write_file(uri: str, to: str, batches: Iterator["pa.RecordBatch"]) -> dict[s
     """Writes one file.
 
     Args:
-        uri: of the new file.
+        uri: URI of the new file.
         to: `jsonl.zst` or `parquet`.
         batches: rows to write, with the columns COUNTED.
 

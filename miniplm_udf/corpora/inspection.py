@@ -42,11 +42,11 @@ class Question:
     Attributes:
         side: rows that were kept, or candidates that were not.
         source: only rows of this source; None: all sources.
-        sql: a condition over the columns of the version, `cut_distance`, and those of `annotations` and `instances`.
+        sql: a condition over `cut_distance` and the columns of the version, of `annotations` and of `instances`.
         near_cut: the rows nearest to the cut, on their side, instead of a random sample.
-        n_rows: at most this many rows.
-        n_characters: at most this many characters of each text, from its beginning.
-        seed: of the random sample.
+        n_rows: largest number of rows.
+        n_characters: largest number of characters of each text, from its beginning.
+        seed: seed of the random sample.
     """
 
     side: Literal["kept", "dropped"] = "kept"
@@ -222,7 +222,8 @@ def cuts_of(provenance: Provenance) -> dict[str | None, list[float]]:
     """The scores of a version's cuts.
 
     Args:
-        provenance: of the version. A followed version has one cut; one without recorded cuts, its threshold.
+        provenance: provenance of the version. A followed version has one cut; without recorded cuts, the
+            threshold is used.
 
     Returns:
         By source, or under None for all sources together: one score, or two for a band.
@@ -241,7 +242,7 @@ def cut_distance(provenance: Provenance) -> "Column":
     """Makes the column that tells how far a row is from the cut.
 
     Args:
-        provenance: of the version; it has the cuts.
+        provenance: provenance of the version, with its cuts.
 
     Returns:
         The score minus the score of the nearest cut of the row's source, from the columns `score` and `source`; null if

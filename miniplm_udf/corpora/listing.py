@@ -110,7 +110,7 @@ def diff(root: str, before: str, after: str, n_examples: int) -> VersionDifferen
     Args:
         root: URI of the root.
         before, after: addresses; rows that only `after` has were added.
-        n_examples: texts to show of the added and of the removed rows, those with the highest scores.
+        n_examples: texts to show of the added and of the removed rows, beginning with the highest score.
 
     Returns:
         The counts of added, removed and common rows by source, and examples.
@@ -334,7 +334,7 @@ def _first(table: "pa.Table", order: list[tuple[str, str]], n_rows: int) -> Any:
 def _texts(root: str, ids: Collection[str]) -> dict[str, str]:
     """The beginnings of the texts of some instances, by id; an instance that is not there is left out.
 
-    Reads the ids of each row group of `instances`, and the texts of those row groups alone that hold a wanted id.
+    Reads the ids of each row group of `instances`, but the texts only of row groups that hold a wanted id.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -1,9 +1,9 @@
-"""Taking documents down by id: out of every table of a root, pinned versions too, for good. Driver only.
+"""Removes documents by id from every table of a root, pinned versions too, for good. Driver only.
 
     request -> recorded -> packed, refined, pinned -> annotations, proxy_scores, generations, score_matrix, scores,
             rejects, instances -> old files removed
 
-Input: a config and ids of documents. Every instance that holds a byte of one is removed whole, because a
+Input: a config and ids of documents. Every instance that holds a byte of a document is removed whole, because a
 score belongs to the text that was scored; other documents lose the slices that they share with it. The rows to remove
 are recorded first (store/takedowns.py) and `instances` is changed last, so a command that was killed continues from the
 record. A corpus gets a new version without the rows; versions that are not pinned, and packed sequences with these
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("miniplm.takedown")
 
-# Tables with rows by instance id; each before those that it is made from.
+# Tables with rows by instance id; a table comes before the tables that it is made from.
 _BY_INSTANCE = ("annotations", "proxy_scores", "generations", "score_matrix", "scores", "rejects", "instances")
 # Columns of annotations that name another instance.
 _NAMING = ("duplicate_of", "near_duplicate_of")
@@ -62,7 +62,7 @@ class TakedownSummary(DocumentCounts):
         removed: rows by table.
         begun_anew: checkpoints of queries that start again from the beginning.
         students: models that were trained on packed sequences of removed rows; they are not changed.
-        exports: exports under the root, which may hold such text and are not changed.
+        exports: exports under the root, which may hold the removed text and are not changed.
     """
 
     takedown_id: str
@@ -73,15 +73,15 @@ class TakedownSummary(DocumentCounts):
 
 
 def preview(spark: "SparkSession", root: str, ids: Sequence[str]) -> DocumentCounts:
-    """Counts the instances that a take-down would remove.
+    """Returns the counts of instances that a take-down would remove.
 
     Args:
         spark: any session.
         root: URI of the root.
-        ids: of documents, as in `instances.document_ids`.
+        ids: ids of documents, as in `instances.document_ids`.
 
     Raises:
-        ConfigError: there is no id, or an empty one.
+        ConfigError: there is no id, or an id is empty.
         CorpusError: there is no table of instances.
     """
     from pyspark.sql import functions as F
@@ -110,14 +110,15 @@ def take_down(
     Args:
         spark: any session.
         config: the experiment.
-        ids: of documents, as in `instances.document_ids`: the id in the input, or the hash of the text if it has none.
+        ids: ids of documents, as in `instances.document_ids`: the id in the input, or the hash of the text if there is
+            no id.
         takedown: the record of the command.
 
     Returns:
         Counts of what was removed.
 
     Raises:
-        ConfigError: there is no id, or an empty one.
+        ConfigError: there is no id, or an id is empty.
         CorpusError: there is no table of instances; a query of the root runs.
     """
     with checkpoints.alone(config.root):
@@ -214,7 +215,7 @@ class _Removal:
         return n_rows
 
     def _vacuum(self, table: str, is_logged: bool = False) -> None:
-        """Removes all files but those of the newest version, after rewriting files with rows that are only hidden."""
+        """Removes all files but the newest version's, after rewriting files with rows that are only hidden."""
         uri = self._config.layout.table(table)
         tables.make_readable(self._spark, uri)
         tables.vacuum(self._spark, uri, 0, is_logged)
@@ -264,7 +265,7 @@ class _Removal:
             return True
 
     def _corpus(self, name: str) -> None:
-        """Commits the newest rows of a corpus without those that are gone, and removes the files of older versions."""
+        """Commits the newest rows of a corpus without the removed rows, and removes the files of older versions."""
         uri = Root(self._root).refined(name)
         newest = corpus_records.newest(uri)
         if newest is None:

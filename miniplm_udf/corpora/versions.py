@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DerivedVersion:
-    """A version that has the rows of an earlier one.
+    """A version that has the rows of an earlier version.
 
     Attributes:
-        name: of the corpus.
+        name: name of the corpus.
         version: number of the version that has the rows now; for a dry run, of the earlier version.
         from_version: number of the earlier version.
         n_instances: rows of the version.
-        fingerprint: of its rows.
+        fingerprint: fingerprint of its rows.
         skipped: whether nothing was written, because the newest version has the rows already, or for a dry run.
     """
 
@@ -71,8 +71,8 @@ def pin(spark: "SparkSession", root: str, address: str, tag: str | None = None) 
     Args:
         spark: any session.
         root: URI of the root.
-        address: of the version, as in `find`.
-        tag: a name for `NAME@TAG`; None: no tag, or the one that the version has.
+        address: address of the version, as in `find`.
+        tag: a name for `NAME@TAG`; None keeps the version's tag, if it has one.
 
     Returns:
         The pin.
@@ -121,7 +121,7 @@ def unpin(spark: "SparkSession", root: str, address: str) -> tuple[str, int]:
     Args:
         spark: any session.
         root: URI of the root.
-        address: of the version, as in `find`.
+        address: address of the version, as in `find`.
 
     Returns:
         The name of the corpus and the number of the version.
@@ -140,15 +140,15 @@ def unpin(spark: "SparkSession", root: str, address: str) -> tuple[str, int]:
 
 
 def restore(spark: "SparkSession", config: ExperimentConfig, address: str) -> DerivedVersion:
-    """Makes a new version with the rows of an old one, without those that were taken down since.
+    """Makes a new version with the rows of an old version, without rows that were taken down since.
 
     Args:
         spark: any session.
         config: the experiment.
-        address: of the old version, as in `find`.
+        address: address of the old version, as in `find`.
 
     Returns:
-        The new version, or the newest one if it has the rows already.
+        The new version, or the newest version if it has the rows already.
 
     Raises:
         CorpusError: there is no such version, its rows are gone, or another driver has written meanwhile.
@@ -169,11 +169,11 @@ def rebuild(spark: "SparkSession", config: ExperimentConfig, address: str, dry_r
     Args:
         spark: any session.
         config: the experiment.
-        address: of the version, as in `find`.
+        address: address of the version, as in `find`.
         dry_run: only compares the fingerprint.
 
     Returns:
-        The new version, or the newest one if it has the rows already.
+        The new version, or the newest version if it has the rows already.
 
     Raises:
         CorpusError: the version was followed; since then the matrix was built again, or rows were taken down; or the
@@ -216,7 +216,7 @@ def recorded_candidates(
     Args:
         spark: any session.
         root: URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: its number, for messages.
         recorded: its provenance.
 
@@ -245,7 +245,7 @@ def recorded_config(root: str, name: str, recorded: Provenance) -> tuple[Experim
 
     Args:
         root: URI of the root, for the config.
-        name: of the corpus.
+        name: name of the corpus.
         recorded: the provenance of the version.
 
     Raises:
@@ -267,10 +267,10 @@ def recorded_config(root: str, name: str, recorded: Provenance) -> tuple[Experim
 
 
 def recounted(provenance: Provenance, rows: "DataFrame") -> Provenance:
-    """Replaces the counts, the threshold and the fingerprint of a provenance by those of other rows; runs one pass.
+    """Returns a provenance with the counts, the threshold and the fingerprint of other rows; reads the rows once.
 
     Args:
-        provenance: of the version that the rows come from.
+        provenance: provenance of the version that the rows come from.
         rows: a frame with instance_id, score and n_tokens.
 
     Returns:
@@ -293,7 +293,7 @@ def _commit(
     spark: "SparkSession", config: ExperimentConfig, rows: "DataFrame", provenance: Provenance,
     derived: DerivedFrom,
 ) -> DerivedVersion:  # fmt: skip
-    """Commits rows in place of those of the newest version, unless they are the same."""
+    """Commits rows in place of the newest version's rows, unless they are the same."""
     name, from_version = provenance.corpus, derived["from_version"]
     with refine.corpus_lease(config, name):
         newest = corpus_records.newest(config.layout.refined(name))
@@ -315,7 +315,7 @@ def commit_derived(
         spark: any session.
         config: the experiment.
         rows: all rows of the new version.
-        provenance: of these rows.
+        provenance: provenance of these rows.
         newest: the state of the table that the rows replace.
         derived: where they come from (`Provenance.derived`).
 

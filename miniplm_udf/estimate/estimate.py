@@ -75,7 +75,7 @@ class _CutSample:
 
 
 def estimate(spark: "SparkSession", config: ExperimentConfig, sample_bytes: int, gpus: Gpus) -> Estimate:
-    """Estimates ingest, the reference's training and the scoring of an experiment.
+    """Returns an estimate of ingest, the reference's training and the scoring of an experiment.
 
     Args:
         spark: a session.
@@ -121,7 +121,7 @@ def estimate(spark: "SparkSession", config: ExperimentConfig, sample_bytes: int,
 
 
 def _cut(spark: "SparkSession", config: ExperimentConfig, sample: Sample) -> _CutSample:
-    """Cuts the sampled documents into instances by ingest's own function; of equal ones one counts."""
+    """Cuts the sampled documents into instances by ingest's own function; equal instances count once."""
     model = chunking_model(config)
     spec = ChunkingSpec.of(config.ingest, model, executor_tokenizer_hash(spark, model))
     rows = spark.createDataFrame(sample.rows).coalesce(1)

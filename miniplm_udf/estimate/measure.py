@@ -81,7 +81,7 @@ class Measured:
         forward_tokens: input tokens of all forward passes; more than `scored_tokens` where windows overlap.
         flops: model FLOPs to score the sample.
         rejects: instances that cannot be scored, by reason.
-        start_seconds: loading the model, and the time that its first batch takes longer than later ones.
+        start_seconds: time to load the model, and the time that its first batch takes longer than later batches.
         tokens_per_second: scored tokens per second after the start.
         timed_tokens: scored tokens that the rate was measured on.
         training_tokens_per_second: rate of an optimiser step; None for an existing model.
@@ -265,7 +265,7 @@ def _sizes(config: ModelConfig, description: ModelDescription) -> tuple[int, int
 
 @dataclasses.dataclass(frozen=True)
 class _Timing:
-    """The timing of a scorer; the names are those of `Measured`. A model with random weights has no warnings."""
+    """The timing of a scorer; the names are the fields of `Measured`. A model with random weights has no warnings."""
 
     start_seconds: float
     tokens_per_second: float

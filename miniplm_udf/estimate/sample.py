@@ -59,7 +59,7 @@ class Sample:
 
 
 def take_sample(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, sample_bytes: int) -> Sample:
-    """Reads about `sample_bytes` of text.
+    """Returns a sample of about `sample_bytes` of text.
 
     Args:
         spark: a session.
@@ -186,7 +186,7 @@ def _sample_parquet(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig,
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
 
-    # Files with other column types than most are left out: their texts are taken to be like those of the others.
+    # Files with other column types than most are left out: their texts are assumed to be like the rest.
     regular = tuple(file for file in inputs.files if file not in inputs.odd) or inputs.files
     places = _places(regular, sample_bytes // _TEXT_PER_COMPRESSED_BYTE)
     lengths: dict[InputFile, int] = {}

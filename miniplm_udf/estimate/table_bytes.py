@@ -39,7 +39,7 @@ def _bytes_per_instance(
 ) -> float:
     """Writes rows whose ids and numbers differ from row to row, and whose words and times do not.
 
-    A worker writes a slice's rows of one model and then those of the next, so an id comes again soon and compresses.
+    A worker writes a slice's rows of one model, then of the next model, so an id soon repeats and compresses.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -139,7 +139,7 @@ class GenerationQuery(Query):
         return rows_behind(self._spark, self._instances_uri, offset)
 
     def _known(self, ids: "DataFrame") -> "DataFrame":
-        """Those of the ids whose instances were continued or rejected with this revision."""
+        """The ids whose instances were continued or rejected with this revision."""
         from pyspark.sql import functions as F
 
         done = tables.read(self._spark, self._uri).where(F.col("generation_revision") == self._plan.revision)

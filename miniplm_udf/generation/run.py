@@ -43,14 +43,14 @@ class GenerationSummary:
     """The result of `miniplm generate`.
 
     Attributes:
-        revision: of the generation; `generations` may have rows of other revisions, too.
+        revision: revision of the generation; `generations` may also have rows of other revisions.
         model_revision: revision of the model that continued.
         generated: instances that the model continued.
-        by_end: instances by end reason; `prompt` are those no longer than a prompt, which stay as they are.
+        by_end: instances by end reason; `prompt` counts texts no longer than a prompt, which stay as they are.
         new_generated: instances that this run has added.
         rejected: instances that could not be continued.
         tokens: tokens that this run has generated.
-        tokens_per_second: of a worker's time in the model; None if nothing was generated.
+        tokens_per_second: generated tokens per second of a worker's time in the model; None if nothing was generated.
         seconds: duration of the run.
         too_many_rejects: whether rejects exceed `score.max_reject_share`.
     """
@@ -84,7 +84,7 @@ def required(config: ExperimentConfig) -> GenerateConfig:
 def prepare(
     spark: "SparkSession", config: ExperimentConfig, run_id: str, factory: Callable[[], TextGenerator] | None = None
 ) -> Generating:
-    """Describes the model and makes the query; starts none.
+    """Returns the description of the model and the query, which is not started.
 
     Args:
         spark: the session.
@@ -113,7 +113,7 @@ def prepare(
 
 
 def summarize(spark: "SparkSession", config: ExperimentConfig, done: Generating, seconds: float) -> GenerationSummary:
-    """Sums up a run of the query.
+    """Returns the summary of a run of the query.
 
     Args:
         spark: a session.

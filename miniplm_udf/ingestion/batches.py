@@ -26,7 +26,7 @@ REFUSED_PREFIX = "taken_down/"
 
 
 def refuse_taken_down(rows: "DataFrame", taken_down: list[str]) -> "DataFrame":
-    """Turns each instance with a document that was taken down into a reject without text.
+    """Returns the rows, with a reject without text for each instance that has a document that was taken down.
 
     The whole instance is refused, after documents were cut, so that a refusal never moves the cuts of its neighbours.
 
@@ -87,8 +87,8 @@ def write_batch(batch: "DataFrame", query_id: str, batch_id: int, config: Experi
             if not n_rows.get(kind) and not n_written:
                 continue
             rows = frame.select(*table.column_names)
-            # Rows of other queries, such as one whose checkpoint was lost. If there are none, Delta's file statistics
-            # keep Spark from opening a file.
+            # Rows of other queries, for example of a query whose checkpoint was lost. If there are none, Delta's file
+            # statistics keep Spark from opening a file.
             others = existing.where((F.col("query_id") != query_id) | F.col("batch_id").isin([batch_id, *changed]))
             new = tables.missing_from(rows, others, key)
             if not n_written:

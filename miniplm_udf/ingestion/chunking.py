@@ -8,7 +8,7 @@ The rule of the paper is used, except that no text is dropped. A stream of token
 (`document`), or all documents of one (source, split) with a separator after each (`packed`). While more than
 `max_tokens` are left: take `max_tokens`; scan back to the last separator, token that ends in a newline, or token that
 ends in a sentence mark (. ! ? ;) before whitespace; cut there and put the tokens behind the cut back; if there is no
-such token, keep all of them. The remaining tokens are the last chunk. With `max_tokens` 4, `|` for the separator, and
+such place, keep all of them. The remaining tokens are the last chunk. With `max_tokens` 4, `|` for the separator, and
 documents "a. b c" and "d e f g h":
 
     tokens     a   .   b   c   |   d   e   f   g   h   |
@@ -92,7 +92,7 @@ class Chunker:
 
     Args:
         encode: the tokenizer.
-        mode: `document` cuts each document by itself, `packed` joins those of one source and split.
+        mode: `document` cuts each document by itself, `packed` joins the documents of one source and split.
         max_tokens: largest number of tokens in a chunk.
     """
 

@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     MapFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
 DOCUMENT = "document"
-# Added to modification times: those before 1970 are negative, and all become sixteen digits that sort as text.
+# Added to modification times, so that times before 1970 also become sixteen digits, which sort as text.
 _SIGN = 2**63
 
 
 def _rows_table() -> schemas.Table:
-    """The columns between reading and packing: those of `splits.output_columns`, which rejects fill, and three more."""
+    """The columns between reading and packing: `splits.output_columns`, which rejects fill, and three more."""
     own = (
         schemas.Column("document_id", "string", "the document", nullable=True),
         schemas.Column("place", "string", "modification time, file and input split; sorts in the order of the stream"),
@@ -57,7 +57,7 @@ def rows_spark_schema() -> "StructType":
 
 
 def read_function(ingest: IngestConfig) -> "MapFunction":
-    """Makes the function that turns input rows into documents and rejects.
+    """Returns the function that turns input rows into documents and rejects.
 
     Args:
         ingest: fields, default source and splits.
@@ -113,7 +113,7 @@ def _add_document(out: Output, document: Document, place: str, row: int) -> None
 
 
 def first_copies(batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
-    """Keeps the row with the smallest (place, row) of each key.
+    """Yields the row with the smallest (place, row) of each key.
 
     Args:
         batches: batches of `rows_spark_schema`, with all rows of each key that they hold.
@@ -157,10 +157,10 @@ def _are_first(rows: "pa.Table") -> "pa.Array":
 
 
 def pack_function(ingest: IngestConfig, model: ModelConfig, spec: ChunkingSpec) -> "MapFunction":
-    """Makes the function that packs documents, for partitions in the order of (place, row).
+    """Returns the function that packs documents, for partitions in the order of (place, row).
 
     Args:
-        ingest: not used; the arguments are those of `splits.make_ingest_function`.
+        ingest: not used; the arguments are the same as for `splits.make_ingest_function`.
         model: the model whose tokenizer counts tokens.
         spec: the spec that the driver made; a node with another tokenizer raises a CorpusError.
     """

@@ -5,7 +5,7 @@ imported), README texts (the bodies of package metadata), licences, source files
 cleaned: near-duplicates and noise are there for refinement to drop. Output: `<folder>/demo-text-NNNN.jsonl.gz`, one
 object a line with `id` (a relative path), `source` and `text`; and the manifest `demo-text.json`. Documents are taken
 whole, in the order of a hash of their path, equally many bytes of each source; a larger scale adds shards and leaves
-full ones as they are. A retry replaces whole files; a folder that is complete at the scale stays as it is.
+full shards as they are. A retry replaces whole files; a folder that is complete at the scale stays as it is.
 """
 
 import ast
@@ -169,7 +169,7 @@ def documents_of(source: str, files: dict[str, Path]) -> Iterator[NamedText]:
 
     Args:
         source: name of the source, a key of `_SOURCES`.
-        files: all files by id; those of another kind are not read.
+        files: all files by id; files of another kind are not read.
 
     Yields:
         The document's id, and its text of MIN_DOCUMENT_BYTES to MAX_DOCUMENT_BYTES UTF-8 bytes.
@@ -246,7 +246,7 @@ def _complete_manifest(folder: Path, scale: float) -> DemoManifest | None:
 
 
 def write_demo_text(folder: Path, scale: float = 1.0, roots: dict[str, Path] | None = None) -> DemoManifest:
-    """Writes the demo's text into a folder.
+    """Writes the demo's text into a folder and returns its manifest.
 
     Args:
         folder: created if it does not exist; shards of other scales are removed from it.

@@ -6,8 +6,8 @@ or times: a retry, and the same file under another name, make the same ids. Only
 of its row, so that each bad row is counted.
 
 A number that is not JSON (NaN, Infinity) or too large for a double (1e999) is kept as a string of its characters, as
-Spark writes such doubles of a table, so that metadata is valid JSON and loses nothing. A line with an object that has a
-key twice is `invalid_json`, because JSON readers disagree about the value.
+Spark writes the same doubles of a table, so that metadata is valid JSON and loses nothing. A line with an object that
+has a key twice is `invalid_json`, because JSON readers disagree about the value.
 
 Reasons to refuse a row: `invalid_utf8` (lone surrogates too), `nul_byte` (also as an escape), `invalid_json`,
 `not_an_object`, `missing_text` (absent or null), `text_not_string`, `empty_text`; a whole file: `unreadable_file`; an

@@ -88,7 +88,7 @@ class Inputs:
 def find_inputs(
     spark: "SparkSession", ingest: IngestConfig, taken: Callable[[str], Collection[str]] = lambda kind: ()
 ) -> Inputs:
-    """Finds the input and checks that it fits the config.
+    """Returns the input files and their format, after the check that they fit the config.
 
     Args:
         spark: a session.
@@ -266,7 +266,7 @@ def _check_together(spark: "SparkSession", paths: list[str], files: tuple[InputF
 
 
 def matching(spark: "SparkSession", name: str, path: str, key: str = INPUT) -> list[InputFile]:
-    """Lists the files of a path or glob.
+    """Returns the files of a path or glob.
 
     Args:
         spark: a session.

@@ -2,7 +2,7 @@
 
 Input: a path, folder or glob as Hadoop expects it (a URI, not percent-encoded). Output: plain paths. Spark's own
 listing (inputs.py) decides which files are read. The listing here uses Hadoop's FileSystem, so it works on every
-storage that Spark supports, and it finds the files that Spark skips without a message: those whose name, or whose
+storage that Spark supports, and it finds the files that Spark skips without a message: files whose name, or whose
 folder's name, begins with `_` or `.`. Owns the messages about them. Reads no file. A retry lists again.
 """
 
@@ -61,7 +61,7 @@ def _any_case(name: str) -> str:
 
 
 def glob_filter(names: Sequence[str], packed: Sequence[str]) -> str:
-    """A glob for files with some extensions in any case, plain or compressed.
+    """Returns a glob for files with some extensions in any case, plain or compressed.
 
     Args:
         names: extensions without dots.
@@ -87,7 +87,7 @@ def format_of(path: str) -> str | None:
 
 
 def escape_glob(path: str) -> str:
-    """Escapes the characters of a path that have a meaning in globs.
+    """Returns the path with its glob characters escaped.
 
     Args:
         path: a path that is no glob.
@@ -105,7 +105,7 @@ def plain_path(uri: str) -> str:
 
 
 def existing_or_glob(spark: "SparkSession", path: str, key: str = INPUT) -> str:
-    """Escapes the glob characters of a path if a file or folder has exactly this name; else returns it as a glob.
+    """Returns a path as a glob. Its glob characters are escaped if a file or folder has exactly this name.
 
     Args:
         spark: a session.
@@ -122,7 +122,7 @@ def existing_or_glob(spark: "SparkSession", path: str, key: str = INPUT) -> str:
 
 
 def one_path(paths: list[str]) -> str:
-    """Makes one glob of several paths, because a file stream takes one path.
+    """Returns one glob for several paths, because a file stream takes one path.
 
     Args:
         paths: paths or globs, at least one.
@@ -154,7 +154,7 @@ def _in_braces(path: str) -> str:
 
 
 def all_files(spark: "SparkSession", path: str, key: str = INPUT) -> list[str]:
-    """Lists all files at a path, in a folder and all folders below it, or of a glob, including those that Spark hides.
+    """Lists all files at a path, in a folder and all folders below it, or of a glob, including files that Spark hides.
 
     Args:
         spark: a session.
@@ -162,7 +162,7 @@ def all_files(spark: "SparkSession", path: str, key: str = INPUT) -> list[str]:
         key: the key of the config that holds the path, for messages.
 
     Returns:
-        Paths, without those of empty files.
+        Paths, without paths of empty files.
 
     Raises:
         ConfigError: the glob is malformed, or meets a name with a colon.
@@ -255,7 +255,7 @@ def check_names(path: str, files: Iterable[str], key: str = INPUT) -> None:
         key: the key of the config that holds the path, for messages.
 
     Raises:
-        ConfigError: a name cannot be read; the message names the first one, and their number.
+        ConfigError: a name cannot be read; the message has the first unreadable name, and their number.
     """
     is_glob = bool(_GLOB.search(path))
     refused = []

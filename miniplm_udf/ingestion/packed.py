@@ -44,7 +44,7 @@ def first_documents(rows: "DataFrame", config: ExperimentConfig) -> "DataFrame":
     """
     schema = rows_spark_schema()
     read = observed(rows.mapInArrow(read_function(config.ingest), schema))
-    # Without a number of partitions, Spark takes the state store's number, even if the config has another one now.
+    # Without a number of partitions, Spark takes the state store's number, even if the config has another number now.
     return read.repartition("key").mapInArrow(first_copies, schema).dropDuplicates(["key"])
 
 
@@ -123,7 +123,7 @@ class Packing:
         return refuse_taken_down(ordered.mapInArrow(self.pack, schema), taken_down).unionByName(rejects)
 
     def _unknown(self, documents: "DataFrame", others: "Column", taken_down: list[str]) -> "DataFrame":
-        """The documents that no other query has ingested, and those that were taken down, which become rejects.
+        """The documents that no other query has ingested, and documents that were taken down, which become rejects.
 
         Documents whose instance was removed because of another document in it are not ingested again.
         """

@@ -138,7 +138,7 @@ def _reads(schema: "DataType", file: "DataType") -> bool:
 
 
 def open_file(uri: str) -> IO[bytes]:
-    """Opens a file for reading.
+    """Returns a file, opened for reading bytes.
 
     Args:
         uri: the URI as Spark names it, percent-encoded.
@@ -151,11 +151,11 @@ def open_file(uri: str) -> IO[bytes]:
 
 
 def make_reader(fields: FieldsConfig) -> Callable[[Iterator["pa.RecordBatch"]], Iterator["pa.RecordBatch"]]:
-    """Makes the function for `mapInArrow` that reads input splits of files that Spark cannot read with the schema.
+    """Returns the function for `mapInArrow` that reads input splits of files that Spark cannot read with the schema.
 
     Its input has a row for each row of a split, as Spark counts them, with `source_file`, `block_start`,
     `block_length` and further columns that have one value a split. Its output has the columns text, id, source and
-    metadata, and those of the input without `block_length`.
+    metadata, and the input's columns without `block_length`.
 
     Args:
         fields: names of the columns.
@@ -227,7 +227,7 @@ def _with_place(batch: "pa.RecordBatch", place: TableRow) -> "pa.RecordBatch":
 
 
 def converted(batch: "pa.RecordBatch", columns: dict[str, str], fields: FieldsConfig) -> "pa.RecordBatch":
-    """Converts rows to text, id, source (bytes) and metadata (a JSON object), as `inputs.batch_columns` does.
+    """Returns rows with text, id, source (bytes) and metadata (a JSON object), as `inputs.batch_columns` does.
 
     Args:
         batch: rows of a file.
@@ -265,7 +265,7 @@ def _plain(array: "pa.Array") -> list[Any]:
         array = pc.cast(array, pa.timestamp("us", kind.tz), safe=False)
     if pa.types.is_float32(kind):
         array = array.cast(pa.string()).cast(pa.float64())
-    if pa.types.is_map(kind):  # a list of pairs; without one, an empty object
+    if pa.types.is_map(kind):  # a list of pairs; an empty list becomes an empty object
         return [{} if v == [] else v for v in array.to_pylist()]
     return [_Binary(v) if isinstance(v, bytes) else v for v in array.to_pylist()]
 

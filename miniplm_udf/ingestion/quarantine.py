@@ -211,7 +211,7 @@ def _cause(condition: str, message: str) -> str:
 
 
 def quarantine_id(file: InputFile) -> str:
-    """The id of the reject of an unreadable file; a file that was changed has another one.
+    """The id of the reject of an unreadable file; a file that was changed gets another id.
 
     Args:
         file: the unreadable file; its path, modification time and size are hashed.
@@ -224,7 +224,7 @@ class UnreadableFile:
     """A row of `rejects` that stands for a whole file.
 
     Attributes:
-        reject_id: as `quarantine_id` makes it.
+        reject_id: the result of `quarantine_id`.
         path: the file's path, percent-encoded.
         n_bytes: the file's size.
         detail: what is wrong with the file; ends in the number of its rows if that was known.
@@ -248,7 +248,7 @@ class UnreadableFile:
 
 
 def unreadable_files(spark: "SparkSession", config: ExperimentConfig) -> list[UnreadableFile]:
-    """Reads the rows of `rejects` that stand for whole files.
+    """Returns the rows of `rejects` that stand for whole files.
 
     Args:
         spark: any session.

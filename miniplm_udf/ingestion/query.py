@@ -57,7 +57,7 @@ QUERY = "ingest"
 
 
 def ingest(spark: "SparkSession", config: ExperimentConfig) -> IngestSummary:
-    """Ingests all input that is not ingested yet.
+    """Ingests all input that is not ingested yet, and returns the counts.
 
     Args:
         spark: a session.
@@ -93,7 +93,7 @@ def find_new_inputs(spark: "SparkSession", config: ExperimentConfig) -> tuple[In
         The input (`find_inputs`), and the files that its query has taken, whose footers are not read again.
 
     Raises:
-        ConfigError: as `find_inputs`.
+        ConfigError: the input does not fit the config (see `find_inputs`).
     """
     # Called with the format, which `find_inputs` finds out by the names of the files.
     taken = functools.cache(lambda kind: taken_files(spark, _checkpoint(config, kind)))
@@ -142,7 +142,7 @@ def chunking_model(config: ExperimentConfig) -> ModelConfig:
         config: the experiment.
 
     Raises:
-        ConfigError: the model is one that this experiment trains.
+        ConfigError: this experiment trains the model.
     """
     alias = config.ingest.chunking.tokenizer
     model = config.models[alias]

@@ -63,7 +63,7 @@ class ChunkingSpec:
 
     @classmethod
     def of(cls, ingest: IngestConfig, model: ModelConfig, tokenizer_hash: str) -> "ChunkingSpec":
-        """Makes the spec of a config.
+        """Returns the spec of a config.
 
         Args:
             ingest: the section `ingest`.
@@ -120,7 +120,7 @@ def tokenizer_folder(model: ModelConfig) -> Path:
 
 
 def load_encode(folder: Path) -> Encode:
-    """Loads the tokenizer in a folder as an `Encode`.
+    """Returns the tokenizer in a folder as an `Encode`.
 
     Args:
         folder: a local folder with a tokenizer.json.
@@ -138,7 +138,7 @@ def load_encode(folder: Path) -> Encode:
 def make_ingest_function(
     ingest: IngestConfig, model: ModelConfig, spec: ChunkingSpec
 ) -> Callable[[Iterator["pa.RecordBatch"]], Iterator["pa.RecordBatch"]]:
-    """Makes the function for `mapInArrow` that reads and cuts input splits.
+    """Returns the function for `mapInArrow` that reads and cuts input splits.
 
     Args:
         ingest: fields, default source, splits, chunking.
@@ -154,7 +154,7 @@ def make_ingest_function(
 
 
 def node_encode(model: ModelConfig, spec: ChunkingSpec) -> Encode:
-    """Loads the chunking tokenizer on this node, an executor.
+    """Returns the chunking tokenizer, loaded on this node (an executor).
 
     Args:
         model: the model whose tokenizer counts tokens.

@@ -43,7 +43,7 @@ class TableCounts:
         documents: documents that begin in an instance.
         text_bytes: UTF-8 bytes of the instances.
         unreadable: the rejects that stand for whole files.
-        keys: rows of `document_keys`, one for each packed document; 0 with chunking by document, which has no such
+        keys: rows of `document_keys`, one for each packed document; 0 with chunking by document, which has no
             table.
     """
 
@@ -97,7 +97,7 @@ class IngestSummary:
 
 
 def count_tables(spark: "SparkSession", config: ExperimentConfig) -> TableCounts:
-    """Counts the rows of ingest's tables, which must exist.
+    """Returns the numbers of rows of ingest's tables, which must exist.
 
     Args:
         spark: any session.
@@ -123,7 +123,7 @@ def count_tables(spark: "SparkSession", config: ExperimentConfig) -> TableCounts
 
 
 def observed(rows: "DataFrame") -> "DataFrame":
-    """Makes the query count the documents that it reads, before duplicates are dropped.
+    """Returns the frame with a count of the documents that it reads, before duplicates are dropped.
 
     The count is `observedMetrics.documents_read.documents` in the query's progress (`documents_seen`). A document is a
     row of kind `document` (packed chunking), or begins in an instance.
@@ -228,7 +228,7 @@ def summarize(
 
 
 def _n_first(before: TableCounts, after: TableCounts) -> int:
-    """Counts the documents that this run has seen first, including those that were refused as taken down."""
+    """Counts the documents that this run has seen first, including documents refused because they were taken down."""
     if after.keys:
         return after.keys - before.keys
     refused = after.rejects.get("taken_down", 0) - before.rejects.get("taken_down", 0)

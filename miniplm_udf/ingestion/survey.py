@@ -43,7 +43,7 @@ class Survey:
 
 
 def survey_parquet(spark: "SparkSession", files: "Sequence[InputFile]", fields: FieldsConfig) -> Survey:
-    """Reads the footers of files and combines them.
+    """Returns the combined footers of files.
 
     Args:
         spark: a session.

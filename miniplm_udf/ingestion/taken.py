@@ -6,7 +6,7 @@ Spark keeps no size: ingest records sizes in `file_sizes` in the checkpoint when
 an earlier release has none.
 
 `file_sizes/<n>` is a JSON object of sizes by plain path, for the micro-batches up to n that no file with a smaller
-number holds. Ten such files are merged to one, ten of those again, and so on: a million micro-batches leave at most 54
+number holds. Ten files are merged to one, ten merged files again, and so on: a million micro-batches leave at most 54
 files.
 """
 
@@ -47,7 +47,7 @@ class TakenFile:
 
 
 def taken_files(spark: "SparkSession", checkpoint_uri: str) -> list[TakenFile]:
-    """Lists all files that the source has taken, including those of an unfinished micro-batch.
+    """Lists all files that the source has taken, including files of an unfinished micro-batch.
 
     Args:
         spark: any session.
@@ -66,7 +66,7 @@ def taken_files(spark: "SparkSession", checkpoint_uri: str) -> list[TakenFile]:
 
 
 def batch_files(spark: "SparkSession", checkpoint_uri: str, batch_id: int) -> list[InputFile]:
-    """Lists the files of a micro-batch that has begun, as they are now, without files that were removed.
+    """Returns the files of a micro-batch that has begun, as they are now, without files that were removed.
 
     Args:
         spark: any session.

@@ -170,7 +170,7 @@ class TextSet:
 
 
 def open_text_set(name: str, config: TextInputConfig) -> TextSet:
-    """Finds the files of a set; reads no text.
+    """Returns a set with its files; reads no text.
 
     Args:
         name: name of the set.
@@ -235,7 +235,7 @@ def _delta_set(name: str, config: TextInputConfig, uri: str) -> TextSet:
 
 
 def _files(config: TextInputConfig) -> list[str]:
-    """Plain paths of local files, URIs of others, sorted; of a folder, its files and those of the folders below it."""
+    """Plain paths of local files, URIs of others, sorted; of a folder, all files in it and below it."""
     path = storage.local_path(storage.to_uri(config.path)) if storage.is_local(config.path) else config.path
     filesystem, inner = fsspec.core.url_to_fs(path)
     if filesystem.isfile(inner):

@@ -1,7 +1,7 @@
 """Decompresses `.gz` and `.zst` files to their ends: all members or frames, and an error if the data end too early.
 
 Input: an open file and its name. Output: chunks of its content; a file with another ending is passed on as it is. (The
-readers of Spark, and those of fsspec for zstd, stop at the end of the first frame or of cut data without a word.) No
+readers of Spark, and fsspec's reader for zstd, stop at the end of the first frame or of cut data without a word.) No
 Spark; writes nothing. A retry gives the same bytes.
 """
 

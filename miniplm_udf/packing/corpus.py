@@ -96,7 +96,7 @@ class _Source:
 
 
 def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, tokenizer_name: str) -> PackSummary:
-    """Packs the newest version of a refined corpus for one student tokenizer.
+    """Packs the newest version of a refined corpus for one student tokenizer, and returns the counts.
 
     Args:
         spark: a session.
@@ -139,7 +139,7 @@ def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, to
 
 
 def pack_generated(spark: "SparkSession", config: ExperimentConfig, tokenizer_name: str) -> PackSummary:
-    """Packs the texts that a model generated with the settings of the section `generate`, for one student tokenizer.
+    """Packs the texts generated with the settings of the section `generate`, and returns the counts.
 
     Args:
         spark: a session.
@@ -190,7 +190,7 @@ def pack_generated(spark: "SparkSession", config: ExperimentConfig, tokenizer_na
 
 
 def _check_tokenizer_of_ids(config: ExperimentConfig, model: ModelDescription, tokenizer: PackTokenizer) -> None:
-    """Raises a CorpusError if the copy of a model's tokenizer is not the one that the generated ids are of."""
+    """Raises a CorpusError if the copy of a model's tokenizer is not the tokenizer of the generated ids."""
     expected = (model.tokenizer_hash, model.document_separator_id)
     if (tokenizer.tokenizer_hash, tokenizer.document_separator_id) != expected:
         folder = storage.redact(config.layout.tokenizer(tokenizer.name))
@@ -201,7 +201,9 @@ def _check_tokenizer_of_ids(config: ExperimentConfig, model: ModelDescription, t
 
 
 def pack_reference(spark: "SparkSession", config: ExperimentConfig) -> PackSummary:
-    """Packs the `reference` split, with the tokenizer of the model that the reference is compared with.
+    """Packs the `reference` split, and returns the counts.
+
+    The tokenizer belongs to the model that the reference is compared with.
 
     Args:
         spark: a session.

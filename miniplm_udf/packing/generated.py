@@ -22,7 +22,7 @@ SequenceMaker = Callable[[Iterator["pa.RecordBatch"]], Iterator["PackedSequence"
 
 
 def sequences_of_generations(origin: PackTokenizer, target: PackTokenizer, settings: PackConfig) -> SequenceMaker:
-    """Makes the function from a shard's generations to its sequences.
+    """Returns the function from a shard's generations to its sequences.
 
     Args:
         origin: the tokenizer of the ids.

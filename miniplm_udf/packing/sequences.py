@@ -2,8 +2,8 @@
 
 Owns what a packed sequence is. Input: the texts of instances in their stored order, and a tokenizer. Adjacent texts
 (same stream, consecutive ordinals, in the middle of a document) are joined before they are tokenized, so the tokens at
-a cut are those of the whole text; a separator stands only where a document ends. Output: sequences of L + 1 int32 ids
-and L uint8 target flags; consecutive sequences share one token, so that each token is a target once. No text is
+a cut are the same as in the whole text; a separator stands only where a document ends. Output: sequences of L + 1 int32
+ids and L uint8 target flags; consecutive sequences share one token, so that each token is a target once. No text is
 dropped. The same texts give the same bytes, so a retry repeats them.
 
     tokens            t0 t1 t2 t3 t4 t5 t6 t7 t8           L = 4
@@ -11,7 +11,7 @@ dropped. The same texts give the same bytes, so a retry repeats them.
     sequence 1                    t4 t5 t6 t7 t8           targets t5..t8
 
 A token is no target if the token before it does not stand before it in the corpus: between texts that are not adjacent,
-unless one document ends there and another begins. Nor is the padding of the last sequence, which consists of
+unless one document ends there and another begins. The padding of the last sequence is no target either; it consists of
 separators.
 
 With `pack.sequences: instance`, each instance is packed by itself: its text begins a sequence, and padding ends it.
@@ -32,7 +32,16 @@ _CALL_PIECES = 1024
 
 @dataclasses.dataclass(frozen=True)
 class InstanceText:
-    """The text of an instance and its place in its stream; the columns of `instances` of the same names."""
+    """The text of an instance and its place in its stream; the columns of `instances` of the same names.
+
+    Attributes:
+        stream_id, ordinal: id of the stream, and position in it; ordinals n and n + 1 are adjacent texts.
+        text: the text.
+        segment_ends: UTF-8 byte offsets in the text where one document ends and the next begins.
+        starts_document, ends_document: whether the text begins and ends where a document does.
+        document_ids: ids of the documents in the text, in order.
+        start_byte: UTF-8 offset in the first document at which the text begins.
+    """
 
     stream_id: str
     ordinal: int

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.tokenizers")
 
 TOKENIZER_FILE = "tokenizer.json"
-# Instance ids are hashes, so those below a limit are a random sample. A little more text is read than `train_bytes`,
+# Instance ids are hashes, so ids below a limit are a random sample. A little more text is read than `train_bytes`,
 # because texts differ in length.
 _SAMPLE_MARGIN = 1.25
 

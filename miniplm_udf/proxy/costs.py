@@ -22,8 +22,8 @@ class FlopCounts:
     """Floating-point operations of both ways to score the pool.
 
     Attributes:
-        models_per_token: of all models.
-        proxy_per_token: of a prediction, per estimated token.
+        models_per_token: FLOPs of all models for one token.
+        proxy_per_token: FLOPs of a prediction, per estimated token.
         models_on_pool: the whole pool scored by all models.
         models_on_scored: the sample that the models have scored.
         proxy_fit: fitting the proxy; `proxy_predict` is predicting the pool.
@@ -45,7 +45,7 @@ def flops(
     models: Sequence[tuple[int, int]], scored_bytes: int, pool: Mapping[str, int], solver: Solver,
     n_fitted: int,
 ) -> FlopCounts:  # fmt: skip
-    """Counts the operations of both ways.
+    """Returns the floating-point operations of scoring with the models and of using the proxy.
 
     Args:
         models: (parameters, scored tokens) of each model.

@@ -25,7 +25,7 @@ def with_features(rows: "DataFrame", n_features: int) -> "DataFrame":
     """Computes the features of texts.
 
     Args:
-        rows: with `text` and `n_bytes`, and any other columns.
+        rows: a frame with `text` and `n_bytes`, and any other columns.
         n_features: size of the table that words and pairs of words are hashed into.
 
     Returns:

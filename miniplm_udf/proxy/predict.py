@@ -3,7 +3,7 @@
     instances (split = pool) -> features -> prediction with the instance's columns, one append per micro-batch
 
 Like a checkpoint of `score_matrix`, which belongs to one set of models, a checkpoint of this query belongs to one
-proxy: its micro-batch 0 replaces the table and later ones append, each in one commit under (query_id, batch_id). So a
+proxy: micro-batch 0 replaces the table and later micro-batches append, each in one commit under (query_id, batch_id). A
 replay writes nothing twice, and the next run predicts new instances. Predictions are cheap: if the table was not
 written from this checkpoint, the checkpoint is removed and all predictions are made again. Driver only; texts and
 features stay in the executors' JVM.
@@ -36,7 +36,7 @@ class PredictionQuery(Query):
     Args:
         spark: the session that the query runs in.
         config: the experiment.
-        record: of the proxy in use.
+        record: record of the proxy in use.
     """
 
     waits = True
@@ -83,7 +83,7 @@ def predicted(
 
     Args:
         batch: instances, with `text` and `instance_batch_id`.
-        record: of the proxy.
+        record: record of the proxy.
         model: its coefficients.
         query_id: written to each row.
         batch_id: written to each row.

@@ -22,12 +22,12 @@ WORTHLESS = 0.2
 
 
 def judge(ids: Sequence[str], scores: Sequence[float], predictions: Sequence[float]) -> Quality:
-    """Computes the quality of predictions.
+    """Returns the quality of predictions.
 
     Args:
-        ids: of the rows; they break ties, as in a selection.
+        ids: ids of the rows; they break ties, as in a selection.
         scores: true scores, in the order of `ids`.
-        predictions: in the order of `ids`.
+        predictions: predicted scores, in the order of `ids`.
     """
     import numpy as np
 
@@ -83,7 +83,7 @@ def warnings(quality: Quality) -> list[str]:
     """Writes sentences to read before a corpus is chosen by these predictions.
 
     Args:
-        quality: as `judge` returns it.
+        quality: the result of `judge`.
 
     Returns:
         The sentences; none for a useful proxy.

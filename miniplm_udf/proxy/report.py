@@ -54,7 +54,7 @@ class ProxyReport:
 
 
 def report(spark: "SparkSession", config: ExperimentConfig, record: ProxyRecord) -> ProxyReport:
-    """Makes the report from the tables as they are now, and writes it.
+    """Writes the report from the tables as they are now, and returns it.
 
     Args:
         spark: any session.

@@ -30,8 +30,8 @@ class Candidates:
     """Rows to choose from.
 
     Attributes:
-        rows: with `query_id` and `batch_id` of their own table.
-        inputs: for the provenance: the versions of the tables, and their newest micro-batches.
+        rows: a frame with `query_id` and `batch_id` of its own table.
+        inputs: versions of the tables and their newest micro-batches, for the provenance.
     """
 
     rows: "DataFrame"
@@ -75,7 +75,7 @@ def revisions(config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame")
     Args:
         config: the experiment.
         corpus: its resolved config.
-        rows: of `read_candidates`.
+        rows: rows of `read_candidates`.
 
     Returns:
         Revisions by alias, and the revision of the proxy under `proxy`; empty if there are no rows.
@@ -106,7 +106,7 @@ def as_of(rows: "DataFrame", last_batches: dict[str, int]) -> "DataFrame":
 
     Args:
         rows: a frame with `query_id` and `batch_id`.
-        last_batches: by query id, the last micro-batch whose rows are returned. Rows of other queries are left out.
+        last_batches: the last micro-batch whose rows are returned, by query id. Rows of other queries are left out.
     """
     conditions = [f"(query_id = '{query}' and batch_id <= {last})" for query, last in last_batches.items()]
     return rows.where(" or ".join(conditions) or "false")

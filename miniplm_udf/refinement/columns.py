@@ -62,7 +62,7 @@ def with_instances(
 
 
 def _other_tables(spark: "SparkSession", config: ExperimentConfig) -> dict[str, tuple["DataFrame", int]]:
-    """The tables that may be joined, with their versions; those that do not exist are left out."""
+    """The tables that may be joined, with their versions; tables that do not exist are left out."""
     others = {}
     uri = config.layout.table("instances")
     if (version := delta_log.newest_version(uri)) is not None:
@@ -78,7 +78,7 @@ def _refuse_unannotated(rows: "DataFrame", texts: tuple[str, ...]) -> None:
     """Refuses expressions that name a column which `annotations` could have; `expressions` reports other errors.
 
     Raises:
-        CorpusError: an expression names one.
+        CorpusError: an expression names a table that does not exist.
     """
     groups = {column.name: group for group, own in schemas.ANNOTATIONS_BY_GROUP.items() for column in own}
     absent = groups.keys() - set(rows.columns)

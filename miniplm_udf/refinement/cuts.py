@@ -2,7 +2,7 @@
 
     score -> bucket (a fixed, non-decreasing integer function) -> candidates and tokens by bucket -> bucket of the cut
 
-The counts are sums over all micro-batches of the matrix up to one; a new micro-batch is added, and none is read again.
+The counts are sums over the first micro-batches of the matrix; new micro-batches are added, and none is read again.
 `cuts/<name>` holds only the newest counts, at most some ten thousand rows; each commit replaces them, with the chosen
 cut as `userMetadata`. The counts are exact; the cut falls between two buckets, so its rank is wrong by at most the rows
 of the bucket that holds the exact cut. A replay finds that its micro-batch is counted already. Driver only.
@@ -66,7 +66,7 @@ class Counted:
     on: corpus_records.Newest | None = None
 
     def plus(self, counts: BucketCounts, through: int) -> "Counted":
-        """Returns these counts with those of further micro-batches.
+        """Returns the sum of these counts and the counts of further micro-batches.
 
         Args:
             counts: (rows, tokens) by bucket of the further micro-batches.
@@ -95,7 +95,7 @@ def lower_edge(bucket: int) -> float:
     """The score at which a bucket begins.
 
     Args:
-        bucket: as `bucket_number` gives it.
+        bucket: the result of `bucket_number`.
     """
     return math.copysign(math.expm1(abs(bucket) / BUCKETS_PER_E) / _UNITS, bucket)
 
@@ -180,12 +180,12 @@ def read_counts(spark: "SparkSession", uri: str, config: str, query_id: str) -> 
 
     Args:
         spark: any session.
-        uri: of `cuts/<name>`.
+        uri: URI of `cuts/<name>`.
         config: fingerprint of the corpus config.
         query_id: query id of the matrix's rows.
 
     Returns:
-        The counts; empty ones if there is no table, or its counts are for another config or matrix.
+        The counts; empty if there is no table, or its counts belong to another config or matrix.
     """
     empty = Counted(config, query_id, -1, {}, corpus_records.newest(uri))
     if empty.on is None:
@@ -201,8 +201,8 @@ def write_counts(spark: "SparkSession", uri: str, name: str, counted: Counted, c
 
     Args:
         spark: any session.
-        uri: of `cuts/<name>`.
-        name: of the corpus.
+        uri: URI of `cuts/<name>`.
+        name: name of the corpus.
         counted: the new counts, with the state that they were added to.
         cut: the cut that they give.
 

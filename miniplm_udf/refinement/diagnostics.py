@@ -40,7 +40,7 @@ def length_bucket() -> "Column":
 def diagnose(
     spark: "SparkSession", config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame", sums: "Sequence[Row]"
 ) -> Diagnostics:
-    """Computes all diagnostics, after the selection.
+    """Returns all diagnostics, computed after the selection.
 
     Args:
         spark: any session.
@@ -70,7 +70,7 @@ def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:
     """The share of the candidates that was kept, 0 to 1, by range of tokens, e.g. "32-63".
 
     Args:
-        sums: as in `diagnose`.
+        sums: see `diagnose`.
     """
     by_length: dict[int, tuple[int, int]] = {}
     for row in sums:
@@ -99,14 +99,14 @@ def notes(
     config: ExperimentConfig, corpus: CorpusConfig, alias: str, spearman: tuple[float, float] | None,
     sums: "Sequence[Row]",
 ) -> list[str]:  # fmt: skip
-    """Sentences about what a user should check.
+    """Returns sentences that name what a user should check.
 
     Args:
         config: the experiment.
         corpus: the resolved config of the corpus.
-        alias: of the reference.
+        alias: alias of the reference.
         spearman: correlation of the score with the reference's loss, and its error; None if there is none.
-        sums: as in `diagnose`.
+        sums: see `diagnose`.
     """
     sentences = []
     score = str(corpus.score)
@@ -128,7 +128,7 @@ def notes(
 
 
 def rank_correlation(rows: "DataFrame", loss: str) -> tuple[float, float] | None:
-    """Spearman's correlation of `score` with a column of losses, and a bound on its error; None as in `spearman`.
+    """Returns Spearman's correlation of `score` with a column of losses, and a bound on its error (see `spearman`).
 
     Args:
         rows: the candidates; rows without a finite score or without a loss are left out.

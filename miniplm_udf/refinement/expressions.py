@@ -40,7 +40,7 @@ def resolves(rows: "DataFrame", *texts: str) -> bool:
 
 
 def joined(matrix: "DataFrame", *others: "DataFrame") -> "DataFrame":
-    """Joins the other tables' own columns to the pool rows of the matrix; a shuffle of all tables.
+    """Returns the pool rows of the matrix with the other tables' own columns; shuffles all tables.
 
     Args:
         matrix: rows with `instance_id` and `split`.

@@ -45,7 +45,7 @@ def parts_of(fingerprint: str) -> tuple[int, int]:
     """Takes the two parts out of a fingerprint.
 
     Args:
-        fingerprint: as `fingerprint_of` returns it.
+        fingerprint: the result of `fingerprint_of`.
 
     Returns:
         The exclusive or and the sum of the rows' hashes, as `fingerprint_of` takes them.

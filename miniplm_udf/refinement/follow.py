@@ -3,11 +3,11 @@
     a micro-batch of score_matrix -> counts by bucket (cuts/<name>) -> cut -> its rows above the cut, as a new version
 
 The cut is computed from the counts of all candidates so far (cuts.py). Rows that came earlier are not compared with it
-again, so only a full refinement (refine.py) is exact. At the start, a full refinement is made if none of this config
-and matrix exists. A later full refinement replaces all rows and records up to which micro-batch of the matrix it has
-seen them; rows up to there are counted but not appended. A micro-batch of the stream is whole commits of the matrix.
-Counts are committed first, then the rows with their provenance, then the row of `corpora`: a replay after a kill
-detects which of these steps are done, and does the rest.
+again, so only a full refinement (refine.py) is exact. At the start, a full refinement runs if none of this config and
+matrix exists. A later full refinement replaces all rows and records the last micro-batch of the matrix that it has
+read; rows up to there are counted but not appended. A micro-batch of the stream is whole commits of the matrix. Counts
+are committed first, then the rows with their provenance, then the row of `corpora`: a replay after a kill detects which
+of these steps are done, and does the rest.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class Follower(Query):
     Args:
         spark: the session that the query runs in.
         config: the experiment.
-        name: of the corpus.
+        name: name of the corpus.
 
     Raises:
         ConfigError: there is no such corpus in the config, or its selection cannot be followed.
@@ -113,12 +113,12 @@ class Follower(Query):
         return reader.load(self._matrix_uri)
 
     def micro_batch(self, batch: "DataFrame", query_id: str, batch_id: int) -> None:
-        """Counts the rows of a micro-batch, and appends those above the cut; each row once.
+        """Counts the rows of a micro-batch, and appends the rows above the cut; each row once.
 
         Args:
             batch: rows of the matrix, whose own `batch_id` tells which rows were counted and appended before.
-            query_id: of this query; not used.
-            batch_id: of this query; not used.
+            query_id: id of this query; not used.
+            batch_id: number of the query's micro-batch; not used.
 
         Raises:
             CorpusError: the corpus was refined by another config meanwhile, or the matrix was replaced.
@@ -231,10 +231,10 @@ def extended_provenance(
     Args:
         version: number of the earlier version.
         earlier: its provenance.
-        counts: of all candidates, by bucket.
+        counts: counts of all candidates, by bucket.
         cut: that chose the new rows.
         kept: `fingerprints.sums_of` the new rows, by bucket.
-        inputs: of the new version.
+        inputs: inputs of the new version.
     """
     n_appended = sum(row["n_kept"] for row in kept)
     n_instances = earlier.n_instances + n_appended
@@ -286,11 +286,11 @@ def _followable(name: str, corpus: CorpusConfig) -> SelectConfig:
 
 
 def followed_version(config: ExperimentConfig, name: str) -> FollowedVersion:
-    """Describes the newest version of a corpus, which has been followed or refined.
+    """Returns facts about the newest version of a corpus, which has been followed or refined.
 
     Args:
         config: the experiment.
-        name: of the corpus.
+        name: name of the corpus.
     """
     uri = config.layout.refined(name)
     newest = corpus_records.newest(uri)

@@ -41,7 +41,7 @@ class SelectionCuts:
 
     Attributes:
         down_to: the last kept row; a source without an entry keeps nothing.
-        below: for a band, the last row above it.
+        below: the last row above the band, if a band is kept.
         per_source: whether the keys are sources.
     """
 
@@ -110,7 +110,7 @@ def choose(candidates: "DataFrame", select: SelectConfig, place: str) -> Selecti
     Args:
         candidates: instance_id, source, score, n_tokens.
         select: the selection.
-        place: of the corpus in the config, for messages.
+        place: place of the corpus in the config, for messages.
 
     Returns:
         The cuts.

@@ -79,7 +79,7 @@ class VersionInputs:
 
     Attributes:
         config: the experiment.
-        name: of the corpus.
+        name: name of the corpus.
         corpus: its resolved config.
         inputs: versions and last micro-batches of the tables that are read (`Provenance.inputs`).
         revisions: model revisions by alias.
@@ -113,11 +113,11 @@ def refine(spark: "SparkSession", config: ExperimentConfig, name: str) -> Refine
 
 
 def corpus_lease(config: ExperimentConfig, name: str) -> Lease:
-    """Makes the lease that a writer of `refined/<name>` holds; another writer waits for it.
+    """Returns the lease that a writer of `refined/<name>` holds; another writer waits for it.
 
     Args:
         config: the experiment.
-        name: of the corpus.
+        name: name of the corpus.
     """
     return Lease(config.layout.lease(f"refined-{name}"), table_names.refined(name), waits=True)
 
@@ -181,7 +181,7 @@ def resolve_corpus(config: ExperimentConfig, name: str) -> CorpusConfig:
 
     Args:
         config: the experiment.
-        name: of the corpus.
+        name: name of the corpus.
 
     Returns:
         The config, in which `score`, `select` and `where` are set.
@@ -197,7 +197,7 @@ def resolve_corpus(config: ExperimentConfig, name: str) -> CorpusConfig:
 
 
 def tokens_column(config: ExperimentConfig, corpus: CorpusConfig) -> str:
-    """Names the column that a selection by tokens adds up: scored tokens, or estimated tokens of a proxy's corpus.
+    """Returns the column that a selection by tokens adds up: scored tokens, or estimated tokens of a proxy's corpus.
 
     Args:
         config: the experiment.
@@ -210,9 +210,9 @@ def candidate_rows(rows: "DataFrame", config: ExperimentConfig, name: str, corpu
     """The pool rows that pass `where`, with their score and their micro-batch. Analyses the SQL; runs no job.
 
     Args:
-        rows: of the corpus's table, with the other columns that the expressions name (`with_instances`).
+        rows: rows of the corpus's table, with the other columns that the expressions name (`with_instances`).
         config: the experiment.
-        name: of the corpus.
+        name: name of the corpus.
         corpus: its resolved config.
 
     Returns:
@@ -241,11 +241,11 @@ def check_tokenizers(config: ExperimentConfig, place: str, score: str) -> None:
 
     Args:
         config: the experiment, whose models have records.
-        place: of the expression in the config, for the message.
+        place: place of the expression in the config, for the message.
         score: the expression.
 
     Raises:
-        ConfigError: it compares such means.
+        ConfigError: the expression compares such means.
     """
     used = sorted(set(re.findall(r"(\w+)_nll_mean\b", score)) & set(config.scored_aliases))
     hashes = {alias: read_record(config, alias).tokenizer_hash for alias in used} if len(used) > 1 else {}
@@ -309,9 +309,9 @@ def commit(
         config: the experiment.
         kept: rows of `candidate_rows`.
         n_kept: their number.
-        provenance: of the version, so of all its rows.
+        provenance: provenance of the version, so of all its rows.
         newest: the state of the table that the rows were chosen with; None: there is no table.
-        replaces: whether the rows replace those of the newest version, or are appended to them.
+        replaces: whether the rows replace the rows of the newest version, or are appended to them.
 
     Returns:
         The number of the version.

@@ -45,7 +45,7 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """The rows of a group with scores from `low` to `high`, both of which occur."""
+    """The rows of a group with scores from `low` to `high`, both of which occur: their number and their weight."""
 
     group: str
     n_rows: int
@@ -56,7 +56,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class IdGroup:
-    """The rows of a group with one score whose ids begin with `prefix`; `last_id` is the greatest of these ids."""
+    """The rows of a group with one score whose ids begin with `prefix`: number, weight and greatest id (`last_id`)."""
 
     group: str
     n_rows: int
@@ -69,7 +69,7 @@ class Ranked(Protocol):
     """Rows to rank, with unique ids. The returned lists are in any order."""
 
     def split(self, ranges: Mapping[str, Bucket], n_buckets: int) -> list[Bucket]:
-        """Splits one bucket of each group into at most `n_buckets` smaller ones; equal scores stay together.
+        """Returns one bucket of each group, split into at most `n_buckets` buckets; equal scores stay together.
 
         Args:
             ranges: the bucket to split, by group; other groups have no bucket in the result.
@@ -77,14 +77,14 @@ class Ranked(Protocol):
         """
 
     def scores(self, ranges: Mapping[str, Bucket]) -> list[Bucket]:
-        """Splits one bucket of each group into one bucket for each score.
+        """Returns one bucket of each group, split into one bucket for each score.
 
         Args:
             ranges: the bucket to split, by group; other groups have no bucket in the result.
         """
 
     def id_groups(self, ties: Mapping[str, tuple[float, str]], n_characters: int) -> list[IdGroup]:
-        """Groups the rows with a given score and a given beginning of the id by the first `n_characters` of the id.
+        """Returns the rows with a given score and beginning of the id, grouped by the first `n_characters` of the id.
 
         Args:
             ties: (score, beginning of the id) by group.

@@ -3,7 +3,7 @@
     histogram Spark columns -> bucket counts
     queries   Spark tables -> counts, bucket counts and a few texts (never a whole table)
     students  model folders and MLflow -> losses, curves, differences
-    figures   those numbers -> inline SVG
+    figures   these numbers -> inline SVG
     render    all of these -> report.html, and an artifact of the MLflow run "comparison"
 
 Reads only; a rerun replaces the page. Importing this package loads nothing.

@@ -201,7 +201,7 @@ def heldout_bars(students: Sequence[StudentFacts], sources: Sequence[str]) -> Ma
     """Draws the held-out bits per byte by source, one bar per student in each group.
 
     Args:
-        students: at least one; a student has no bar for a source on which it was not evaluated.
+        students: at least one student. A student has no bar for a source on which it was not evaluated.
         sources: the sources, the first at the top.
 
     Returns:

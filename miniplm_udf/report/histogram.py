@@ -17,7 +17,7 @@ _ZOOMS = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Rows kept and dropped in each of equal buckets over [low, high]; rows outside are only counted."""
+    """Rows kept and dropped in each of equal buckets over [low, high]; `n_below` and `n_above` count rows outside."""
 
     low: float
     high: float
@@ -49,12 +49,12 @@ class Histogram:
 
 
 def histogram(frame: "DataFrame", column: str) -> Histogram:
-    """Counts kept and dropped rows in 1,024 buckets of equal width, exactly.
+    """Returns the exact counts of kept and dropped rows in 1,024 buckets of equal width.
 
     The range is [minimum, maximum], narrowed if outliers would squeeze the middle 99 % of the rows into a third.
 
     Args:
-        frame: with the column and a boolean `kept`.
+        frame: rows with the column and a boolean `kept`.
         column: a numeric column with finite values.
     """
     from pyspark.sql import functions as F

@@ -58,8 +58,8 @@ class Overview:
 
     Attributes:
         n_instances: instances of all splits.
-        instances_by_split: by split.
-        rejects: by stage and reason.
+        instances_by_split: number of instances, by split.
+        rejects: counts of rejected rows, by stage and reason.
         scored: rows in `scores` by alias, of the present revision.
         models: the models' records by alias.
         tables: the tables that exist.
@@ -80,7 +80,7 @@ class Overview:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceShare:
-    """The candidates of one source, and how many of them were kept."""
+    """The candidates of a source: kept rows, tokens, rows with a score below 0 (`n_negative`), and the mean score."""
 
     source: str
     n_candidates: int
@@ -103,7 +103,7 @@ class SourceShare:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One shown instance; `text` holds at most TEXT_CHARACTERS of its `n_characters` characters."""
+    """One shown instance, with the first TEXT_CHARACTERS of its text; `nll_means` is in nats per token, by alias."""
 
     instance_id: str
     source: str
@@ -124,7 +124,7 @@ class CorpusFacts:
     """The newest version of a refined corpus.
 
     Attributes:
-        name: of the corpus; `uri` is its table.
+        name, uri: name of the corpus, and URI of its table.
         record: its row in `corpora`; `config` is the config in it, with the configured score of a random corpus.
         score: candidates by score; `nll_means` by the mean loss of each model.
         sources: candidates by source, the largest sources only; `total` over all of them.
@@ -160,7 +160,7 @@ class CorpusFacts:
 
 
 def overview(spark: "SparkSession", config: ExperimentConfig) -> Overview:
-    """Counts instances, rejects and scores from the tables.
+    """Returns the counts of instances, rejects and scores in the tables.
 
     Args:
         spark: any session.
@@ -216,7 +216,7 @@ def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[Ta
 
 
 def corpora(spark: "SparkSession", config: ExperimentConfig) -> list[CorpusFacts]:
-    """Reads the newest version of each refined corpus: those of the config in its order, then the others by name.
+    """Returns the newest version of each refined corpus: corpora of the config in its order, then the others by name.
 
     Args:
         spark: any session.
@@ -313,7 +313,7 @@ def _table_at(
 
 
 def source_shares(frame: "DataFrame") -> list[SourceShare]:
-    """Kept and dropped rows by source, the source with the most candidates first.
+    """Returns kept and dropped rows by source, the source with the most candidates first.
 
     Args:
         frame: source, n_tokens, score, kept.

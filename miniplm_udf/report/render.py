@@ -61,11 +61,11 @@ def render(
     config: ExperimentConfig, summary: PipelineSummary, overview: queries.Overview, corpora: list[CorpusFacts],
     students: list[StudentFacts],
 ) -> str:  # fmt: skip
-    """Renders the report as one HTML page.
+    """Returns the report as one HTML page.
 
     Args:
         config: the experiment.
-        summary: as `jobs.summary.build_summary` returns it.
+        summary: the result of `jobs.summary.build_summary`.
         overview: counts of the tables.
         corpora: the newest version of each corpus.
         students: the trained students.

@@ -45,7 +45,7 @@ class StudentFacts:
     """One trained student.
 
     Attributes:
-        name, corpus, tokenizer: as in the config.
+        name, corpus, tokenizer: names of the student, its corpus and its tokenizer in the config.
         is_random: whether its corpus is a random choice.
         training: its `training.json`.
         evaluation: its `evaluation.json`; None if the student was not evaluated.
@@ -92,7 +92,14 @@ class StudentFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Held-out bits per byte of `name` minus those of `baseline`: below 0, `name` is better."""
+    """A comparison of two students.
+
+    Attributes:
+        name, baseline: the student, and the student that it is compared with.
+        bits_per_byte: held-out bits per byte of `name` minus bits per byte of `baseline`; below 0, `name` is better.
+        relative: `bits_per_byte` as a share of the baseline's.
+        is_noise: whether a training or its held-out text is so small that the difference may be noise.
+    """
 
     name: str
     baseline: str
@@ -107,7 +114,7 @@ class Difference:
 
 
 def students(config: ExperimentConfig) -> list[StudentFacts]:
-    """Reads the records of the trained students of the config, in its order.
+    """Returns the records of the trained students of the config, in its order.
 
     Args:
         config: the experiment.
@@ -132,28 +139,28 @@ def students(config: ExperimentConfig) -> list[StudentFacts]:
 
 
 def sources(students: Sequence[StudentFacts]) -> list[str]:
-    """Lists every source that any student was evaluated on, sorted.
+    """Returns every source that any student was evaluated on, sorted.
 
     Args:
-        students: as `students` returns them.
+        students: the result of `students`.
     """
     return sorted({source for student in students if student.heldout for source in student.heldout.by_source})
 
 
 def external_sets(students: Sequence[StudentFacts]) -> list[str]:
-    """Lists every external set of texts that any student was evaluated on, in the order of the records.
+    """Returns every external set of texts that any student was evaluated on, in the order of the records.
 
     Args:
-        students: as `students` returns them.
+        students: the result of `students`.
     """
     return list(dict.fromkeys(name for student in students for name in student.sets if name != HELDOUT))
 
 
 def tasks(students: Sequence[StudentFacts]) -> dict[str, str]:
-    """Lists every task that any student was evaluated on: those of the paper first, in its order.
+    """Returns every task that any student was evaluated on: the paper's tasks first, in its order.
 
     Args:
-        students: as `students` returns them.
+        students: the result of `students`.
 
     Returns:
         The name of the task's column, by name of the task.
@@ -165,7 +172,7 @@ def differences(students: Sequence[StudentFacts]) -> list[Difference]:
     """Compares every evaluated student with the baseline: the first on a random corpus, or else the first of all.
 
     Args:
-        students: as `students` returns them.
+        students: the result of `students`.
 
     Returns:
         One difference per evaluated student except the baseline; empty if fewer than two were evaluated.
@@ -224,7 +231,7 @@ def log_comparison(config: ExperimentConfig, report: Path, summary: PipelineSumm
     Args:
         config: the experiment.
         report: path of report.html.
-        summary: of the pipeline.
+        summary: summary of the pipeline.
 
     Returns:
         The id of the run; None, with a warning, if MLflow refuses. The report is written anyway.

@@ -22,7 +22,7 @@ class RefinedCorpus(TypedDict):
 
 
 class PipelineSummary(TypedDict, total=False):
-    """Counts, rates and seconds of the stages that have run. The report may be given one without any key.
+    """Counts, rates and seconds of the stages that have run. The report also takes a summary without any key.
 
     Attributes:
         instances: rows in `instances`.
@@ -31,9 +31,9 @@ class PipelineSummary(TypedDict, total=False):
         proxy: None without a proxy.
         generated: instances that a model continued (SeqKD); None without the section `generate`.
         kept: instances by corpus.
-        tokens_per_second: by model alias, at its last scoring; None: it was never measured.
-        refined: by corpus.
-        students: by name, `heldout_nats_per_token` and `heldout_bits_per_byte`; None: no instance could be scored.
+        tokens_per_second: speed of each model at its last scoring, by alias; None if it was never measured.
+        refined: counts of each refined corpus, by its name.
+        students: held-out losses of each student, by name; None if no instance could be scored.
         seconds: duration of each stage's last run.
     """
 

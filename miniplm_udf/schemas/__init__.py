@@ -248,7 +248,7 @@ ANNOTATIONS_BY_GROUP = {
 
 
 def annotations(groups: Iterable[str]) -> Table:
-    """Declares the table of the columns computed from the pool's texts. All rows have the same `annotated_by`.
+    """Returns the table of the columns computed from the pool's texts. All rows have the same `annotated_by`.
 
     Args:
         groups: names of the groups of columns, as the section `annotate` has them.
@@ -270,10 +270,10 @@ def annotations(groups: Iterable[str]) -> Table:
 
 
 def cuts(name: str) -> Table:
-    """Declares the counts of the matrix's rows by bucket of a corpus's score (cuts.py); each commit replaces all rows.
+    """Returns the table of the matrix's rows by bucket of a corpus's score (cuts.py); each commit replaces all rows.
 
     Args:
-        name: of the corpus.
+        name: name of the corpus.
     """
     return Table(
         name=table_names.cuts(name),
@@ -292,10 +292,10 @@ def cuts(name: str) -> Table:
 
 
 def packed(name: str, tokenizer: str) -> Table:
-    """Declares the table of token sequences of a corpus for one student tokenizer.
+    """Returns the table of token sequences of a corpus for one student tokenizer.
 
     Args:
-        name: of the corpus.
+        name: name of the corpus.
         tokenizer: name of the tokenizer in the config.
     """
     return Table(
@@ -314,7 +314,7 @@ def packed(name: str, tokenizer: str) -> Table:
 
 
 def score_matrix(aliases: list[str]) -> Table:
-    """Declares the wide form of `scores`: one row per instance, five columns per model.
+    """Returns the wide form of `scores`: one row per instance, five columns per model.
 
     Args:
         aliases: aliases of the models, in the order of their columns.
@@ -348,10 +348,10 @@ def score_matrix(aliases: list[str]) -> Table:
 
 
 def refined_as(name: str, config: Mapping[str, Any]) -> Table:
-    """Declares the table of a corpus with a recorded config. A corpus that a proxy ranks has no columns of models.
+    """Returns the table of a corpus with a recorded config. A corpus that a proxy ranks has no columns of models.
 
     Args:
-        name: of the corpus.
+        name: name of the corpus.
         config: the config in the provenance of a version.
     """
     is_scored = config.get("candidates", "score_matrix") == "score_matrix"
@@ -359,10 +359,10 @@ def refined_as(name: str, config: Mapping[str, Any]) -> Table:
 
 
 def refined(name: str, aliases: list[str]) -> Table:
-    """Declares the table of a corpus: the kept ids, their score and the models' numbers behind it. No text.
+    """Returns the table of a corpus: the kept ids, their score and the models' numbers behind it. No text.
 
     Args:
-        name: of the corpus.
+        name: name of the corpus.
         aliases: aliases of the models whose numbers it holds.
     """
     models = tuple(

@@ -30,7 +30,14 @@ _SPARK_TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column. `type` is a key of `_SPARK_TYPES`, or `list<KEY>`; lists hold no nulls."""
+    """One column of a table.
+
+    Attributes:
+        name: name of the column.
+        type: a key of `_SPARK_TYPES`, or `list<KEY>`; lists hold no nulls.
+        meaning: description for people, with the unit.
+        nullable: whether the column may be null.
+    """
 
     name: str
     type: str

@@ -38,7 +38,7 @@ def scoring_profile(spark: "SparkSession", workers_per_gpu: int | None) -> "Reso
 
     Raises:
         ConfigError: dynamic allocation is on and every executor has GPUs (the executors that score would wait for ever
-            for those that hold shuffled rows), or it is off and scoring shall have executors of its own.
+            for executors that hold shuffled rows), or it is off and scoring shall have executors of its own.
     """
     context = spark.sparkContext
     conf = context.getConf()

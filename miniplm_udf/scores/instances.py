@@ -29,7 +29,7 @@ def require_instances(spark: "SparkSession", uri: str, verb: str) -> None:
 
 
 def stream_sample(spark: "SparkSession", uri: str, sample: float, max_bytes: str) -> "DataFrame":
-    """Reads a share of the instances as a stream.
+    """Returns a share of the instances as a streaming frame.
 
     Args:
         spark: a session.

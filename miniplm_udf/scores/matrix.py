@@ -3,7 +3,7 @@
     scores (one row for each pair of instance and model) -> one row for each instance, five columns for each alias
 
 An instance appears once all configured revisions have scored it, and only once. The query's checkpoint belongs to one
-ordered set of (alias, revision); its micro-batch 0 replaces the table, later ones append, each in one commit under
+ordered set of (alias, revision). Micro-batch 0 replaces the table, later micro-batches append, each in one commit under
 (query_id, batch_id), so a replay writes nothing twice. The table can be rebuilt from `scores` at any time: if another
 checkpoint's query wrote it, this checkpoint is deleted and the query starts from the beginning.
 
@@ -129,8 +129,8 @@ def write_batch(batch: "DataFrame", revisions: dict[str, str], root: Root, query
 def _completed_now(wide: "DataFrame", revisions: dict[str, str], root: Root, batch_id: int) -> "DataFrame":
     """Instances whose rows are partly in this micro-batch and partly in other commits, if the matrix lacks them.
 
-    Rows of earlier commits are in the table by now; the micro-batches of later ones will find this one's rows. The
-    frame is computed here and persisted (`unpersist` it), so that the write does not read the table that it writes.
+    Rows of earlier commits are in the table by now; micro-batches of later commits will find the rows of this commit.
+    The frame is computed here and persisted (`unpersist` it), so that the write does not read the table that it writes.
     """
     spark = wide.sparkSession
     scores_uri, instances_uri = root.table("scores"), root.table("instances")

@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("miniplm.score")
 
 
 def read_record(config: ExperimentConfig, alias: str) -> ModelDescription:
-    """Reads the record of a model that has scored or generated.
+    """Returns the record of a model that has scored or generated.
 
     Args:
         config: the experiment.
@@ -106,7 +106,7 @@ def describe_on_executor(
     Args:
         spark: a session.
         models: the models by alias, with paths that an executor understands.
-        dtypes: by alias, the dtype that was settled at the model's first scoring; None settles it for the executor.
+        dtypes: dtype that was settled at each model's first scoring, by alias; None settles it for the executor.
 
     Returns:
         Descriptions by alias, in the order of `models`.
@@ -120,7 +120,7 @@ def describe_on_executor(
 
 
 def describe_here(alias: str, model: ModelConfig, dtype: str | None) -> ModelDescription:
-    """Describes a model on this machine, an executor; loads torch and transformers.
+    """Returns the description of a model, made on this machine (an executor); loads torch and transformers.
 
     Args:
         alias: the model's alias.

@@ -115,7 +115,8 @@ def nll_arrow(
         ends_document: whether every text ends at a document's end.
 
     Returns:
-        A function that gives as many rows as it gets, in the same order.
+        A function that returns one row for each row that it receives, in the same order. It raises a ScoringError if
+        an array does not hold strings.
     """
     score = score_arrow({_ALIAS: factory})
 

@@ -153,12 +153,12 @@ class _BatchHistory:
         self.version, self.may_be_replay, self.may_be_known = version, True, True
 
     def update(self, checkpoint_uri: str, batch_id: int) -> None:
-        """Sets `may_be_known` for a micro-batch, which begins where the one before it ended."""
+        """Sets `may_be_known` for a micro-batch, which begins where the previous micro-batch ended."""
         self.may_be_known = self.may_be_known and is_behind(end_offset(checkpoint_uri, batch_id - 1), self.version)
 
 
 def pool(instances: "DataFrame") -> "DataFrame":
-    """The rows of `instances` that are scored, with the scorers' columns and those written with each score.
+    """The rows of `instances` that are scored, with the scorers' columns and the columns written with each score.
 
     Args:
         instances: rows of the table `instances`.
@@ -181,7 +181,7 @@ def score_batch(
     plan: ScoringPlan, query_id: str, batch: "DataFrame", batch_id: int, accumulator: "Accumulator[ScoreCounts]",
     may_be_replay: bool = True, may_be_known: bool = True,
 ) -> ScoreCounts:  # fmt: skip
-    """Scores the missing rows of a micro-batch, commits them once, and rejects those that could not be scored.
+    """Scores the missing rows of a micro-batch, commits them once, and rejects rows that could not be scored.
 
     The text is read once, by the tasks that score it and write the scores.
 
@@ -290,7 +290,7 @@ def _known(plan: ScoringPlan, query_id: str, batch: "DataFrame") -> "DataFrame |
     from pyspark.sql import functions as F
 
     spark = batch.sparkSession
-    # This query's earlier rows are of other instances; Delta does not open files that hold only those.
+    # This query's earlier rows belong to other instances; Delta does not open files that hold only these rows.
     scores = spark.read.format("delta").load(plan.scores_uri)
     scores = scores.where(F.col("model_revision").isin(plan.revisions) & (F.col("query_id") != query_id))
     rejects = spark.read.format("delta").load(plan.rejects_uri)
@@ -364,7 +364,7 @@ def totals(spark: "SparkSession", plan: ScoringPlan) -> dict[str, int]:
 
 
 def n_rejected(spark: "SparkSession", plan: ScoringPlan) -> int:
-    """Counts the rejected (instance, model) pairs of the plan's models.
+    """Returns the number of rejected (instance, model) pairs of the plan's models.
 
     Args:
         spark: any session.

@@ -46,7 +46,7 @@ def summarize(
     spark: "SparkSession", config: ExperimentConfig, plan: ScoringPlan, descriptions: Mapping[str, ModelDescription],
     total: ScoreCounts, seconds: float,
 ) -> ScoreSummary:  # fmt: skip
-    """Summarizes a run of the scoring queries.
+    """Returns the summary of a run of the scoring queries.
 
     Args:
         spark: a session.

@@ -1,4 +1,4 @@
-"""Attention that is faster for scoring than the one that transformers chooses, and equal to it.
+"""Attention that is faster for scoring than the attention that transformers chooses, with equal results.
 
 Input: a loaded model whose attention is transformers' `sdpa`. Output: the same model with `blocked_attention` (on a
 CPU, float32), or with `sdpa` without a mask (`causal_mask`; under `torch.compile` transformers always makes a mask,
@@ -72,7 +72,7 @@ def causal_mask(
     batch_size: int, q_length: int, kv_length: int, *arguments: Any, attention_mask: torch.Tensor | None = None,
     local_size: int | None = None, **others: Any,
 ) -> torch.Tensor | None:  # fmt: skip
-    """Makes the mask of a layer: None for plain causal attention, otherwise the mask of transformers' `sdpa`.
+    """Returns the mask of a layer: None for plain causal attention, otherwise the mask of transformers' `sdpa`.
 
     Ignores `allow_is_causal_skip`: a compiled model never allows it, because its input might be packed sequences, and
     here it never is. A model that needs the mask for another reason shows in `improve_attention`.

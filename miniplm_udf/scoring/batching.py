@@ -23,7 +23,7 @@ _TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.5
 
 
 def length_limit(model: Any, context_tokens: int) -> int | None:
-    """The length that separates a model's windows: those up to it and longer ones must not share a batch.
+    """The length that separates a model's windows: shorter and longer windows must not share a batch.
 
     transformers picks the frequencies of a `longrope` embedding by the longest sequence of a batch, for all its
     sequences: one set up to the limit, another above it. `dynamic` frequencies change with every token above the limit
@@ -83,7 +83,7 @@ def check_batching(model: Any, description: ModelDescription) -> None:
         description: the model's vocabulary and context.
 
     Raises:
-        ModelLoadError: as `length_limit`; or a sequence's scores differ by more than rounding.
+        ModelLoadError: no length fits (see `length_limit`); or a sequence's scores differ by more than rounding.
     """
     head = Head(model)
     context = description.longest_input_tokens

@@ -73,7 +73,7 @@ class ModelDescription:
             self.context_tokens,
             self.window_overlap_tokens,
         ]
-        # Without a BOS the revision equals the one from releases that did not support a BOS, so old scores stay valid.
+        # Without a BOS the revision is the same as in releases that did not support a BOS, so old scores stay valid.
         return fingerprint(facts if self.bos_token_id is None else [*facts, f"bos {self.bos_token_id}"])
 
     @property
@@ -87,10 +87,10 @@ class ModelDescription:
 
     @classmethod
     def from_dict(cls, plain: Json) -> "ModelDescription":
-        """Makes the description from the JSON of a record; ignores keys of a later version.
+        """Returns the description in the JSON of a record; ignores keys of a later version.
 
         Args:
-            plain: as `to_dict` returns it.
+            plain: the result of `to_dict`.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in plain.items() if key in names})

@@ -1,7 +1,7 @@
-"""Continues texts with a causal language model, for SeqKD: token ids of a text's beginning and of what the model adds.
+"""Continues texts with a causal language model, for SeqKD: the model generates the ids after a text's beginning.
 
 Owns the prompt, the noise of sampling, the end of a continuation, and the handling of a batch that does not fit in
-memory. Forward passes, cache, temperature and top-p are those of transformers' `generate`. Input: tokenized texts with
+memory. Forward passes, cache, temperature and top-p are transformers' `generate`. Input: tokenized texts with
 their ids; output: a `Generation` or a `Failure` for each, in input order. Executor side. A continuation depends on the
 seed, the id of its instance, the model and the settings: not on its batch, except for the rounding of sums. All prompts
 have the same number of tokens, so no batch has padding in front. A retry gives the same tokens.
@@ -89,7 +89,7 @@ class Generator:
 
         Args:
             texts: the instances' texts.
-            segment_ends: for each text, UTF-8 byte offsets where one document ends and the next begins.
+            segment_ends: UTF-8 byte offsets where one document ends and the next begins, for each text.
 
         Returns:
             The first argument of `generate`.
@@ -103,8 +103,8 @@ class Generator:
 
         Args:
             tokenized: the result of `tokenize`.
-            ends_document: for each text, whether it ends at a document's end.
-            ids: for each text, the id of its instance.
+            ends_document: whether the text ends at a document's end, for each text.
+            ids: id of the instance, for each text.
 
         Returns:
             One result for each text, in order. A text of no more than `prompt_tokens` tokens is returned as it is, with
@@ -124,7 +124,7 @@ class Generator:
         rows = list(prompts)
         start = 0
         while start < len(rows):
-            # Read again for each batch: a batch that did not fit makes the later ones smaller.
+            # Read again for each batch: a batch that did not fit makes later batches smaller.
             batch = rows[start : start + self._rows_per_batch]
             start += len(batch)
             self._continue(batch, prompts, ids, results)
@@ -216,7 +216,7 @@ class Generator:
         )
 
     def _processors(self, watch: "_Watch", seeds: list[int]) -> Any:
-        """The processors of each step's logits: those of transformers, then noise, so that the largest is a draw."""
+        """The processors of each step's logits: transformers' own, then noise, so that the largest logit is a draw."""
         from transformers import (
             LogitsProcessorList,
             SuppressTokensLogitsProcessor,
@@ -272,7 +272,7 @@ class _GumbelNoise:
 
     Args:
         n_prompt: tokens of each prompt, with the BOS.
-        seeds: for each row, 64 bits (`row_seed`).
+        seeds: 64 bits for each row (`row_seed`).
     """
 
     def __init__(self, n_prompt: int, seeds: list[int]) -> None:
@@ -287,7 +287,7 @@ class _GumbelNoise:
 
 
 def row_seed(seed: int, instance_id: str) -> int:
-    """64 bits from which all random numbers of a row are made.
+    """Returns 64 bits from which all random numbers of a row are made.
 
     Args:
         seed: `generate.seed`.

@@ -1,4 +1,4 @@
-"""The facts that a .gguf file states, and the check that the model made from it carries every one.
+"""The facts that a .gguf file states, and the check that the model made from the file has all of them.
 
 Owns the table of metadata keys (llama.cpp's names) with the attribute of a transformers config that each must equal.
 A key in neither table is refused by name, because transformers silently drops what it does not know. Input: a local
@@ -302,7 +302,7 @@ def _llama3_rope(file: GgufFile, config: Json) -> Json | None:
 
 
 def _linear_rope(file: GgufFile, config: Json) -> Json | None:
-    """The rotary parameters with positions divided by a factor, in every layer or in those with full attention."""
+    """The rotary parameters with positions divided by a factor, in every layer or in layers with full attention."""
     factor = file.fact("rope.scaling.factor")
     if file.fact("rope.scaling.type") != "linear" or factor in (None, 1.0):
         return None

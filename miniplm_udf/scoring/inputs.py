@@ -1,14 +1,14 @@
 """From an instance's text to a model's input: token ids, which of them are scored, and how many bytes they cover.
 
-Owns the two arithmetics of docs/scoring.md (`context_prefix` none: the official one; and token) in two steps: text to
-ids, which models with one tokenizer share, and ids to the input of one model. Also owns where a model's BOS stands: in
-front of every window, as context that is never predicted and adds no prediction. Loads no model and no torch. Input:
-text, `segment_ends` (UTF-8 byte offsets where one document ends and the next begins) and `ends_document`. Output: an
-`EncodedText`, or a `Failure` if the text cannot be encoded. Executor side; pure.
+Owns the two ways of scoring in docs/scoring.md (`context_prefix`: none, as the official code, and token), in two steps:
+text to ids, which models with one tokenizer share, and ids to the input of one model. Also owns where a model's BOS
+stands: in front of every window, as context that is never predicted and adds no prediction. Loads no model and no
+torch. Input: text, `segment_ends` (UTF-8 byte offsets where one document ends and the next begins) and `ends_document`.
+Output: an `EncodedText`, or a `Failure` if the text cannot be encoded. Executor side; pure.
 
 Each segment is encoded alone. A segment longer than 64 Ki characters is encoded in pieces, cut before a space, so that
 the lists and `Encoding` objects of a text of 50 MB never exist as a whole. Tokenizers that split words at spaces give
-the same ids as for the whole text; those that put a space in front of a text (sentencepiece) do so for each piece.
+the same ids as for the whole text; tokenizers that put a space in front of a text (sentencepiece) do so for each piece.
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ class TextTokenizer:
 
         Args:
             texts: the texts; None where a row has none.
-            segment_ends: for each text, UTF-8 byte offsets where one document ends and the next begins.
+            segment_ends: UTF-8 byte offsets where one document ends and the next begins, for each text.
 
         Returns:
             For each text its tokens, or Failure("tokenizer_failed").
@@ -137,7 +137,7 @@ class TextTokenizer:
         return [item if isinstance(item, Failure) else _joined(item, encoded) for item in cut]
 
     def bytes_behind(self, piece: EncodedPiece, token_id: int) -> int:
-        """Counts the UTF-8 bytes of the tokens that directly follow a certain token. Rare, so it encodes again.
+        """Returns the number of UTF-8 bytes of the tokens that directly follow a certain token; encodes the text again.
 
         Args:
             piece: an encoded piece of text.
@@ -188,7 +188,7 @@ def _joined(parts: list[list[str]], encoded: Iterator[EncodedPiece | Failure]) -
 
     Args:
         parts: the pieces of each segment, before encoding.
-        encoded: the encoded pieces of this text and of those after it.
+        encoded: the encoded pieces of this text and of the texts after it.
     """
     results = [[next(encoded) for _ in part] for part in parts]
     failures = [piece for part in results for piece in part if isinstance(piece, Failure)]

@@ -152,7 +152,7 @@ def _check_names(folder: Path, model: Any, headers: dict[str, Tensor]) -> None:
 
     A weight comes from the tensor with its name (with or without the base model's name in front), or with the name of a
     weight that is tied to it. Weights that transformers makes from tensors with other names (it stacks experts) must
-    not have more elements together than those tensors.
+    not have more elements together than the stored tensors.
     """
     names = _model_names(model, headers)
     groups: dict[int, list[str]] = {}

@@ -160,7 +160,7 @@ def _with_fast_tokenizer(folder: Path, trust_remote_code: bool) -> Path:
 
 
 def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> ModelDescription:
-    """Describes a model without loading its weights.
+    """Returns the description of a model, without loading its weights.
 
     Args:
         alias: the model's name in the config.

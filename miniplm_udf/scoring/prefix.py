@@ -36,7 +36,7 @@ class Prefix:
 
 
 def find_prefix(alias: str, folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> Prefix:
-    """Finds the prefix of a model: from the config if it names one, otherwise from the model's files.
+    """Returns the prefix of a model: from the config if it names one, otherwise from the model's files.
 
     Args:
         alias: the model's name in the config.

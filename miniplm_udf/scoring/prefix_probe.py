@@ -28,7 +28,7 @@ SENTENCES = (
 def prefix_warnings(
     model: Any, tokenizer: Tokenizer, description: ModelDescription, folder: Path, device: str
 ) -> list[str]:
-    """A warning if plain English has a lower -log p, by more than MARGIN_NATS, with the other setting; else no warning.
+    """Returns a warning if plain English has a -log p lower by MARGIN_NATS with the other setting; else an empty list.
 
     Args:
         model: a loaded model, on `device`.

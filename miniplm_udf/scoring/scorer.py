@@ -116,8 +116,8 @@ class Scorer:
 
         Args:
             texts: the instances' texts.
-            segment_ends: for each text, UTF-8 byte offsets where one document ends and the next begins.
-            ends_document: for each text, whether it ends at a document's end.
+            segment_ends: UTF-8 byte offsets where one document ends and the next begins, for each text.
+            ends_document: whether the text ends at a document's end, for each text.
 
         Returns:
             One result for each text, in order. Reasons of failures: no_tokens, nan_score, tokenizer_failed,
@@ -134,8 +134,8 @@ class Scorer:
         """Tokenizes texts: the part of `score` that needs no model and may run in another thread.
 
         Args:
-            texts: as for `score`.
-            segment_ends: as for `score`.
+            texts: see `score`.
+            segment_ends: see `score`.
 
         Returns:
             The argument of `score_tokenized`, of this or any scorer with the same `tokenizer_hash`.
@@ -149,7 +149,7 @@ class Scorer:
 
         Args:
             tokenized: the result of `tokenize`.
-            ends_document: as for `score`.
+            ends_document: see `score`.
 
         Returns:
             As `score`.

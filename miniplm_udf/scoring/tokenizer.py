@@ -25,7 +25,7 @@ _SAMPLING = ("dropout", "alpha", "nbest_size")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Loads a folder's tokenizer, set to encode raw corpus text.
+    """Returns a folder's tokenizer, set to encode raw corpus text.
 
     Args:
         folder: a local folder that holds tokenizer.json.

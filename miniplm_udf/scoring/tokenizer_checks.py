@@ -1,7 +1,7 @@
 """Tests what a tokenizer does to text: whether encoding is repeatable, and what it drops or merges.
 
 Owns a fixed set of pairs of texts that differ in one thing. A tokenizer that gives both texts of a pair the same tokens
-loses that difference, and its scores are those of a reduced text. Two differences are allowed to be lost: canonical
+loses that difference, and its scores belong to a reduced text. Two differences are allowed to be lost: canonical
 equivalence (Qwen's tokenizer composes Unicode) and a space in front of a text (sentencepiece puts one there). Input: a
 `tokenizers.Tokenizer` that is set for raw text. Output: words for people. Executor side; pure.
 """
@@ -86,7 +86,7 @@ def check_every_byte(alias: str, lost: list[str]) -> None:
 
 
 def tokenizer_warnings(alias: str, tokenizer: Tokenizer, lost: list[str]) -> list[str]:
-    """Warnings about a model's tokenizer for readers of the scores.
+    """Returns warnings about a model's tokenizer for readers of the scores.
 
     Args:
         alias: the model's name in the config.

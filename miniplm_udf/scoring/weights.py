@@ -1,6 +1,6 @@
 """The weight files of a model folder: which they are, what their headers say, the number of parameters, the hash.
 
-Owns the rule that separates a model's own files from others in its folder (those that `model.safetensors.index.json`
+Owns the rule that separates a model's own files from others in its folder (files that `model.safetensors.index.json`
 names, or `model.safetensors` if there is no index), the reader of safetensors headers, and the hash of a model's
 weights. Input: a local folder. Output: paths, tensor names with type and shape, counts of elements, a hash of 32 hex
 digits. Reads no tensor. Driver or executor side; needs neither torch nor transformers; a retry gives the same.
@@ -121,7 +121,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         Every tensor, by name.
 
     Raises:
-        ModelLoadError: as `weight_files`; or a file is cut off or is no safetensors file, or two files hold a tensor
+        ModelLoadError: a weight file is missing, cut off or no safetensors file, or two files hold a tensor
             with the same name.
     """
     entries: dict[str, Tensor] = {}
@@ -158,13 +158,13 @@ def _header(file: Path) -> dict[str, Tensor]:
 
 
 def n_parameters(folder: Path) -> int:
-    """Counts the elements of all tensors in the model's weight files.
+    """Returns the number of elements of all tensors in the model's weight files.
 
     Args:
         folder: a local model folder.
 
     Raises:
-        ModelLoadError: as `tensors`.
+        ModelLoadError: a weight file is missing or damaged (see `tensors`).
     """
     return sum(tensor.n_elements for tensor in tensors(folder).values())
 
@@ -181,7 +181,7 @@ def weights_hash(folder: Path) -> str:
         32 hex digits.
 
     Raises:
-        ModelLoadError: as `weight_files`.
+        ModelLoadError: a weight file is missing, or the index of the weight files is damaged.
     """
     source = folder / SOURCE_FILE
     if source.is_file():

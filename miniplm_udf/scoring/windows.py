@@ -60,7 +60,7 @@ def batches(
         lengths: tokens of each window.
         tokens_per_batch: the budget; a window above it is alone in its batch.
         at_least: fewest windows in a batch, whatever the budget.
-        limit: windows of at most this length do not share a batch with longer ones (`batching.length_limit`).
+        limit: windows of at most this length do not share a batch with longer windows (`batching.length_limit`).
 
     Yields:
         Lists of indices into `lengths`; each index once.

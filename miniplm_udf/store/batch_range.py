@@ -1,7 +1,7 @@
 """A condition that limits a search for instances in another table to the micro-batches that they came with.
 
 Input: ids with their `instance_batch_id`; output: a condition on that column. By its statistics Delta then opens only
-the files of those micro-batches, so that the cost of finding a micro-batch's ids does not grow with the table. Rows of
+the files of these micro-batches, so that the cost of finding a micro-batch's ids does not grow with the table. Rows of
 `scores`, `score_matrix` and `generations` carry the number that their instance has in `instances`. If `instances` was
 created again after the table, the numbers are wrong and the condition is true for all rows: slower, with the same
 result. Driver only.
@@ -51,7 +51,9 @@ def holds(uri: str, instances_uri: str) -> bool:
 
 
 def condition(ids: "DataFrame", uri: str, instances_uri: str) -> "Column":
-    """A condition that holds for every row with one of the ids, in a table that carries their numbers. Reads ids once.
+    """Returns a condition that holds for every row with one of the ids, in a table that has their numbers.
+
+    The ids are read once.
 
     Args:
         ids: rows with the column `instance_batch_id`.

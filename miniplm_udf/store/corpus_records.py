@@ -98,7 +98,7 @@ def commit(
         table: its declaration.
         metadata: becomes `userMetadata`.
         on: the state that the rows were chosen with; None if there was no table.
-        replaces: whether the rows replace those of the table, or are appended.
+        replaces: whether the rows replace all rows of the table, or are appended.
 
     Returns:
         The version of the commit.
@@ -144,7 +144,7 @@ def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     Args:
         spark: any session.
         root: path or URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: None takes the newest.
 
     Raises:
@@ -220,7 +220,7 @@ def read_corpus(spark: "SparkSession", root: str, name: str, version: int | None
     Args:
         spark: any session.
         root: path or URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: None reads the newest.
 
     Raises:
@@ -285,13 +285,13 @@ def gone_message(name: str, version: int) -> str:
 
 
 def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> Provenance:
-    """A version's provenance from its row of `corpora`, which outlives the log. `n_unscorable` and
+    """Returns a version's provenance from its row of `corpora`, which outlives the log. `n_unscorable` and
     `kept_share_by_source` are not in the row, so they are None and empty.
 
     Args:
         spark: any session.
         root: path or URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: its number.
 
     Raises:
@@ -368,7 +368,7 @@ def require_unrecorded(spark: "SparkSession", root: str, name: str) -> None:
     Args:
         spark: any session.
         root: path or URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
 
     Raises:
         CorpusError: `corpora` has rows of the corpus.

@@ -32,21 +32,21 @@ def parquet_files(uri: str, version: int | None = None) -> list[str]:
         Plain paths of a local table, URIs of any other, sorted.
 
     Raises:
-        TableNotFoundError, DeltaError: by delta-rs, if there is no such table or version.
+        TableNotFoundError, DeltaError: there is no such table or version; raised by delta-rs.
         CorpusError: the table has features that cannot be read from its files.
     """
     return files_of(open_table(uri, version), uri)
 
 
 def open_table(uri: str, version: int | None = None) -> "DeltaTable":
-    """Opens a Delta table with delta-rs.
+    """Returns a Delta table, opened with delta-rs.
 
     Args:
         uri: path or URI of the table.
         version: Delta version; None takes the newest.
 
     Raises:
-        TableNotFoundError, DeltaError: by delta-rs, if there is no such table or version.
+        TableNotFoundError, DeltaError: there is no such table or version; raised by delta-rs.
         CorpusError: the table has features that cannot be read from its files.
     """
     from deltalake import DeltaTable

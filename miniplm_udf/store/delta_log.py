@@ -46,10 +46,10 @@ class Commit:
         return value if isinstance(value, dict) else None
 
     def metric(self, name: str) -> int:
-        """A number among the metrics; 0 if it is not there: a commit that adds no row has none of rows.
+        """Returns one number of the metrics; 0 if it is missing, as the number of rows of a commit that adds no row.
 
         Args:
-            name: its name.
+            name: name of the metric.
         """
         return int(self.metrics.get(name, 0))
 
@@ -108,7 +108,7 @@ def newest_version(uri: str) -> int | None:
 
 
 def commits(uri: str, newest: int | None = None) -> Iterator[Commit]:
-    """Reads the commits of a table one by one, from the newest to the oldest that the log still holds.
+    """Yields the commits of a table one by one, from the newest to the oldest that the log still holds.
 
     Args:
         uri: path or URI of the table. If there is no table, there are no commits.
@@ -123,7 +123,7 @@ def commits(uri: str, newest: int | None = None) -> Iterator[Commit]:
 
 
 def read_commit(uri: str, version: int) -> Commit | None:
-    """Reads one commit; None if it is not in the log, or no longer.
+    """Returns one commit; None if the log never had it, or has removed it.
 
     Args:
         uri: path or URI of the table.
@@ -145,13 +145,13 @@ def read_commit(uri: str, version: int) -> Commit | None:
 
 
 def identity(uri: str) -> TableIdentity | None:
-    """Reads a table's id and properties with delta-rs; None if there is no table.
+    """Returns a table's id and properties, read with delta-rs; None if there is no table.
 
     Args:
         uri: path or URI of the table.
 
     Raises:
-        DeltaError: by delta-rs, if the log cannot be read.
+        DeltaError: the log cannot be read; raised by delta-rs.
     """
     if not has_commits(uri):
         return None
@@ -162,7 +162,7 @@ def identity(uri: str) -> TableIdentity | None:
 
 
 def encoded(uri: str) -> str:
-    """A location as delta-rs expects it: `file:` URIs of this project are not percent-encoded, like Hadoop's.
+    """Returns a location as delta-rs expects it: `file:` URIs of this project are not percent-encoded, like Hadoop's.
 
     Args:
         uri: path or URI of the table.

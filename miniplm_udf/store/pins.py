@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Pin:
-    """A row of `pins`; the attributes are the columns, in the table's order."""
+    """A row of `pins`; the attributes are the columns, in the table's order.
+
+    Attributes:
+        name, version: name of the corpus, and number of the pinned version.
+        tag: name that the user gave the pin; None without one.
+        n_instances: number of rows of the version.
+        fingerprint: fingerprint of these rows.
+        pinned_at: when the version was pinned (UTC).
+    """
 
     name: str
     version: int
@@ -39,7 +47,7 @@ def find(spark: "SparkSession", root: str, name: str | None = None) -> list[Pin]
     Args:
         spark: any session.
         root: URI of the root.
-        name: the corpus whose pins are read; None reads those of all corpora.
+        name: the corpus whose pins are read; None reads the pins of all corpora.
 
     Returns:
         The pins, sorted by name and version; empty if nothing was ever pinned.
@@ -56,7 +64,7 @@ def of_version(spark: "SparkSession", root: str, name: str, version: int) -> Pin
     Args:
         spark: any session.
         root: URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: its number.
 
     Returns:
@@ -66,12 +74,12 @@ def of_version(spark: "SparkSession", root: str, name: str, version: int) -> Pin
 
 
 def read(spark: "SparkSession", root: str, name: str, version: int) -> "DataFrame":
-    """Reads the rows of a pinned version from its copy.
+    """Returns the rows of a pinned version, read from its copy.
 
     Args:
         spark: any session.
         root: URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: its number.
 
     Raises:
@@ -104,7 +112,7 @@ def remove(spark: "SparkSession", root: str, name: str, version: int) -> None:
     Args:
         spark: any session.
         root: URI of the root.
-        name: of the corpus.
+        name: name of the corpus.
         version: its number.
     """
     from delta.tables import DeltaTable

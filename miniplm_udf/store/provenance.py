@@ -19,7 +19,7 @@ class VersionTables(TypedDict, total=False):
     Attributes:
         matrix_version: Delta version of `score_matrix`.
         proxy_version: Delta version of `proxy_scores`.
-        last_batches: for each query id in these tables, the newest micro-batch that the version includes.
+        last_batches: newest micro-batch that the version includes, for each query id in these tables.
         instances_version: Delta version of `instances`.
         annotations_version: Delta version of `annotations`.
         annotated_by: the settings of the annotations, as JSON in their column has them; None: there are none.
@@ -53,7 +53,7 @@ class DerivedFrom(TypedDict):
     Attributes:
         by: restore, rebuild or take-down.
         from_version: the version that the rows, the config and the inputs come from.
-        takedown_id: of a take-down.
+        takedown_id: id of a take-down.
     """
 
     by: str
@@ -94,7 +94,7 @@ class Provenance:
         corpus: name of the corpus.
         config: the resolved corpus config.
         inputs: the states of the tables that it was chosen from.
-        model_revisions: by alias.
+        model_revisions: revision of each model, by alias.
         threshold: the lowest kept score.
         n_candidates: pool rows that passed `where`; `candidate_tokens` are their tokens.
         n_unscorable: candidates whose score is null, NaN or infinite, which are never kept. None: no longer known.

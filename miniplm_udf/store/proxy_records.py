@@ -27,7 +27,7 @@ class ProxySettings(TypedDict):
         features: size of a text's feature vector.
         n_grams: version of the rule that makes this vector.
         ridge: weight of the penalty, in rows.
-        model_revisions: by alias.
+        model_revisions: revision of each model, by alias.
     """
 
     score: str
@@ -106,7 +106,7 @@ class ProxyRecord:
         fitted_on: the rows.
         tokens_per_byte: tokens of the model `tokens_of` per UTF-8 byte, over all drawn rows.
         tokens_per_byte_of: the same by source.
-        quality: of the predictions on the held-out rows.
+        quality: quality of the predictions on the held-out rows.
         solver: the work of the fit.
         warnings: sentences to read before a corpus is refined with this proxy.
         code_revision: version of this package that fitted it.

@@ -110,7 +110,7 @@ def _build(builder: "DeltaTableBuilder", uri: str, table: schemas.Table, propert
 
 
 def _set_columns(spark: "SparkSession", uri: str, table: schemas.Table) -> None:
-    """Creates the table; replaces a table that has other columns by an empty one with the declared columns
+    """Creates the table; replaces a table that has other columns by an empty table with the declared columns
     (`overwriteSchema` would make every column nullable)."""
     from delta.tables import DeltaTable
 
@@ -197,7 +197,7 @@ def append(
         metadata: becomes the commit's `userMetadata`.
 
     Raises:
-        SchemaMismatchError: as `conform`.
+        SchemaMismatchError: the columns do not fit the table (see `conform`).
     """
     from delta.exceptions import ConcurrentAppendException, ConcurrentDeleteReadException
 
@@ -234,7 +234,7 @@ def overwrite(
     A table with other columns is emptied by a separate commit first; `frame` must not read that table then.
 
     Args:
-        frame, uri, table, metadata, query_id, batch_id: as for `append`.
+        frame, uri, table, metadata, query_id, batch_id: see `append`.
 
     Returns:
         The version of the commit.

@@ -71,7 +71,7 @@ def _keys(spark: "SparkSession", root: str, table: str) -> "DataFrame | None":
 
 
 def ask(spark: "SparkSession", root: str, takedown: Takedown, ids: Iterable[str]) -> None:
-    """Records the documents that a user asks to remove, except those that are recorded already.
+    """Records the documents that a user asks to remove, except documents that are recorded already.
 
     Args:
         spark: any session.

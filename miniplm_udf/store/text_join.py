@@ -37,7 +37,7 @@ def texts_of(
     before the shuffle. For this filter the rows are computed twice.
 
     Args:
-        rows: with `instance_id`, each id once; without any of `columns`.
+        rows: a frame with `instance_id`, each id once, and without any of `columns`.
         instances: the table `instances`.
         columns: names of the columns of `instances` to add.
         n_rows: number of `rows`; it need not be exact.
@@ -56,14 +56,14 @@ def texts_of(
 
 
 def maybe_wanted(texts: "DataFrame", rows: "DataFrame", n_rows: int) -> "DataFrame":
-    """Drops most of the texts whose id is in no row, with a Bloom filter of one hash, which Spark computes.
+    """Returns the texts, without most of the texts whose id is in no row; uses a Bloom filter of one hash.
 
     The filter is a table of blocks; a block holds words of 64 bits. (Spark adds a Bloom filter by itself only if the
     rows come from a scan with a filter and the texts are more than 10 GB.)
 
     Args:
-        texts: with `instance_id`.
-        rows: with `instance_id`; the wanted ids.
+        texts: a frame with `instance_id`.
+        rows: a frame with `instance_id`, the wanted ids.
         n_rows: number of `rows`; it need not be exact.
     """
     from pyspark.sql import functions as F

@@ -139,7 +139,7 @@ def needed_from(spark: "SparkSession", table_uri: str, checkpoint: Checkpoint) -
 
     Args:
         table_uri: the source of the query.
-        checkpoint: of the query.
+        checkpoint: checkpoint of the query.
 
     Returns:
         The version; files that commits up to it have replaced are not wanted any more. None: no file is wanted.
@@ -162,7 +162,7 @@ def alone(root: str) -> Iterator[None]:
         root: URI of the root.
 
     Raises:
-        CorpusError: on entering, a query runs.
+        CorpusError: a query runs; raised at the start of the block.
     """
     corpora = storage.list_folder(Root(root).refined())
     leases = {*_TABLE_LEASES, *(checkpoint.lease for checkpoint in find(root)), *(f"follow-{name}" for name in corpora)}

@@ -57,7 +57,7 @@ def read(checkpoint_uri: str) -> QueryFacts:
         checkpoint_uri: the checkpoint folder; the record is a file next to it.
 
     Raises:
-        CorpusError: there is no whole record, and the name has no share where one is expected.
+        CorpusError: there is no whole record, and the name of the checkpoint lacks the expected share.
     """
     recorded, name = _recorded(layout.query_facts(checkpoint_uri)), checkpoint_uri.rstrip("/").rsplit("/", 1)[-1]
     if recorded is not None and (recorded.stage != "ingest" or recorded.input_format is not None):

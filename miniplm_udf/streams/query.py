@@ -54,7 +54,7 @@ class Query(abc.ABC):
 
         Args:
             batch: rows of `source`.
-            query_id: as `checkpoint_query_id` returns it.
+            query_id: the result of `checkpoint_query_id`.
             batch_id: number of the micro-batch, from 0.
 
         Raises:
@@ -63,7 +63,7 @@ class Query(abc.ABC):
 
     @abc.abstractmethod
     def backlog(self, offset: Any) -> int:
-        """How much waits behind the newest finished micro-batch, in `backlog_unit`.
+        """Returns how much waits behind the newest finished micro-batch, in `backlog_unit`.
 
         Args:
             offset: end offset of that micro-batch (parsed JSON); None before the first is finished.
@@ -93,7 +93,7 @@ def checkpoint_query_id(spark: "SparkSession", checkpoint_uri: str) -> str:
 
     Args:
         spark: any session, for example `batch.sparkSession`.
-        checkpoint_uri: as given to `checkpointLocation`.
+        checkpoint_uri: the value of Spark's option `checkpointLocation`.
 
     Returns:
         32 hexadecimal digits, without the dashes: Delta cuts strings in its file statistics at 32 characters, and with

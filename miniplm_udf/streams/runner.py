@@ -115,7 +115,7 @@ class QueryRunner:
         watchdog = Watchdog(lambda: stage_activity(self._spark))
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._metrics())
-            # All leases are taken before the first query starts: if one is refused, no query has begun.
+            # All leases are taken before the first query starts: if a lease is refused, no query has begun.
             leases = [[stack.enter_context(lease) for lease in self._leases(query)] for query in queries]
             stack.enter_context(self._signals())
             self._running = [_Running(q, held, self._run_id) for q, held in zip(queries, leases, strict=True)]
@@ -184,7 +184,7 @@ class QueryRunner:
         if time.monotonic() - running.written_at >= (_STATUS_SECONDS if running.has_news else _IDLE_STATUS_SECONDS):
             self._write_status(running)
         if self._stop.is_set() and not running.busy and not running.handle.status["isTriggerActive"]:
-            # No micro-batch runs; one that begins at this moment is interrupted, and the next run replays it.
+            # No micro-batch runs. A micro-batch that begins at this moment is interrupted, and the next run replays it.
             running.handle.stop()
             self._ended(running, "stopped")
 
@@ -220,7 +220,7 @@ class QueryRunner:
         self._write_status(running)
 
     def _end_all(self) -> None:
-        """Stops all running queries at once, after another one failed or a second signal came."""
+        """Stops all running queries at once, after another query failed or a second signal came."""
         for running in self._running:
             if running.handle is not None:
                 running.handle.stop()

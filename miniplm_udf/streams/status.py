@@ -1,7 +1,7 @@
 """The status of a running query: a record `<root>/_status/<lease>.json`, log lines, Prometheus metrics. Driver only.
 
 Input: the finished micro-batches of a query. Output: a `QueryStatus` for each query; the runner writes it, and
-`miniplm status` reads it from any machine. Rates are those of the newest micro-batch with rows. A record is replaced
+`miniplm status` reads it from any machine. Rates belong to the newest micro-batch with rows. A record is replaced
 as a whole and outlives its driver: only the lease tells whether the query runs now (lease.py). Owns no query.
 """
 
@@ -182,7 +182,7 @@ def _epoch(moment: str | None) -> float | None:
 
 
 def prometheus_registry(read: Callable[[], Iterable[QueryStatus]]) -> "CollectorRegistry":
-    """Makes a registry for prometheus_client: for its HTTP endpoint, or for `generate_latest`.
+    """Returns a registry for prometheus_client: for its HTTP endpoint, or for `generate_latest`.
 
     Args:
         read: returns the status of each query; called at each scrape.

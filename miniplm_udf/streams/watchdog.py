@@ -57,7 +57,7 @@ def stage_activity(spark: "SparkSession") -> list[tuple[int, ...]]:
 
 
 def running_tasks(spark: "SparkSession") -> list[str]:
-    """Lists the running tasks (at most 200 per stage), one line each: task, stage, host, seconds.
+    """Returns the running tasks (at most 200 per stage), one line each: task, stage, host, seconds.
 
     Args:
         spark: the session whose tasks are listed.

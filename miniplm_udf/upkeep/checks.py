@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 _N_EXAMPLES = 5
-# In the order of reading: each table is written after those that follow it here.
+# In the order of reading: each table is written after the tables that follow it here.
 TABLES = ("corpora", "generations", "proxy_scores", "score_matrix", "scores", "rejects", "annotations", "instances")
 
 
@@ -62,7 +62,7 @@ class CheckedRoot:
         return self.versions[name] is not None
 
     def table(self, name: str) -> "DataFrame":
-        """Reads the table `name` at the version that it had when this object was made.
+        """Returns the table `name` at the version that it had when this object was made.
 
         Args:
             name: name of a table that exists (`has`).
@@ -95,7 +95,7 @@ class CheckedRoot:
         """The last version without unread rows, for a query that may have read a part of version `begun`.
 
         A version that only merged or removed rows adds no unread row, so the newest such version is taken: the files of
-        earlier ones may have been vacuumed.
+        files of earlier versions may have been vacuumed.
         """
         read, newest = (*corpus_records.MAINTENANCE, "MERGE", "DELETE"), self.versions[name] or 0
         since = itertools.takewhile(lambda commit: commit.version >= begun, delta_log.commits(self.uri(name)))
@@ -114,7 +114,7 @@ def examples_of(frame: "DataFrame", key: str) -> tuple[str, ...]:
 
 
 def unique(frame: "DataFrame", name: str, key: tuple[str, ...]) -> Check:
-    """Checks that no two rows of a table have the same key.
+    """Returns the check that no two rows of a table have the same key.
 
     Args:
         frame: all rows of the table.
@@ -131,10 +131,10 @@ def unique(frame: "DataFrame", name: str, key: tuple[str, ...]) -> Check:
 
 
 def none(name: str, frame: "DataFrame", key: str) -> Check:
-    """Checks that a frame of wrong rows is empty.
+    """Returns the check that a frame of wrong rows is empty.
 
     Args:
-        name: of the check.
+        name: name of the check.
         frame: the wrong rows.
         key: column whose values are the examples.
     """

@@ -140,7 +140,7 @@ def check(spark: "SparkSession", config: ExperimentConfig, command: str) -> None
         command: a stage, or the words after `miniplm`, as in `_NEEDS`.
 
     Raises:
-        ConfigError: the root cannot be made or written; the table to ingest is not the one ingested before.
+        ConfigError: the root cannot be made or written; the table to ingest is another one than before.
         CorpusError: a needed table is gone, or was made again under a query that continues; a record is gone.
     """
     root = config.root
@@ -176,7 +176,7 @@ def check_files(root: str, command: str) -> None:
 
 
 def lost_tables(spark: "SparkSession", root: str) -> list[LostTable]:
-    """Finds the tables that checkpoints, records and other tables of a root name, and that do not exist.
+    """Returns the missing tables: checkpoints, records or other tables of the root name them, and they do not exist.
 
     Args:
         spark: any session.
@@ -222,7 +222,7 @@ def require_writable(root: str) -> None:
     """Refuses a local root that cannot be made or written, with the reason that the operating system gives.
 
     Args:
-        root: path or URI of the root; one that is not local passes.
+        root: path or URI of the root; a remote root passes.
 
     Raises:
         ConfigError: it cannot be written.

@@ -211,7 +211,7 @@ def _pool(checked: CheckedRoot, name: str, pool: "DataFrame", done: "DataFrame",
 
 
 def _proxy(checked: CheckedRoot) -> Iterator[Check]:
-    """Checks that every instance of the pool has one prediction, and nothing else has one."""
+    """Checks that every instance of the pool, and no other, has one prediction."""
     rows = checked.table("proxy_scores")
     pool = checked.table("instances").where("split = 'pool'").select("instance_id")
     yield unique(rows, "proxy_scores", PROXY_SCORES.key)

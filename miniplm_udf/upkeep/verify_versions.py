@@ -1,7 +1,7 @@
 """Checks of the versions of refined corpora: as recorded, as pinned, and without what was taken down. Driver only.
 
 Input: a `CheckedRoot`; output: `Check`s. The rows of a version must have the count and the fingerprint that `corpora`
-records. The newest version must exist, an older one may have been removed on purpose, and the copy of a pinned one must
+records. The newest version must exist, an older version may have been removed on purpose, and a pinned copy must
 exist at any time. No table may contain what the record of take-downs names. Writes nothing.
 """
 

@@ -5,7 +5,7 @@ Spark worker; a scorer that is no model runs in the worker itself. In both cases
 (`engine`). Does no numerics. Loads neither torch nor pyspark when imported.
 
 Input: columns of SCORE_REQUEST_SCHEMA (`messages`), and columns to carry. Output: columns of SCORED_SCHEMA, or of
-GENERATED_SCHEMA, and the carried ones, one row for each pair of instance and alias. A retried task scores its rows
+GENERATED_SCHEMA, and the carried columns, one row for each pair of instance and alias. A retried task scores its rows
 again, with the same numbers to about 1e-6, so only the output of a finished task may be written.
 """
 
@@ -45,11 +45,11 @@ def score_arrow(
     """Makes the function that scores rows, for `DataFrame.mapInArrow(score_arrow(factories), SCORED_DDL)`.
 
     Args:
-        factories: by model alias, a picklable callable that makes the scorer. If all have an attribute `key` (a string
+        factories: picklable callables that make the scorers, by model alias. If all have an attribute `key` (a string
             that names what the factory makes), they are called in a scorer process, which keeps its scorers across
             tasks and outlives the worker. Otherwise they are called in the worker, and a factory without a key once for
             each call.
-        carried: further columns of the input, which come out unchanged after those of `schema`.
+        carried: further columns of the input, which come out unchanged after the columns of `schema`.
         sink: gets the counts when all rows are scored.
         schema: SCORED_SCHEMA; GENERATED_SCHEMA if the factories make `TextGenerator`s.
 

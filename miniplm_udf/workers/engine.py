@@ -35,7 +35,7 @@ SLICES_AHEAD = 3
 # texts must not be rejected. A text that breaks a tokenizer is rare. A model that is broken from the start fails its
 # task within the first slice, so that nothing is written.
 MAX_ERRORS_IN_A_ROW = 32
-# Errors that no text causes: those of this project, the end of the process, and the loss of the worker that asked.
+# Errors that no text causes: this project's own errors, the end of the process, and the loss of the worker that asked.
 _NO_FAULT_OF_A_TEXT = (errors.MiniplmError, ConnectionClosed, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Texts:
         segment_ends: UTF-8 byte offsets where one document ends and the next begins.
         ends_document: whether the text ends at a document's end.
         ids: ids of the instances.
-        tokenized: by tokenizer hash, what `TokenizingScorer.tokenize` returned.
+        tokenized: results of `TokenizingScorer.tokenize`, by tokenizer hash.
     """
 
     texts: Sequence[str | None]
@@ -96,7 +96,7 @@ class Texts:
         return self.tokenized[scorer.tokenizer_hash]
 
     def results_of(self, scorer: WorkerScorer) -> Sequence[Any]:
-        """Scores or continues the texts and returns one result per row.
+        """Returns one result per row: the texts are scored or continued.
 
         Args:
             scorer: the scorer; if it is no plain `ScorerLike`, the texts are tokenized in a separate call.
@@ -140,7 +140,7 @@ class Engine:
         self._scorers, self._carried, self._schema = scorers, list(carried), schema
 
     def prepare(self, rows: pa.RecordBatch) -> PreparedSlice:
-        """Decodes rows, and tokenizes them for the scorers that are made already. Called by the reading thread.
+        """Returns decoded rows, tokenized for the scorers that exist already. Called by the reading thread.
 
         Args:
             rows: columns text (string), segment_ends (list of integers), ends_document (boolean), model_ids (list of

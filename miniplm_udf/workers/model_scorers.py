@@ -1,7 +1,7 @@
 """Makes a model's scorer or generator where it will run: on the GPU that Spark assigned, else where torch can.
 
 Input: a model's config and description, and settings. Output: a `Scorer` or a `Generator`. Executor side; torch and
-pyspark are loaded inside the functions. A retried task makes its scorer again, or finds the one that the scorer process
+pyspark are loaded inside the functions. A retried task makes its scorer again, or finds the scorer that the process
 kept.
 """
 
@@ -113,7 +113,7 @@ def assigned_device() -> str:
             LOGGER.warning("Spark assigned GPU %s, but torch finds none: scoring on the CPU", address)
         return "cpu"
     number = int(address) if address is not None and address.isdigit() else 0
-    # Where the resource manager hides the other GPUs, the assigned one is number 0 whatever its address.
+    # Where the resource manager hides the other GPUs, the assigned GPU is number 0 whatever its address.
     return f"cuda:{number if number < torch.cuda.device_count() else 0}"
 
 

@@ -95,7 +95,7 @@ def gpu_address() -> str | None:
 
 
 def keep_slot(name: str, slots: int) -> None:
-    """Takes a slot of a GPU and keeps it until this process ends. Does nothing where this process has one.
+    """Takes a slot of a GPU and keeps it until this process ends. Does nothing if this process has a slot.
 
     Args:
         name: name of the GPU, the same in all processes of this machine.
@@ -204,7 +204,7 @@ class ScorerSlot:
 
     @property
     def deaths(self) -> int:
-        """How often the process died since its last answer, in this task and those before it."""
+        """How often the process died since its last answer, in this and earlier tasks."""
         return int(_note(self._file).get("deaths", 0))
 
     @deaths.setter
@@ -228,7 +228,7 @@ def _note(file: IO[str]) -> Json:
 
 
 def take_scorer_slot(keys: Sequence[str]) -> ScorerSlot:
-    """Takes a free slot of this executor and GPU: one whose process has the models, else the first, else a new slot.
+    """Takes a free slot of this executor and GPU: a slot whose process has the models, else the first, else a new slot.
 
     Args:
         keys: keys of the factories whose models the task needs (`ModelScorerFactory.key`).

@@ -38,10 +38,10 @@ def run_on_executor(spark: "SparkSession", function: Callable[[], T]) -> T:
 
     Args:
         spark: a session.
-        function: picklable by Spark; what it needs on executors alone, such as torch, it imports itself.
+        function: picklable by Spark. It imports packages that only executors need, such as torch, by itself.
 
     Returns:
-        What the function returned, pickled on the executor.
+        The result of the function, pickled on the executor.
 
     Raises:
         MiniplmError: the error that the function raised, of the same class and with the same message.
@@ -60,10 +60,10 @@ def run_over_rows(rows: "DataFrame", function: Callable[[Iterator[pa.RecordBatch
 
     Args:
         rows: a frame of one partition.
-        function: as for `run_on_executor`; called with the rows as record batches.
+        function: see `run_on_executor`; called with the rows as record batches.
 
     Returns:
-        What the function returned, pickled on the executor.
+        The result of the function, pickled on the executor.
 
     Raises:
         MiniplmError: the error that the function raised, of the same class and with the same message.
@@ -75,7 +75,7 @@ def run_over_rows(rows: "DataFrame", function: Callable[[Iterator[pa.RecordBatch
 def answer_function(
     function: Callable[[Iterator[pa.RecordBatch]], object],
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Makes the function for `DataFrame.mapInArrow(answer_function(function), ANSWER_DDL)`: one row of ANSWER_SCHEMA.
+    """Returns the function for `DataFrame.mapInArrow(answer_function(function), ANSWER_DDL)`: one row of ANSWER_SCHEMA.
 
     Args:
         function: gets the record batches of a partition; its result must be picklable.

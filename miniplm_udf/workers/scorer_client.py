@@ -32,7 +32,7 @@ LOGGER = logging.getLogger("miniplm.workers")
 # that the two never wait for each other.
 _SLICES_SENT = SLICES_AHEAD + 1
 _SLICES_READ = 2
-# After this many deaths of a slot's process without an answer, in this task and those before it, the machine is the
+# After this many deaths of a slot's process without an answer, in this and earlier tasks, the machine is the
 # cause. Halving causes fewer: mostly one of two halves is harmless and is answered. A slice with four fatal texts, far
 # apart, takes eight.
 MAX_DEATHS = 12
@@ -50,9 +50,9 @@ def score_in_process(
     """Scores with the models of a scorer process.
 
     Args:
-        factories: by alias, a callable with a `key` that makes the scorer.
+        factories: callables with a `key` that make the scorers, by alias.
         carried: names of the columns that come out unchanged, the instance's id first.
-        batches: rows with the columns of SCORE_REQUEST_SCHEMA and the carried ones.
+        batches: rows with the columns of SCORE_REQUEST_SCHEMA and the carried columns.
         counts: gets the counts of each slice added.
         schema: columns of the results: SCORED_SCHEMA or GENERATED_SCHEMA.
 

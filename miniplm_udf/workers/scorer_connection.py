@@ -39,7 +39,7 @@ def task_request(
 
     Args:
         slot: the slot of the process.
-        factories: by alias, a callable with a `key` that makes the scorer.
+        factories: callables with a `key` that make the scorers, by alias.
         carried: names of the columns that come out unchanged, the instance's id first.
         aliases: the models to load before the first slice.
         schema: columns of the results.
@@ -60,7 +60,7 @@ def task_request(
 
 
 def _path() -> list[str]:
-    """The folders in which this worker finds its modules; Spark has added those of `--py-files`."""
+    """The folders in which this worker finds its modules, with the folders of Spark's `--py-files`."""
     return [path or os.getcwd() for path in sys.path]
 
 

@@ -3,7 +3,7 @@
 The first task of a slot starts it (`scorer_client`), in a session of its own. It lives as long as its executor, so that
 a model is loaded once although Spark ends idle workers after a minute, and a crash of a model does not end the worker.
 Input: slices over a unix socket; output: their scored rows and `ScoreCounts`, in order. While it scores a slice, a
-thread reads and tokenizes the next ones. If the worker ends, its work is dropped. Only the models are kept.
+thread reads and tokenizes the next slices. If the worker ends, its work is dropped. Only the models are kept.
 
 It ends with its executor, with the Spark session, after half an hour without a task, or, while idle, when another
 process waits for its GPU. Executor side; a retried task finds its models loaded. It logs to the executor's stderr.
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Starts this scorer process: reads its arguments, then serves workers until a reason to end appears.
 
     Args:
-        argv: the arguments; None takes those of the process.
+        argv: the arguments; None takes the arguments of the process.
     """
     parser = argparse.ArgumentParser(description="Holds models and scores for the workers of one Spark executor.")
     parser.add_argument("--listener", type=int, required=True, help="file descriptor of the listening socket")

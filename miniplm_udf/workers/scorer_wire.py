@@ -134,7 +134,7 @@ def to_ipc(batches: list[pa.RecordBatch]) -> bytes:
 
 
 def from_ipc(stream: bytes) -> list[pa.RecordBatch]:
-    """Reads the record batches that `to_ipc` wrote.
+    """Returns the record batches that `to_ipc` wrote.
 
     Args:
         stream: the stream; no bytes give no batches.

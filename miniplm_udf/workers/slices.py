@@ -57,7 +57,7 @@ def rows_by_alias(model_ids: pa.ListArray) -> dict[str, list[int] | None]:
     """Lists the rows that name each alias.
 
     Args:
-        model_ids: for each row, the aliases of the models that score it (list of strings).
+        model_ids: aliases of the models that score a row, for each row (list of strings).
 
     Returns:
         By alias, in ascending order: the sorted numbers of its rows, from 0; None if all rows name it.

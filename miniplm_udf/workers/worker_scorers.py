@@ -39,8 +39,8 @@ class ScorerLike(Protocol):
 
         Args:
             texts: the instances' texts, None where a row has none.
-            segment_ends: for each text, the UTF-8 byte offsets where one document ends and the next begins.
-            ends_document: for each text, whether it ends at a document's end.
+            segment_ends: UTF-8 byte offsets where one document ends and the next begins, for each text.
+            ends_document: whether the text ends at a document's end, for each text.
 
         Returns:
             One result per text, in their order.
@@ -58,7 +58,7 @@ class TokenizingScorer(ScorerLike, Protocol):
 
         Args:
             texts: the instances' texts, None where a row has none.
-            segment_ends: for each text, the UTF-8 byte offsets where one document ends and the next begins.
+            segment_ends: UTF-8 byte offsets where one document ends and the next begins, for each text.
 
         Returns:
             One entry per text, which only scorers with the same `tokenizer_hash` can read.
@@ -69,7 +69,7 @@ class TokenizingScorer(ScorerLike, Protocol):
 
         Args:
             tokenized: entries that `tokenize` returned.
-            ends_document: for each entry, whether its text ends at a document's end.
+            ends_document: whether the text ends at a document's end, for each entry.
 
         Returns:
             One result per entry, in their order.
@@ -91,7 +91,7 @@ class TextGenerator(Protocol):
 
         Args:
             texts: the instances' texts, None where a row has none.
-            segment_ends: for each text, the UTF-8 byte offsets where one document ends and the next begins.
+            segment_ends: UTF-8 byte offsets where one document ends and the next begins, for each text.
 
         Returns:
             One entry per text.
@@ -102,8 +102,8 @@ class TextGenerator(Protocol):
 
         Args:
             tokenized: entries that `tokenize` returned.
-            ends_document: for each entry, whether its text ends at a document's end.
-            ids: for each entry, the id of its instance.
+            ends_document: whether the text ends at a document's end, for each entry.
+            ids: id of the instance, for each entry.
 
         Returns:
             One result per entry, in their order.
@@ -125,7 +125,7 @@ class WorkerScorers:
     """The scorers of one call, made in the main thread when they are first used, and a meter for each.
 
     Args:
-        factories: by alias, a callable that makes the scorer.
+        factories: callables that make the scorers, by alias.
     """
 
     def __init__(self, factories: Mapping[str, Callable[[], WorkerScorer]]) -> None:

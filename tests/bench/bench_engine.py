@@ -148,7 +148,7 @@ class InstancesRoot:
         return {"seconds": seconds, "describe_seconds": described[0], **memory.quarters()}
 
     def n_wrong(self) -> int:
-        """Scores that are not those of their instance's text."""
+        """Scores that do not belong to their instance's text."""
         found = self.spark.read.format("delta").load(self.config.layout.table("scores"))
         texts = self.spark.read.format("delta").load(self.config.layout.table("instances"))
         pairs = found.select("instance_id", "nll_sum_nats").join(texts.select("instance_id", "text"), "instance_id")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 PARTS = ("scan", "write", "ours", "sort", "percentile", "refine")
 RATIO = 0.5
-# The columns that our refinement reads: those of the score and of `where`, and the ids.
+# The columns that our refinement reads: columns of the score and of `where`, and the ids.
 COLUMNS = ("instance_id", "split", "teacher_n_tokens", "teacher_nll_mean", "reference_nll_mean")
 # The middle of the generated scores.
 _MIDDLE = 0.3

@@ -63,7 +63,7 @@ def test_torchrun_with_different_folders_ends_and_writes_nothing(prepared: Path,
     process = torchrun("-m", "tests.support.own_roots", str(roots), log=log)
     assert process.wait(600) != 0
     text = log.read_text()
-    assert "miniplm: CorpusError: rank 1 and rank 0 see another checkpoint " in text
+    assert "miniplm: CorpusError: rank 1 and rank 0 see different checkpoints " in text
     assert "root must be one folder that all machines share" in text
     assert files(roots) == before
 
@@ -128,7 +128,7 @@ def test_an_mlflow_server_that_goes_away_loses_no_point(
         server.stop()
         for _ in range(20):
             log_step()
-        while "MLflow is away" not in caplog.text:
+        while "MLflow cannot be reached" not in caplog.text:
             time.sleep(0.1)
 
     def log_step() -> None:

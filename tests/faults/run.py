@@ -44,7 +44,7 @@ def report(found: Results, n_trials: int, mode: Mode) -> bool:
     restarts = sum(outcome.restarts for outcome in found.outcomes)
     line = [len(found.outcomes), kills, restarts, *totals.values(), f"{found.seconds:.0f}"]
     print(results.table(["trials", "kills", "restarts", *names, "seconds"], [line]))
-    # Each mode has its own file: the figures of one would replace those of the other.
+    # Each mode has its own file, so that the figures of two modes do not replace each other.
     name = "faults" if mode == "document" else f"faults_{mode}"
     results.record(name, {"trials": len(found.outcomes), **totals}, rows, key="kills")
     missed = missed_points(found)

@@ -177,8 +177,8 @@ def test_odd_deliveries(case: Case) -> None:
     assert [row["reason"] for row in after.rejects if "cut.jsonl.gz" in (row["source_file"] or "")] == [
         "unreadable_file"
     ]
-    # Mended, and under names of their own, they come in; nothing that was there comes twice.
-    (case.input / "mended.jsonl.gz").write_bytes(whole)
+    # Repaired, and under new names, the files are read; nothing that was there comes twice.
+    (case.input / "repaired.jsonl.gz").write_bytes(whole)
     shutil.copy(case.input / "1.jsonl", case.input / "1-changed.jsonl")
     case.run()
     (case.input / "cut.jsonl.gz").unlink()

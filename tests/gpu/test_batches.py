@@ -1,4 +1,4 @@
-"""The trainer's batches on a CUDA device: equal to those on the CPU, and copied without making the CPU wait."""
+"""The trainer's batches on a CUDA device: equal to batches on the CPU, and copied without making the CPU wait."""
 
 import numpy as np
 import pytest

@@ -88,7 +88,7 @@ EVALUATED = [BENCHMARK, SPEECHES["zh"], "too short to be found", DECOMPOSED]
 
 
 def write(spark: Any, config: ExperimentConfig, texts: Mapping[str, tuple[int, str]]) -> None:
-    """Appends instances of the pool, those of a later micro-batch an hour later; and one that is held out."""
+    """Appends instances of the pool (a later micro-batch is an hour later), and one held-out instance."""
     rows = []
     held_out = {"held out": (0, ENGLISH)} if "en" in texts else {}
     for name, (batch, text) in {**texts, **held_out}.items():
@@ -246,7 +246,7 @@ def test_what_is_new_is_added_and_as_good_as_at_once(
 
 
 @pytest.mark.long
-def test_other_settings_make_it_anew_and_other_names_of_files_do_not(
+def test_other_settings_make_it_again_and_other_names_of_files_do_not(
     spark: Any, copy: ExperimentConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert copy.annotate is not None

@@ -165,7 +165,7 @@ def test_each_cut_is_within_a_bucket_of_the_exact_one(spark: Any, tmp_path: Path
         batch_id = world.score(1000, shift) if number else 0
         take(follower, world.batch(batch_id))
         cut, candidates = world.cut(), ranked(world.rows)
-        # The counts are those of all candidates so far.
+        # The counts cover all candidates so far.
         counted: dict[int, list[int]] = {}
         for score, _, n_tokens in candidates:
             of = counted.setdefault(bucket_of(score), [0, 0])
@@ -173,7 +173,7 @@ def test_each_cut_is_within_a_bucket_of_the_exact_one(spark: Any, tmp_path: Path
         found = tables.read(spark, world.cuts_uri).collect()
         assert {row["bucket"]: [row["n_rows"], row["n_tokens"]] for row in found} == counted
         assert {row["batch_id"] for row in found} == {batch_id}
-        # The rank of the cut against that of a sort.
+        # The rank of the cut against the rank in a sort.
         budget = budget_of(0.3, sum(row[2] for row in candidates))
         n_exact = len(by_sorting(candidates, budget))
         above = [row for row in candidates if bucket_of(row[0]) >= cut["bucket"]]

@@ -200,9 +200,9 @@ def test_bad_rows_and_files_become_rejects(spark: Any, make: Make, tmp_path: Pat
     assert summary.documents == 2
     assert summary.too_many_rejects
 
-    # Known bad files are not tried again, also under a new checkpoint; mended under another name, one comes in.
+    # Known bad files are not tried again, also under a new checkpoint; a repaired copy under another name is read.
     shutil.rmtree(tmp_path / "root/_checkpoints")
-    (folder / "mended.jsonl.gz").write_bytes(whole)
+    (folder / "repaired.jsonl.gz").write_bytes(whole)
     after = run(spark, config)
     assert (after.new_instances > 2000, after.new_rejected) == (True, 0)
 

@@ -128,7 +128,7 @@ def test_a_replay_packs_the_same_and_what_a_changed_file_has_more(
     assert set(kept) < set(ids(spark, config))
     # The rows of the first run stay; of the changed file, only the new documents are added.
     assert occurrences(instances(spark, config)) == sorted(DISTINCT | {(row["id"], row["text"]) for row in NEW[3:5]})
-    # It knows those that the state store does not know by now.
+    # The table knows documents that the new state store does not know.
     write(tmp_path / "in", "c.jsonl", [NEW[5], *FIRST[:3]], 2e9)
     assert run(spark, config).documents == len(DISTINCT) + 3
 

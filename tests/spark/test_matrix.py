@@ -105,7 +105,7 @@ def test_rows_that_come_together_or_apart_are_pivoted_once(made: Tables) -> None
     assert schema == TABLE.spark_schema()
 
 
-def test_a_table_of_other_models_is_built_anew(made: Tables) -> None:
+def test_a_table_of_other_models_is_built_again(made: Tables) -> None:
     one, two, *_ = texts(6)
     made.append([made.score(text, revision, 1.0) for text in (one, two) for revision in ("rev-t", "rev-r", "rev-n")])
 

@@ -58,7 +58,7 @@ def test_a_stage_is_skipped_until_something_changes(spark: Any, config: Experime
     assert not refine.is_unchanged(spark, config), "what it made is gone"
 
 
-def test_other_weights_under_an_old_path_are_scored_anew(spark: Any, config: ExperimentConfig) -> None:
+def test_other_weights_under_an_old_path_are_scored_again(spark: Any, config: ExperimentConfig) -> None:
     score = stage("score", tokens_per_second={"teacher": 10.0, "reference": None})
     execute(score, spark, config)
     assert score.is_unchanged(spark, config)

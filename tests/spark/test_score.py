@@ -223,7 +223,7 @@ def test_a_look_for_what_is_known_opens_what_came_with_it(scored: Scored) -> Non
 
 
 @pytest.mark.long
-def test_instances_that_were_made_anew_are_not_scored_again(scored: Scored) -> None:
+def test_instances_that_were_made_again_are_not_scored_again(scored: Scored) -> None:
     """Under other numbers than their scores have: a look must not go by the numbers then."""
     in_batches(scored, 3)
     assert scored.run().matrix_rows == 6
@@ -287,17 +287,17 @@ def test_a_replay_rejects_under_the_reason_not_scored(scored: Scored) -> None:
     found = scored.spark.read.format("delta").load(scored.config.layout.table("scores"))
     assert found.where(found["query_id"] == query_id).inputFiles()
     assert not found.where(found["query_id"] != query_id).inputFiles()
-    # As after a kill between the commit of scores and that of rejects: a table that knows nothing of this micro-batch.
-    plan = dataclasses.replace(plan_of(scored), rejects_uri=scored.config.layout.table("rejects_anew"))
+    # As after a kill between the commits of scores and of rejects: a table without rows of this micro-batch.
+    plan = dataclasses.replace(plan_of(scored), rejects_uri=scored.config.layout.table("second_rejects"))
     tables.create(scored.spark, plan.rejects_uri, schemas.REJECTS)
     assert scores.score_batch(plan, query_id, batch, 0, scores.new_score_counts(scored.spark)) == ScoreCounts()
-    after = scored.table("rejects_anew")
+    after = scored.table("second_rejects")
     assert {row["reason"] for row in after} == {"not_scored"}
     assert {row["reject_id"] for row in after} == before
 
 
 def test_a_commit_without_rows_that_is_tried_again_loses_no_instance(scored: Scored) -> None:
-    """All failed, the empty commit was made, then a kill; of the second run Delta drops the write, unread."""
+    """All texts failed, the empty commit was made, then a kill; Delta drops the second run's write, unread."""
     write_instances(scored.spark, scored.config, ["fail one", "fail two"])
     instances = scored.spark.read.format("delta").load(scored.config.layout.table("instances"))
     models = (describe_models(scored.spark, scored.config, scored.config.models)["teacher"],)
@@ -307,25 +307,25 @@ def test_a_commit_without_rows_that_is_tried_again_loses_no_instance(scored: Sco
     total = scores.new_score_counts(scored.spark)
     assert scores.score_batch(plan, "b" * 32, scores.pool(instances), 4, total).models["teacher"].n_failed == 2
     assert {row["reason"] for row in scored.table("rejects")} == {"no_tokens"}
-    # As if killed before the commit of rejects: a table that knows nothing of this micro-batch.
-    anew = scored.config.layout.table("rejects_anew")
-    tables.create(scored.spark, anew, schemas.REJECTS)
-    mended = {"teacher": MendedFactory(1.0, str(scored.log))}
-    again = dataclasses.replace(plan, factories=mended, rejects_uri=anew)
+    # As if killed before the commit of rejects: a table without rows of this micro-batch.
+    second_rejects = scored.config.layout.table("second_rejects")
+    tables.create(scored.spark, second_rejects, schemas.REJECTS)
+    factories = {"teacher": LenientFactory(1.0, str(scored.log))}
+    again = dataclasses.replace(plan, factories=factories, rejects_uri=second_rejects)
     assert scores.score_batch(again, "b" * 32, scores.pool(instances), 4, total) == ScoreCounts()
     assert scored.table("scores") == []
-    found = scored.table("rejects_anew")
-    assert sorted(row["instance_id"] for row in found) == sorted(map(instance_id, ["fail one", "fail two"]))
-    assert {row["reason"] for row in found} == {"not_scored"}
+    rejects = scored.table("second_rejects")
+    assert sorted(row["instance_id"] for row in rejects) == sorted(map(instance_id, ["fail one", "fail two"]))
+    assert {row["reason"] for row in rejects} == {"not_scored"}
 
 
 @dataclasses.dataclass(frozen=True)
-class MendedFactory(FakeFactory):
+class LenientFactory(FakeFactory):
     """Makes a scorer that refuses nothing."""
 
     @property
     def key(self) -> str:
-        return f"mended/{self.log}"
+        return f"lenient/{self.log}"
 
     def __call__(self) -> FakeScorer:
         scorer = FakeScorer(self.scale, self.log)

@@ -197,7 +197,7 @@ def test_it_goes_from_the_files_of_tables_with_deletion_vectors(spark: Any, worl
 
 
 @pytest.mark.long
-def test_a_query_that_is_behind_begins_anew_without_it(spark: Any, world: TakedownRoot) -> None:
+def test_a_query_that_is_behind_begins_again_without_it(spark: Any, world: TakedownRoot) -> None:
     config = world.config
     world.deliver("more", texts(16, start=12))
     world.ingest()

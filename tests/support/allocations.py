@@ -14,7 +14,7 @@ import torch
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """The largest number of bytes held while the work runs, above those held before."""
+    """The largest number of bytes held while the work runs, above the bytes held before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

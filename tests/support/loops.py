@@ -43,7 +43,7 @@ def make_loop(
     teacher: Teacher | None = None,
     **train: Any,
 ) -> Loop:
-    """A loop with new weights, or with those of a checkpoint after a step; with a teacher it distils."""
+    """A loop with new weights, or with a checkpoint's weights after a step; with a teacher it distils."""
     world = world or World()
     settings = {"steps": 5, "batch_sequences": 6, "micro_batch_sequences": 6, "learning_rate": 0.01, "warmup_steps": 2}
     config = TrainConfig(**settings | {"log_every_steps": 1, "save_every_steps": 2} | train)

@@ -26,7 +26,7 @@ def memory(name: str) -> int:
 
 
 def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
-    """Runs the work; returns its result, and the bytes that it took at its peak beyond those in use before."""
+    """Runs the work; returns its result, and its peak memory in bytes above the memory in use before."""
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     result = work()

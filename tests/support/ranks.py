@@ -50,7 +50,7 @@ def _join(work: Callable[[World, Path], None], folder: Path) -> None:
 
 
 def processor_seconds(processes: Sequence[Any]) -> float:
-    """Processor seconds that processes have used so far; those that have ended count nothing."""
+    """Processor seconds that processes have used so far; processes that have ended count nothing."""
     total = 0.0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):

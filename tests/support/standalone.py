@@ -41,7 +41,7 @@ class StandaloneCluster:
         cores: of each worker, as Spark counts them; may exceed the machine's.
         memory_mb: of each worker, for executors.
         gpus: pretended GPUs of each worker, as a discovery script names them.
-        spark_home: a Spark installation; None is that of the running Python.
+        spark_home: a Spark installation; None takes the installation of the running Python.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class StandaloneCluster:
         return conf
 
     def processes(self, kind: str, app_id: str | None = None) -> list[psutil.Process]:
-        """The running processes of a kind: all of the cluster's, or those of an application."""
+        """The running processes of a kind, in the whole cluster or of one application."""
         found = []
         for process, environment in self._marked():
             if app_id is not None and f"appId={app_id}&" not in environment.get("SPARK_LOG_URL_STDERR", ""):
@@ -117,7 +117,7 @@ class StandaloneCluster:
             _wait_for(log, "(Successfully registered) with master")
 
     def stop(self) -> None:
-        """Kills every process of the cluster, and those that they start meanwhile."""
+        """Kills every process of the cluster, and the processes that they start meanwhile."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while found := [process for process, _ in self._marked()]:
             for process in found:

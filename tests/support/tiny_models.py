@@ -16,7 +16,7 @@ SEPARATOR = "<|endoftext|>"
 CHAT_TOKEN = "<|im_end|>"
 # Rows of the models' embeddings. The tokenizer has at most 316 entries; models often have spare rows.
 VOCAB_SIZE = 320
-# Those that the project names; then those with something of their own: logits scaled or divided, a head with a bias,
+# Families that the project names, then families with a peculiarity: logits scaled or divided, a head with a bias,
 # experts, post-norms, learned positions with an offset, ALiBi, another state-space model.
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "mamba")
 OTHER_FAMILIES = ("granite", "cohere", "phi", "mixtral", "qwen3", "gemma3_text", "olmo2", "opt", "bloom", "mamba2")

@@ -19,10 +19,10 @@ def test_it_is_off_unless_given() -> None:
     plain = load_config(DEMO)
     assert plain.annotate is None
     assert not stage_named("annotate").applies(plain)
-    given = load_config(DEMO, ["annotate={duplicates: true, near_duplicates: {threshold: 0.7}}"])
-    assert given.annotate == AnnotateConfig(duplicates=True, near_duplicates=NearDuplicatesConfig(threshold=0.7))
-    assert given.annotate.groups == ["duplicates", "near_duplicates"]
-    assert stage_named("annotate").applies(given)
+    config = load_config(DEMO, ["annotate={duplicates: true, near_duplicates: {threshold: 0.7}}"])
+    assert config.annotate == AnnotateConfig(duplicates=True, near_duplicates=NearDuplicatesConfig(threshold=0.7))
+    assert config.annotate.groups == ["duplicates", "near_duplicates"]
+    assert stage_named("annotate").applies(config)
     # Before the stages that take hours.
     names = [stage.name for stage in STAGES]
     assert names.index("ingest") < names.index("annotate") < names.index("score")
@@ -81,8 +81,8 @@ def test_the_language_of_a_text() -> None:
         "fr": "Le comité a décidé de publier l'année prochaine le rapport sur l'eau du lac et de la rivière.",
         "zh": "委员会决定明年发表关于湖水的报告，以便公众能够了解情况。",
     }
-    found = languages(pa.array([*texts.values(), " "], pa.string())).to_pylist()
-    assert [row["language"] for row in found[:4]] == list(texts)
-    assert all(0 <= row["language_confidence"] <= 1 for row in found)
+    rows = languages(pa.array([*texts.values(), " "], pa.string())).to_pylist()
+    assert [row["language"] for row in rows[:4]] == list(texts)
+    assert all(0 <= row["language_confidence"] <= 1 for row in rows)
     # A text of no language has little to say for any.
-    assert found[4]["language_confidence"] < min(row["language_confidence"] for row in found[:4])
+    assert rows[4]["language_confidence"] < min(row["language_confidence"] for row in rows[:4])

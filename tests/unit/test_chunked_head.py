@@ -12,7 +12,7 @@ from trainer.losses.chunked_head import chunk_positions, weighted_nll
 
 
 def inputs(n: int, width: int, vocabulary: int, size: float = 1.0) -> tuple[torch.Tensor, ...]:
-    """Hidden states, weight, targets and their weights; some weights are 0, as those of padding."""
+    """Hidden states, weight, targets and their weights; some weights are 0, as for padding."""
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(n, width, generator=generator) * size).requires_grad_()
     weight = torch.randn(vocabulary, width, generator=generator).requires_grad_()

@@ -215,7 +215,7 @@ def test_long_documents_are_tokenised_in_pieces_at_words() -> None:
     assert "".join(seen) == text
     assert max(map(len, seen)) <= chunking.PIECE_CHARACTERS
     assert all(piece.startswith((" word", "word", "x", " x")) for piece in seen)
-    # Pieces part at words, so the tokens, and with them the chunks, are those of the whole.
+    # Pieces end at words, so tokens and chunks are the same as for the whole text.
     assert texts(chunks)[:40] == ["word" + " word" * 999] + [" word" * 1000] * 39
 
 

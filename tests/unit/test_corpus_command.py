@@ -46,8 +46,8 @@ def test_options_and_overrides_stand_in_any_order(
                 "removed_examples": []}  # fmt: skip
 
     monkeypatch.setitem(corpus.ACTIONS, "diff", dataclasses.replace(corpus.ACTIONS["diff"], run=run))
-    given = ["a@1", "--examples", "5", "b", "-c", str(CONF / "demo.yaml"), f"root={tmp_path}"]
-    assert cli.main(["corpus", "diff", *given]) == 0
+    arguments = ["a@1", "--examples", "5", "b", "-c", str(CONF / "demo.yaml"), f"root={tmp_path}"]
+    assert cli.main(["corpus", "diff", *arguments]) == 0
     assert seen == [f"file://{tmp_path}", "a@1", "b", 5]
     assert "a@1 -> b@2" in capsys.readouterr().out
 
@@ -75,11 +75,11 @@ def test_an_action_with_spark_checks_the_root_first_and_stops_its_session(
 
 def test_a_difference_is_told_by_source_with_texts_on_one_line() -> None:
     example = {"instance_id": "i" * 32, "source": "web", "score": 0.123456789, "text": "one\n\ttwo"}
-    found = {
+    difference = {
         "from": "a@1", "to": "b@2", "added": COUNTS, "removed": {"web": COUNTS["code"]}, "both": {},
         "added_examples": [example], "removed_examples": [{**example, "text": None}],
     }  # fmt: skip
-    lines = corpus_text.diff(found).splitlines()
+    lines = corpus_text.diff(difference).splitlines()
     assert [line.split() for line in lines if line.startswith(("web", "code", "all"))] == [
         ["code", "2", "5", "0", "0", "0", "0"],
         ["web", "1,200", "34,000", "2", "5", "0", "0"],
@@ -92,14 +92,14 @@ def test_a_difference_is_told_by_source_with_texts_on_one_line() -> None:
 
 def test_a_version_without_its_rows_is_still_shown() -> None:
     now = datetime.datetime(2026, 1, 2, 3, 4, 5)
-    found = {
+    version = {
         "name": "kept", "version": 3, "created_at": now, "pinned": False, "tag": None, "n_instances": 10,
         "n_candidates": 2000, "n_tokens": 5, "candidate_tokens": 6, "threshold": None, "fingerprint": "f",
         "code_revision": "c", "config": {"select": {"rule": "random", "ratio": 0.5, "threshold": None}},
         "inputs": {"matrix_version": 7, "model_revisions": {"teacher": "r"}, "derived": {"by": "restore"}},
         "by_source": None,
     }  # fmt: skip
-    text = corpus_text.show(found)
+    text = corpus_text.show(version)
     assert "10 of 2,000 candidates" in text
     assert "rule random, ratio 0.5" in text
     assert "its rows are gone" in text
@@ -108,12 +108,12 @@ def test_a_version_without_its_rows_is_still_shown() -> None:
 
 
 def test_maintenance_is_told_a_line_a_table() -> None:
-    made = Maintained(
+    result = Maintained(
         [MaintainedTable("instances", 168.0, 1234, True), MaintainedTable("refined/kept", None, 0, False, "why")],
         ["kept@3"],
         ["score-x"],
     )
-    lines = maintain.text(made).splitlines()
+    lines = maintain.text(result).splitlines()
     assert lines[1].split() == ["instances", "1,234", "168", "yes"]
     assert lines[2].split() == ["refined/kept", "0", "-", "-", "why"]
     assert lines[3:] == ["pinned: kept@3, which a model was trained on", "removed: score-x"]

@@ -47,10 +47,10 @@ def test_counts_merge_in_any_order_and_grouping() -> None:
     ],
 )
 def test_the_cut_keeps_whole_buckets(share: float, expected: tuple[int, int, int]) -> None:
-    found = cut_of(COUNTS, ratio(share))
-    assert (found.bucket, found.n_within, found.boundary_rows) == expected
-    assert found.budget == math.floor(share * 10 + 1e-9)
-    assert abs(found.n_within - min(found.budget, 9)) <= found.boundary_rows / 2
+    cut = cut_of(COUNTS, ratio(share))
+    assert (cut.bucket, cut.n_within, cut.boundary_rows) == expected
+    assert cut.budget == math.floor(share * 10 + 1e-9)
+    assert abs(cut.n_within - min(cut.budget, 9)) <= cut.boundary_rows / 2
 
 
 def test_the_cut_counts_tokens_where_the_rule_does() -> None:
@@ -60,8 +60,8 @@ def test_the_cut_counts_tokens_where_the_rule_does() -> None:
 
 
 def test_a_threshold_is_the_cut_and_no_candidate_no_cut() -> None:
-    found = cut_of({1: (4, 9), 0: (2, 5)}, SelectConfig(rule="threshold", threshold=-0.25))
-    assert (found.bucket, found.score, found.n_within, found.boundary_rows) == (1, -0.25, 4, 0)
+    cut = cut_of({1: (4, 9), 0: (2, 5)}, SelectConfig(rule="threshold", threshold=-0.25))
+    assert (cut.bucket, cut.score, cut.n_within, cut.boundary_rows) == (1, -0.25, 4, 0)
     assert cut_of({UNUSABLE: (3, 9)}, ratio(0.5)).bucket > UNUSABLE
     assert cut_of({}, ratio(0.5)).n_within == 0
 

@@ -1,4 +1,4 @@
-"""Tables that cannot be read from their files are refused by name, and told from those that can."""
+"""Tables that cannot be read from their files are refused by name; other tables are not."""
 
 import json
 from pathlib import Path

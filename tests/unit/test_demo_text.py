@@ -70,7 +70,7 @@ def test_made_again_elsewhere_it_is_the_same_bytes(roots: dict[str, Path], tmp_p
     assert one == two
 
 
-def test_a_damaged_shard_is_mended(roots: dict[str, Path], tmp_path: Path):
+def test_a_damaged_shard_is_written_again(roots: dict[str, Path], tmp_path: Path):
     write_demo_text(tmp_path / "out", 1.0, roots)
     shard = tmp_path / "out" / "demo-text-0000.jsonl.gz"
     whole = shard.read_bytes()

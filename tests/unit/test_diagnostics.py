@@ -14,11 +14,11 @@ from tests.support.selection_oracles import exact
 
 
 def joint(rows: list[tuple[float, float]], width: float) -> dict[tuple[int, int], int]:
-    found: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[int, int], int] = {}
     for a, b in rows:
         key = (math.floor(a / width), math.floor(b / width))
-        found[key] = found.get(key, 0) + 1
-    return found
+        counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 @pytest.mark.parametrize("slope", [-1.0, 0.0, 0.3, 3.0])
@@ -28,17 +28,17 @@ def test_the_correlation_of_buckets_is_within_its_bound(slope: float) -> None:
     truth = exact(rows)
     errors = []
     for width in (0.5, 0.1, 0.02):
-        found = spearman(joint(rows, width))
-        assert found is not None
-        assert abs(found[0] - truth) <= found[1]
-        errors.append(found[1])
+        estimate = spearman(joint(rows, width))
+        assert estimate is not None
+        assert abs(estimate[0] - truth) <= estimate[1]
+        errors.append(estimate[1])
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05
     # One row a bucket: exact, ties too.
     whole = [(round(a * 2), round(b * 2)) for a, b in rows]
-    found = spearman(joint(whole, 1))
-    assert found is not None
-    assert found[0] == pytest.approx(exact(whole), abs=1e-12)
+    estimate = spearman(joint(whole, 1))
+    assert estimate is not None
+    assert estimate[0] == pytest.approx(exact(whole), abs=1e-12)
 
 
 def test_one_bucket_has_no_correlation() -> None:
@@ -52,8 +52,8 @@ def sums(**lengths: tuple[int, int]) -> list[dict[str, int]]:
 
 
 def test_the_kept_share_by_length_names_tokens() -> None:
-    found = kept_share_by_length([*sums(k5=(1, 4), k6=(2, 2)), *sums(k5=(1, 4))])  # type: ignore[arg-type]
-    assert found == {"32-63": 0.25, "64-127": 1.0}
+    shares = kept_share_by_length([*sums(k5=(1, 4), k6=(2, 2)), *sums(k5=(1, 4))])  # type: ignore[arg-type]
+    assert shares == {"32-63": 0.25, "64-127": 1.0}
 
 
 def test_notes_name_a_poor_pair_and_a_poor_rule() -> None:

@@ -128,7 +128,7 @@ def strict(text: str) -> Any:
 
 
 def test_numbers_that_are_no_json_are_carried_as_strings() -> None:
-    """So are those that overflow a double; other numbers keep all their digits that a double or an integer has."""
+    """Numbers that overflow a double too; other numbers keep all digits that a double or an integer has."""
     literals = ["NaN", "Infinity", "-Infinity", "1e999", "-1e400"]
     line = f'{{"id": NaN, "source": -Infinity, "text": "a", "lang": {{"x": [{", ".join(literals)}], "NaN": 1}}}}'
     found = READER.read_line(line.encode())

@@ -1,5 +1,5 @@
 """Where things stand: imports of the tests, the import contract, names of classes, places under a root; and how they
-are described: arguments of public functions, dicts with undeclared keys.
+are described: arguments and results of public functions, dicts with undeclared keys.
 
 Reads source files alone. Each function that looks for mistakes is also given a mistake, so that no test here is always
 green.
@@ -257,7 +257,7 @@ def test_a_text_or_a_key_is_no_place(text: str) -> None:
     assert list(spelled_places(text)) == []
 
 
-# Arguments that need no word: `self`, and those whose type says all, the session and the experiment.
+# Arguments that need no description: `self`, and arguments whose type says all: the session and the experiment.
 UNDESCRIBED = {"self", "cls", "SparkSession", "ExperimentConfig"}
 
 
@@ -272,7 +272,7 @@ def public_functions(source: str) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def arguments_to_describe(function: ast.FunctionDef) -> list[str]:
-    """Arguments of a function, except `self`, `cls`, `*more`, `**more` and those of a type that says all."""
+    """Arguments of a function, except `self`, `cls`, `*more`, `**more` and arguments of a type in UNDESCRIBED."""
     every = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     types = {argument.arg: ast.unparse(argument.annotation).strip("'") for argument in every if argument.annotation}
     return [name for name in (argument.arg for argument in every) if types.get(name, name) not in UNDESCRIBED]
@@ -330,6 +330,47 @@ def test_public_functions_describe_their_arguments() -> None:
 )
 def test_an_argument_without_a_word_is_seen(source: str, arguments: list[str]) -> None:
     assert undescribed_arguments({"a.py": source}) == [f"a.py: {argument}" for argument in arguments]
+
+
+def functions_without_result(files: dict[str, str]) -> list[str]:
+    """Public functions whose docstring lists Args but does not tell what is returned.
+
+    It tells with a section Returns or Yields, or in its first line. A context manager returns nothing to its caller.
+    """
+    missing = []
+    for path, source in files.items():
+        for name, function in public_functions(source):
+            text = ast.get_docstring(function) or ""
+            result = "None" if function.returns is None else ast.unparse(function.returns)
+            is_context = any("contextmanager" in ast.unparse(decorator) for decorator in function.decorator_list)
+            if "Args:\n" not in text or result == "None" or is_context:
+                continue
+            is_told = re.match(r"(Yields|Whether|The)\b|.*\b[Rr]eturns\b", text) is not None
+            if not is_told and not re.search(r"^(Returns|Yields):$", text, re.MULTILINE):
+                missing.append(f"{path}: {name}")
+    return missing
+
+
+def test_public_functions_tell_what_they_return() -> None:
+    assert functions_without_result(sources(*PACKAGES)) == []
+
+
+@pytest.mark.parametrize(
+    ("summary", "more", "result", "functions"),
+    [
+        ("Adds.", "", "int", ["f"]),
+        ("Adds.", "", "None", []),
+        ("Adds.", "\n    Returns:\n        The sum.\n", "int", []),
+        ("Adds.", "\n    Raises:\n        ValueError: it is odd.\n", "int", ["f"]),
+        ("Returns the sum.", "", "int", []),
+        ("Adds, and returns the sum.", "", "int", []),
+        ("Whether it is even.", "", "bool", []),
+        ("The sum.", "", "int", []),
+    ],
+)
+def test_a_result_without_a_word_is_seen(summary: str, more: str, result: str, functions: list[str]) -> None:
+    source = f'def f(a: int) -> {result}:\n    """{summary}\n\n    Args:\n        a: a number.\n{more}    """'
+    assert functions_without_result({"a.py": source}) == [f"a.py: {name}" for name in functions]
 
 
 UNDECLARED_KEYS = "dict[str, Any]"

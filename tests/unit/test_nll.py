@@ -21,17 +21,17 @@ class EndsScorer(FakeScorer):
         super().__init__(1.0, "/dev/null")
 
     def score(self, texts, segment_ends, ends_document):  # type: ignore[no-untyped-def]
-        found = super().score([text or "fail" for text in texts], segment_ends, ends_document)
+        scores = super().score([text or "fail" for text in texts], segment_ends, ends_document)
         return [
             one if isinstance(one, Failure) else Score(one.nll_sum_nats + 0.5 * ends, one.n_tokens, one.n_bytes)
-            for one, ends in zip(found, ends_document, strict=True)
+            for one, ends in zip(scores, ends_document, strict=True)
         ]
 
 
 def run(arrays: list[pa.Array], ends_document: bool = False) -> list[dict[str, float] | None]:
-    numbers = list(nll_arrow(EndsScorer, ends_document)(iter(arrays)))
-    assert all(array.type == NLL_TYPE for array in numbers)
-    return [row for array in numbers for row in array.to_pylist()]
+    results = list(nll_arrow(EndsScorer, ends_document)(iter(arrays)))
+    assert all(array.type == NLL_TYPE for array in results)
+    return [row for array in results for row in array.to_pylist()]
 
 
 def expected(text: str) -> dict[str, float]:
@@ -42,14 +42,14 @@ def expected(text: str) -> dict[str, float]:
 @pytest.mark.parametrize("sizes", [[], [0], [1], [0, 1, 0], [2, 3, 2], [300, 1]])
 def test_every_score_is_at_its_row(sizes: list[int]) -> None:
     texts = [[f"text {batch} {row} é" for row in range(size)] for batch, size in enumerate(sizes)]
-    found = run([pa.array(batch, pa.string()) for batch in texts])
-    assert found == [expected(text) for batch in texts for text in batch]
+    rows = run([pa.array(batch, pa.string()) for batch in texts])
+    assert rows == [expected(text) for batch in texts for text in batch]
 
 
 def test_no_score_is_null_and_not_a_struct_of_nulls() -> None:
     texts = ["first one", None, "", "nan one", "inf one", "fail one", "last one"]
-    found = run([pa.array(texts[:3], pa.string()), pa.array(texts[3:], pa.large_string())])
-    assert found == [expected("first one"), None, None, None, None, None, expected("last one")]
+    rows = run([pa.array(texts[:3], pa.string()), pa.array(texts[3:], pa.large_string())])
+    assert rows == [expected("first one"), None, None, None, None, None, expected("last one")]
 
 
 def test_ends_document_is_told_to_the_scorer() -> None:

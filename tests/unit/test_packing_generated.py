@@ -39,8 +39,8 @@ def batch(ids: list[list[int]]) -> pa.RecordBatch:
 
 def packed(target: PackTokenizer, sequences: Any, length: int = 5) -> list[PackedSequence]:
     settings = PackConfig(sequence_length=length, sequences=sequences)
-    made = sequences_of_generations(TEACHER, target, settings)
-    return list(made(iter([batch(rows()[:2]), batch(rows()[2:])])))
+    make_sequences = sequences_of_generations(TEACHER, target, settings)
+    return list(make_sequences(iter([batch(rows()[:2]), batch(rows()[2:])])))
 
 
 def stream(sequences: list[PackedSequence]) -> list[int]:
@@ -68,8 +68,8 @@ def test_with_sequences_instance_each_row_begins_a_sequence() -> None:
 @pytest.mark.parametrize("sequences", ["packed", "instance"])
 def test_another_tokenizer_encodes_the_same_documents(sequences: str) -> None:
     loaded = OTHER.load()
-    made = packed(OTHER, sequences, 200)
-    ids = [i for sequence in made for i in stream([sequence])] if sequences == "instance" else stream(made)
+    result = packed(OTHER, sequences, 200)
+    ids = [i for sequence in result for i in stream([sequence])] if sequences == "instance" else stream(result)
     expected = []
     for texts, ends in zip(TEXTS, ([True, False], [True], [False]), strict=True):
         for text, is_ended in zip(texts, ends, strict=False):

@@ -126,7 +126,7 @@ def test_a_store_that_is_away_delays_the_registration(
         raise ConnectionError("connection refused")
 
     config = load_config(path, [REGISTERED])
-    # First all of MLflow is away, then only the registry: the weights are sent once.
+    # First MLflow cannot be reached at all, then only the registry: the weights are sent once.
     with monkeypatch.context() as patch:
         patch.setattr(registry, "connect", away)
         assert registry.register(config, ["small"]) == {}

@@ -1,4 +1,4 @@
-"""The code's revision is that of the checkout, where there is one."""
+"""The code's revision is the checkout's revision, where there is a checkout."""
 
 import shutil
 import subprocess

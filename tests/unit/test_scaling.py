@@ -307,7 +307,7 @@ def test_the_teachers_forward_passes_count_in_the_compute(config: ExperimentConf
 
 @pytest.mark.slow
 def test_the_trainers_own_runs_are_read(config: ExperimentConfig, tmp_path: Path) -> None:
-    """The names of parameters and metrics are those that `train` and `evaluate` log."""
+    """The names of parameters and metrics are the names that `train` and `evaluate` log."""
     bare = json.loads((tmp_path / "experiment.yaml").read_text())
     del bare["reference"], bare["models"]["reference"]
     (tmp_path / "experiment.yaml").write_text(json.dumps(bare))

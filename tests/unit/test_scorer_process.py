@@ -47,7 +47,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
 
 
 def check(rows: Sequence[dict[str, Any]], texts: Sequence[str], bad: Sequence[str] = (), factor: float = 1.0) -> None:
-    """One row a text, in order, with its score; those of `bad` have none."""
+    """Checks that there is one row for each text, in order, with its score; texts in `bad` have no score."""
     assert [row["instance_id"] for row in rows] == [f"id{n}" for n in range(len(texts))]
     for row, text in zip(rows, texts, strict=True):
         if text in bad:

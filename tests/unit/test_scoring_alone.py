@@ -31,7 +31,7 @@ print(json.dumps([absent, [[one.nll_sum_nats, one.n_tokens, one.n_bytes] for one
 
 
 def installed_with(*names: str) -> set[str]:
-    """Names of distributions that these need, and what those need; no extras, nothing that is not installed."""
+    """Names of the installed distributions that these need, directly or through others; without extras."""
     found: set[str] = set()
     left = list(names)
     while left:

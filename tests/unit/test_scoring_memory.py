@@ -36,36 +36,36 @@ def probe(name: str) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_a_vocabulary_of_152k_takes_less_than_its_logits() -> None:
-    found = probe("vocabulary")
-    assert found["n_tokens"] == [1024] * 9
-    assert found["peak_of_one"] < found["logits_of_one"] * 0.25
-    assert found["peak_of_eight"] < found["logits_of_one"] * 0.25, "eight texts take no more than one"
+    measures = probe("vocabulary")
+    assert measures["n_tokens"] == [1024] * 9
+    assert measures["peak_of_one"] < measures["logits_of_one"] * 0.25
+    assert measures["peak_of_eight"] < measures["logits_of_one"] * 0.25, "eight texts take no more than one"
 
 
 @pytest.mark.long
 def test_a_corpus_of_ten_times_the_size_takes_the_same() -> None:
-    found = probe("corpus")
-    assert found["n_tokens"] == [100_000, 1_000_000]
+    measures = probe("corpus")
+    assert measures["n_tokens"] == [100_000, 1_000_000]
     # The allocator keeps some MB more or less from run to run.
-    assert found["peak_of_large"] < found["peak_of_small"] + 8 * MIB
-    assert found["peak_of_large"] < found["bytes_of_large"]
+    assert measures["peak_of_large"] < measures["peak_of_small"] + 8 * MIB
+    assert measures["peak_of_large"] < measures["bytes_of_large"]
 
 
 @pytest.mark.long
 def test_a_document_of_50_mb() -> None:
-    found = probe("document")
-    assert found["n_tokens"] == [1, found["n_words"], 1]
-    assert found["n_bytes"] == [16, found["n_words"] * 16, 16]
-    assert found["n_words"] * 16 == 50 * MIB
-    assert found["neighbours"][0] == pytest.approx(found["neighbours"][1], abs=1e-5)
-    assert all(map(math.isfinite, found["neighbours"]))
+    measures = probe("document")
+    assert measures["n_tokens"] == [1, measures["n_words"], 1]
+    assert measures["n_bytes"] == [16, measures["n_words"] * 16, 16]
+    assert measures["n_words"] * 16 == 50 * MIB
+    assert measures["neighbours"][0] == pytest.approx(measures["neighbours"][1], abs=1e-5)
+    assert all(map(math.isfinite, measures["neighbours"]))
     # Its text, its pieces and its ids are there; what a pass takes is not multiplied by its length.
-    assert found["peak"] < 5 * 50 * MIB
+    assert measures["peak"] < 5 * 50 * MIB
 
 
 def test_an_allocation_that_fails_halves_the_batch() -> None:
     """No error is made up here: the process may not take more memory than it is given."""
-    found = probe("limit")
-    assert found["halved"] >= 1
-    assert found["n_tokens"] == [300] * 64
-    assert found["worst"] < 1e-5
+    measures = probe("limit")
+    assert measures["halved"] >= 1
+    assert measures["n_tokens"] == [300] * 64
+    assert measures["worst"] < 1e-5

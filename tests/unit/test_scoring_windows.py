@@ -25,11 +25,11 @@ def test_every_token_predicts_once_and_with_its_context() -> None:
     for n_tokens in range(30):
         for context in range(1, 9):
             for overlap in range(context):
-                found = list(windows(n_tokens, context, overlap))
-                predicted = [token for window in found for token in range(window.first_scored, window.end)]
+                result = list(windows(n_tokens, context, overlap))
+                predicted = [token for window in result for token in range(window.first_scored, window.end)]
                 assert predicted == list(range(n_tokens)), (n_tokens, context, overlap)
-                assert all(len(window) <= context for window in found)
-                assert all(window.first_scored - window.start == overlap for window in found[1:])
+                assert all(len(window) <= context for window in result)
+                assert all(window.first_scored - window.start == overlap for window in result[1:])
 
 
 def test_batches_golden() -> None:
@@ -48,17 +48,17 @@ def test_batches_of_at_least_so_many() -> None:
 def test_batches_hold_each_index_once_within_the_budget() -> None:
     lengths = [(7 * i) % 13 + 1 for i in range(50)]
     for budget in (1, 5, 13, 40, 10_000):
-        found = list(batches(lengths, budget))
-        assert sorted(index for batch in found for index in batch) == list(range(50))
-        for batch in found:
+        result = list(batches(lengths, budget))
+        assert sorted(index for batch in result for index in batch) == list(range(50))
+        for batch in result:
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
 
 
 @pytest.mark.parametrize("limit", [1, 7, 16, 30, 31])
 def test_no_batch_crosses_the_limit(limit: int) -> None:
     lengths = [number % 31 + 1 for number in range(100)]
-    found = list(batches(lengths, 100, limit=limit))
-    assert sorted(index for batch in found for index in batch) == list(range(100))
-    assert all(len({lengths[index] > limit for index in batch}) == 1 for batch in found)
+    result = list(batches(lengths, 100, limit=limit))
+    assert sorted(index for batch in result for index in batch) == list(range(100))
+    assert all(len({lengths[index] > limit for index in batch}) == 1 for batch in result)
     # One batch more at most.
-    assert len(found) <= len(list(batches(lengths, 100))) + 1
+    assert len(result) <= len(list(batches(lengths, 100))) + 1

@@ -70,7 +70,7 @@ def test_a_store_that_is_away_for_a_while_gets_everything_in_order(caplog: pytes
     assert store.points == points
     assert [what for what in store.calls if "points" not in what] == ["start", "tags"]
     assert store.calls[0] == "start"
-    assert caplog.text.count("MLflow is away: connection refused; the work continues") == 1
+    assert caplog.text.count("MLflow cannot be reached: connection refused; the work continues") == 1
     assert caplog.text.count("MLflow is back after") == 1
 
 

@@ -19,7 +19,7 @@ from tests.support.trainer_roots import LLAMA
 from trainer.checkpoints.checkpoint import Checkpoints, SavedState
 from trainer.loop import StepMeasures
 from trainer.losses.kd_teacher import Teacher
-from trainer.ranks.distributed import Agreement, Wish, World, process_group
+from trainer.ranks.distributed import Agreement, Request, World, process_group
 from trainer.ranks.parallel import divide
 from trainer.ranks.state import check_equal_weights, gather, gather_weights
 
@@ -154,15 +154,15 @@ def test_a_training_continues_on_another_number_of_ranks(tmp_path: Path, size: i
 def _agree(world: World, folder: Path) -> None:
     """Rank 1 wishes to stop after step 2, and in a second run to fail. Each rank writes after which step it left."""
     left: list[Any] = []
-    for wish in (Wish.STOP, Wish.FAIL):
+    for request in (Request.STOP, Request.FAIL):
         agreement = Agreement(world)
-        assert agreement.now(Wish.GO_ON) is Wish.GO_ON
+        assert agreement.now(Request.CONTINUE) is Request.CONTINUE
         for step in range(1, 6):
-            agreed = agreement.after_step(wish if (world.rank, step) == (1, 2) else Wish.GO_ON)
-            if agreed is not Wish.GO_ON:
+            agreed = agreement.after_step(request if (world.rank, step) == (1, 2) else Request.CONTINUE)
+            if agreed is not Request.CONTINUE:
                 left.append([step, agreed])
                 break
-        assert agreement.now(Wish.STOP if world.rank == 0 else Wish.GO_ON) is Wish.STOP
+        assert agreement.now(Request.STOP if world.rank == 0 else Request.CONTINUE) is Request.STOP
     left.append(world.from_all(world.rank))
     left.append(world.first_decides(lambda: "first") if world.is_first else world.first_decides(lambda: 1 // 0))
     for other in (0, 1):
@@ -188,7 +188,7 @@ def _refuse() -> None:
 @pytest.mark.slow
 def test_ranks_agree(tmp_path: Path) -> None:
     run_ranks(_agree, tmp_path)
-    stop, fail = [3, Wish.STOP], [3, Wish.FAIL]
+    stop, fail = [3, Request.STOP], [3, Request.FAIL]
     common = [stop, fail, [0, 1], "first"]
     differ = "the weights of rank 1 differ from those of rank 0 before the first step"
     expected = [
@@ -200,7 +200,10 @@ def test_ranks_agree(tmp_path: Path) -> None:
 
 def test_one_rank_agrees_with_itself() -> None:
     agreement = Agreement(World())
-    assert [agreement.after_step(wish) for wish in (Wish.GO_ON, Wish.STOP)] == [Wish.GO_ON, Wish.STOP]
+    assert [agreement.after_step(request) for request in (Request.CONTINUE, Request.STOP)] == [
+        Request.CONTINUE,
+        Request.STOP,
+    ]
     with pytest.raises(ConfigError, match=r"^refused$"):
         World().together(_refuse)
 

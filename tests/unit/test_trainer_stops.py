@@ -233,16 +233,19 @@ def other_rows(root: Path) -> None:
 CHECKPOINTS = "_checkpoints/train/small"
 DIFFERENCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no table": (lambda root: shutil.rmtree(root / "tables" / "packed"), "rank 1: "),
-    "other rows": (other_rows, "rank 1 and rank 0 see another config, packed table ("),
-    "no checkpoint": (lambda root: shutil.rmtree(root / CHECKPOINTS), "rank 1 and rank 0 see another checkpoint "),
-    "older": (lambda root: shutil.rmtree(root / CHECKPOINTS / "step-4"), "rank 1 and rank 0 see another checkpoint "),
+    "other rows": (other_rows, "rank 1 and rank 0 see different config, packed table ("),
+    "no checkpoint": (lambda root: shutil.rmtree(root / CHECKPOINTS), "rank 1 and rank 0 see different checkpoints "),
+    "older": (
+        lambda root: shutil.rmtree(root / CHECKPOINTS / "step-4"),
+        "rank 1 and rank 0 see different checkpoints ",
+    ),
     "damaged": (
         lambda root: (root / CHECKPOINTS / "step-4" / "state.pt").write_bytes(b"cut"),
-        "rank 1 and rank 0 see another checkpoint ",
+        "rank 1 and rank 0 see different checkpoints ",
     ),
     "settings": (
         lambda root: (root.parent / "overrides.txt").write_text("train.save_every_steps=3"),
-        "rank 1 and rank 0 see another section train of the config",
+        "rank 1 and rank 0 see different sections train of the config",
     ),
 }
 

@@ -83,7 +83,7 @@ def test_a_trained_model_has_no_bos_where_its_data_has_none(config: ExperimentCo
     tokenizer = AutoTokenizer.from_pretrained(trained)
     assert (tokenizer.bos_token, tokenizer.eos_token) == (None, SEPARATOR)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
-    # Per token, its scores compare with those of the model that the tokenizer was copied from.
+    # Per token, its scores can be compared with scores of the model that the tokenizer was copied from.
     assert training["tokenizer_hash"] == tokenizer_hash(trained) == tokenizer_hash(packed)
     model = ModelConfig(path=str(trained), context_tokens=16, window_overlap_tokens=4, document_separator=SEPARATOR)
     assert describe(name, model).bos_token is None

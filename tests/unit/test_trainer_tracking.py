@@ -71,7 +71,7 @@ def test_a_store_that_fails_stops_nothing_and_what_it_lacks_is_named(
     for step in range(5):
         run.log_metrics({"loss": 1.0}, step=step)
     run.end("FINISHED", 0.5)
-    assert "small: MLflow is away: " in caplog.text
+    assert "small: MLflow cannot be reached: " in caplog.text
     lost = "5 points of the curve (steps 0 to 4), parameters, dataset, tags of the dataset, lineage, end of the run"
     assert f"small: MLflow does not have {lost}: no answer" in caplog.text
     assert "Traceback" not in caplog.text

@@ -5,7 +5,8 @@ Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's 
 checkpoint, with `state.pt` (`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last loss, points
 that MLflow lacks, fingerprint, SHA-256 of `state.pt`). The data order is a function of the step and needs no state. A
 `step-<N>` appears by one rename after its files are on the disk, so a kill or a full disk leaves the previous
-checkpoint; older ones are removed afterwards. A checksum finds a damaged checkpoint, which is skipped with a warning.
+checkpoint; older checkpoints are removed afterwards. A damaged checkpoint is found by its checksum and skipped with a
+warning.
 Rank 0 writes, in a thread (checkpoint_writer.py); all ranks compare what they read: ranks on several nodes must share
 the folder.
 """
@@ -51,7 +52,7 @@ class SavedState:
 
     Attributes:
         steps_done: optimiser steps that the weights have had.
-        seconds: training time so far.
+        seconds: training time so far, without evaluations.
         loss: loss of the last step, in nats per token; None before the first step.
         points: points of the curve that MLflow does not have yet; a resumed training logs them.
     """
@@ -96,7 +97,7 @@ class Checkpoints:
         self._write_run({**self._run(), "run_id": run_id})
 
     def tracking_id(self) -> str:
-        """The id of this training in MLflow's tags and in other trackers; a new one is recorded if there is none yet.
+        """The id of this training in MLflow's tags and in other trackers; created and recorded at the first call.
 
         Raises:
             MiniplmError: the file cannot be written.
@@ -109,7 +110,7 @@ class Checkpoints:
         return new
 
     def is_replacing(self, model_id: str) -> bool:
-        """Whether these are the checkpoints of a training that `replace` began to replace this model.
+        """Whether this training was started by `replace`, for this model.
 
         Args:
             model_id: identifies the finished model that is there now.
@@ -149,7 +150,7 @@ class Checkpoints:
             The step, or None if there is no checkpoint.
 
         Raises:
-            CorpusError: all checkpoints are damaged, or there are only checkpoints of another training, unfinished.
+            CorpusError: all checkpoints are damaged, or all belong to another, unfinished training.
         """
         damaged: list[str] = []
         foreign: list[Path] = []
@@ -181,7 +182,7 @@ class Checkpoints:
         """Computes the SHA-256 of a checkpoint as this process reads it; ranks compare it.
 
         Args:
-            step: a step that rank 0 chose.
+            step: the step of the checkpoint, chosen by rank 0.
 
         Returns:
             Fingerprint and checksum, or the reason why the checkpoint cannot be read.
@@ -217,7 +218,7 @@ class Checkpoints:
             The folder of the checkpoint.
 
         Raises:
-            MiniplmError: the files cannot be written, because the disk is full for example. Nothing is left of them.
+            MiniplmError: the files cannot be written, for example because the disk is full. No partial file is left.
         """
         target = self.folder / f"step-{state.steps_done}"
         staging = self.folder / f".step-{state.steps_done}.tmp"
@@ -263,7 +264,10 @@ class Checkpoints:
         )
 
     def _remove_old(self, newest: int) -> None:
-        """Keeps the newest checkpoints up to the saved step. A later step is damaged: this run started before it."""
+        """Keeps the newest checkpoints up to the saved step.
+
+        Any checkpoint of a later step is damaged; otherwise this run would have resumed from it.
+        """
         kept = 0
         for step, path in self._steps():
             state = _read(path / "state.json")
@@ -297,7 +301,7 @@ def _damage(path: Path, state: Json | None) -> str | None:
 
 
 def _misfit(file: Path, model: torch.nn.Module) -> str | None:
-    """Returns how names and shapes in `state.pt` differ from those of the model, or None if they are equal."""
+    """Returns how names and shapes in `state.pt` differ from the model's, or None if they are equal."""
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if set(tensors) != {"model", "optimizer"}:
         return f"state.pt holds {sorted(tensors)} instead of model and optimizer"

@@ -1,7 +1,8 @@
 """Writes checkpoints in a thread, so that the next steps run while the disk works.
 
-Input: the numbers and a copy of the tensors (`trainer.ranks.state.gather`). At most one save runs: the next one waits
-for it, so at most one copy is in memory. An error of the thread is raised at the next `check`, `save` or `finish`.
+Input: the numbers and a copy of the tensors (`trainer.ranks.state.gather`). At most one save runs at a time, and the
+next save waits for it, so at most one copy is in memory. An error of the thread is raised at the next `check`, `save`
+or `finish`.
 Rank 0 only.
 """
 
@@ -21,11 +22,11 @@ class CheckpointWriter:
     """Saves checkpoints in a thread inside a `with` block, whose end waits for the running save.
 
     Args:
-        checkpoints: where they are saved.
-        on_saved: told each checkpoint that is whole: its step and its folder. Called in the thread.
+        checkpoints: the checkpoints of the training.
+        on_saved: called in the thread after each save, with the checkpoint's step and folder.
 
     Attributes:
-        saved: the numbers of the newest checkpoint that is whole; None before the first.
+        saved: the numbers of the newest finished checkpoint; None before the first.
     """
 
     def __init__(
@@ -49,14 +50,14 @@ class CheckpointWriter:
             LOGGER.warning("%s", late)
 
     def save(self, state: SavedState, tensors: Tensors) -> None:
-        """Starts to save a checkpoint; first waits for the save before it.
+        """Starts to save a checkpoint; first waits for the previous save.
 
         Args:
             state: the numbers of the checkpoint.
-            tensors: a copy of the state, which belongs to the writer now.
+            tensors: a copy of the state, which the caller must not use any more.
 
         Raises:
-            MiniplmError: the save before failed.
+            MiniplmError: the previous save failed.
         """
         self.finish()
         self._running = (state, self._pool.submit(self._save, state, tensors))

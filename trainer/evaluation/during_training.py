@@ -50,14 +50,14 @@ class TrainingEvaluation:
         """Evaluates the weights of this moment.
 
         Args:
-            write_model: writes them into the folder that it is given, as a finished model's folder has them.
+            write_model: writes the weights into a folder, as a finished model's folder has them.
 
         Returns:
-            Values by their names in MLflow.
+            Losses in nats or bits, by their names in MLflow.
 
         Raises:
             CorpusError: a file of an external set cannot be read, or no text of a set can be scored.
-            MiniplmError: the temporary folder cannot be written, because the disk is full for example.
+            MiniplmError: the temporary folder cannot be written, for example because the disk is full.
         """
         with _kept_random_state(), tempfile.TemporaryDirectory() as folder:
             try:

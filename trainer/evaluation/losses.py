@@ -42,7 +42,15 @@ _SHOWN = 3
 
 @dataclasses.dataclass
 class Totals:
-    """Sums over scored instances; the two sums of means add up the instances' nats per token."""
+    """Sums over scored instances.
+
+    Attributes:
+        nll_sum_nats: sum of -log p over all tokens, in nats.
+        instance_means_nats: sum over instances of their nats per token.
+        n_instances, n_tokens, n_bytes: scored instances, and their tokens and UTF-8 bytes.
+        official_means_nats: sum over official instances of their nats per token, by the official arithmetic.
+        n_official: official instances with a prediction.
+    """
 
     nll_sum_nats: float = 0.0
     instance_means_nats: float = 0.0
@@ -66,7 +74,7 @@ class Totals:
         self.n_official += 1
 
     def loss(self) -> TextLoss:
-        """The means of these sums."""
+        """Returns the means, None where nothing was scored."""
         some = self.n_instances > 0
         return TextLoss(
             nats_per_token=self.nll_sum_nats / self.n_tokens if some else None,
@@ -80,7 +88,7 @@ class Totals:
 
 
 class _Sums:
-    """Sums over the texts of a set: totals of all and by source, failures and bad rows by reason."""
+    """Sums over the texts of a set: totals of all texts and by source; failures and bad rows by reason."""
 
     def __init__(self) -> None:
         self.overall = Totals()
@@ -99,14 +107,17 @@ class _Sums:
                 self.failed[result.reason] += 1
 
     def add_official(self, rows: Sequence[TextRow], results: Sequence[Result]) -> None:
-        """Adds official instances. One without a result has no prediction (a single token), or failed above too."""
+        """Adds official instances.
+
+        An instance without a score has a single token, so no prediction, or has already failed in `add_scores`.
+        """
         for row, result in zip(rows, results, strict=True):
             if isinstance(result, Score):
                 for totals in (self.overall, self.by_source[row.source]):
                     totals.add_official(result)
 
     def add_bad_rows(self, rows: Sequence[BadRow]) -> None:
-        """Counts bad rows, and remembers the places of the first ones."""
+        """Counts bad rows, and remembers the places of the first bad rows."""
         self.bad_rows.update(row.reason for row in rows)
         self._places += [f"{row.reason} in {row.place}" for row in rows[: _SHOWN - len(self._places)]]
 
@@ -155,7 +166,7 @@ class EvaluatedModel:
         self._scorers: tuple[Scorer, Scorer] | None = None
 
     def fingerprint_of(self, texts: EvaluationSet) -> str:
-        """Hash of all that the losses on a set depend on.
+        """Returns a hash of everything that the losses on a set depend on.
 
         Args:
             texts: the set.

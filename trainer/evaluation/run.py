@@ -63,7 +63,7 @@ def plan(config: ExperimentConfig, targets: Sequence[Target]) -> Json:
         targets: the models.
 
     Returns:
-        `models`, `waits_for_training` (models without a training), `sets` (what each is read from) and `tasks`; with
+        `models`, `waits_for_training` (models without a training), `sets` (the location of each set) and `tasks`; with
         held-out text also `heldout_instances` and `heldout_bytes`, or `status` if there is no table yet.
 
     Raises:
@@ -119,7 +119,7 @@ def _evaluate_model(
     sets: Sequence[EvaluationSet],
     tasks: Tasks | None,
 ) -> EvaluateResult:
-    """Evaluates one model on what its `evaluation.json` lacks, and writes the file after each part."""
+    """Evaluates one model on the parts that its `evaluation.json` lacks, and writes the file after each part."""
     model = EvaluatedModel(config, target, config.layout.model(target.name), training.sequence_length)
     previous = read_evaluation(config, target.name) or Evaluation(sets={})
     done = _unchanged(previous, model, sets, tasks)

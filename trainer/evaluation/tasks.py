@@ -55,7 +55,7 @@ class Tasks:
         self._loaded: Mapping[str, Any] = {}
 
     def fingerprint_of(self, model: EvaluatedModel) -> str:
-        """Hashes all that the scores of a model depend on: tasks, the files of their folder, and the library too.
+        """Returns a hash of all that the scores of a model depend on: its weights, the tasks' files and the library.
 
         Args:
             model: the model.
@@ -93,7 +93,7 @@ class Tasks:
             The scores by task, in the config's order.
 
         Raises:
-            ConfigError: as for `load`, or a task has no accuracy.
+            ConfigError: a task does not exist, its data cannot be loaded, or it has no accuracy.
             ModelLoadError: the model cannot be loaded whole.
         """
         self.load()
@@ -139,7 +139,7 @@ def _load_task(manager: Any, name: str, folder: Path | None) -> Any:
     try:
         with contextlib.chdir(folder or Path.cwd()):
             (task,) = manager.load([name])["tasks"].values()
-    except Exception as error:  # of datasets, the hub's client, or a task's own code
+    except Exception as error:  # raised by datasets, the hub's client, or a task's own code
         reason = next(iter(str(error).splitlines()), "")
         raise ConfigError(
             f"evaluate.tasks: the task {name} cannot be loaded with its data ({type(error).__name__}: {reason}); load "

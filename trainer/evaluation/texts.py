@@ -97,7 +97,7 @@ class InstanceCutter:
         self._chunker = None if texts.is_cut else Chunker(encode, "packed", max_tokens)
 
     def feed(self, rows: Sequence[TextRow]) -> list[TextRow]:
-        """Takes the next texts of the set; returns the instances that are complete.
+        """Returns the instances that are complete after the next texts of the set.
 
         Args:
             rows: the texts.
@@ -141,6 +141,9 @@ def external_sets(config: ExperimentConfig) -> list[TextSet]:
 
     Args:
         config: the experiment.
+
+    Returns:
+        The sets, in the config's order.
 
     Raises:
         ConfigError: a set is missing, or lacks the text column.

@@ -3,7 +3,7 @@
 Inputs: the URI of a `packed/<corpus>/<tokenizer>` table (schemas.packed) and a version. Outputs: numpy blocks of
 token_ids (n, L + 1) int32 and target_mask (n, L) uint8. Row numbers count in the stored order: files sorted by their
 first sequence id, row groups in a file, rows in a row group; the manifest hash identifies that order. Row groups are
-decoded when they are first needed, and those of about one window of `trainer/loader/order.py` are kept.
+decoded when they are first needed; the row groups of about one window of `trainer/loader/order.py` stay in memory.
 
 Uses delta-rs for the file list (miniplm_udf/store/delta_files.py) and pyarrow for the files (packed_files.py); needs no
 JVM. Writes nothing. A retry reads the same rows, because the files of a version never change.
@@ -56,6 +56,9 @@ def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
         version: Delta version; None opens the newest.
         made_by: the stage that writes the table, for the error message.
 
+    Returns:
+        The open table; no data file is read.
+
     Raises:
         CorpusError: the table or version does not exist, or the table has features (deletion vectors, column mapping)
             that make its files alone unreadable.
@@ -95,7 +98,7 @@ class PackedSequences:
         tokenizer: the tokenizer that the table must have been packed with.
 
     Attributes:
-        uri, version, sequence_length: as above; `version` is never None.
+        uri, version, sequence_length: the arguments, with the number of the opened version instead of None.
         metadata: `userMetadata` of the table, or None.
         n_sequences: number of rows.
         group_rows: int64 of shape (n_groups,), the rows of each row group in stored order.
@@ -139,7 +142,7 @@ class PackedSequences:
             )  # fmt: skip
         self._reader = RowGroupReader(sequence_length, tokenizer.vocab_size)
         lanes = count_lanes(self.group_rows)
-        # A lane needs two row groups in the batch in which it comes to the next one.
+        # When a batch crosses from one row group to the next, its lane needs both.
         self.cache = RowCache(self.group_rows, lanes + max(1, lanes // 16), sequence_length, self._read_group)
 
     def _check_metadata(self, tokenizer: TokenizerRecord) -> None:
@@ -162,7 +165,7 @@ class PackedSequences:
                 )
 
     def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reads sequences by row number. Threads may call it, and take turns.
+        """Reads sequences by row number. Thread-safe; concurrent calls run one after the other.
 
         Args:
             rows: int64 of shape (n,), each in 0 .. n_sequences - 1.

@@ -11,15 +11,15 @@ reading decodes each row group once an epoch and keeps one window in memory:
     positions      lane 0, lane 1, ..., lane 0, lane 1, ...   each position takes the next row of its lane
 
 The batch does not depend on the number of ranks. Samples are numbered through all epochs; step s has the samples s*B to
-s*B + B - 1, and rank r of R reads those whose number is r modulo R. If R divides the number of lanes, a power of two,
-these are the rows of its own lanes in an epoch, so that each rank decodes only its share of the row groups.
+s*B + B - 1, and rank r of R reads the samples whose number is r modulo R. If R divides the number of lanes (a power of
+two), a rank reads only its own lanes in an epoch, and so decodes only its share of the row groups.
 """
 
 from functools import lru_cache
 
 import numpy as np
 
-# Raised when another version chooses other rows for the same seed: runs of the other version then cannot be resumed.
+# Raise it when a change chooses other rows for the same seed: runs of the earlier version then cannot be resumed.
 ORDER_VERSION = 2
 WINDOW_ROWS = 32_768
 _MAX_LANES = 512

@@ -35,8 +35,8 @@ class RowGroup:
 
     Attributes:
         path: plain path or URI of the file.
-        index: its number in the file.
-        n_rows: its rows.
+        index: number of the row group in the file, from 0.
+        n_rows: number of its rows.
     """
 
     path: str
@@ -45,7 +45,7 @@ class RowGroup:
 
 
 def list_row_groups(paths: Sequence[str]) -> list[RowGroup]:
-    """Lists the row groups of files that have any rows, in the order of the files.
+    """Returns the row groups of files that have any rows, in the order of the files.
 
     Args:
         paths: plain paths or URIs.
@@ -115,7 +115,7 @@ def _open(path: str) -> pq.ParquetFile:
     if storage.is_local(path):  # pyarrow reads it without Python's lock
         return pq.ParquetFile(pa.OSFile(path))
     filesystem, inner = fsspec.core.url_to_fs(path)
-    # Without a cache: it would read several row groups ahead, which are not the next ones in the order.
+    # Without a cache, which would read several row groups ahead in the file; the order asks for others.
     return pq.ParquetFile(filesystem.open(inner, "rb", cache_type="none"))
 
 

@@ -45,7 +45,7 @@ class RowCache:
         self.rows_decoded = 0
 
     def get(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gathers rows; several threads take turns.
+        """Gathers rows. Thread-safe; concurrent calls run one after the other.
 
         Args:
             rows: int64 row numbers of shape (n,).
@@ -74,12 +74,12 @@ class RowCache:
         # All places exist; with mode="raise", numpy would gather into a buffer first.
         np.take(self._tokens, places, axis=0, out=tokens, mode="clip")
         np.take(self._mask, places, axis=0, out=mask, mode="clip")
-        # The row that a lane used last decides: its finished row group is then older than those of all other lanes.
+        # The row that a lane used last decides: its finished row group is then older than all other lanes' groups.
         self._last_used[slots] = self._clock + np.arange(len(rows))
         self._clock += len(rows)
 
     def _load(self, needed: np.ndarray) -> None:
-        """Decodes those of the needed row groups that are in no slot, into the slots that were not used for longest."""
+        """Decodes the needed row groups that are in no slot, into the slots that were not used for longest."""
         missing = needed[self._slot_of[needed] < 0]
         if not len(missing):
             return

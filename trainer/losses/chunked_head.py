@@ -5,8 +5,8 @@
 Axes in tensor names: N positions, n positions of a chunk, D hidden size, V entries of the vocabulary. Inputs: hidden
 states, the weight of the output layer, targets and their weights. Output: a float32 scalar, in nats. The gradients of
 hidden states and weight are computed in the forward pass, chunk by chunk, while the logits of the chunk exist. So
-nothing is computed twice, and no more than one chunk of logits is held (docs/training.md, Speed). `chunked_losses`
-does this for any losses of a chunk; kd_loss.py has those of distillation. Pure; needs torch alone. Products have the
+nothing is computed twice, and no more than one chunk of logits is held (docs/training.md, Speed). `chunked_losses` does
+this for any losses of a chunk; kd_loss.py has the losses of distillation. Pure; needs torch alone. Products have the
 dtype of autocast, or else the dtype of the weight; sums and the weight's gradient are float32.
 """
 
@@ -22,12 +22,12 @@ _MOST_POSITIONS = {"cpu": 256, "cuda": 4096}
 # With fewer chunks, each chunk would hold too many logits at once. On a GPU, a chunk without compilation has its logits
 # in bfloat16 and in float32: 6 bytes each, so that 16 chunks hold 0.094 of all float32 logits.
 _FEWEST_CHUNKS = 16
-# Logits of so few entries are not worth a cut: 4 MiB in float32.
+# A smaller chunk saves no memory worth its cost (4 MiB in float32).
 _FEWEST_ENTRIES = 1 << 20
 
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-# From the positions of a chunk and its logits to the chunk's losses; the logits are overwritten with the gradient of
-# the first loss.
+# Computes the losses of a chunk from its positions and logits; overwrites the logits with the gradient of the first
+# loss.
 PartLosses = Callable[[slice, torch.Tensor], torch.Tensor]
 
 
@@ -161,8 +161,8 @@ def chunked_losses(
         size: positions in a chunk.
 
     Returns:
-        (the first loss, a float32 scalar, of which backward may be called once; the other K - 1 losses, float32,
-        without a gradient).
+        (the first loss, a float32 scalar; backward may be called on it once; the other K - 1 losses, float32, without a
+        gradient).
     """
     losses: tuple[torch.Tensor, torch.Tensor] = _ChunkedLosses.apply(hidden_ND, weight_VD, losses_of, n_losses, size)
     return losses
@@ -171,14 +171,14 @@ def chunked_losses(
 def losses_of_logits(
     logits_NV: torch.Tensor, losses_of: PartLosses, n_losses: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the losses of `chunked_losses` for a model whose logits are no plain product.
+    """Computes the losses of `chunked_losses` for a model whose logits are not just hidden states times a weight.
 
     Args:
         logits_NV: the model's own logits, float32 or bfloat16; they stay as they are.
-        losses_of, n_losses, size: as for `chunked_losses`.
+        losses_of, n_losses, size: see `chunked_losses`.
 
     Returns:
-        As `chunked_losses`.
+        The first loss and the other losses, as `chunked_losses` returns them.
     """
     losses: tuple[torch.Tensor, torch.Tensor] = _LossesOfLogits.apply(logits_NV, losses_of, n_losses, size)
     return losses
@@ -191,14 +191,14 @@ def weighted_nll(
     weights_N: torch.Tensor,
     loss_of: ChunkLoss = chunk_loss,
 ) -> torch.Tensor:
-    """Computes sum(weight * -log p) over all positions. Backward may be called once.
+    """Computes sum(weight * -log p) over all positions. Backward may be called on the result once.
 
     Args:
         hidden_ND: hidden states in front of the output layer, float32 or bfloat16.
         weight_VD: weight of the output layer, which has no bias.
         targets_N: int64 ids, each below V.
         weights_N: float32 weights of the targets.
-        loss_of: `chunk_loss`, or the same compiled.
+        loss_of: `chunk_loss`, or its compiled form.
 
     Returns:
         A float32 scalar, in nats.

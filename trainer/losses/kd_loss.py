@@ -79,7 +79,7 @@ def kd_losses(
     ratio: float,
     loss_of: KdChunkLoss = kd_chunk_loss,
 ) -> PartLosses:
-    """Makes the function that `chunked_losses` and `losses_of_logits` call for each chunk; it returns three losses.
+    """Returns the function that `chunked_losses` and `losses_of_logits` call for each chunk; it returns three losses.
 
     Args:
         teacher_logits: computes the teacher's float32 logits (n, K) for some positions, in memory that may be
@@ -87,7 +87,7 @@ def kd_losses(
         targets_N: int64 ids, each below K.
         weights_N: float32 weights of the targets.
         ratio: share of the KL divergence in the loss, 0 to 1.
-        loss_of: `kd_chunk_loss`, or the same compiled.
+        loss_of: `kd_chunk_loss`, or its compiled form.
     """
 
     def losses_of(part: slice, logits_nV: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def kd_losses(
 
 
 def kd_chunk_positions(n_positions: int, vocab_size: int, device_type: str) -> int:
-    """Returns the number of positions in a chunk, a part of the positions without a teacher.
+    """Returns the number of positions in a chunk, which is smaller than without a teacher.
 
     Args:
         n_positions: N, positions in one call.

@@ -4,9 +4,9 @@ Axes in tensor names: B sequences, T input tokens, N = B * T, V entries of the v
 Inputs: token ids, targets and the weights of the targets (loss.py). Output: the weighted sum of -log p, in nats, or
 with a teacher its mixture with the KL divergence from the teacher. The decoder gives hidden states, and `chunked_head`
 the loss without the logits of all positions. That is exact only where the model's logits are the product of the hidden
-states and a weight. A model with another output layer (a bias, a soft cap, a scale) goes through its own `.logits`.
-Which of the two it is gets tested on the model itself when the module is made. Needs torch and transformers; reads and
-writes nothing.
+states and a weight. For another output layer (a bias, a soft cap, a scale), the model's own `.logits` are used. The
+module tests the model when it is created, to choose between the two. Needs torch and transformers; reads and writes
+nothing.
 """
 
 from collections.abc import Callable
@@ -74,6 +74,9 @@ class CausalLMWithLoss(torch.nn.Module):
             targets_BT: int64 ids to predict.
             weights_BT: float32 weights of the targets.
             positions_BT: int64 positions of the tokens in their documents; None: 0, 1, ... in each sequence.
+
+        Returns:
+            The loss as a float32 scalar, in nats; `parts_P` is empty.
         """
         if self.has_plain_head:
             hidden_ND, weight_VD = self._hidden(inputs_BT, positions_BT)
@@ -98,8 +101,9 @@ class DistilledCausalLM(CausalLMWithLoss):
     """A causal LM whose loss also compares its predictions with a teacher's (kd_loss.py).
 
     Args:
-        model: as for `CausalLMWithLoss`.
-        teacher: on the same device. As it is no torch module, it is no part of this one.
+        model: the student, as for `CausalLMWithLoss`.
+        teacher: the frozen teacher on the same device. It is no torch module, so its weights do not belong to this
+            module.
         ratio: share of the KL divergence in the loss, above 0 and at most 1.
     """
 
@@ -119,8 +123,11 @@ class DistilledCausalLM(CausalLMWithLoss):
 
         Args:
             inputs_BT, targets_BT, weights_BT, positions_BT: as for `CausalLMWithLoss`.
+
+        Returns:
+            The mixed loss as a float32 scalar, in nats, and the two losses that it mixes.
         """
-        # The teacher comes first: its activations are gone before those of the student are kept.
+        # The teacher comes first: its activations are freed before the student's activations are kept.
         teacher_ND = self.teacher.hidden(inputs_BT, positions_BT).flatten(0, 1)
         targets_N, weights_N = targets_BT.flatten(), weights_BT.flatten()
 
@@ -144,9 +151,9 @@ def _positions(positions_BT: torch.Tensor | None) -> Json:
 
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
-    """Tests whether a model's logits are the product of its decoder's hidden states and the output layer's weight.
+    """Whether a model's logits are the product of its decoder's hidden states and the output layer's weight.
 
-    The test runs the model on a few tokens, replaces the hidden states by larger ones, and compares the logits.
+    The test runs the model on a few tokens, replaces the hidden states by larger values, and compares the logits.
 
     Args:
         model: any module; it stays as it is.

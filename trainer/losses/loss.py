@@ -71,7 +71,7 @@ def target_weights(
         inputs_BT: int64 input ids.
         mask_BT: 1 where a position has a target.
         separator_id: id of the document separator.
-        loss: which of the two means.
+        loss: `official` or `token_mean`.
 
     Returns:
         (weights_BT float32, count as float64 scalar). The counts of the parts of a batch add up to its count.

@@ -12,7 +12,7 @@ import torch
 
 from miniplm_udf.errors import ConfigError
 
-_PROBE_TOKENS = 6  # of each of the two documents
+_PROBE_TOKENS = 6  # length of each of the two documents of the check
 
 
 def document_positions(inputs_BT: torch.Tensor, mask_BT: torch.Tensor, separator_id: int) -> torch.Tensor:

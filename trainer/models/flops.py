@@ -1,6 +1,6 @@
 """Model FLOPs of a training step, and the peak of the chips that MFU compares them with.
 
-    FLOPs per token = 3 (2 P + 2 layers width T) = 6 P + 6 layers width T, and with a teacher those of its forward pass
+    FLOPs per token = 3 (2 P + 2 layers width T) = 6 P + 6 layers width T; a teacher adds its forward pass
 
 P parameters in matrix products, T tokens of a sequence, width of attention: heads times the size of a head. A token
 attends to half of its sequence on average; the backward pass has twice the FLOPs of the forward pass. FLOPs that
@@ -32,7 +32,7 @@ _PEAKS = {
 
 
 def matrix_parameters(model: torch.nn.Module) -> int:
-    """Counts the weights in matrix products: an embedding counts if the output layer shares it, a bias never.
+    """Returns the number of weights in matrix products: an embedding counts if the output layer shares it, a bias not.
 
     Args:
         model: a causal LM.
@@ -68,7 +68,7 @@ def forward_flops_per_token(model: Any, sequence_length: int) -> float:
     """Returns the model FLOPs of a forward pass for one token.
 
     Args:
-        model: a causal LM; one without a config or attention has the products of its weights alone.
+        model: a causal LM. Without a config or attention, only the products of its weights are counted.
         sequence_length: T, tokens of a sequence.
     """
     config = getattr(model, "config", None)
@@ -85,7 +85,7 @@ def training_flops_per_token(model: Any, sequence_length: int, teacher: Any = No
     Args:
         model: the student.
         sequence_length: T, tokens of a sequence.
-        teacher: the causal LM that it is distilled from; None for none.
+        teacher: the causal LM that the student is distilled from; None without a teacher.
     """
     student = 3 * forward_flops_per_token(model, sequence_length)
     return student if teacher is None else student + forward_flops_per_token(teacher, sequence_length)

@@ -58,7 +58,7 @@ def model_config(
     separator_id: int,
     max_positions: int,
 ) -> PretrainedConfig:
-    """Makes the transformers config of a model to train.
+    """Returns the transformers config of a model to train.
 
     Args:
         architecture: `AutoConfig` keywords, with `model_type`.
@@ -113,7 +113,7 @@ def choose_scan(config: PretrainedConfig, architecture: Json, device: torch.devi
     their number (docs/training.md). Other model types stay as they are, and so does `use_mambapy: false`.
 
     Args:
-        config: from `model_config`.
+        config: the result of `model_config`.
         architecture: the keywords that the config was made from.
         device: where the model will train.
         where: config key of the architecture, for the message.
@@ -139,10 +139,10 @@ def _is_installed(package: str) -> bool:
 
 
 def build_model(config: PretrainedConfig, *, where: str, seed: int) -> PreTrainedModel:
-    """Builds a model with new fp32 weights, which depend only on `config` and `seed`.
+    """Returns a model with new fp32 weights on the CPU, which depend only on `config` and `seed`.
 
     Args:
-        config: from `model_config`.
+        config: the result of `model_config`.
         where: config key of the architecture, for messages.
         seed: seed of the weights.
 
@@ -159,7 +159,7 @@ def build_model(config: PretrainedConfig, *, where: str, seed: int) -> PreTraine
 
 
 def n_parameters(model: torch.nn.Module) -> int:
-    """Counts the weights of a model; tied weights count once.
+    """Returns the number of weights of a model; tied weights count once.
 
     Args:
         model: any module.

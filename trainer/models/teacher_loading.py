@@ -65,12 +65,12 @@ def describe_teacher(config: ExperimentConfig, target: Target, tokenizer: Tokeni
 
 
 def teacher_identity(config: ExperimentConfig, target: Target, teacher: ModelDescription | None) -> list[str]:
-    """Returns what a training's fingerprint says about its teacher; nothing for a training without one.
+    """Returns the part of a training's fingerprint that identifies the teacher; empty without a teacher.
 
     Args:
         config: the experiment.
         target: the model to train.
-        teacher: from `describe_teacher`.
+        teacher: the result of `describe_teacher`.
     """
     # The config's dtype, not the settled one: like `train.dtype: auto`, it may differ between machines.
     if teacher is None:
@@ -80,10 +80,10 @@ def teacher_identity(config: ExperimentConfig, target: Target, teacher: ModelDes
 
 
 def teacher_record(teacher: ModelDescription | None) -> Json | None:
-    """Returns the facts about the teacher for `training.json` and MLflow; None for a training without one.
+    """Returns the facts about the teacher for `training.json` and MLflow; None without a teacher.
 
     Args:
-        teacher: from `describe_teacher`.
+        teacher: the result of `describe_teacher`.
     """
     if teacher is None:
         return None
@@ -98,13 +98,13 @@ def load_teacher(
     description: ModelDescription,
     device: torch.device,
 ) -> Teacher:
-    """Loads the teacher onto this rank's device.
+    """Returns the teacher, loaded onto this rank's device.
 
     Args:
         config: the experiment.
         target: the model to train.
         tokenizer: the tokenizer of the packed data.
-        description: from `describe_teacher`.
+        description: the result of `describe_teacher`.
         device: where the student trains.
 
     Raises:

@@ -38,12 +38,12 @@ class TokenizerFiles:
 
     @property
     def packed_hash(self) -> str:
-        """Hash of the tokenizer.json that the data was packed with."""
+        """The hash of the tokenizer.json that the data was packed with."""
         return content_hash(self.packed)
 
     @property
     def saved_hash(self) -> str:
-        """Hash of the tokenizer.json that `write` writes."""
+        """The hash of the tokenizer.json that `write` writes."""
         return content_hash(without_additions(self.packed))
 
     def write(self, folder: Path) -> None:
@@ -57,7 +57,7 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(uri: str) -> TokenizerFiles:
-    """Reads the files of the tokenizer folder at a URI, byte for byte.
+    """Returns the files of the tokenizer folder at a URI, byte for byte.
 
     Args:
         uri: path or URI of the folder.

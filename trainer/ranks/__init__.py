@@ -1,1 +1,1 @@
-"""Processes that train together: what they agree on, how they share weights, and how these are gathered."""
+"""Processes that train together: their agreements, and how they divide weights and gather them again."""

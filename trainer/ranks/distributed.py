@@ -1,7 +1,7 @@
 """Ranks: one process, or several under `torchrun` (gloo on CPUs, nccl on GPUs).
 
-Owns the process group, the choice of device, and what ranks tell each other outside the forward and backward pass: the
-choice of rank 0, an error of one rank, the wish to stop. Reads the variables that torchrun sets (RANK, WORLD_SIZE,
+Owns the process group, the choice of device, and the messages between ranks outside the forward and backward pass: a
+decision of rank 0, an error of one rank, a request to stop. Reads the variables that torchrun sets (RANK, WORLD_SIZE,
 LOCAL_RANK, LOCAL_WORLD_SIZE); they are the launcher's interface and not configuration. Without torchrun the process is
 rank 0 of 1, and every collective returns its argument.
 """
@@ -85,10 +85,16 @@ class World:
         return values
 
     def first_decides(self, decide: Callable[[], _T]) -> _T:
-        """Calls `decide` on rank 0 only; returns its result, or raises its MiniplmError, on every rank.
+        """Calls a function on rank 0 only, and gives every rank its result.
 
         Args:
-            decide: the call; its result can be pickled.
+            decide: the function; its result can be pickled.
+
+        Returns:
+            The result of rank 0.
+
+        Raises:
+            MiniplmError: on every rank, the error that `decide` raised on rank 0.
         """
         result, error = self.from_first(_attempt(decide) if self.is_first else None)
         if error is not None:
@@ -125,10 +131,10 @@ def _attempt(work: Callable[[], _T]) -> tuple[_T | None, MiniplmError | None]:
         return None, raised
 
 
-class Wish(enum.IntEnum):
-    """How a rank wants to go on after a step. The largest wish of all ranks counts."""
+class Request(enum.IntEnum):
+    """A rank's request after a step: continue, stop or fail. The highest request of all ranks applies."""
 
-    GO_ON = 0
+    CONTINUE = 0
     STOP = 1
     FAIL = 2
 
@@ -136,56 +142,56 @@ class Wish(enum.IntEnum):
 class Agreement:
     """Lets all ranks leave the training loop after the same step. The exchange never waits for a GPU.
 
-    A wish that is told after step n is known to every rank after step n + 1: the exchange runs during the step.
+    A request sent after step n reaches every rank by the end of step n + 1, because the exchange runs during that step.
 
     Args:
         world: the place of this process among the ranks.
     """
 
     def __init__(self, world: World) -> None:
-        # A group of its own, so that no collective of the backward pass can come between.
+        # A separate group, so that the exchange never waits behind a collective of the backward pass.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._running: tuple[dist.Work, torch.Tensor] | None = None
 
-    def after_step(self, wish: Wish) -> Wish:
-        """Tells this rank's wish after a step.
+    def after_step(self, request: Request) -> Request:
+        """Sends this rank's request after a step.
 
         Args:
-            wish: what this rank wants.
+            request: the request of this rank.
 
         Returns:
-            The wish of all ranks after the step before; the same on every rank. With one rank: `wish`.
+            The highest request of all ranks after the previous step; the same on every rank. With one rank: `request`.
         """
         if self._group is None:
-            return wish
+            return request
         agreed = self._result()
-        flag = torch.tensor([int(wish)])
+        flag = torch.tensor([int(request)])
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._running = (cast(dist.Work, work), flag)
         return agreed
 
-    def now(self, wish: Wish) -> Wish:
-        """Tells this rank's wish, and waits for all ranks.
+    def now(self, request: Request) -> Request:
+        """Sends this rank's request, and waits for all ranks.
 
         Args:
-            wish: what this rank wants.
+            request: the request of this rank.
 
         Returns:
-            The wish of all ranks.
+            The highest request of all ranks.
         """
         if self._group is None:
-            return wish
+            return request
         earlier = self._result()
-        self.after_step(wish)
+        self.after_step(request)
         return max(earlier, self._result())
 
-    def _result(self) -> Wish:
+    def _result(self) -> Request:
         if self._running is None:
-            return Wish.GO_ON
+            return Request.CONTINUE
         work, flag = self._running
         self._running = None
         work.wait()
-        return Wish(int(flag))
+        return Request(int(flag))
 
 
 def _device(local_rank: int) -> torch.device:

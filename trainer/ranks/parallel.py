@@ -4,7 +4,7 @@ Input: a whole module on each rank with equal weights. Output: the module that t
 the last micro-batch of a step. FSDP shards each transformer block; the rest (embeddings, last norm, head) is one more
 group, so that tied weights stay one tensor and a loss inside the module sees the whole head. Sharded gradients are
 added up in every micro-batch, because a whole gradient would cost the memory that sharding saves; HSDP adds up the
-copies in the last one only. Everything is gathered and reduced in float32, so the sums are those of DDP.
+copies in the last one only. Everything is gathered and reduced in float32, so the sums are the same as with DDP.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def undivided(module: torch.nn.Module) -> Any:
     """Returns the module that was given to `divide`; with FSDP its weights are shards.
 
     Args:
-        module: from `divide`.
+        module: the result of `divide`.
     """
     return module.module if isinstance(module, DistributedDataParallel) else module
 
@@ -89,7 +89,7 @@ def gradient_sums(module: torch.nn.Module, last: bool) -> contextlib.AbstractCon
     """Returns a context for one micro-batch, in which ranks add up gradients as described above.
 
     Args:
-        module: from `divide`.
+        module: the result of `divide`.
         last: whether this is the last micro-batch of the step.
     """
     if isinstance(module, DistributedDataParallel) and not last:
@@ -103,7 +103,7 @@ def clip_gradient(module: torch.nn.Module, limit: float) -> torch.Tensor:
     """Scales the gradient of all ranks down to a norm of at most `limit`.
 
     Args:
-        module: from `divide`.
+        module: the result of `divide`.
         limit: largest norm; infinite leaves the gradient as it is.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The whole state of a model and its optimiser as plain CPU tensors, whatever the ranks share.
+"""The whole state of a model and its optimiser as plain CPU tensors, however the ranks divide them.
 
 Input: a model whose weights are plain tensors or shards (parallel.py), and its optimiser. Output: on rank 0, one
 dict of whole tensors by name, which any number of ranks can load. Tied weights are one tensor in it. torch's

@@ -76,7 +76,7 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
         The content of `training.json`.
 
     Raises:
-        MiniplmError: the folder cannot be written, because the disk is full for example.
+        MiniplmError: the folder cannot be written, for example because the disk is full.
     """
     layout, target = training.config.layout, training.target
     model = typing.cast(Any, training.model)
@@ -97,7 +97,7 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
                 "command writes the model from it"
             ) from error
         LOGGER.info("%s: %s", target.name, storage.redact(layout.model(target.name)))
-        # This check comes last, so that the model is in its place even if transformers raises.
+        # Checked last, so that the model is in its place even if transformers raises.
         check_auto_tokenizer(folder, target.name)
     return record
 

@@ -3,9 +3,8 @@
 Reads the folder `<root>/models/<name>/` of each student. Logs it as a model of the training's run: weights, tokenizer,
 signature, an input example, and metadata that names the packed table and its version; then registers it as a version
 of `mlflow.registered_model`. Records both steps in `registration.json` of the folder, so the weights of a training are
-sent once. The record is the only thing that changes in the folder: a store that is away delays the registration to
-the next `miniplm train`. Loads the weights into memory, on the CPU. Rank 0 only; a lease makes sure that one process
-registers a model.
+sent once. No other file of the folder changes. If MLflow cannot be reached, the next `miniplm train` registers the
+model. Loads the weights into memory, on the CPU. Rank 0 only; a lease makes sure that one process registers a model.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ class Registration:
     Attributes:
         tracking_id: id of the training that made the weights.
         model_id: id of the logged model in MLflow.
-        tracking_uri: the store that has it, without user and query.
+        tracking_uri: the MLflow store that has the model, without user and query.
         registered_model: name of the registered model; None until the version is registered.
         version: its version; None until the version is registered.
     """
@@ -55,14 +54,14 @@ class Registration:
 
 
 def register(config: ExperimentConfig, names: Sequence[str]) -> dict[str, Registration]:
-    """Registers finished students, unless they are; does nothing without `mlflow.registered_model`.
+    """Registers the finished students that are not registered yet; does nothing without `mlflow.registered_model`.
 
     Args:
         config: the experiment.
-        names: students; one that is not trained is left out.
+        names: names of students; students that are not trained are left out.
 
     Returns:
-        The registrations by student. One that failed is missing or has no version; a warning says why.
+        The registrations by student. A registration that failed is missing or has no version; a warning says why.
     """
     registrations: dict[str, Registration] = {}
     if config.mlflow.registered_model is None:
@@ -111,7 +110,7 @@ def _register(config: ExperimentConfig, training: TrainingRecord, pattern: str) 
 
 
 def _has_model(mlflow: Any, model_id: str) -> bool:
-    """Whether the store has a logged model, which another store or a deletion would not have."""
+    """Whether the logged model still exists in this store."""
     try:
         return bool(mlflow.get_logged_model(model_id).status == "READY")
     except mlflow.exceptions.MlflowException as error:

@@ -157,7 +157,10 @@ def _law(study: _Study, options: ScalingOptions) -> Json:
 
 
 def _saved(study: _Study, baseline: _Study, options: ScalingOptions) -> Json:
-    """The compute that a student saves at the loss of the baseline's largest run, and at those of longer trainings."""
+    """The compute that a student saves at the loss of the baseline's largest run.
+
+    It is also computed at the losses that longer trainings of the baseline would reach.
+    """
     if reason := _not_comparable(study, baseline, options.metric):
         return {"baseline": baseline.runs.name, "not_comparable": reason, "at": []}
     computes = [baseline.fit.largest_flop, *(baseline.runs.flop(tokens) for tokens in options.tokens)]

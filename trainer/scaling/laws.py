@@ -2,8 +2,8 @@
 
 Inputs: points (training compute in FLOP, loss) of the runs of one student. Outputs: a law, 90 % intervals from a
 bootstrap, and the reasons why the points do not determine the law, if they do not. The fit minimises the Huber loss of
-the residuals of log(loss), so that a single bad point moves it little. `scaling_runs` reads the points, and
-`scaling_command` is the command. Pure functions of numpy and scipy; the same points and seed give the same result.
+the residuals of log(loss), so that a single bad point moves it little. `scaling.runs` reads the points, and
+`scaling.command` is the command. Pure functions of numpy and scipy; the same points and seed give the same result.
 
 Source: arXiv 2410.17215 for the law, which it extrapolates to 1T and 10T tokens; arXiv 2203.15556, section 3.3, for the
 Huber loss of the log losses, here with a delta that follows the scatter of the points.
@@ -63,7 +63,7 @@ class ScalingLaw:
         """Returns the training compute that reaches a loss.
 
         Args:
-            loss: in the unit of the law's loss.
+            loss: a loss, in the unit of the law's loss.
 
         Returns:
             FLOP; infinity if the loss is not above the floor.
@@ -121,7 +121,7 @@ class ScalingFit:
 
     @property
     def largest_flop(self) -> float:
-        """Compute of the largest point, in FLOP."""
+        """The compute of the largest point, in FLOP."""
         return max(max(curve.compute_flop) for curve in self.curves)
 
 
@@ -181,8 +181,8 @@ def extrapolate(fit: ScalingFit, compute_flop: float) -> IntervalEstimate:
 def compute_saved(fit: ScalingFit, baseline: ScalingFit, compute_flop: float) -> IntervalEstimate:
     """Returns how many times less compute a student needs than the baseline, at equal loss.
 
-    The loss is the one that the baseline's law has at `compute_flop`. 2.0 means half of the compute, a value below 1
-    means more compute, and 0 means that the student never reaches this loss.
+    Both are compared at the loss that the baseline's law predicts for `compute_flop`. 2.0 means half of the compute, a
+    value below 1 means more compute, and 0 means that the student never reaches this loss.
 
     Args:
         fit: the law of the student.
@@ -214,7 +214,7 @@ def _resampled(residuals: np.ndarray, draw: np.ndarray, block: int) -> np.ndarra
     """Residuals in blocks of neighbours, scaled up as `fit_law` says.
 
     Args:
-        residuals: of log(loss), shape (n,).
+        residuals: residuals of log(loss), shape (n,).
         draw: uniform numbers of residuals, shape (n,); the first n / block are the starts of the blocks.
         block: length of a block.
     """

@@ -28,7 +28,7 @@ LOGGER = logging.getLogger("miniplm.trainer.scaling_runs")
 FLOP_PER_PARAMETER_AND_TOKEN = 6
 FLOP_PER_TEACHER_PARAMETER_AND_TOKEN = 2  # a forward pass
 _TEACHER_SIZE = "kd_teacher.n_parameters"
-# The points of a long curve are means of neighbours: a mean scatters less, and late steps do not outweigh early ones.
+# The points of a long curve are means of neighbours: a mean scatters less, and late steps do not outweigh early steps.
 _POINTS_PER_CURVE = 40
 _NEEDED = ("n_parameters", "sequence_length", "train.steps", "train.batch_sequences", "train.warmup_steps", "corpus",
            "tokenizer")  # fmt: skip
@@ -41,10 +41,10 @@ class StudentRuns:
     Attributes:
         name: the student.
         n_parameters: number of its weights.
-        teacher_parameters: number of the weights of its teacher; 0 without one.
+        teacher_parameters: number of the weights of its teacher; 0 without a teacher.
         tokenizer: name of its tokenizer.
         text: the text of the losses: the fingerprint of the held-out text, or the name of the training corpus.
-        run_ids: MLflow runs, the oldest first.
+        run_ids: ids of the MLflow runs, the oldest first.
         curves: the points of each run.
     """
 

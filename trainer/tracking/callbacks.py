@@ -1,9 +1,9 @@
 """Trackers besides MLflow: TensorBoard and Weights & Biases, each behind one small protocol.
 
 Input: what MLflow also gets: parameters and tags, points, the final status. Owns the protocol `TrackingCallback`, its
-two implementations, and `Callbacks`, which calls them: one that fails is left out with a warning, and the work
-continues. A training has an id of its own (`Checkpoints.tracking_id`), which its resumed processes and its evaluation
-share. The packages are extras and are imported when they are used. Rank 0 only.
+two implementations, and `Callbacks`, which calls them: a tracker that fails gets no further calls, with a warning, and
+the work continues. A training has an id of its own (`Checkpoints.tracking_id`), which its resumed processes and its
+evaluation share. The packages are extras and are imported when they are used. Rank 0 only.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ class TrackingCallback(Protocol):
         """Logs values.
 
         Args:
-            values: by name.
+            values: value of each metric, by its name.
             step: optimiser step; None for values of the trained model.
         """
 
@@ -128,7 +128,7 @@ class WeightsAndBiases:
 
     def __init__(self, config: WandbConfig, *, name: str, group: str, folder: Path, run_id: str) -> None:
         self._config, self._name, self._group, self._folder, self._run_id = config, name, group, folder, run_id
-        # W&B drops a step that it has, but in offline mode a new process does not know which it has.
+        # W&B ignores a step that it already has, but in offline mode a new process does not know the earlier steps.
         self._newest_file = folder / "wandb" / f"{run_id}.newest-step"
         self._logged_before = -1
         self._run: Any = None
@@ -159,7 +159,7 @@ class WeightsAndBiases:
         )
 
     def on_metrics(self, values: dict[str, float], step: int | None) -> None:
-        if step is None:  # W&B takes no second row for a step that it has
+        if step is None:  # W&B accepts no second row for the same step
             self._run.summary.update(values)
             return
         if step > self._logged_before:

@@ -1,9 +1,10 @@
-"""Sends calls and points of a curve to a store, in order, in a thread; holds them back while the store is away.
+"""Sends calls and points of a curve to a store, in order, in a thread; keeps them while the store cannot be reached.
 
 Input: calls and points from the training, which never waits. A failure that may pass (no connection, a busy database, a
 full disk) is tried again, after 1 s at first and at most 15 s later. A call that the store refuses is dropped with a
-warning; after three in a row, no further call is made. At the end, `close` waits a stated time, and what is lost then
-is counted and named. An error that is not the store's is raised in the caller's thread. Knows no MLflow call.
+warning; after three refusals in a row, no further call is made. At the end, `close` waits a stated time, and counts and
+names the calls and points that are lost. An error that is not the store's is raised in the caller's thread. Knows no
+MLflow call.
 """
 
 import collections
@@ -46,7 +47,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """Something else than points; `what` names it in messages."""
+    """A call that sends no points; `what` names it in messages."""
 
     what: str
     call: Callable[[], None]
@@ -76,9 +77,9 @@ class Outbox:
         """Adds a call.
 
         Args:
-            what: what it sends, for messages.
+            what: name of what the call sends, for messages.
             call: the call; it may be made again after a failure.
-            raises: whether an error that is not the store's is raised here; False in another thread than the caller's.
+            raises: whether to raise an earlier error that is not the store's; False in a thread other than the run's.
         """
         self._add(_Call(what, call), raises)
 
@@ -87,7 +88,7 @@ class Outbox:
 
         Args:
             point: metric values.
-            raises: as for `call`.
+            raises: see `call`.
         """
         self._add(point, raises)
 
@@ -118,7 +119,7 @@ class Outbox:
         self._raise_error()
 
     def close(self, wait_seconds: float) -> None:
-        """Waits until the store has everything, and names what it does not get.
+        """Waits until the store has everything; logs a warning that names what is lost.
 
         Args:
             wait_seconds: longest time to wait without an answer of the store.
@@ -129,7 +130,9 @@ class Outbox:
             self._changed.notify_all()
             if self._items and self._away_since is not None:
                 LOGGER.warning(
-                    "%s: MLflow is away: waiting up to %.0f s (mlflow.wait_seconds)", self._name, wait_seconds
+                    "%s: MLflow cannot be reached: waiting up to %.0f s (mlflow.wait_seconds)",
+                    self._name,
+                    wait_seconds,
                 )
             while self._items and self._error is None and self._left() > 0:
                 self._changed.wait(self._left())
@@ -173,7 +176,7 @@ class Outbox:
                 return
             try:
                 failure = self._attempt(batch)
-            except BaseException as error:  # a fault of ours: the caller's thread reports it
+            except BaseException as error:  # not an error of the store: the caller's thread raises it
                 with self._changed:
                     self._error, self._attempts = error, self._attempts + 1
                     self._changed.notify_all()
@@ -215,7 +218,7 @@ class Outbox:
         return None
 
     def _note(self, batch: Sequence[Point | _Call], failure: Exception | None) -> None:
-        """Removes what was sent or refused; logs when the store goes away and comes back."""
+        """Removes what was sent or refused; logs when the store cannot be reached, and when it is back."""
         self._attempts += 1
         is_refused = failure is not None and is_refusal(failure)
         if failure is None or is_refused:
@@ -235,7 +238,7 @@ class Outbox:
             elif self._away_since is None:
                 self._away_since = time.monotonic()
                 LOGGER.warning(
-                    "%s: MLflow is away: %s; the work continues, the points are logged when it is back",
+                    "%s: MLflow cannot be reached: %s; the work continues, the points are logged when it is back",
                     self._name,
                     shown,
                 )
@@ -251,7 +254,7 @@ def _is_of_system(point: Point) -> bool:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the same call would fail again: a fault of the request, or a damaged database.
+    """Whether the same call would fail again, because the request is wrong or the database is damaged.
 
     Args:
         error: one of `mlflow_errors`.

@@ -8,7 +8,7 @@ follows from its children.
 from typing import Any
 
 _PARENT_TAG = "mlflow.parentRunId"
-# Not every store keeps a run's start in more than milliseconds; the id decides between equal ones.
+# Not every store keeps a run's start in more than milliseconds; the id decides between equal times.
 _ORDER = ["attributes.start_time ASC", "attributes.run_id ASC"]
 
 
@@ -23,7 +23,7 @@ def find_or_create(client: Any, experiment_id: str, name: str) -> str:
     parent = _oldest(client, experiment_id, name)
     if parent is None:
         mine = client.create_run(experiment_id, run_name=name).info.run_id
-        # Another process may have created one at the same time.
+        # Another process may have created a parent run at the same time.
         parent = _oldest(client, experiment_id, name) or mine
         if parent != mine:
             client.delete_run(mine)
@@ -41,10 +41,10 @@ def tag(parent: str) -> dict[str, str]:
 
 
 def agree(client: Any, experiment_id: str, name: str, parent: str, child: str) -> str:
-    """Returns the one parent of a name, and moves a child there if processes that started at once made two.
+    """Returns the id of the oldest parent run of a name, and moves the child there if it has another parent.
 
-    A store has no call that creates a run unless its name is taken, so two processes can see no parent and create one
-    each, in either order of their clocks. At the end of a child, both are there.
+    A store has no call that creates a run only if its name is free. So two processes that start at the same time can
+    each create a parent run. When a child ends, both parent runs exist and the oldest one is kept.
 
     Args:
         client: an `MlflowClient`.
@@ -62,7 +62,7 @@ def agree(client: Any, experiment_id: str, name: str, parent: str, child: str) -
 
 
 def end(client: Any, experiment_id: str, parent: str) -> None:
-    """Ends a parent run, unless one of its children is running: FINISHED if all children are, otherwise as a child.
+    """Ends a parent run, unless a child is running: FINISHED if every child is, otherwise with a child's status.
 
     Args:
         client: an `MlflowClient`.
@@ -80,7 +80,7 @@ def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
 
 
 def _oldest(client: Any, experiment_id: str, name: str) -> str | None:
-    """The oldest run of this name that is no child; None without one."""
+    """The id of the oldest run of this name that is no child; None if there is none."""
     for run in client.search_runs([experiment_id], f"attributes.run_name = '{name}'", order_by=_ORDER):
         if _PARENT_TAG not in run.data.tags:
             return str(run.info.run_id)

@@ -3,7 +3,7 @@
 Owns the names of parameters, metrics and tags. Runs on rank 0. Needs no JVM: the dataset input names a table and a
 version and does not read them. A resumed training continues in its run; a step that is logged twice has the same value
 twice. URIs are redacted, so no secret is logged. Tracking never stops the work: calls are made in a thread, in order,
-and held back while the store is away. The numbers are in the model folder's JSON files in any case.
+and kept while the store cannot be reached. The numbers are in the model folder's JSON files in any case.
 """
 
 import functools
@@ -31,20 +31,20 @@ LOGGER = logging.getLogger("miniplm.trainer.tracking")
 # MLflow's limits: parameters or tags in one call, metrics in one call.
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
-# Whoever stops a training waits for its end.
+# A stopped or failed run waits at most this long for MLflow, because its user waits for the command to end.
 _WAIT_OF_A_STOPPED_RUN_SECONDS = 5.0
 # The last tag of a training's start. A run without it lacks facts of the start, for example because it was killed.
 _LAST_TAG_OF_THE_START = "fingerprint"
 
 
 class Run:
-    """An MLflow run. Its calls return at once: a thread makes them, again if the store is away (`outbox.Outbox`).
+    """An MLflow run. Its calls return at once; a thread makes them, and repeats failed calls (`outbox.Outbox`).
 
     Attributes:
         name: name of the model.
         callbacks: other trackers, which get the same metrics.
         run_id: id of the run, or None as long as MLflow could not start it.
-        is_new: whether the run lacks the facts of a training's start; False for a run that has them and continues.
+        is_new: whether the facts of a training's start are still missing in the run; False for a run that continues.
         stopped: whether a signal stops the training; its run ends as KILLED.
     """
 
@@ -60,7 +60,7 @@ class Run:
         self._outbox = Outbox(name, self._send)
 
     def start(self, config: ExperimentConfig, run_id: str | None, training_id: str | None = None) -> None:
-        """Starts a new run, or continues the one that is there. Waits for the first attempt only.
+        """Starts a new run, or continues the run of this training. Waits for the first attempt only.
 
         Args:
             config: the experiment.
@@ -94,7 +94,7 @@ class Run:
 
         Args:
             status: MLflow's status: `FINISHED`, `FAILED` or `KILLED`.
-            wait_seconds: longest time to wait for a store that is away.
+            wait_seconds: longest time to wait for a store that cannot be reached.
         """
         self._is_ending = True
         if self._system_metrics is not None:
@@ -156,7 +156,7 @@ class Run:
         """Logs points that an earlier process held back.
 
         Args:
-            points: from `held_points`; the store keeps one copy of a point that it has already.
+            points: the result of `held_points`; the store keeps one copy of a point that it already has.
         """
         for point in points:
             self._outbox.point(point)
@@ -213,7 +213,7 @@ class Run:
         """Logs the files of a start as artifacts, and makes the tags of a git checkout describe this package's code.
 
         Args:
-            files: texts by the name of their file. Those of a run that continues are below `resumed_after_step_N`, so
+            files: texts by the name of their file. A run that continues logs them below `resumed_after_step_N`, so that
                 the files of every start are kept.
             steps_done: optimiser steps that the weights have had.
         """
@@ -239,13 +239,13 @@ class Run:
         def measure() -> None:
             log = functools.partial(self._outbox.point, raises=False)
             self._system_metrics = SystemMetrics(str(self.run_id), self._started, log)
-            if self._is_ending:  # MLflow was away until now
+            if self._is_ending:  # MLflow could not be reached until now
                 self._system_metrics.stop()
 
         self._log("start of the system metrics", measure)
 
     def _log_artifacts(self, what: str, call: Callable[[], None]) -> None:
-        """Adds a call that writes artifacts; a place of artifacts that cannot be written holds nothing else back."""
+        """Adds a call that writes artifacts; if they cannot be written, the other calls continue."""
 
         def attempt() -> None:
             try:
@@ -253,7 +253,7 @@ class Run:
             except Exception as error:
                 if not is_artifact_error(error):
                     raise
-                # Raises if MLflow itself is away: then the call is made again.
+                # Raises if MLflow itself cannot be reached: then the call is made again.
                 self._mlflow.MlflowClient().get_run(self.run_id)
                 reason = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
                 LOGGER.warning("%s: MLflow does not take the %s: %s; the work continues", self.name, what, reason)
@@ -261,7 +261,7 @@ class Run:
         self._log(what, attempt)
 
     def tag_checkpoint(self, step: int, path: Path) -> None:
-        """Tags the run with its newest checkpoint. May be called in another thread than the caller's.
+        """Tags the run with its newest checkpoint. May be called in the thread that saves checkpoints.
 
         Args:
             step: the checkpoint's step.
@@ -294,7 +294,7 @@ def tracked_run(
         name: name of the model, which names a new run.
         run_id: run to continue, if the store has it.
         callbacks: other trackers.
-        training_id: the training; see `Run.start`.
+        training_id: id of the training; see `Run.start`.
     """
     run = Run(name, callbacks)
     run.start(config, run_id, training_id)

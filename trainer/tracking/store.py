@@ -16,11 +16,12 @@ LOGGER = logging.getLogger("miniplm.trainer.tracking")
 
 # The trainer's stdout has its result alone, as JSON; with a server, MLflow would print links to it.
 _STDOUT = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-# MLflow's own retries pass over a short trouble; the outbox tries again after them.
+# MLflow's own retries handle a short interruption; the outbox tries again after them.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-# A server that stores artifacts elsewhere answers when gigabytes are stored there.
+# A server that stores artifacts elsewhere answers only after it has stored them, which may be gigabytes.
 _SECONDS_OF_AN_UPLOAD = "1800"
-# The tag by which a training finds a run that it created without knowing: the answer was lost, or it was killed then.
+# The tag by which a training finds a run that it created, but whose id it lost: MLflow's answer was lost, or the
+# training was killed.
 TRAINING_TAG = "training_id"
 
 
@@ -60,7 +61,7 @@ def existing_run(mlflow: Any, run_id: str | None, experiment_id: str | None = No
     """Returns `run_id` if the store has this run and it is not deleted, else None.
 
     Args:
-        mlflow: from `connect`.
+        mlflow: the result of `connect`.
         run_id: id of a run.
         experiment_id: the experiment that the run has to be in; None allows any.
     """
@@ -69,7 +70,7 @@ def existing_run(mlflow: Any, run_id: str | None, experiment_id: str | None = No
     try:
         run = mlflow.MlflowClient().get_run(run_id)
     except mlflow.exceptions.MlflowException as error:
-        if not is_refusal(error):  # the store is away
+        if not is_refusal(error):  # the store cannot be reached
             raise
         LOGGER.warning("MLflow run %s is not in this store: a new run is started", run_id)
         return None
@@ -80,10 +81,10 @@ def existing_run(mlflow: Any, run_id: str | None, experiment_id: str | None = No
 
 
 def run_of_training(mlflow: Any, experiment_id: str, training_id: str) -> str | None:
-    """Returns the oldest run that a training has created in an experiment; None without one.
+    """Returns the id of the oldest run that a training has created in an experiment; None if there is no run.
 
     Args:
-        mlflow: from `connect`.
+        mlflow: the result of `connect`.
         experiment_id: the experiment.
         training_id: the value of the run's tag `TRAINING_TAG`.
     """
@@ -93,7 +94,7 @@ def run_of_training(mlflow: Any, experiment_id: str, training_id: str) -> str | 
 
 
 def wait_for_uploads() -> None:
-    """Lets MLflow wait longer for an answer to weights than `connect` does, unless the user has set the time."""
+    """Makes MLflow wait longer for the answer to an upload of weights, unless the user has set the time."""
     variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     if os.environ.get(variable) == _PATIENCE[variable]:
         os.environ[variable] = _SECONDS_OF_AN_UPLOAD

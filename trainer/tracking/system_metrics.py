@@ -1,8 +1,9 @@
 """Logs the use of processors, memory, disk, network and GPUs of this machine while a run is active.
 
-MLflow's monitor measures; the values go through the run's outbox, so a store that is away loses none of them. The step
-of a value is the number of seconds since the start of the run, so a resumed run continues its numbers without reading
-them. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets the pause between two values (MLflow's default: 10 s). Rank 0 only.
+MLflow's monitor measures. The values go through the run's outbox, so none is lost while MLflow cannot be reached. The
+step of a value is the number of seconds since the start of the run, so a resumed run continues the steps without
+reading them. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets the pause between two values (MLflow's default: 10 s). Rank 0
+only.
 """
 
 import logging

@@ -80,7 +80,7 @@ class Driver:
         return found
 
     def wait_for(self, name: str, seconds: float) -> dict[str, Any]:
-        """The next event of a name; those before it are dropped.
+        """The next event of a name; earlier events are dropped.
 
         Raises:
             DriverLost: the run failed, or the process has ended.
