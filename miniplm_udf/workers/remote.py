@@ -135,10 +135,10 @@ def error_in_text(error: BaseException) -> MiniplmError | None:
         error: the error that Spark raised on the driver.
 
     Returns:
-        An error of the same class with its message, up to an empty line; None if the text quotes none.
+        An error of the same class with the first line of its message; None if the text quotes none.
     """
-    # After the message come an empty line and the calls in the JVM.
-    for name, message in re.findall(r"miniplm_udf\.errors\.(\w+): (.+?)(?=\n\s*\n|\n\s+at |\Z)", str(error), re.DOTALL):
+    # Spark appends lines of its own (SQLSTATE, the query, the stack), and nothing marks where the message ends.
+    for name, message in re.findall(r"miniplm_udf\.errors\.(\w+): (.+)", str(error)):
         error_class = getattr(errors, name, None)
         if isinstance(error_class, type) and issubclass(error_class, MiniplmError):
             return error_class(message.strip())

@@ -14,13 +14,27 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import pyarrow as pa
 
 from miniplm_udf.workers.process_slots import ScorerSlot
 from miniplm_udf.workers.score_counts import ScoreCounts
-from miniplm_udf.workers.scorer_wire import ConnectionClosed, TaskRequest, Wire, from_ipc, to_ipc
+from miniplm_udf.workers.scorer_wire import (
+    ConnectionClosed,
+    LoadedModel,
+    LoadingModel,
+    Message,
+    ProcessDying,
+    ScoredSlice,
+    SliceRequest,
+    TaskFailed,
+    TaskReady,
+    TaskRequest,
+    Wire,
+    from_ipc,
+    to_ipc,
+)
 from miniplm_udf.workers.worker_scorers import WorkerScorer
 
 LOGGER = logging.getLogger("miniplm.workers")
@@ -28,6 +42,8 @@ LOGGER = logging.getLogger("miniplm.workers")
 _EXIT_SECONDS = 10.0
 # Processes that this worker started, by their socket: only the parent can read their exit status.
 _STARTED: dict[str, subprocess.Popen[bytes]] = {}
+
+T = TypeVar("T")
 
 Factories = Mapping[str, Callable[[], WorkerScorer]]
 
@@ -100,8 +116,8 @@ class ProcessConnection:
         """
         self._loading, self._dying_message = "its start", ""
         self._wire = Wire(self._connected())
-        self._send("open", self._request)
-        (self.slice_bytes,) = self._receive("ready")
+        self._send(self._request)
+        self.slice_bytes = self._receive(TaskReady).slice_bytes
         self._loading = None
 
     def close(self) -> None:
@@ -116,7 +132,7 @@ class ProcessConnection:
         Args:
             rows: the slice, in the columns that `Engine.prepare` takes.
         """
-        self._send("slice", to_ipc([rows]))
+        self._send(SliceRequest(to_ipc([rows])))
 
     def answer(self) -> tuple[list[pa.RecordBatch], ScoreCounts]:
         """Waits for the scored rows of the oldest slice without an answer, and their counts.
@@ -125,8 +141,8 @@ class ProcessConnection:
             ProcessDied: the process ended before it answered.
             MiniplmError: the error that the process raised.
         """
-        stream, counts = self._receive("scored")
-        return from_ipc(stream), counts
+        scored = self._receive(ScoredSlice)
+        return from_ipc(scored.stream), scored.counts
 
     def has_answer(self, patience_seconds: float) -> bool:
         """Whether an answer begins to arrive within `patience_seconds`.
@@ -147,33 +163,30 @@ class ProcessConnection:
         except ConnectionRefusedError:  # the new process has ended already
             raise self._died() from None
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, message: Message) -> None:
         assert self._wire is not None
         with contextlib.suppress(ConnectionClosed):
-            self._wire.send(*message)
+            self._wire.send(message)
 
-    def _receive(self, kind: str) -> tuple[Any, ...]:
-        """Waits for the next message of a kind; handles messages of other kinds that come before it.
-
-        Returns:
-            The values of the message.
-        """
+    def _receive(self, expected: type[T]) -> T:
+        """Waits for the next message of a class; handles messages of other classes that come before it."""
         assert self._wire is not None
         while True:
             try:
-                received, *values = self._wire.receive()
+                message = self._wire.receive()
             except ConnectionClosed:
                 raise self._died() from None
-            if received == kind:
-                return tuple(values)
-            if received == "error":
-                raise values[0]
-            if received == "dying":
-                (self._dying_message,) = values
-            elif received == "loading":
-                self._loading = f"loading {values[0]}"
-            elif received == "loaded":
-                self._loading, self.slice_bytes = None, values[0]
+            if isinstance(message, expected):
+                return message
+            match message:
+                case TaskFailed(error):
+                    raise error
+                case ProcessDying(reason):
+                    self._dying_message = reason
+                case LoadingModel(alias):
+                    self._loading = f"loading {alias}"
+                case LoadedModel(slice_bytes):
+                    self._loading, self.slice_bytes = None, slice_bytes
 
     def _died(self) -> ProcessDied:
         self.close()

@@ -29,7 +29,20 @@ from miniplm_udf.progress import configure_logging
 from miniplm_udf.workers import process_slots
 from miniplm_udf.workers.engine import SLICES_AHEAD, Engine, PreparedSlice, loses_device
 from miniplm_udf.workers.read_ahead import ReadAhead
-from miniplm_udf.workers.scorer_wire import ConnectionClosed, TaskRequest, Wire, from_ipc, to_ipc
+from miniplm_udf.workers.scorer_wire import (
+    ConnectionClosed,
+    LoadedModel,
+    LoadingModel,
+    ProcessDying,
+    ScoredSlice,
+    SliceRequest,
+    TaskFailed,
+    TaskReady,
+    TaskRequest,
+    Wire,
+    from_ipc,
+    to_ipc,
+)
 from miniplm_udf.workers.worker_scorers import KeptScorer, WorkerScorer, WorkerScorers
 
 LOGGER = logging.getLogger("miniplm.workers")
@@ -135,7 +148,7 @@ class ProcessScorers(WorkerScorers):
         """
         if alias not in self._factories or self.existing(alias) is not None:
             return super().get(alias)
-        self._wire.send("loading", alias)
+        self._wire.send(LoadingModel(alias))
         try:
             scorer = super().get(alias)
         except MiniplmError:
@@ -143,7 +156,7 @@ class ProcessScorers(WorkerScorers):
         except Exception as error:
             LOGGER.exception("%s: cannot be loaded", alias)
             raise ModelLoadError(f"{alias}: cannot be loaded: {type(error).__name__}: {error}") from error
-        self._wire.send("loaded", self.slice_bytes())
+        self._wire.send(LoadedModel(self.slice_bytes()))
         return scorer
 
 
@@ -162,44 +175,44 @@ def serve(listener: socket.socket, lifetime: Lifetime) -> None:
         except ConnectionClosed:
             LOGGER.warning("the worker has ended: its work is dropped")
         except MiniplmError as error:
-            _tell(wire, "error", error)
+            _tell(wire, TaskFailed(error))
         except BaseException as error:  # sent to the worker, which raises it or starts another process
             LOGGER.exception("scoring failed")
             message = f"{type(error).__name__}: {error}"
             if loses_device(error):
-                _tell(wire, "dying", message)
+                _tell(wire, ProcessDying(message))
                 os._exit(os.EX_SOFTWARE)
-            _tell(wire, "error", ScoringError(message))
+            _tell(wire, TaskFailed(ScoringError(message)))
         finally:
             wire.close()
             lifetime.disconnected()
 
 
-def _tell(wire: Wire, kind: str, value: str | MiniplmError) -> None:
+def _tell(wire: Wire, message: TaskFailed | ProcessDying) -> None:
     with contextlib.suppress(ConnectionClosed):
         try:
-            wire.send(kind, value)
+            wire.send(message)
         except (pickle.PicklingError, AttributeError, TypeError):  # an error of a class that cannot be sent
-            wire.send(kind, ScoringError(f"{type(value).__name__}: {value}"))
+            assert isinstance(message, TaskFailed)
+            wire.send(TaskFailed(ScoringError(f"{type(message.error).__name__}: {message.error}")))
 
 
 def _score_for(wire: Wire, lifetime: Lifetime) -> None:
     """Scores all slices of one task."""
-    wire.send("hello", os.getpid())
-    request: TaskRequest
-    _, request = wire.receive()
+    request = wire.receive()
+    assert isinstance(request, TaskRequest)
     lifetime.connected(request.daemon)
     sys.path.extend(path for path in request.path if path not in sys.path)
     scorers = ProcessScorers(_factories(request.factories), wire, lifetime)
     engine = Engine(scorers, request.carried, request.schema)
     for alias in request.aliases:
         scorers.get(alias)
-    wire.send("ready", scorers.slice_bytes())
+    wire.send(TaskReady(scorers.slice_bytes()))
     with ReadAhead(_slices(wire, engine, lifetime), SLICES_AHEAD) as slices:
         try:
             for prepared in slices:
                 batches, counts = engine.score(prepared)
-                wire.send("scored", to_ipc(batches), counts)
+                wire.send(ScoredSlice(to_ipc(batches), counts))
         finally:
             wire.stop_reading()
 
@@ -219,11 +232,12 @@ def _slices(wire: Wire, engine: Engine, lifetime: Lifetime) -> Iterator[Prepared
     """Receives and prepares slices until the worker closes the connection. Runs in the reading thread."""
     while True:
         try:
-            _, stream = wire.receive()
+            message = wire.receive()
         except ConnectionClosed:
             lifetime.lost_worker()
             return
-        (rows,) = from_ipc(stream)
+        assert isinstance(message, SliceRequest)
+        (rows,) = from_ipc(message.stream)
         yield engine.prepare(rows)
 
 

@@ -1,11 +1,11 @@
-"""The messages between a Spark worker and a scorer process over a unix socket: pickled tuples, each after its size.
+"""The messages between a Spark worker and a scorer process over a unix socket: pickled dataclasses after their size.
 
-    worker -> process   open (a TaskRequest, once), then any number of slice (Arrow IPC)
-    process -> worker   hello, loading, loaded, ready; for each slice in turn scored (Arrow IPC, ScoreCounts);
-                        error (a MiniplmError); dying (a text)
+    worker -> process   TaskRequest, once, then any number of SliceRequest
+    process -> worker   LoadingModel, LoadedModel; TaskReady; a ScoredSlice for each slice in turn; or at any time
+                        TaskFailed or ProcessDying
 
-The socket is in a folder that only this user can read, so unpickling is safe. Owns the bytes and the request; a retried
-task connects again. Executor side, both ends.
+The socket is in a folder that only this user can read, so unpickling is safe. Owns the bytes and the messages; a
+retried task connects again. Executor side, both ends.
 """
 
 import contextlib
@@ -14,9 +14,11 @@ import pickle
 import select
 import socket
 import struct
-from typing import Any
 
 import pyarrow as pa
+
+from miniplm_udf.errors import MiniplmError
+from miniplm_udf.workers.score_counts import ScoreCounts
 
 _SIZE = struct.Struct("!Q")
 
@@ -27,7 +29,7 @@ class ConnectionClosed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class TaskRequest:
-    """The message `open`, which a task sends once.
+    """The first message of a task.
 
     Attributes:
         daemon: process id of the daemon that forked the worker.
@@ -46,34 +48,80 @@ class TaskRequest:
     schema: pa.Schema
 
 
+@dataclasses.dataclass(frozen=True)
+class SliceRequest:
+    """A slice to score, as an Arrow stream (`to_ipc`)."""
+
+    stream: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadingModel:
+    """The process begins to load the model `alias`."""
+
+    alias: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """The model is loaded; slices of `slice_bytes` suit the models that are loaded now."""
+
+    slice_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskReady:
+    """The models of the request are loaded; slices should have `slice_bytes`."""
+
+    slice_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredSlice:
+    """The scored rows of a slice as an Arrow stream (`to_ipc`), and their counts."""
+
+    stream: bytes
+    counts: ScoreCounts
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskFailed:
+    """The error that ends the task; the process keeps running."""
+
+    error: MiniplmError
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessDying:
+    """The process ends after an error, described in `reason`."""
+
+    reason: str
+
+
+Message = TaskRequest | SliceRequest | LoadingModel | LoadedModel | TaskReady | ScoredSlice | TaskFailed | ProcessDying
+
+
 class Wire:
     """One end of a connection. One thread may receive while another sends."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
-    def send(self, kind: str, *values: Any) -> None:
-        """Sends a message.
-
-        Args:
-            kind: the kind of the message (see the head of this file).
-            values: what belongs to the message; any values that can be pickled.
+    def send(self, message: Message) -> None:
+        """Sends a `message`.
 
         Raises:
             ConnectionClosed: the message cannot arrive.
         """
         try:
-            body = pickle.dumps((kind, *values), protocol=5)
+            body = pickle.dumps(message, protocol=5)
             self._connection.sendall(_SIZE.pack(len(body)))
             self._connection.sendall(body)
         except OSError as error:
             raise ConnectionClosed from error
 
-    def receive(self) -> tuple[Any, ...]:
+    def receive(self) -> Message:
         """Waits for a message.
-
-        Returns:
-            The kind of the message and its values.
 
         Raises:
             ConnectionClosed: no message will come.
@@ -82,7 +130,8 @@ class Wire:
             body = self._read(*_SIZE.unpack(self._read(_SIZE.size)))
         except OSError as error:
             raise ConnectionClosed from error
-        return tuple(pickle.loads(body))
+        message: Message = pickle.loads(body)
+        return message
 
     def has_message(self, patience_seconds: float) -> bool:
         """Whether a message begins, or the connection ends, within `patience_seconds`.

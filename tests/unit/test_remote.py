@@ -72,13 +72,12 @@ def test_an_error_in_sparks_text_comes_back_as_itself() -> None:
     carried = RuntimeError(
         "Job aborted due to stage failure: ... Traceback (most recent call last):\n"
         '  File "x.py", line 3\n'
-        "miniplm_udf.errors.ModelLoadError: /models/x: its logits are scaled\n"
-        "in a way that is not known\n"
+        "miniplm_udf.errors.ModelLoadError: /models/x: its logits are scaled in a way that is not known\n"
         "\n\tat org.apache"
     )
     error = error_in_text(carried)
     assert isinstance(error, ModelLoadError)
-    assert str(error) == "/models/x: its logits are scaled\nin a way that is not known"
+    assert str(error) == "/models/x: its logits are scaled in a way that is not known"
 
 
 def test_text_without_an_error_of_ours_gives_none() -> None:

@@ -21,7 +21,7 @@ from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.score_counts import ScoreCounts
 from miniplm_udf.workers.scorer_client import MAX_DEATHS
 from miniplm_udf.workers.scorer_process import Lifetime
-from miniplm_udf.workers.scorer_wire import Wire
+from miniplm_udf.workers.scorer_wire import TaskFailed, Wire
 from tests.support.crashing_scorer import CrashingFactory, Unloadable, made, pids, scored
 from tests.support.scorer_requests import is_gone, request, run, texts_of, wait_until
 
@@ -324,6 +324,7 @@ def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:
 
     ours, theirs = socket.socketpair()
     with contextlib.closing(Wire(ours)) as sender, contextlib.closing(Wire(theirs)) as receiver:
-        scorer_process._tell(sender, "error", LocalError("the text"))
-        kind, error = receiver.receive()
-    assert (kind, type(error), str(error)) == ("error", ScoringError, "LocalError: the text")
+        scorer_process._tell(sender, TaskFailed(LocalError("the text")))
+        message = receiver.receive()
+    assert isinstance(message, TaskFailed)
+    assert (type(message.error), str(message.error)) == (ScoringError, "LocalError: the text")
