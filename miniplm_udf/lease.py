@@ -23,7 +23,7 @@ from types import TracebackType
 import fsspec
 
 from miniplm_udf import storage
-from miniplm_udf.errors import CorpusError
+from miniplm_udf.errors import CorpusError, MiniplmError
 
 LOGGER = logging.getLogger("miniplm.lease")
 
@@ -71,6 +71,7 @@ class Lease:
 
     Raises:
         CorpusError: on entering, if another process holds the lease.
+        MiniplmError: on entering, if the file cannot be written, because the disk is full for example.
     """
 
     def __init__(self, uri: str, name: str, waits: bool = False, what: str = "query") -> None:
@@ -81,8 +82,14 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease {name}", daemon=True)
 
     def __enter__(self) -> "Lease":
-        while not self._take():
-            pass
+        try:
+            while not self._take():
+                pass
+        except OSError as error:
+            raise MiniplmError(
+                f"{storage.redact(self._uri)}: the lease of the {self._what} {self._name} cannot be written "
+                f"({error.strerror or error}); free space there, or allow writing, and run it again"
+            ) from error
         self._thread.start()
         return self
 
@@ -188,13 +195,14 @@ def _create(path: Path, text: str) -> bool:
     """Creates the file with its text in one step; False if the file exists, or the filesystem cannot do this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(text, encoding="utf-8")
     try:
-        os.link(draft, path)
-    except OSError:  # FileExistsError, or a filesystem without hard links
-        return False
+        draft.write_text(text, encoding="utf-8")
+        try:
+            os.link(draft, path)
+        except OSError:  # FileExistsError, or a filesystem without hard links
+            return False
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)
     return True
 
 

@@ -5,6 +5,7 @@ and delta-rs alone read and write tables, at the URIs made here. A retry overwri
 replaced whole or not at all, on an object store by a single put. On the driver, on executors and in the trainer.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -158,10 +159,14 @@ def write_text(uri: str, text: str) -> None:
     target = Path(local_path(uri))
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-        handle.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, target)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            handle.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:  # a full disk, for example: nothing half written stays
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def read_json(uri: str) -> Any:
@@ -200,16 +205,20 @@ def write_json(uri: str, value: Any) -> None:
     write_text(uri, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def upload_folder(folder: Path, uri: str) -> None:
+def upload_folder(folder: Path, uri: str, last: str) -> None:
     """Replaces the folder at `uri` by a local one, by rename; a remote folder keeps files that the local one lacks.
 
     Args:
         folder: the local folder.
         uri: a path or URI of the folder that is replaced.
+        last: the file whose presence says that the folder is whole. A remote folder loses it first and gets it last,
+            because its files arrive one by one.
     """
     if is_local(uri):
         target = Path(local_path(uri))
         target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.????????"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             shutil.copytree(folder, staging, dirs_exist_ok=True)
@@ -221,7 +230,14 @@ def upload_folder(folder: Path, uri: str) -> None:
         os.replace(staging, target)
     else:
         filesystem, path = fsspec.core.url_to_fs(uri)
-        filesystem.put(str(folder) + "/", path.rstrip("/") + "/", recursive=True)
+        inner = path.rstrip("/")
+        filesystem.invalidate_cache(inner)
+        if filesystem.exists(f"{inner}/{last}"):
+            filesystem.rm_file(f"{inner}/{last}")
+        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+            if file != folder / last:
+                filesystem.put_file(str(file), f"{inner}/{file.relative_to(folder).as_posix()}")
+        filesystem.put_file(str(folder / last), f"{inner}/{last}")
 
 
 def list_folder(uri: str) -> list[str]:

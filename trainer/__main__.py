@@ -157,6 +157,7 @@ def _run(arguments: argparse.Namespace) -> Json:
     # Imported here, so that --help and config errors come at once: torch and transformers take seconds to import.
     if arguments.command == "train":
         from trainer import targets
+        from trainer.ranks.distributed import process_group
         from trainer.train import plan, train
 
         selected = (
@@ -167,7 +168,7 @@ def _run(arguments: argparse.Namespace) -> Json:
         if arguments.dry_run:
             return {target.name: plan(config, target) for target in selected}
         results: Json = {}
-        with stopping.deferred():
+        with stopping.deferred(), process_group():
             for target in selected:
                 result = train(config, target, retrain=arguments.retrain)
                 results[target.name] = result.as_json()

@@ -156,6 +156,7 @@ class Loop:
             rate, losses, norm = self.step(step)
             done = step + 1
             if on_evaluate is not None and self._evaluates_at(done):
+                self._check_finite(int(self._first_bad_step))
                 paused = time.perf_counter()
                 on_evaluate(done)
                 started += time.perf_counter() - paused
@@ -193,7 +194,7 @@ class Loop:
             has no target.
         """
         config, world = self.config, self.world
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 4096 + world.rank) % 2**63)
         losses = world.sum(self._backward(*self.batches.get(step)))
         limit = config.gradient_clip_norm if config.gradient_clip_norm > 0 else float("inf")
         norm = clip_gradient(self.module, limit)
@@ -244,9 +245,13 @@ class Loop:
     def _read(self, losses: torch.Tensor, norm: torch.Tensor) -> list[float]:
         """Reads losses and norm from the device, after the check that all steps so far were finite."""
         *values, bad_step_value = torch.cat([losses, norm.double()[None], self._first_bad_step.double()[None]]).tolist()
-        bad_step = int(bad_step_value)
+        self._check_finite(int(bad_step_value))
+        return values
+
+    def _check_finite(self, bad_step: int) -> None:
+        """Raises the error of the first step whose loss or gradient is not finite; -1: there is none."""
         if bad_step < 0:
-            return values
+            return
         rows = self.batches.rows(bad_step)
         numbers = ", ".join(str(row) for row in rows.tolist())
         tokens, mask = (torch.from_numpy(array) for array in self.sequences.get(rows))
@@ -258,5 +263,5 @@ class Loop:
         raise MiniplmError(
             f"training diverged: at step {bad_step + 1} the loss or the gradient norm is not finite: lower "
             "train.learning_rate or raise train.warmup_steps; the last checkpoint was saved before this step; the step "
-            f"trained on these rows of the packed table: {numbers}"
+            f"trained on these rows of the packed table (sequence_id): {numbers}"
         )

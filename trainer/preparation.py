@@ -6,6 +6,7 @@ weights, and divides the model among the ranks. No file is written before these 
 """
 
 import dataclasses
+import logging
 
 import torch
 
@@ -30,6 +31,8 @@ from trainer.ranks.distributed import World
 from trainer.ranks.parallel import divide
 from trainer.ranks.state import check_equal_weights, set_optimizer, set_weights
 from trainer.targets import Target
+
+LOGGER = logging.getLogger("miniplm.trainer.preparation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +84,13 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
 
     Raises:
         ConfigError: the teacher does not fit the tokenizer.
-        CorpusError: the table or the tokenizer cannot be used, or ranks see different ones, or different teachers.
+        CorpusError: the table or the tokenizer cannot be used, or ranks see different ones, or different teachers or
+            settings.
         ModelLoadError: the teacher cannot be found or read.
     """
     uri = config.layout.table(target.packed_table)
+    # Also settings that are not part of the fingerprint decide which collectives a rank takes part in, and when.
+    _check_equal(world, fingerprint(dataclasses.asdict(target.train)), "section train of the config")
 
     def open_version(version: int | None) -> TrainingInputs:
         tokenizer = read_tokenizer(config.layout.model(target.tokenizer_folder))
@@ -133,6 +139,13 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
     model = whole.model
     finished = world.together(lambda: read_training(config, target.name))
     checkpoints = _checkpoints(config, target, inputs, finished)
+    if world.is_first and not storage.is_local(config.root):
+        LOGGER.warning(
+            "%s: the checkpoints are in %s on this machine (MINIPLM_CACHE), because root is an object store: a "
+            "training that goes on elsewhere needs that folder",
+            target.name,
+            checkpoints.folder,
+        )
     replaced = "" if finished is None else str(finished.tracking_id)
     files = world.together(lambda: read_tokenizer_files(config.layout.model(target.tokenizer_folder)))
     evaluation = world.together(
@@ -145,9 +158,9 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
         module, optimizer, state = *distribute(whole, target.train, world), SavedState(0)
     else:
         module, optimizer, state = resume(checkpoints, step, whole, target.train, world)
+    loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
     if begins_again and world.is_first:
         checkpoints.replace(replaced)
-    loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
     return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, state, files, evaluation)
 
 

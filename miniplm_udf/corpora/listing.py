@@ -6,57 +6,30 @@ Input: a root, and a version as `NAME`, `NAME@NUMBER` or `NAME@TAG` of a pin. Ou
 retry reads again. Driver only; commands that change versions use Spark (versions.py).
 """
 
+import contextlib
 import heapq
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
 
 from miniplm_udf import storage
+from miniplm_udf.corpora.shown import Counts, ListedVersion, ShownInstance, ShownVersion, VersionDifference
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.schemas.types import TableRow
-from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_files, delta_log
 from miniplm_udf.store.pins import Pin
+from miniplm_udf.store.provenance import RecordedInputs
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-# {source: {"n_instances": ..., "n_tokens": ...}}
-Counts = dict[str, dict[str, int]]
-
-
-class ShownInstance(TypedDict):
-    """An example of an added or removed row; `text` has at most 240 characters, None if there is no such instance."""
-
-    instance_id: str
-    source: str
-    score: float
-    text: str | None
-
-
-# `from` and `to` are NAME@NUMBER. The first word is Python's, so no class statement can declare it.
-VersionDifference = TypedDict(
-    "VersionDifference",
-    {
-        "from": str,
-        "to": str,
-        "added": Counts,
-        "removed": Counts,
-        "both": Counts,
-        "added_examples": list[ShownInstance],
-        "removed_examples": list[ShownInstance],
-    },
-)
 
 _TEXT_CHARACTERS = 240
 _BATCH_ROWS = 65_536
 # Ids that a comparison holds at once, about 200 bytes each; with more, it reads the versions several times.
 _IDS_AT_ONCE = 2_000_000
-_LISTED = ("name", "version", "created_at", "n_instances", "n_tokens", "threshold", "fingerprint")
 
 
 class _VersionGoneError(CorpusError):
@@ -80,51 +53,55 @@ def find(root: str, address: str) -> tuple[str, int]:
     return name, int(corpus_records.choose_version(_corpora(root), name, version)["version"])
 
 
-def listing(root: str) -> list[TableRow]:
+def listing(root: str) -> list[ListedVersion]:
     """Lists all versions by name and number.
 
     Args:
         root: path or URI of the root.
 
-    Returns:
-        One dict a version: the columns `_LISTED` of `corpora`; `made_by` (refine, follow, restore, rebuild or
-        take-down); `pinned`, the tag of its pin, "yes" for a pin without a tag, None for no pin.
-
     Raises:
         CorpusError: there is no table `corpora`.
     """
     tags = {(pin.name, pin.version): pin.tag or "yes" for pin in _pins(root)}
-    versions: list[TableRow] = []
-    for row in _corpora(root):
-        inputs = json.loads(row["inputs"])
-        made_by = (inputs.get("derived") or {}).get("by") or ("follow" if inputs.get("followed") else "refine")
-        shown = {key: row[key] for key in _LISTED}
-        versions.append({**shown, "made_by": made_by, "pinned": tags.get((row["name"], row["version"]))})
-    return versions
+    return [
+        {
+            "name": row["name"],
+            "version": row["version"],
+            "created_at": row["created_at"],
+            "n_instances": row["n_instances"],
+            "n_tokens": row["n_tokens"],
+            "threshold": row["threshold"],
+            "fingerprint": row["fingerprint"],
+            "made_by": _made_by(row["inputs"]),
+            "pinned": tags.get((row["name"], row["version"])),
+        }
+        for row in map(corpus_records.parsed, _corpora(root))
+    ]
 
 
-def show(root: str, address: str) -> Json:
+def _made_by(inputs: RecordedInputs) -> str:
+    if derived := inputs.get("derived"):
+        return derived["by"]
+    return "follow" if inputs.get("followed") else "refine"
+
+
+def show(root: str, address: str) -> ShownVersion:
     """Reads the full provenance of a version, and counts its rows by source.
 
     Args:
         root: URI of the root.
         address: the version, as in `find`.
 
-    Returns:
-        The row of `corpora`, its JSON parsed; `pinned` and `tag`; `by_source`: {source: {n_instances, n_tokens}}, or
-        None if the version's rows are gone.
-
     Raises:
         CorpusError: there is no such version, or its files cannot be read without Spark.
     """
     name, number = find(root, address)
     pin = next((pin for pin in _pins(root) if (pin.name, pin.version) == (name, number)), None)
-    row = corpus_records.choose_version(_corpora(root), name, number)
-    provenance = {**corpus_records.parsed(row), "pinned": pin is not None, "tag": pin and pin.tag}
-    try:
-        return {**provenance, "by_source": _Version(root, name, number, pin is not None).by_source()}
-    except _VersionGoneError:
-        return {**provenance, "by_source": None}
+    row = corpus_records.parsed(corpus_records.choose_version(_corpora(root), name, number))
+    by_source = None
+    with contextlib.suppress(_VersionGoneError):
+        by_source = _Version(root, name, number, pin is not None).by_source()
+    return {**row, "pinned": pin is not None, "tag": pin.tag if pin else None, "by_source": by_source}
 
 
 def diff(root: str, before: str, after: str, n_examples: int) -> VersionDifference:

@@ -12,7 +12,7 @@ version, or replaces the table in one commit.
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
@@ -24,11 +24,13 @@ from miniplm_udf.config.sections import PackConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.packing.file_layout import packed_files
 from miniplm_udf.packing.generated import SequenceMaker, sequences_of_generations
+from miniplm_udf.packing.shards import SEQUENCE_SCHEMA, shard_function
 from miniplm_udf.packing.tokenizers import PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
 from miniplm_udf.scores.models import read_record
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
+from miniplm_udf.store.provenance import PackedMetadata
 from miniplm_udf.store.text_join import texts_of
 from miniplm_udf.workers.messages import ddl
 
@@ -44,18 +46,6 @@ PACKING_RULE = 2  # raised when packing makes other sequences of the same text: 
 TEXT_COLUMNS = (
     "stream_id", "ordinal", "text", "segment_ends", "starts_document", "ends_document", "document_ids", "start_byte",
 )  # fmt: skip
-# The sequences of a shard. `position` counts them.
-_SEQUENCE_SCHEMA = pa.schema(
-    [
-        ("shard", pa.int32()),
-        ("position", pa.int64()),
-        ("token_ids", pa.binary()),
-        ("target_mask", pa.binary()),
-        ("n_targets", pa.int32()),
-        ("n_new_tokens", pa.int64()),
-    ]
-)
-_ROWS_PER_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +77,8 @@ class _Source:
 
     Attributes:
         corpus: name of the refined corpus, `generated` or `reference`.
-        identity: what decides which text is read, for example a table's version; recorded with the packed version.
+        identity: what decides which text is read, for example a table's version; recorded with the packed version
+            (the first attributes of `PackedMetadata`).
         read: returns the rows (`instance_id`, `stream_id`, `ordinal` and the columns that `make` reads), and their
             number.
         make: makes the sequences of a shard's rows, on an executor.
@@ -96,11 +87,11 @@ class _Source:
     """
 
     corpus: str
-    identity: Json
+    identity: PackedMetadata
     read: Callable[[], tuple["DataFrame", int]]
     make: SequenceMaker
     if_empty: str
-    facts: Json = dataclasses.field(default_factory=dict)
+    facts: PackedMetadata = dataclasses.field(default_factory=PackedMetadata)
 
 
 def pack_corpus(spark: "SparkSession", config: ExperimentConfig, corpus: str, tokenizer_name: str) -> PackSummary:
@@ -254,29 +245,35 @@ def _pack(config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -
     identity = _identity(config.pack, source, tokenizer)
     newest = corpus_records.newest(uri)
     # Tables of earlier versions do not say how their sequences were made: all were packed.
-    recorded = {"sequences": "packed", **((newest.metadata or {}) if newest else {})}
+    recorded: Json = {"sequences": "packed", **((newest.metadata or {}) if newest else {})}
     if newest and all(key in recorded and recorded[key] == value for key, value in identity.items()):
-        return _summary(uri, newest.version, recorded, skipped=True)
+        return _summary(uri, newest.version, cast(PackedMetadata, recorded), skipped=True)
     rows, n_instances = source.read()
     # The counts go into the commit, so the sequences are kept until they are written.
     in_order = _in_stored_order(rows, config.pack.shards)
-    sequences = in_order.mapInArrow(_pack_function(source.make), ddl(_SEQUENCE_SCHEMA)).persist(StorageLevel.DISK_ONLY)
+    sequences = in_order.mapInArrow(shard_function(source.make), ddl(SEQUENCE_SCHEMA)).persist(StorageLevel.DISK_ONLY)
     try:
         counts = _counts_by_shard(sequences)
         if not counts:
             raise CorpusError(source.if_empty)
-        totals = {name: sum(row[name] for row in counts.values()) for name in ("n_sequences", "n_tokens", "n_targets")}
-        metadata = {**source.facts, **identity, **totals, "n_instances": n_instances}
+        metadata: PackedMetadata = {
+            **source.facts,
+            **identity,
+            "n_sequences": sum(row["n_sequences"] for row in counts.values()),
+            "n_tokens": sum(row["n_tokens"] for row in counts.values()),
+            "n_targets": sum(row["n_targets"] for row in counts.values()),
+            "n_instances": n_instances,
+        }
         table = schemas.packed(source.corpus, tokenizer.name)
         numbered = _numbered(sequences, counts, config.pack.shards).select(*table.column_names)
         with packed_files(numbered.sparkSession):
-            version = tables.overwrite(numbered, uri, table, metadata)
+            version = tables.overwrite(numbered, uri, table, dict(metadata))
     finally:
         sequences.unpersist()
     return _summary(uri, version, metadata, skipped=False)
 
 
-def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> Json:
+def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> PackedMetadata:
     """Everything that decides which sequences are made; recorded in the commit."""
     return {
         **source.identity,
@@ -291,13 +288,20 @@ def _identity(pack: PackConfig, source: _Source, tokenizer: PackTokenizer) -> Js
     }
 
 
-def _summary(uri: str, version: int, metadata: Json, skipped: bool) -> PackSummary:
-    counts = {name: metadata[name] for name in ("n_sequences", "n_tokens", "n_targets", "n_instances")}
+def _summary(uri: str, version: int, metadata: PackedMetadata, skipped: bool) -> PackSummary:
     LOGGER.info(
         "%s: version %d, %d sequences, %d tokens%s",
-        storage.redact(uri), version, counts["n_sequences"], counts["n_tokens"], ", unchanged" if skipped else "",
+        storage.redact(uri), version, metadata["n_sequences"], metadata["n_tokens"], ", unchanged" if skipped else "",
     )  # fmt: skip
-    return PackSummary(path=uri, version=version, skipped=skipped, **counts)
+    return PackSummary(
+        path=uri,
+        version=version,
+        n_sequences=metadata["n_sequences"],
+        n_tokens=metadata["n_tokens"],
+        n_targets=metadata["n_targets"],
+        n_instances=metadata["n_instances"],
+        skipped=skipped,
+    )
 
 
 def _counts_by_shard(sequences: "DataFrame") -> dict[int, "Row"]:
@@ -355,42 +359,3 @@ def _sequences_of_texts(tokenizer: PackTokenizer, settings: PackConfig) -> Seque
         return pack(texts(), tokenizer.load(), tokenizer.document_separator_id, settings.sequence_length)
 
     return make
-
-
-def _pack_function(make: SequenceMaker) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Makes the function of a task: rows of one shard in stored order to its sequences (_SEQUENCE_SCHEMA)."""
-
-    def pack_shard(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        shard: int | None = None
-
-        def rows() -> Iterator[pa.RecordBatch]:
-            nonlocal shard
-            for batch in batches:
-                if shard is None and batch.num_rows:
-                    shard = batch.column("shard")[0].as_py()
-                yield batch
-
-        group: list[PackedSequence] = []
-        position = 0
-        for sequence in make(rows()):
-            group.append(sequence)
-            if len(group) == _ROWS_PER_BATCH:
-                yield _to_arrow(group, shard, position)
-                position += len(group)
-                group = []
-        if group:
-            yield _to_arrow(group, shard, position)
-
-    return pack_shard
-
-
-def _to_arrow(group: list["PackedSequence"], shard: int | None, position: int) -> pa.RecordBatch:
-    columns = {
-        "shard": [shard] * len(group),
-        "position": range(position, position + len(group)),
-        "token_ids": [sequence.token_ids.astype("<i4").tobytes() for sequence in group],
-        "target_mask": [sequence.target_mask.tobytes() for sequence in group],
-        "n_targets": [int(sequence.target_mask.sum()) for sequence in group],
-        "n_new_tokens": [sequence.n_new_tokens for sequence in group],
-    }
-    return pa.RecordBatch.from_pydict(columns, schema=_SEQUENCE_SCHEMA)

@@ -9,7 +9,6 @@ otherwise a growing matrix would change every prediction. A fit is identified by
 after a kill fits again. Driver only, under the proxy's lease; the JVM does the work.
 """
 
-import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -176,7 +175,7 @@ def _fit(
         fitted_on=fitted_on,
         tokens_per_byte=overall,
         tokens_per_byte_of=by_source,
-        quality=dataclasses.asdict(heldout),
+        quality=heldout,
         solver={"iterations": iterations, "n_grams": n_grams, "seconds": round(time.monotonic() - start, 3)},
         warnings=quality.warnings(heldout),
         code_revision=code_revision(),

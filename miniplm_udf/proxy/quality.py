@@ -7,10 +7,11 @@ instances do: both may have neighbours and copies among the fitted rows. The sco
 driver, some ten thousand pairs of numbers. Judges and warns; refuses nothing.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from miniplm_udf.store.proxy_records import Quality, TopShare
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,31 +19,6 @@ if TYPE_CHECKING:
 RATIOS = (0.1, 0.25, 0.5)
 # Below this, the half chosen by the proxy has 0.56 of the true half, hardly more than a random half.
 WORTHLESS = 0.2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TopShare:
-    """`kept`: the share of the true top alpha that is in the predicted top alpha; by chance it is `chance`, alpha."""
-
-    kept: float
-    chance: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Quality:
-    """The quality of predictions on held-out rows.
-
-    Attributes:
-        n_rows: held-out rows.
-        spearman: rank correlation of prediction and score; None if either is the same for all rows.
-        spearman_error: its standard error if nothing is related.
-        top: by alpha, as text.
-    """
-
-    n_rows: int
-    spearman: float | None
-    spearman_error: float
-    top: dict[str, TopShare]
 
 
 def judge(ids: Sequence[str], scores: Sequence[float], predictions: Sequence[float]) -> Quality:

@@ -7,7 +7,6 @@ otherwise. The refined version says which rows were kept. Reads only, so a retry
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -20,10 +19,10 @@ from miniplm_udf.refinement import candidates
 from miniplm_udf.refinement.columns import with_instances
 from miniplm_udf.report.histogram import Histogram, histogram
 from miniplm_udf.schemas import SCORE_STAGE
-from miniplm_udf.schemas.types import TableRow
+from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.storage import Json
-from miniplm_udf.store import delta_log, tables
-from miniplm_udf.store.provenance import Diagnostics, VersionTables
+from miniplm_udf.store import corpus_records, delta_log, tables
+from miniplm_udf.store.provenance import CorpusRow, Diagnostics
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -70,7 +69,7 @@ class Overview:
     instances_by_split: dict[str, int]
     rejects: list[RejectCount]
     scored: dict[str, int]
-    models: dict[str, Json]
+    models: dict[str, ModelDescription]
     tables: list[TableFacts]
 
     @property
@@ -126,7 +125,7 @@ class CorpusFacts:
 
     Attributes:
         name: of the corpus; `uri` is its table.
-        record: its row in `corpora`; `config` and `inputs` are the JSON in it.
+        record: its row in `corpora`; `config` is the config in it, with the configured score of a random corpus.
         score: candidates by score; `nll_means` by the mean loss of each model.
         sources: candidates by source, the largest sources only; `total` over all of them.
         examples: instances by place in the ranking.
@@ -135,9 +134,8 @@ class CorpusFacts:
 
     name: str
     uri: str
-    record: TableRow
+    record: CorpusRow
     config: Json
-    inputs: Json
     score: Histogram
     nll_means: dict[str, Histogram]
     sources: list[SourceShare]
@@ -153,8 +151,7 @@ class CorpusFacts:
     @property
     def diagnostics(self) -> Diagnostics:
         """Diagnostics of the refinement; empty for a followed corpus."""
-        diagnostics: Diagnostics = self.inputs.get("diagnostics", {})
-        return diagnostics
+        return self.record["inputs"].get("diagnostics", {})
 
     @property
     def cut(self) -> float | None:
@@ -175,7 +172,7 @@ def overview(spark: "SparkSession", config: ExperimentConfig) -> Overview:
     instances = tables.read(spark, config.layout.table("instances"))
     by_split = {row["split"]: row["count"] for row in instances.groupBy("split").count().orderBy("split").collect()}
     records = {alias: storage.read_json(config.layout.model_record(alias)) for alias in config.scored_aliases}
-    models = {alias: record for alias, record in records.items() if record}
+    models = {alias: ModelDescription.from_dict(record) for alias, record in records.items() if record}
     return Overview(
         n_instances=sum(by_split.values()),
         instances_by_split=by_split,
@@ -186,10 +183,10 @@ def overview(spark: "SparkSession", config: ExperimentConfig) -> Overview:
     )
 
 
-def _rejects(spark: "SparkSession", config: ExperimentConfig, models: dict[str, Json]) -> list[RejectCount]:
+def _rejects(spark: "SparkSession", config: ExperimentConfig, models: dict[str, ModelDescription]) -> list[RejectCount]:
     if not tables.exists(spark, config.layout.table("rejects")):
         return []
-    labels = {SCORE_STAGE + record["model_revision"]: f"score, {alias}" for alias, record in models.items()}
+    labels = {SCORE_STAGE + record.model_revision: f"score, {alias}" for alias, record in models.items()}
     rows = tables.read(spark, config.layout.table("rejects")).groupBy("stage", "reason").count()
     return [
         RejectCount(stage=labels.get(row["stage"], row["stage"]), reason=row["reason"], n_rows=row["count"])
@@ -197,13 +194,13 @@ def _rejects(spark: "SparkSession", config: ExperimentConfig, models: dict[str, 
     ]
 
 
-def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, Json]) -> dict[str, int]:
+def _scored(spark: "SparkSession", config: ExperimentConfig, models: dict[str, ModelDescription]) -> dict[str, int]:
     """Rows in `scores` by alias, of the present revision."""
     if not tables.exists(spark, config.layout.table("scores")):
         return {}
     rows = tables.read(spark, config.layout.table("scores")).groupBy("model_id", "model_revision").count().collect()
     counts = {(row["model_id"], row["model_revision"]): row["count"] for row in rows}
-    return {alias: counts.get((alias, record["model_revision"]), 0) for alias, record in models.items()}
+    return {alias: counts.get((alias, record.model_revision), 0) for alias, record in models.items()}
 
 
 def _table_facts(spark: "SparkSession", config: ExperimentConfig) -> Iterator[TableFacts]:
@@ -228,22 +225,20 @@ def corpora(spark: "SparkSession", config: ExperimentConfig) -> list[CorpusFacts
     uri = config.layout.table("corpora")
     if not tables.exists(spark, uri):
         return []
-    newest: dict[str, TableRow] = {}
-    for row in tables.read(spark, uri).orderBy("version").collect():
-        newest[row["name"]] = row.asDict()
+    rows = tables.read(spark, uri).orderBy("version").collect()
+    newest = {row["name"]: corpus_records.parsed(row.asDict()) for row in rows}
     order = [*config.refine.corpora, *sorted(newest)]
     return [_corpus(spark, config, newest[name]) for name in dict.fromkeys(order) if name in newest]
 
 
-def _corpus(spark: "SparkSession", config: ExperimentConfig, record: TableRow) -> CorpusFacts:
+def _corpus(spark: "SparkSession", config: ExperimentConfig, record: CorpusRow) -> CorpusFacts:
     name = record["name"]
-    resolved, inputs = json.loads(record["config"]), json.loads(record["inputs"])
-    if (
-        resolved["select"]["rule"] == "random"
-    ):  # its resolved score is the random draw, so the configured score is shown
+    resolved = dict(record["config"])
+    if resolved["select"]["rule"] == "random":
+        # Its resolved score is the random draw, so the configured score is shown.
         resolved["score"] = rules.plain_score(config.refine.corpora.get(name, CorpusConfig()))
     notes: list[str] = []
-    frame = _candidates(spark, config, record, resolved, inputs, notes).persist()
+    frame = _candidates(spark, config, record, resolved, notes).persist()
     try:
         aliases = [column.removesuffix("_nll_mean") for column in frame.columns if column.endswith("_nll_mean")]
         score = histogram(frame, "score")
@@ -257,7 +252,6 @@ def _corpus(spark: "SparkSession", config: ExperimentConfig, record: TableRow) -
             uri=storage.redact(config.layout.table(f"refined/{name}")),
             record=record,
             config=resolved,
-            inputs=inputs,
             score=score,
             nll_means={alias: histogram(frame, f"{alias}_nll_mean") for alias in aliases},
             sources=_shown(sources),
@@ -270,12 +264,12 @@ def _corpus(spark: "SparkSession", config: ExperimentConfig, record: TableRow) -
 
 
 def _candidates(
-    spark: "SparkSession", config: ExperimentConfig, record: TableRow, resolved: Json,
-    inputs: VersionTables, notes: list[str],
-) -> "DataFrame":  # fmt: skip
+    spark: "SparkSession", config: ExperimentConfig, record: CorpusRow, resolved: Json, notes: list[str]
+) -> "DataFrame":
     """The rows that the corpus was chosen from: instance_id, source, n_tokens, score, `<alias>_nll_mean`, kept."""
     from pyspark.sql import functions as F
 
+    inputs = record["inputs"]
     matrix = _table_at(spark, config, candidates.MATRIX, inputs.get("matrix_version"), notes)
     if not notes and inputs.get("last_batches"):
         # The matrix version that a followed corpus names may have a few rows more.

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
 from miniplm_udf import schemas, storage
@@ -20,7 +20,7 @@ from miniplm_udf.layout import Root
 from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_log, pins, tables
-from miniplm_udf.store.provenance import Provenance
+from miniplm_udf.store.provenance import CorpusRow, Provenance
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -138,7 +138,7 @@ def list_corpora(spark: "SparkSession", root: str) -> "DataFrame":
     return tables.read(spark, Root(root).table("corpora")).orderBy("name", "version")
 
 
-def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None = None) -> Json:
+def show_corpus(spark: "SparkSession", root: str, name: str, version: int | None = None) -> CorpusRow:
     """The row of `corpora` of a version, with its JSON parsed.
 
     Args:
@@ -180,13 +180,13 @@ def choose_version(rows: Sequence[TableRow], name: str, version: int | None = No
     return chosen[-1]
 
 
-def parsed(row: TableRow) -> Json:
-    """A row of `corpora` as plain data, its JSON parsed.
+def parsed(row: TableRow) -> CorpusRow:
+    """A row of `corpora` with its JSON parsed.
 
     Args:
         row: the row, whose `config` and `inputs` are JSON texts.
     """
-    return {**row, "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])}
+    return cast(CorpusRow, {**row, "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])})
 
 
 def parse_address(address: str, find_pins: Callable[[], Sequence[pins.Pin]]) -> tuple[str, int | None]:
@@ -301,7 +301,6 @@ def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> 
     inputs: Any = dict(row["inputs"])
     revisions = inputs.pop("model_revisions", {})
     apart = {key: inputs.pop(key) for key in _RECORDED_APART if key in inputs}
-    counts = ("threshold", "n_candidates", "candidate_tokens", "n_instances", "n_tokens", "fingerprint")
     return Provenance(
         corpus=name,
         config=row["config"],
@@ -310,7 +309,12 @@ def provenance_of(spark: "SparkSession", root: str, name: str, version: int) -> 
         n_unscorable=None,
         code_revision=row["code_revision"],
         kept_share_by_source={},
-        **{key: row[key] for key in counts},
+        threshold=row["threshold"],
+        n_candidates=row["n_candidates"],
+        candidate_tokens=row["candidate_tokens"],
+        n_instances=row["n_instances"],
+        n_tokens=row["n_tokens"],
+        fingerprint=row["fingerprint"],
         **apart,
     )
 

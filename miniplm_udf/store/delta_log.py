@@ -38,8 +38,12 @@ class Commit:
     metrics: Mapping[str, str]
 
     def metadata(self) -> Json | None:
-        """Parses `user_metadata`, for commits of this project; None if there is none."""
-        return json.loads(self.user_metadata) if self.user_metadata else None
+        """Parses `user_metadata`, for commits of this project; None if there is none, or if it is no JSON object."""
+        try:
+            value = json.loads(self.user_metadata or "null")
+        except ValueError:  # of another writer
+            return None
+        return value if isinstance(value, dict) else None
 
     def metric(self, name: str) -> int:
         """A number among the metrics; 0 if it is not there: a commit that adds no row has none of rows.

@@ -17,6 +17,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.json_records import from_json
 from miniplm_udf.layout import EVALUATION_FILE, TOKENIZER_RECORD_FILE, TRAINING_FILE
 from miniplm_udf.storage import Json
+from miniplm_udf.store.provenance import PackedMetadata
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class TrainingRecord:
         manifest_hash: hash of the files, row groups and row counts of that version.
         fingerprint: hash of the config, the data and the tokenizer.
         config_fingerprint: hash of the config alone.
-        lineage: `userMetadata` of the packed table, or None if it has none.
+        lineage: `userMetadata` of the packed table; None if it has none.
         tokenizer_hash: hash of the tokenizer.json that the data was packed with; None in a file of an earlier version.
         tokenizer_file_hash: hash of the tokenizer.json in the model's folder; None in a file of an earlier version.
         tracking_id: id of the training in other trackers than MLflow; None in a file of an earlier version.
@@ -64,7 +65,7 @@ class TrainingRecord:
     manifest_hash: str
     fingerprint: str
     config_fingerprint: str
-    lineage: Json | None
+    lineage: PackedMetadata | None
     tokenizer_hash: str | None = None
     tokenizer_file_hash: str | None = None
     tracking_id: str | None = None

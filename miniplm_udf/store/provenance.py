@@ -1,11 +1,13 @@
-"""`Provenance`: what a version of a corpus was made from, and the parts that it consists of.
+"""The origin of a version of a corpus (`Provenance` and its parts), and of a packed table (`PackedMetadata`).
 
-Owns the shapes alone: `corpus_records` writes and reads them, as the `userMetadata` of a commit and as JSON in the
-table `corpora`. The parts are dicts with declared keys, so the JSON on disk is the same as in memory. A key that an
-older release did not write is absent, and a reader has to allow for that. Driver only.
+Owns the shapes alone. `corpus_records` writes and reads a `Provenance`, as the `userMetadata` of a commit and as JSON
+in the table `corpora`; packing writes `PackedMetadata`. The parts are dicts with declared keys, so the JSON on disk is
+the same as in memory. A key that an older release did not write is absent, and a reader has to allow for that. On the
+driver and in the trainer.
 """
 
 import dataclasses
+import datetime
 from typing import Any, NotRequired, TypedDict
 
 from miniplm_udf.storage import Json
@@ -123,3 +125,76 @@ class Provenance:
     cuts: PlainCuts = dataclasses.field(default_factory=dict)
     diagnostics: Diagnostics = dataclasses.field(default_factory=Diagnostics)
     derived: DerivedFrom | None = None
+
+
+class RecordedInputs(VersionTables, total=False):
+    """The column `inputs` of a row of `corpora`: the states of the tables, and other parts of a provenance.
+
+    Attributes:
+        model_revisions, followed, derived, cuts, diagnostics: as in `Provenance`; an empty part has no key.
+    """
+
+    model_revisions: dict[str, str]
+    followed: FollowedFrom
+    derived: DerivedFrom
+    cuts: PlainCuts
+    diagnostics: Diagnostics
+
+
+class CorpusRow(TypedDict):
+    """A row of `corpora` with its JSON parsed.
+
+    Attributes:
+        version: Delta version of `refined/<name>`; the others as in the table and in `Provenance`.
+    """
+
+    name: str
+    version: int
+    config: Json
+    inputs: RecordedInputs
+    threshold: float
+    n_candidates: int
+    candidate_tokens: int
+    n_instances: int
+    n_tokens: int
+    fingerprint: str
+    code_revision: str
+    created_at: datetime.datetime
+
+
+class PackedMetadata(TypedDict, total=False):
+    """The `userMetadata` of a packed table: the text that was packed, how it was packed, and the counts.
+
+    Attributes:
+        corpus: name of the refined corpus, `generated` or `reference`.
+        refined_version: version of the refined corpus; None for other text.
+        refined_metadata: `userMetadata` of that version; for generated text only the revisions of the model.
+        instances_version: Delta version of `instances` (reference).
+        generations_version: Delta version of `generations` (generated text).
+        generation_revision, generation, generation_rows: revision and settings of the generation, and the number and
+            the hash of its rows (generated text).
+        tokenizer: name of the tokenizer; `tokenizer_hash` and `document_separator_id` describe it.
+        sequence_length, sequences, shards: as in the section `pack`.
+        packing_rule: version of the rule that makes the sequences.
+        n_sequences, n_tokens, n_targets, n_instances: as in `PackSummary`.
+    """
+
+    corpus: str
+    refined_version: int | None
+    refined_metadata: Json | None
+    instances_version: int | None
+    generations_version: int
+    generation_revision: str
+    generation: Json
+    generation_rows: str
+    tokenizer: str
+    tokenizer_hash: str
+    document_separator_id: int
+    sequence_length: int
+    sequences: str
+    shards: int
+    packing_rule: int
+    n_sequences: int
+    n_tokens: int
+    n_targets: int
+    n_instances: int

@@ -12,7 +12,6 @@ from typing import TypedDict
 
 from miniplm_udf import storage
 from miniplm_udf.layout import Root
-from miniplm_udf.storage import Json
 from miniplm_udf.store.provenance import VersionTables
 
 
@@ -73,6 +72,31 @@ class Solver(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TopShare:
+    """`kept`: the share of the true top alpha that is in the predicted top alpha; by chance it is `chance`, alpha."""
+
+    kept: float
+    chance: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The quality of predictions on held-out rows.
+
+    Attributes:
+        n_rows: held-out rows.
+        spearman: rank correlation of prediction and score; None if either is the same for all rows.
+        spearman_error: its standard error if nothing is related.
+        top: by alpha, as text.
+    """
+
+    n_rows: int
+    spearman: float | None
+    spearman_error: float
+    top: dict[str, TopShare]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProxyRecord:
     """A fitted proxy.
 
@@ -82,7 +106,7 @@ class ProxyRecord:
         fitted_on: the rows.
         tokens_per_byte: tokens of the model `tokens_of` per UTF-8 byte, over all drawn rows.
         tokens_per_byte_of: the same by source.
-        quality: on the held-out rows: a `proxy.quality.Quality` as plain data.
+        quality: of the predictions on the held-out rows.
         solver: the work of the fit.
         warnings: sentences to read before a corpus is refined with this proxy.
         code_revision: version of this package that fitted it.
@@ -93,7 +117,7 @@ class ProxyRecord:
     fitted_on: FittedRows
     tokens_per_byte: float
     tokens_per_byte_of: dict[str, float]
-    quality: Json
+    quality: Quality
     solver: Solver
     warnings: list[str]
     code_revision: str
@@ -132,7 +156,10 @@ def read(root: str, revision: str | None = None) -> ProxyRecord | None:
         DamagedRecordError: the record is not JSON.
     """
     plain = storage.read_json(_record_uri(root, revision))
-    return ProxyRecord(**plain) if plain else None
+    if not plain:
+        return None
+    top = {ratio: TopShare(**share) for ratio, share in plain["quality"]["top"].items()}
+    return ProxyRecord(**{**plain, "quality": Quality(**{**plain["quality"], "top": top})})
 
 
 def write(root: str, record: ProxyRecord) -> None:

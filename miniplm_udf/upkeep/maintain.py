@@ -22,6 +22,7 @@ from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease, is_held
 from miniplm_udf.store import model_records, pins, tables
+from miniplm_udf.store.provenance import PackedMetadata
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.checkpoints import Checkpoint
@@ -212,7 +213,7 @@ def _pin_training_corpora(spark: "SparkSession", config: ExperimentConfig, dry_r
     """Pins the versions of corpora that the root's models were trained on, if they still exist."""
     for name in storage.list_folder(config.layout.model()):
         training = model_records.read_training(config, name)
-        lineage = (training.lineage if training else None) or {}
+        lineage: PackedMetadata = (training.lineage if training else None) or {}
         corpus, version = lineage.get("corpus"), lineage.get("refined_version")
         if corpus is None or version is None or pins.of_version(spark, config.root, corpus, version) is not None:
             continue

@@ -22,6 +22,7 @@ from deltalake import write_deltalake
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config, to_dict
 from miniplm_udf.refinement.refine import resolve_corpus
+from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.store import tables
 from tests.support import model_records
 
@@ -185,9 +186,13 @@ def build_root(spark: Any, folder: Path) -> Built:
     write(config, schemas.score_matrix(ALIASES), matrix[:300])
     for alias in ALIASES:
         warnings = ["chat-tuned <model>", "quantised: Q4_1"] if alias == "teacher" else []
-        facts = {"model_id": alias, "model_revision": REVISIONS[alias], "n_parameters": 1_234_567, "dtype": "float32",
-                 "context_tokens": 512, "warnings": warnings}  # fmt: skip
-        storage.write_json(f"{config.layout.model(alias)}.json", facts)
+        description = ModelDescription(
+            model_id=alias, model_revision=REVISIONS[alias], tokenizer_hash="t" * 32, dtype="float32",
+            context_tokens=512, window_overlap_tokens=0, context_prefix="none", document_separator="x",
+            document_separator_id=0, prefix_token_id=None, vocab_size=300, n_parameters=1_234_567, weights_hash="w",
+            path="p", warnings=warnings,
+        )  # fmt: skip
+        storage.write_json(config.layout.model_record(alias), description.to_dict())
     candidates = [row for row in matrix[:300] if row["teacher_n_tokens"] >= 32]
     ranked = sorted(candidates, key=lambda row: (-score(row), row["instance_id"]))
     kept = {

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from miniplm_udf import lease
-from miniplm_udf.errors import CorpusError
+from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease, is_held
+from tests.support.full_disk import largest_file
 
 HOLD = """
 import sys, time
@@ -146,3 +147,9 @@ def test_a_second_run_of_a_root_is_refused_by_name(tmp_path: Path, capfd: pytest
     finally:
         held.kill()
         held.wait()
+
+
+def test_a_lease_on_a_full_disk_is_one_line_and_leaves_no_file(uri: str, tmp_path: Path) -> None:
+    with largest_file(10), pytest.raises(MiniplmError, match="the lease of the training small cannot be written"):
+        Lease(uri, "small", what="training").__enter__()
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))

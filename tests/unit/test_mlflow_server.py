@@ -25,8 +25,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 
 def test_a_server_has_one_run_of_a_killed_and_resumed_training(
-    server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
     make_root(tmp_path)
     (tmp_path / "root" / "mlflow.db").unlink()
     path = write_config(tmp_path, tmp_path / "root")
@@ -54,6 +55,7 @@ def test_a_server_has_one_run_of_a_killed_and_resumed_training(
     assert run.data.tags["mlflow.parentRunId"] == runs["sweep"].info.run_id
     steps = {point.step for point in client.get_metric_history(run.info.run_id, "train_loss")}
     assert steps == {1, 2, 3, 4, 5, 6}
+    assert any(name.startswith("system/") for name in run.data.metrics)
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == training["manifest_hash"]
     folder = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))

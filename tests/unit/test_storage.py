@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from miniplm_udf import storage
 from miniplm_udf.errors import ConfigError
+from tests.support.full_disk import largest_file
 
 
 @pytest.mark.parametrize(
@@ -98,10 +101,12 @@ def test_upload_folder_replaces_the_old_one(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / name).write_text(name)
     uri = storage.to_uri(str(tmp_path / "models" / "m"))
-    storage.upload_folder(first, uri)
-    storage.upload_folder(second, uri)
+    storage.upload_folder(first, uri, last="a")
+    (tmp_path / "models" / ".m.killed_0").mkdir()
+    (tmp_path / "models" / ".m.other.killed_0").mkdir()  # of the model m.other
+    storage.upload_folder(second, uri, last="b")
     assert [p.name for p in storage.local_folder(uri).iterdir()] == ["b"]
-    assert [p.name for p in (tmp_path / "models").iterdir()] == ["m"]
+    assert {p.name for p in (tmp_path / "models").iterdir()} == {"m", ".m.other.killed_0"}
 
 
 def test_remote_folder_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,12 +114,44 @@ def test_remote_folder_is_fetched_once(tmp_path: Path, monkeypatch: pytest.Monke
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")
-    storage.upload_folder(source, "memory://bucket/model")
+    storage.upload_folder(source, "memory://bucket/model", last="config.json")
     assert storage.exists("memory://bucket/model/config.json")
     local = storage.local_folder("memory://bucket/model")
     assert (local / "config.json").read_text() == "{}"
     assert storage.local_folder("memory://bucket/model") == local
     # Another state of the same folder is another copy.
     (source / "config.json").write_text('{"retrained": true}')
-    storage.upload_folder(source, "memory://bucket/model")
+    storage.upload_folder(source, "memory://bucket/model", last="config.json")
     assert (storage.local_folder("memory://bucket/model") / "config.json").read_text() == '{"retrained": true}'
+
+
+def test_a_remote_folder_has_its_last_file_only_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.json", "training.json", "weights"):
+        (tmp_path / name).write_text("old")
+    storage.upload_folder(tmp_path, "memory://bucket/whole", last="training.json")
+    (tmp_path / "weights").write_text("new")
+    original = MemoryFileSystem.put_file
+
+    def killed_at_the_weights(self: MemoryFileSystem, local: str, remote: str, **options: Any) -> None:
+        if local.endswith("weights"):
+            raise KeyboardInterrupt
+        original(self, local, remote, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", killed_at_the_weights)
+    with pytest.raises(KeyboardInterrupt):
+        storage.upload_folder(tmp_path, "memory://bucket/whole", last="training.json")
+    assert storage.list_folder("memory://bucket/whole") == ["a.json", "weights"]
+    monkeypatch.undo()
+    storage.upload_folder(tmp_path, "memory://bucket/whole", last="training.json")
+    assert storage.list_folder("memory://bucket/whole") == ["a.json", "training.json", "weights"]
+    assert storage.read_text("memory://bucket/whole/weights") == "new"
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    storage.write_text(str(tmp_path / "run.json"), "old")
+    with largest_file(1000), pytest.raises(OSError, match="File too large"):
+        storage.write_text(str(tmp_path / "run.json"), "x" * 100_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert storage.read_text(str(tmp_path / "run.json")) == "old"

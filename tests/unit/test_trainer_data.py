@@ -284,3 +284,25 @@ def test_a_table_of_other_columns_is_refused(tmp_path: Path) -> None:
     write_deltalake(tmp_path.as_uri(), pa.table({"text": ["a"], "token_ids": [b"1"]}))
     with pytest.raises(CorpusError, match="found no target_mask: the folder holds another table; move it away"):
         open_table(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.int64()], ids=str)
+def test_columns_of_other_types_are_refused_when_the_table_is_opened(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array([[1, 2]] if pa.types.is_list(kind) else [1], type=kind)
+    write_deltalake(tmp_path.as_uri(), pa.table({"token_ids": column, "target_mask": [b"1"], "sequence_id": [0]}))
+    with pytest.raises(CorpusError, match=r"expected the type binary of the column token_ids .*, found .*int"):
+        open_table(tmp_path)
+
+
+def test_metadata_of_another_writer_counts_as_none(tmp_path: Path) -> None:
+    write_rows(tmp_path, [packed_batch(0, *sequences(2))], None)
+    log = tmp_path / "_delta_log" / f"{0:020}.json"
+    log.write_text(log.read_text().replace('"commitInfo":{', '"commitInfo":{"userMetadata":"by hand",', 1))
+    assert open_table(tmp_path).metadata is None
+
+
+def test_a_damaged_log_is_one_line_with_a_remedy(tmp_path: Path) -> None:
+    write_rows(tmp_path, [packed_batch(0, *sequences(2))], None)
+    (tmp_path / "_delta_log" / f"{0:020}.json").write_text('{"add": \n')
+    with pytest.raises(CorpusError, match=r"cannot be read: [^\n]*; restore it .* run the pack stage again$"):
+        open_table(tmp_path)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError
+from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError, ModelLoadError
 from miniplm_udf.store.model_records import read_evaluation, read_training
 from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import LENGTH, make_root, some_texts, write_config, write_instances
@@ -321,3 +321,17 @@ def test_a_training_that_cannot_be_evaluated_is_refused_before_its_first_step(ma
         train(config, student_target(config, "small"), retrain=True)
     with pytest.raises(ConfigError, match=r"train\.evaluate_every_steps: expected 0"):
         make(evaluate_every_steps=-1)
+
+
+def test_an_evaluation_that_cannot_write_the_weights_is_one_line(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(evaluate_every_steps=4)
+
+    def no_space(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.training.write_weights", no_space)
+    with pytest.raises(MiniplmError, match=r"^train\.evaluate_every_steps: .*No space left.*TMPDIR; the same command"):
+        train(config, student_target(config, "small"), retrain=True)
+    monkeypatch.undo()
+    # The checkpoint before is used.
+    assert not train(config, student_target(config, "small"), retrain=True).skipped

@@ -43,7 +43,7 @@ def test_library_parts(file: Path) -> None:
     parts_of_rooms = {".".join(part[1:3]) for part in parts if part[1] in ("packing", "workers")}
     assert parts_of_rooms <= {"packing.file_layout", "workers.read_ahead"}
     parts_of_store = {".".join(part[1:3]) for part in parts if part[1] == "store"}
-    assert parts_of_store <= {"store.delta_files", "store.delta_log", "store.model_records"}
+    assert parts_of_store <= {"store.delta_files", "store.delta_log", "store.model_records", "store.provenance"}
     assert not {"pyspark", "delta", "jobs"} & {name.split(".")[0] for name in names}
 
 

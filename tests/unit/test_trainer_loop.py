@@ -149,13 +149,20 @@ def test_without_a_known_peak_there_is_no_mfu() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_does_not_wait_for_the_device(family: str) -> None:
-    loop = make_loop(architecture=FAMILIES[family], micro_batch_sequences=2)
+def test_a_step_does_not_wait_for_the_device(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"micro_batch_sequences": 2, "log_every_steps": 100, "save_every_steps": 100}
+    loop = make_loop(architecture=FAMILIES[family], **settings)
     loop.model.config.use_cache = False  # as the trainer does; with a cache, transformers does not look for documents
     prepare_blocks(loop.module, loop.config, LENGTH, "x")  # type: ignore[arg-type]
     with NoWait():
         loop.step(0)
         loop.step(1)
+    read: list[int] = []
+    monkeypatch.setattr(loop, "_read", lambda losses, norm: read.append(len(losses)) or [0.0] * (len(losses) + 1))
+    with NoWait():
+        loop.run(0, lambda m: None, lambda m: None)
+    assert read == [1]  # at the last step, which is logged and saved
+    monkeypatch.undo()
     with pytest.raises(AssertionError, match="waits"), NoWait():
         float(loop.step(2)[1])
 
@@ -221,9 +228,19 @@ def test_the_first_bad_step_is_named_with_its_rows_though_later_steps_ran(monkey
     monkeypatch.setattr(loop.optimizer, "step", spoil)
     saved: list[StepMeasures] = []
     rows = ", ".join(str(row) for row in loop.batches.rows(2))
-    with pytest.raises(MiniplmError, match=rf"at step 3 the loss or .*packed table: {rows}$"):
+    with pytest.raises(MiniplmError, match=rf"at step 3 the loss or .*packed table .sequence_id.: {rows}$"):
         loop.run(0, saved.append, saved.append)
     assert (saved, done) == ([], 4)  # step 4 would have saved
+
+
+def test_diverged_weights_are_not_evaluated() -> None:
+    loop = make_loop(evaluate_every_steps=2, log_every_steps=2)
+    with torch.no_grad():
+        next(loop.model.parameters()).fill_(float("nan"))
+    evaluated: list[int] = []
+    with pytest.raises(MiniplmError, match="at step 1 the loss or"):
+        loop.run(0, lambda m: None, lambda m: None, on_evaluate=evaluated.append)
+    assert evaluated == []
 
 
 def test_no_target_at_all() -> None:

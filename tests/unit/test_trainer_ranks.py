@@ -250,3 +250,11 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     message = str(raised.value)
     assert message.startswith(f"MASTER_PORT: the ranks cannot meet at 127.0.0.1:{port}: the port is in use; set ")
     assert "\n" not in message
+
+
+def test_variables_of_no_launcher_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"^WORLD_SIZE is 2, but .* RANK .*start several processes with torchrun"):
+        process_group().__enter__()

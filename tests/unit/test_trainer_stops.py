@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import trainer.train
 from miniplm_udf import stopping
 from miniplm_udf.config.experiment import load_config
 from tests.support.ranks import run_processes
@@ -26,6 +29,8 @@ from tests.support.trainer_roots import (
     write_tokenizer,
 )
 from trainer.__main__ import main
+from trainer.checkpoints.checkpoint import Checkpoints, SavedState
+from trainer.records import TrainResult
 from trainer.targets import student_target
 from trainer.train import train
 
@@ -151,9 +156,63 @@ def test_a_signal_to_one_rank_starts_no_further_student(prepared: Path, tmp_path
     assert not (tmp_path / "root" / "_checkpoints" / "train" / "next").exists()
 
 
+def _train_two_students(folder: Path) -> None:
+    """Runs the command with two students; rank 0 is late after each, as it is with large models."""
+    rank = int(os.environ["RANK"])
+    train_on_time = trainer.train.train
+
+    def train_late(*arguments: Any, **options: Any) -> TrainResult:
+        result = train_on_time(*arguments, **options)
+        time.sleep(1.5 if rank == 0 else 0)
+        return result
+
+    trainer.train.train = train_late  # type: ignore[assignment]
+    code = main(["train", "-c", str(folder / "two.yaml"), *KillableTraining(folder, STEPS).overrides, "train.steps=4"])
+    (folder / f"{rank}.json").write_text(json.dumps(code))
+
+
+def test_two_ranks_train_two_students_one_after_the_other(prepared: Path, tmp_path: Path) -> None:
+    training = copied(prepared, tmp_path, STEPS)
+    config = json.loads(training.config.read_text())
+    config["students"]["next"] = config["students"]["small"]
+    (tmp_path / "two.yaml").write_text(json.dumps(config))
+    run_processes(_train_two_students, tmp_path)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [0, 0]
+    first, second = (load_file(tmp_path / "root" / "models" / name / "model.safetensors") for name in ("small", "next"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def _train_until_the_disk_is_full(folder: Path) -> None:
+    config = KillableTraining(folder, STEPS).loaded_config()
+    save = Checkpoints._write
+
+    def write(self: Checkpoints, staging: Path, state: SavedState, tensors: Any) -> None:
+        if state.steps_done == 6:
+            raise OSError(28, "No space left on device")
+        save(self, staging, state, tensors)
+
+    Checkpoints._write = write  # type: ignore[method-assign]
+    train(config, student_target(config, "small"))
+
+
+def test_a_full_disk_in_a_save_stops_both_ranks(prepared: Path, tmp_path: Path) -> None:
+    training = copied(prepared, tmp_path, STEPS)
+    run_processes(_train_until_the_disk_is_full, tmp_path)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert "step-6: cannot be written (No space left on device" in first
+    assert "step-3 is whole, and the same command resumes from it" in first
+    assert second.startswith("another rank failed, and its message says why")
+    assert training.newest_step() == 3
+    assert not training.is_saving()
+    assert [status for status, _ in training.runs()] == ["FAILED"]
+
+
 def _train_in_own_folder(folder: Path) -> None:
-    folder = folder / f"rank{os.environ['RANK']}"
-    config = load_config(folder / "experiment.yaml", [f"mlflow.tracking_uri=sqlite:///{folder}/root/mlflow.db"])
+    rank = os.environ["RANK"]
+    folder = folder / f"rank{rank}"
+    extra = (folder / "overrides.txt").read_text().split() if (folder / "overrides.txt").exists() else []
+    uri = f"mlflow.tracking_uri=sqlite:///{folder}/root/mlflow.db"
+    config = load_config(folder / "experiment.yaml", [uri, *extra])
     train(config, student_target(config, "small"))
 
 
@@ -180,6 +239,10 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged": (
         lambda root: (root / CHECKPOINTS / "step-4" / "state.pt").write_bytes(b"cut"),
         "rank 1 and rank 0 see another checkpoint ",
+    ),
+    "settings": (
+        lambda root: (root.parent / "overrides.txt").write_text("train.save_every_steps=3"),
+        "rank 1 and rank 0 see another section train of the config",
     ),
 }
 

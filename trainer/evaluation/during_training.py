@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import ConfigError
+from miniplm_udf.errors import ConfigError, MiniplmError
 from miniplm_udf.store.model_records import Evaluation
 from trainer.evaluation.losses import EvaluatedModel
 from trainer.evaluation.records import metrics
@@ -53,9 +54,20 @@ class TrainingEvaluation:
 
         Returns:
             Values by their names in MLflow.
+
+        Raises:
+            CorpusError: a file of an external set cannot be read, or no text of a set can be scored.
+            MiniplmError: the temporary folder cannot be written, because the disk is full for example.
         """
         with _kept_random_state(), tempfile.TemporaryDirectory() as folder:
-            write_model(Path(folder))
+            try:
+                write_model(Path(folder))
+            except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+                raise MiniplmError(
+                    f"train.evaluate_every_steps: the weights cannot be written to {tempfile.gettempdir()} ({reason}): "
+                    "free space there, or set TMPDIR; the same command resumes from the last checkpoint"
+                ) from error
             # torch.compile would take longer than the evaluation of a small set.
             model = EvaluatedModel(self._config, self._target, folder, self._target.sequence_length, compiled=False)
             evaluation = Evaluation(sets={texts.name: model.score(texts) for texts in self._sets})

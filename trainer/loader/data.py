@@ -10,6 +10,7 @@ JVM. Writes nothing. A retry reads the same rows, because the files of a version
 """
 
 import logging
+import typing
 
 import numpy as np
 from deltalake import DeltaTable
@@ -19,9 +20,9 @@ from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import TOKENIZER_RECORD_FILE
 from miniplm_udf.packing.file_layout import GROUP_ROWS
-from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files, delta_log
 from miniplm_udf.store.model_records import TokenizerRecord, read_tokenizer_record
+from miniplm_udf.store.provenance import PackedMetadata
 from trainer.loader.order import count_lanes
 from trainer.loader.packed_files import RowGroupReader, list_row_groups, manifest_hash
 from trainer.loader.row_cache import RowCache
@@ -66,10 +67,14 @@ def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
         raise CorpusError(f"no Delta table at {shown}: run the {made_by} stage, which writes it") from error
     except DeltaError as error:
         at = "" if version is None else f" at version {version}"
-        raise CorpusError(f"the Delta table {shown} cannot be read{at}: {error}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CorpusError(
+            f"the Delta table {shown} cannot be read{at}: {reason}; restore it from a copy, or delete its folder and "
+            f"run the {made_by} stage again"
+        ) from error
 
 
-def user_metadata(uri: str, version: int) -> Json | None:
+def user_metadata(uri: str, version: int) -> PackedMetadata | None:
     """Returns the parsed `userMetadata` of the newest commit that has it, up to a version; else None.
 
     Args:
@@ -77,7 +82,7 @@ def user_metadata(uri: str, version: int) -> Json | None:
         version: the newest commit that counts.
     """
     metadata = next((found for commit in delta_log.commits(uri, version) if (found := commit.metadata())), None)
-    return metadata if isinstance(metadata, dict) else None
+    return typing.cast(PackedMetadata, metadata) if isinstance(metadata, dict) else None
 
 
 class PackedSequences:

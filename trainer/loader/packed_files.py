@@ -72,6 +72,13 @@ def _rows_of_groups(path: str) -> list[int]:
                 f"{storage.redact(path)}: expected the columns of a packed table, found no {' and no '.join(missing)}: "
                 "the folder holds another table; move it away and run the pack stage"
             )
+        for name in COLUMNS:
+            kind = file.schema_arrow.field(name).type
+            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
+                raise CorpusError(
+                    f"{storage.redact(path)}: expected the type binary of the column {name} of a packed table, found "
+                    f"{kind}: the folder holds another table; move it away and run the pack stage"
+                )
         metadata = file.metadata
         file.close(force=True)
         return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]

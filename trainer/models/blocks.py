@@ -107,6 +107,8 @@ def _checkpoint(model: Any, where: str) -> None:
 
 def _compile(module: CausalLMWithLoss, config: TrainConfig, sequence_length: int, where: str) -> None:
     """Compiles blocks, also the teacher's, and the chunk's loss; runs a micro-batch, so that a failure shows here."""
+    # The models of one command share the code of their layers, of which torch compiles eight variants at most.
+    torch.compiler.reset()
     blocks = decoder_blocks(module.model) + (decoder_blocks(module.teacher.model) if module.teacher else [])
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)

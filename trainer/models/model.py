@@ -100,7 +100,8 @@ def model_config(
     if getattr(config, "max_position_embeddings", max_positions) < max_positions:
         raise ConfigError(
             f"{where}.max_position_embeddings: expected at least {max_positions}, the longest input (pack."
-            f"sequence_length or the model's context_tokens), found {config.max_position_embeddings}"
+            f"sequence_length or the model's context_tokens), found {config.max_position_embeddings}; raise it, remove "
+            "the key to take that length, or lower pack.sequence_length"
         )
     return config
 

@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 
 from miniplm_udf import storage
+from miniplm_udf.errors import CorpusError
 from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE, content_hash, load_tokenizer, without_additions
 
 LOGGER = logging.getLogger("miniplm.trainer.tokenizer_files")
@@ -62,12 +63,18 @@ def read_tokenizer_files(uri: str) -> TokenizerFiles:
         uri: path or URI of the folder.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
+        CorpusError: one of the two files is missing.
     """
     contents = []
     for name in (TOKENIZER_FILE, _CONFIG_FILE):
-        with fsspec.open(storage.join(uri, name), "rb") as handle:
-            contents.append(handle.read())
+        try:
+            with fsspec.open(storage.join(uri, name), "rb") as handle:
+                contents.append(handle.read())
+        except FileNotFoundError as error:
+            raise CorpusError(
+                f"{storage.redact(uri)}: expected the tokenizer of the packed data, found no {name}; restore the file, "
+                "or delete the folder and run the pack stage"
+            ) from error
     return TokenizerFiles(*contents)
 
 

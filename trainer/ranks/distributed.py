@@ -20,6 +20,7 @@ import torch.distributed as dist
 from miniplm_udf.errors import ConfigError, MiniplmError
 
 _T = TypeVar("_T")
+_joined: "World | None" = None  # in a block of `process_group` under torchrun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,18 +203,30 @@ def _join(device: torch.device) -> None:
     """
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    except dist.DistError as error:
+    except ValueError as error:  # a variable is missing or no number
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other variables of a launcher are not as expected: "
+            f"{_first_line(error)}; start several processes with torchrun, or unset WORLD_SIZE"
+        ) from error
+    except RuntimeError as error:  # gloo raises it as it is; torch's DistError is a subclass
         place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).split("\n")[0]
+        reason = "the port is in use" if "EADDRINUSE" in str(error) else _first_line(error)
         raise ConfigError(
             f"MASTER_PORT: the ranks cannot meet at {place}: {reason}; set MASTER_PORT, or torchrun's --master-port, "
             "to a free port of rank 0's machine; on one machine, torchrun --standalone finds one"
         ) from error
 
 
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 @contextmanager
 def process_group() -> Iterator[World]:
     """Yields the `World` of this process; under torchrun, joins the process group and leaves it at the end.
+
+    A block inside another one yields the same `World` and leaves the group as it is. All trainings of a command need
+    one group: ranks that join a second time can find the addresses that another rank had in the first group.
 
     Create a DistributedDataParallel model in a function that this block calls, so that it is freed before the group
     ends. If it is freed later, it stops gloo's threads while it holds the GIL that they may wait for: a deadlock.
@@ -222,6 +235,10 @@ def process_group() -> Iterator[World]:
         ConfigError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
         MiniplmError: another rank ended while this rank waited for it.
     """
+    global _joined
+    if _joined is not None:
+        yield _joined
+        return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(local_rank)
@@ -232,22 +249,18 @@ def process_group() -> Iterator[World]:
     rank = dist.get_rank()
     try:
         nodes = size // int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-        yield World(
-            rank=rank,
-            size=size,
-            local_rank=local_rank,
-            nodes=nodes,
-            device=device,
-        )
+        _joined = World(rank, size, local_rank, nodes, device)
+        yield _joined
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
         if _is_lost_connection(error):
             raise MiniplmError(
                 f"rank {rank} lost the connection to another rank, whose message says why; the same command resumes "
-                f"from the last checkpoint ({str(error).splitlines()[0]})"
+                f"from the last checkpoint ({_first_line(error)})"
             ) from error
         raise
     finally:
+        _joined = None
         dist.destroy_process_group()
 
 

@@ -88,7 +88,7 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
                 model.config.use_cache = True
             write_weights(model, weights, training.files, folder)
             storage.write_json(str(folder / TRAINING_FILE), dataclasses.asdict(record))
-            storage.upload_folder(folder, layout.model(target.name))
+            storage.upload_folder(folder, layout.model(target.name), last=TRAINING_FILE)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             raise MiniplmError(
@@ -139,7 +139,17 @@ def set_run(config: ExperimentConfig, record: TrainingRecord, run_id: str | None
 
     Returns:
         The new content.
+
+    Raises:
+        MiniplmError: the file cannot be written.
     """
     record = dataclasses.replace(record, run_id=run_id)
-    storage.write_json(config.layout.model(record.name, TRAINING_FILE), dataclasses.asdict(record))
+    uri = config.layout.model(record.name, TRAINING_FILE)
+    try:
+        storage.write_json(uri, dataclasses.asdict(record))
+    except OSError as error:
+        raise MiniplmError(
+            f"{storage.redact(uri)}: the id of the MLflow run {run_id} cannot be written ({error.strerror or error}); "
+            "the model itself is whole"
+        ) from error
     return record

@@ -16,7 +16,7 @@ import torch
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_yaml
 from miniplm_udf.revision import code_commit, code_revision
-from miniplm_udf.storage import Json
+from miniplm_udf.store.provenance import PackedMetadata
 from trainer.ranks.distributed import World
 
 COMMIT_TAG = "mlflow.source.git.commit"
@@ -79,7 +79,7 @@ def installed_packages() -> list[str]:
     return sorted(packages, key=str.lower)
 
 
-def table_tags(uri: str, version: int, digest: str, lineage: Json) -> dict[str, str]:
+def table_tags(uri: str, version: int, digest: str, lineage: PackedMetadata) -> dict[str, str]:
     """Returns the tags of the packed table that a model is trained on, and of the corpus in it.
 
     Args:

@@ -17,6 +17,7 @@ from typing import Any
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.storage import Json
+from miniplm_udf.store.provenance import PackedMetadata
 from trainer.tracking import parent_runs
 from trainer.tracking.callbacks import Callbacks
 from trainer.tracking.environment import code_tags, table_tags
@@ -174,7 +175,7 @@ class Run:
         version: int,
         name: str,
         digest: str,
-        metadata: Json | None,
+        metadata: PackedMetadata | None,
     ) -> dict[str, str]:
         """Logs the packed table of a new run as dataset input and as tags, and its lineage as artifact `lineage.json`.
 
@@ -198,7 +199,7 @@ class Run:
             dataset = MetaDataset(source=source, name=name, digest=digest)  # type: ignore[abstract,unused-ignore]
             self._mlflow.log_input(dataset, context="training")
 
-        lineage = metadata or {}
+        lineage: PackedMetadata = metadata or {}
         texts = table_tags(uri, version, digest, lineage)
         for add, what, call in (
             (self._log, "dataset", log_input),
