@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def ingest_numbers(config: ExperimentConfig, summary: "IngestSummary") -> PipelineSummary:
-    """Instances and rejects.
+    """Returns the counts of instances and rejects.
 
     Args:
         config: the experiment.
@@ -51,7 +51,7 @@ def check_heldout(config: ExperimentConfig, summary: "IngestSummary") -> None:
 
 
 def score_numbers(config: ExperimentConfig, summary: "ScoreSummary") -> PipelineSummary:
-    """Scored instances, rates and rejects.
+    """Returns the counts of scored instances and rejects, and the rates.
 
     Args:
         config: the experiment.
@@ -77,7 +77,7 @@ def with_earlier_rates(earlier: "ScoreSummary | None", summary: "ScoreSummary") 
 
 
 def score_rates(config: ExperimentConfig, summary: PipelineSummary) -> dict[str, float]:
-    """The rate of each scored model that was measured.
+    """Returns the rate of each scored model that was measured.
 
     Args:
         config: the experiment.
@@ -87,7 +87,7 @@ def score_rates(config: ExperimentConfig, summary: PipelineSummary) -> dict[str,
 
 
 def proxy_numbers(config: ExperimentConfig, summary: "ProxySummary") -> PipelineSummary:
-    """Predicted instances, and their correlation with the scores.
+    """Returns the count of predicted instances, and the correlation of predictions and scores.
 
     Args:
         config: the experiment.
@@ -97,7 +97,7 @@ def proxy_numbers(config: ExperimentConfig, summary: "ProxySummary") -> Pipeline
 
 
 def refine_numbers(config: ExperimentConfig, summary: "RefineSummary") -> PipelineSummary:
-    """Kept instances, and places and versions of the corpora.
+    """Returns the counts of kept instances, and the places and versions of the corpora.
 
     Args:
         config: the experiment; the paths are under its root, which may have been moved since the record was written.
@@ -112,7 +112,7 @@ def refine_numbers(config: ExperimentConfig, summary: "RefineSummary") -> Pipeli
 
 
 def generate_numbers(config: ExperimentConfig, summary: "GenerationSummary") -> PipelineSummary:
-    """Continued instances and rejects.
+    """Returns the counts of continued instances and rejects.
 
     Args:
         config: the experiment.
@@ -122,7 +122,7 @@ def generate_numbers(config: ExperimentConfig, summary: "GenerationSummary") -> 
 
 
 def reference_rates(config: ExperimentConfig, summary: PipelineSummary) -> dict[str, float]:
-    """The rate of the reference's training, by its alias.
+    """Returns the rate of the reference's training, by its alias.
 
     Args:
         config: the experiment.
@@ -132,7 +132,7 @@ def reference_rates(config: ExperimentConfig, summary: PipelineSummary) -> dict[
 
 
 def student_rates(config: ExperimentConfig, summary: PipelineSummary) -> dict[str, float]:
-    """The rates of the students' trainings, by name.
+    """Returns the rates of the students' trainings, by name.
 
     Args:
         config: the experiment.

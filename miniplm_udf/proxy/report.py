@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import DamagedRecordError
-from miniplm_udf.json_records import from_json
 from miniplm_udf.proxy.costs import FlopCounts, flops
 from miniplm_udf.scores.models import read_record
 from miniplm_udf.store import proxy_records, tables
@@ -60,16 +58,7 @@ def report(spark: "SparkSession", config: ExperimentConfig, record: ProxyRecord)
         spark: any session.
         config: the experiment.
         record: of the proxy.
-
-    Raises:
-        DamagedRecordError: the record has no whole quality.
     """
-    quality = from_json(Quality, record.quality)
-    if quality is None:
-        raise DamagedRecordError(
-            f"proxy {record.revision}: expected the quality on held-out rows in its record, found {record.quality}; "
-            "`miniplm proxy --refit` fits the proxy again"
-        )
     aliases = config.scored_aliases
     pool = _sums(spark, config, "proxy_scores", ["n_bytes", "estimated_tokens"])
     scored = _sums(spark, config, "score_matrix", ["n_bytes", *(f"{alias}_n_tokens" for alias in aliases)])
@@ -78,7 +67,7 @@ def report(spark: "SparkSession", config: ExperimentConfig, record: ProxyRecord)
         revision=record.revision,
         path=storage.redact(proxy_records.model_uri(config.root, record.revision)),
         fitted_on=record.fitted_on,
-        heldout=quality,
+        heldout=record.quality,
         rows=PoolRows(pool=pool["n_rows"], scored=scored["n_rows"]),
         flops=flops(models, scored["n_bytes"], pool, record.solver, record.fitted_on["n_fitted"]),
         fit_seconds=record.solver["seconds"],
