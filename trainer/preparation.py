@@ -6,6 +6,7 @@ weights, and divides the model among the ranks. No file is written before these 
 """
 
 import dataclasses
+import logging
 
 import torch
 
@@ -30,6 +31,8 @@ from trainer.ranks.parallel import divide
 from trainer.ranks.state import check_equal_weights, set_optimizer, set_weights
 from trainer.records import TrainingRecord, read_training
 from trainer.targets import Target
+
+LOGGER = logging.getLogger("miniplm.trainer.preparation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +151,13 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
     model = whole.model
     finished = world.together(lambda: read_training(config, target.name))
     checkpoints = _checkpoints(config, target, inputs, finished)
+    if world.is_first and not storage.is_local(config.root):
+        LOGGER.warning(
+            "%s: the checkpoints are in %s on this machine (MINIPLM_CACHE), because root is an object store: a "
+            "training that goes on elsewhere needs that folder",
+            target.name,
+            checkpoints.folder,
+        )
     replaced = "" if finished is None else str(finished.tracking_id)
     files = world.together(lambda: read_tokenizer_files(config.layout.model(target.tokenizer_folder)))
     evaluation = world.together(

@@ -327,7 +327,7 @@ class MlflowConfig:
 
     tracking_uri: str | None = None
     experiment: str = "miniplm"
-    wait_seconds: float = 60.0
+    wait_seconds: float = 180.0
     parent_run: str | None = None
     registered_model: str | None = None
     system_metrics: bool = True

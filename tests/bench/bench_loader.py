@@ -8,7 +8,8 @@ masks in a process of its own, all on the same core, in turns, so that other wor
 plain files are mapped into memory and read in a permutation of all rows. "From the disk": before each turn, the files
 are removed from the system's cache, as if they were much larger than the memory. "From the system's cache": a quarter
 of the rows, in each codec. Then a table with the files and row groups of the paper's 48.8 million sequences, each of 2
-tokens, is opened, and batches of its order are computed. Prints four tables and writes `build/bench/loader.json`.
+tokens, is opened, batches of its order are computed, and batches of an epoch are read. Prints four tables and writes
+`build/bench/loader.json`.
 
     M tokens/s              input tokens over the seconds of the loader's turns
     ... per processor s     input tokens over the processor seconds of all threads of the loader
@@ -54,6 +55,7 @@ from trainer.ranks.distributed import World
 LENGTH, VOCABULARY = 1024, 151_936
 ROW_BYTES = 4 * (LENGTH + 1) + LENGTH
 PAPER_FILES = 745  # of FILE_ROWS rows: 48.8 million sequences
+READ_BATCHES = 200
 TURN_STEPS = 100
 CODECS = ("ZSTD", "LZ4_RAW", "SNAPPY", "UNCOMPRESSED")  # the first one is the pack stage's
 MAPPED = "memory-mapped file"
@@ -277,7 +279,7 @@ def write_paper_table(folder: Path) -> None:
 
 
 def paper_size(folder: Path, batch: int, pipe: Connection) -> None:
-    """Opens a table with the rows of the paper's corpus and computes some batches; sends one row of the table."""
+    """Opens a table with the rows of the paper's corpus and reads some batches; sends one row of the table."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with PeakMemory() as memory:
         started = time.perf_counter()
@@ -293,11 +295,18 @@ def paper_size(folder: Path, batch: int, pipe: Connection) -> None:
         last = sequences.n_sequences // batch
         for step in range(last - 5, last + 5):
             order.batch_rows(step, batch)
+        started = time.perf_counter()
+        sequences.get(order.batch_rows(0, batch))
+        first_batch_seconds = time.perf_counter() - started
+        # Steps all over the epoch, so that every file is opened and read.
+        for step in range(0, last, last // READ_BATCHES):
+            sequences.get(order.batch_rows(step, batch))
         row = {
             "sequences": sequences.n_sequences,
             "row groups": len(sequences.group_rows),
             "files": PAPER_FILES,
             "start s": start_seconds,
+            "first batch s": first_batch_seconds,
             "MB after start": opened / 1e6,
             "peak MB": memory.growth() / 1e6,
             "order ms/batch": 1e3 * processor_seconds / len(steps),

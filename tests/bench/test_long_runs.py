@@ -16,7 +16,7 @@ import pytest
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import MlflowConfig
 from tests.support.mlflow_server import MlflowServer
-from tests.support.trainer_process import KillableTraining, check_killed_training, copied
+from tests.support.trainer_process import KillableTraining, check_killed_training, copied, until
 from tests.support.trainer_roots import make_root, write_config
 from trainer.tracking import run as tracking
 
@@ -93,6 +93,27 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowSe
     server = MlflowServer(tmp_path)
     yield server
     server.stop()
+
+
+def test_a_server_that_is_away_for_a_minute_loses_no_point_of_a_training(
+    prepared: Path, tmp_path: Path, server: MlflowServer
+) -> None:
+    server.start()
+    copied(prepared, tmp_path / "run", 400)
+    training = KillableTraining(tmp_path / "run", 400, server.uri)
+    process = training.start()
+    until(lambda: training.newest_step() > 100, process)
+    server.stop()
+    stopped = time.monotonic()
+    until(lambda: training.newest_step() == 400, process)
+    time.sleep(max(0.0, stopped + 60 - time.monotonic()))
+    server.start()
+    process.join()
+    log = training.log.read_text()
+    assert process.exitcode == 0, log
+    assert "MLflow is back after" in log
+    assert "does not have" not in log
+    assert training.runs() == [("FINISHED", training.logged_steps())]
 
 
 @pytest.mark.parametrize("away_at", ["start", "middle", "end"])

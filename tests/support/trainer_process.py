@@ -43,7 +43,7 @@ def copied(prepared: Path, folder: Path, steps: int) -> "KillableTraining":
 class KillableTraining:
     """A training of `steps` steps that begins in one process and goes on in the next."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, steps: int, tracking_uri: str | None = None) -> None:
         self.folder, self.steps, self.log = folder, steps, folder / "trainer.log"
         self.checkpoints = folder / "root" / "_checkpoints" / "train" / "small"
         self.train = {
@@ -54,7 +54,7 @@ class KillableTraining:
         }
         self.config = write_config(folder, folder / "root", **self.train)
         # MLflow sets the environment variable of the same meaning for the whole process.
-        self.overrides = [f"mlflow.tracking_uri=sqlite:///{folder}/root/mlflow.db"]
+        self.overrides = [f"mlflow.tracking_uri={tracking_uri or f'sqlite:///{folder}/root/mlflow.db'}"]
         self.arguments = ["train", "-c", str(self.config), "--student", "small", *self.overrides]
 
     def loaded_config(self) -> ExperimentConfig:
@@ -105,15 +105,25 @@ def until(condition: Callable[[], bool], process: BaseProcess) -> None:
         time.sleep(0.001)
 
 
-def kill_at_random(training: KillableTraining, draw: random.Random, in_a_save: bool) -> bool:
-    """Starts the training and kills it after at most some 30 steps; whether it died while it wrote a checkpoint."""
+def kill_at_random(training: KillableTraining, draw: random.Random, moment: str) -> bool:
+    """Starts the training and kills it after at most some 30 steps; whether it died while it wrote a checkpoint.
+
+    Args:
+        training: the training.
+        draw: makes the moment random.
+        moment: `save`, `step` or `start`, which may be before the first step; `end`: after the last checkpoint, while
+            the model is written and MLflow's run is ended.
+    """
     process, first = training.start(), training.newest_step()
-    wanted = first + draw.randint(1, 8)
-    until(lambda: training.newest_step() >= wanted, process)
-    if in_a_save:
+    wanted = training.steps if moment == "end" else first + draw.randint(1, 8)
+    if moment == "start":
+        time.sleep(draw.random() * 2)
+    else:
+        until(lambda: training.newest_step() >= wanted, process)
+    if moment == "save":
         until(training.is_saving, process)
         time.sleep(draw.random() * 0.005)
-    else:
+    elif moment == "step":
         time.sleep(draw.random() * 0.1)
     assert process.is_alive(), f"the training ended before it was killed:\n{training.log.read_text()}"
     os.kill(process.pid or 0, signal.SIGKILL)
@@ -125,8 +135,10 @@ def kill_at_random(training: KillableTraining, draw: random.Random, in_a_save: b
 def check_killed_training(whole: KillableTraining, killed: KillableTraining, kills: int) -> int:
     """Kills a training again and again, and compares it with one that nobody killed; returns the kills in a save."""
     draw = random.Random(kills)
-    in_saves = sum(kill_at_random(killed, draw, in_a_save=number % 2 == 0) for number in range(kills))
+    moments = ("save", "step", "save", "start")
+    in_saves = sum(kill_at_random(killed, draw, moments[number % 4]) for number in range(kills - 1))
     assert 0 < killed.newest_step() < killed.steps
+    kill_at_random(killed, draw, "end")
     killed.finish()
     expected = whole.weights()
     assert killed.weights().keys() == expected.keys()

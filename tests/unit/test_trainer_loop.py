@@ -149,13 +149,20 @@ def test_without_a_known_peak_there_is_no_mfu() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_does_not_wait_for_the_device(family: str) -> None:
-    loop = make_loop(architecture=FAMILIES[family], micro_batch_sequences=2)
+def test_a_step_does_not_wait_for_the_device(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"micro_batch_sequences": 2, "log_every_steps": 100, "save_every_steps": 100}
+    loop = make_loop(architecture=FAMILIES[family], **settings)
     loop.model.config.use_cache = False  # as the trainer does; with a cache, transformers does not look for documents
     prepare_blocks(loop.module, loop.config, LENGTH, "x")  # type: ignore[arg-type]
     with NoWait():
         loop.step(0)
         loop.step(1)
+    read: list[int] = []
+    monkeypatch.setattr(loop, "_read", lambda losses, norm: read.append(len(losses)) or [0.0] * (len(losses) + 1))
+    with NoWait():
+        loop.run(0, lambda m: None, lambda m: None)
+    assert read == [1]  # at the last step, which is logged and saved
+    monkeypatch.undo()
     with pytest.raises(AssertionError, match="waits"), NoWait():
         float(loop.step(2)[1])
 

@@ -236,7 +236,8 @@ def raise_no_space(source: Path, target: Path, **options: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig) -> None:
+def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.loop.peak_flops_per_second", lambda device, dtype: 1e6)
     training = student(config)
     root = Path(storage.local_path(config.root))
     assert (root / "mlflow.db").exists()
@@ -245,7 +246,7 @@ def test_mlflow_holds_parameters_curve_and_lineage(config: ExperimentConfig) -> 
     assert run.info.artifact_uri.startswith((root / "mlartifacts").as_uri())
     assert run.data.params["train.learning_rate"] == "0.01"
     assert run.data.params["architecture.hidden_size"] == "16"
-    wanted = {"train_loss", "learning_rate", "tokens", "tokens_per_second", "gradient_norm"}
+    wanted = {"train_loss", "learning_rate", "tokens", "tokens_per_second", "gradient_norm", "train/mfu"}
     assert wanted <= set(run.data.metrics)
     assert run.data.metrics["train_loss"] == pytest.approx(training["final_loss"])
     tags = run.data.tags

@@ -167,6 +167,7 @@ def _log(
 ) -> Evaluation:
     """Logs an evaluation to the model's MLflow run, and returns it with the id of this run."""
     tags = {f"{each.name}_fingerprint": each.fingerprint for each in sets}
+    tags |= {f"{each.name}_version": str(each.version) for each in sets if each.version is not None}
     if evaluation.tasks is not None:
         tags |= {"lm_eval_version": evaluation.tasks.lm_eval_version, "lm_eval_num_fewshot": "0"}
         tags |= {f"task_version/{name}": score.version for name, score in evaluation.tasks.scores.items()}
