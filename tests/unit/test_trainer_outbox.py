@@ -1,4 +1,4 @@
-"""The outbox of a run: a store that is away for a while loses nothing, and what is lost in the end is named."""
+"""The outbox of a run: a store that cannot be reached for a while loses nothing, and losses at the end are named."""
 
 import dataclasses
 import threading
