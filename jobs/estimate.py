@@ -113,7 +113,7 @@ def _cost_lines(result: Estimate) -> str:
         "GPUs of --gpus"
     )
     sizes = f"scores {_si(tables['scores'])}B, score_matrix {_si(tables['score_matrix'])}B"
-    return table(None, [("score", times), ("tables", sizes)])
+    return table(None, [("score", times), ("Delta tables", sizes)])
 
 
 def _reject_lines(result: Estimate) -> str:

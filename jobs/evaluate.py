@@ -32,7 +32,7 @@ class EvaluateSummary:
 
 
 def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> EvaluateSummary:
-    """Evaluates students.
+    """Evaluates students; returns the summary of the stage.
 
     Args:
         spark: not used.

@@ -14,7 +14,7 @@ _LOSSES = ("nats/token", "mean of instances", "official loss", "bits/byte")
 
 
 def evaluation_text(students: Mapping[str, Evaluation | None]) -> str:
-    """Formats evaluations: one table of losses, and one of tasks if there are any.
+    """Returns evaluations as text: one table of losses, and one of tasks if there are any.
 
     Args:
         students: evaluations by name of the student; None: it has none, and is left out.

@@ -34,7 +34,7 @@ class PackedSummary:
 
 
 def run(spark: "SparkSession", config: ExperimentConfig) -> PackedSummary:
-    """Packs each (corpus, tokenizer) that a student trains on, once.
+    """Packs each (corpus, tokenizer) that a student trains on, once; returns the summary of the stage.
 
     Args:
         spark: the command's session.
@@ -59,7 +59,7 @@ def _packed(spark: "SparkSession", config: ExperimentConfig, corpus: str, tokeni
 
 
 def run_reference(spark: "SparkSession", config: ExperimentConfig) -> PackedSummary:
-    """Packs the reference split for the training of the reference.
+    """Packs the reference split for the training of the reference; returns the summary.
 
     Args:
         spark: the command's session.

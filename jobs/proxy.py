@@ -39,7 +39,9 @@ class ProxySummary(ProxyReport):
 
 
 def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None = None) -> ProxySummary:
-    """Fits the proxy, unless a proxy with this config exists, and predicts the instances that have no prediction yet.
+    """Fits the proxy and predicts the instances that have no prediction; returns the summary of the stage.
+
+    A proxy with this config that exists is kept.
 
     Args:
         spark: the session.
@@ -64,7 +66,7 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options | None
 
 
 def text(result: ProxyReport) -> str:
-    """Formats the proxy's report on one line.
+    """Returns the proxy's report on one line.
 
     Args:
         result: the report.

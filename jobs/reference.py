@@ -31,7 +31,7 @@ class ReferenceSummary(PackedSummary):
 
 
 def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> ReferenceSummary:
-    """Packs the reference split and trains the reference on it.
+    """Packs the reference split and trains the reference on it; returns the summary of the stage.
 
     Args:
         spark: the session.

@@ -45,7 +45,7 @@ class FollowSummary:
 
 
 def run(spark: "SparkSession", config: ExperimentConfig) -> RefineSummary:
-    """Refines all corpora.
+    """Refines all corpora; returns the summary of the stage.
 
     Args:
         spark: the session.
@@ -62,7 +62,9 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> RefineSummary:
 
 
 def follow(spark: "SparkSession", config: ExperimentConfig, names: Sequence[str] = ()) -> FollowSummary:
-    """Follows corpora: appends newly scored rows above the cut; with processing_time, until it is asked to stop.
+    """Follows corpora: appends newly scored rows above the cut; returns the summary of the stage.
+
+    With processing_time, it runs until it is asked to stop.
 
     Args:
         names: the corpora to follow; none: all.

@@ -31,7 +31,7 @@ class ReportSummary:
 
 
 def run(spark: "SparkSession", config: ExperimentConfig) -> ReportSummary:
-    """Writes summary.json of the stages that have run so far, and the report.
+    """Writes summary.json of the stages that have run so far, and the report; returns the summary of the stage.
 
     Args:
         spark: the command's session.

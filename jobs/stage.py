@@ -53,7 +53,7 @@ class Options:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Options":
-        """Takes the options from a parsed command line; an option that the command does not have keeps its default.
+        """Returns the options of a parsed command line; an option that the command does not have keeps its default.
 
         Args:
             arguments: the parsed options.

@@ -103,7 +103,7 @@ def refine_numbers(config: ExperimentConfig, summary: "RefineSummary") -> Pipeli
         config: the experiment; the paths are under its root, which may have been moved since the record was written.
         summary: of the stage `refine`.
     """
-    paths = {name: storage.redact(config.layout.table(f"refined/{name}")) for name in summary.refined}
+    paths = {name: storage.redact(config.layout.refined(name)) for name in summary.refined}
     refined = {name: version.version for name, version in summary.refined.items()}
     return {
         "kept": summary.kept,

@@ -43,7 +43,7 @@ def cell(value: Any) -> str:
 
 
 def decimal(value: float | None) -> str | None:
-    """Formats a loss with 4 decimals; None stays None, which `table` shows as `-`.
+    """Returns a loss with 4 decimals; None stays None, which `table` shows as `-`.
 
     Args:
         value: the loss, or None.

@@ -29,7 +29,7 @@ class TrainSummary:
 
 
 def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> TrainSummary:
-    """Trains all students.
+    """Trains all students; returns the summary of the stage.
 
     Args:
         spark: not used.

@@ -54,7 +54,7 @@ def find(root: str, address: str) -> tuple[str, int]:
 
 
 def listing(root: str) -> list[ListedVersion]:
-    """Lists all versions by name and number.
+    """Returns all versions by name and number.
 
     Args:
         root: path or URI of the root.
@@ -86,7 +86,7 @@ def _made_by(inputs: RecordedInputs) -> str:
 
 
 def show(root: str, address: str) -> ShownVersion:
-    """Reads the full provenance of a version, and counts its rows by source.
+    """Returns the full provenance of a version, and its rows counted by source.
 
     Args:
         root: URI of the root.

@@ -81,7 +81,7 @@ def damaged_files(spark: "SparkSession", files: Sequence["InputFile"], columns: 
 
 
 def check_file(path: str, columns: Sequence[str] | None) -> FileCheck:
-    """Checks one file, on an executor.
+    """Returns the result of the check of one file; runs on an executor.
 
     Args:
         path: URI of the file, percent-encoded.

@@ -29,7 +29,7 @@ _ROWS_PER_BATCH = 256
 
 
 def shard_function(make: SequenceMaker) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Makes the function for `DataFrame.mapInArrow`: rows of one shard in stored order to rows of SEQUENCE_SCHEMA.
+    """Returns the function for `DataFrame.mapInArrow`: rows of one shard in stored order to rows of SEQUENCE_SCHEMA.
 
     Args:
         make: makes the sequences of the rows.

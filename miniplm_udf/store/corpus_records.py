@@ -181,7 +181,7 @@ def choose_version(rows: Sequence[TableRow], name: str, version: int | None = No
 
 
 def parsed(row: TableRow) -> CorpusRow:
-    """A row of `corpora` with its JSON parsed.
+    """Returns a row of `corpora` with its JSON parsed.
 
     Args:
         row: the row, whose `config` and `inputs` are JSON texts.

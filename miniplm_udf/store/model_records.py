@@ -187,7 +187,7 @@ class Evaluation:
 
 
 def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:
-    """Reads `training.json` of the model `name`; None if it is absent.
+    """Returns `training.json` of the model `name`; None if it is absent.
 
     Args:
         config: the experiment.
@@ -201,7 +201,7 @@ def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:
 
 
 def read_tokenizer_record(folder_uri: str) -> TokenizerRecord | None:
-    """Reads `miniplm.json` of a tokenizer folder; None if it is absent.
+    """Returns `miniplm.json` of a tokenizer folder; None if it is absent.
 
     Args:
         folder_uri: URI of the folder.
@@ -213,7 +213,7 @@ def read_tokenizer_record(folder_uri: str) -> TokenizerRecord | None:
 
 
 def read_evaluation(config: ExperimentConfig, name: str) -> Evaluation | None:
-    """Reads `evaluation.json` of the model `name`; None if it is absent.
+    """Returns `evaluation.json` of the model `name`; None if it is absent.
 
     Args:
         config: the experiment.

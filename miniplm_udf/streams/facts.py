@@ -51,7 +51,7 @@ def record(checkpoint_uri: str, facts: QueryFacts) -> None:
 
 
 def read(checkpoint_uri: str) -> QueryFacts:
-    """Reads the recorded facts of a query; facts that are not recorded are taken from the name of its checkpoint.
+    """Returns the recorded facts of a query; facts that are not recorded are taken from the name of its checkpoint.
 
     Args:
         checkpoint_uri: the checkpoint folder; the record is a file next to it.

@@ -31,7 +31,7 @@ LOGGER = logging.getLogger("miniplm.trainer.data")
 
 
 def read_tokenizer(folder_uri: str) -> TokenizerRecord:
-    """Reads `miniplm.json` of a tokenizer folder.
+    """Returns `miniplm.json` of a tokenizer folder.
 
     Args:
         folder_uri: URI of the folder.
