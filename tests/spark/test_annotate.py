@@ -183,7 +183,7 @@ def test_every_column_is_what_a_plain_computation_says(spark: Any, made: tuple[E
     assert rows["asked"]["contaminated_ngrams"] == 8
     assert {name for name, row in rows.items() if row["duplicate_of"]} == {"x", "y copied"}
     counted = ("annotated", "new_annotated", "duplicates", "contamination", "evaluation")
-    assert [summary[name] for name in counted] == [
+    assert [dataclasses.asdict(summary)[name] for name in counted] == [
         len(TEXTS), len(TEXTS), 2, 6, {"ngrams": len(evaluation), "records": 3, "short_records": 1},
     ]  # fmt: skip
     assert summary.near_duplicates == sum(row["near_duplicate_of"] is not None for row in rows.values())
