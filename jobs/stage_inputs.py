@@ -176,13 +176,16 @@ def pack_inputs(config: ExperimentConfig) -> list[Any]:
 
 
 def train_inputs(config: ExperimentConfig) -> list[Any]:
-    """The students, their teachers, the section `mlflow` and the versions of the packed tables."""
+    """The students, their teachers, the section `mlflow` and the versions of the packed tables.
+
+    How long a training waits for MLflow changes nothing that it writes.
+    """
     names = packed(config)
     students = {name: to_dict(student) for name, student in config.students.items()}
     return [
         students,
         dict(zip(names, _versions(config, names), strict=True)),
-        to_dict(config.mlflow),
+        {key: value for key, value in to_dict(config.mlflow).items() if key != "wait_seconds"},
         *_teachers(config),
     ]
 

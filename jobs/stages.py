@@ -80,6 +80,13 @@ def _report_inputs(config: ExperimentConfig) -> list[Any]:
     return [to_dict(config.report), {name: record.finished_at for name, record in records.items() if record}]
 
 
+def _report_reads(config: ExperimentConfig) -> list[str]:
+    """The tables of the page, and the outputs of the other stages of the experiment."""
+    others = [stage.outputs(config) for stage in STAGES if stage.name != "report" and stage.applies(config)]
+    places = [place for outputs in others for place in (*outputs.tables, *outputs.files)]
+    return list(dict.fromkeys(["instances", "rejects", "scores", "score_matrix", "corpora", *places]))
+
+
 class _PrintRules(argparse.Action):
     """Prints the rules and ends the command, as `--help` does."""
 
@@ -250,7 +257,7 @@ STAGES = (
         help="summary.json and report.html",
         run=_job("report"),
         inputs=_report_inputs,
-        reads=lambda config: ["instances", "rejects", "scores", "score_matrix", "corpora"],
+        reads=_report_reads,
         outputs=lambda config: Outputs(files=[str(config.report_folder() / "report.html")]),
         check=lambda config: config.report_folder(),
     ),

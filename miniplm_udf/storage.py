@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +206,14 @@ def write_json(uri: str, value: Any) -> None:
     write_text(uri, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def upload_folder(folder: Path, uri: str, last: str) -> None:
+def upload_folder(folder: Path, uri: str, last: Sequence[str]) -> None:
     """Replaces the folder at `uri` by a local one, by rename; a remote folder keeps files that the local one lacks.
 
     Args:
         folder: the local folder.
         uri: a path or URI of the folder that is replaced.
-        last: the file whose presence says that the folder is whole. A remote folder loses it first and gets it last,
-            because its files arrive one by one.
+        last: the files whose presence says that the folder is whole. A remote folder loses them first and gets them
+            last, in this order, because its files arrive one by one.
     """
     if is_local(uri):
         target = Path(local_path(uri))
@@ -232,12 +233,12 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
         filesystem, path = fsspec.core.url_to_fs(uri)
         inner = path.rstrip("/")
         filesystem.invalidate_cache(inner)
-        if filesystem.exists(f"{inner}/{last}"):
-            filesystem.rm_file(f"{inner}/{last}")
-        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
-            if file != folder / last:
-                filesystem.put_file(str(file), f"{inner}/{file.relative_to(folder).as_posix()}")
-        filesystem.put_file(str(folder / last), f"{inner}/{last}")
+        for name in reversed(last):
+            if filesystem.exists(f"{inner}/{name}"):
+                filesystem.rm_file(f"{inner}/{name}")
+        names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        for name in [*sorted(set(names) - set(last)), *last]:
+            filesystem.put_file(str(folder / name), f"{inner}/{name}")
 
 
 def list_folder(uri: str) -> list[str]:

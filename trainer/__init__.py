@@ -2,7 +2,7 @@
 
 `__main__` (the command) calls `train`, `evaluation.run` or `scaling.command`. `train` prepares a training
 (`preparation`) and runs its steps (`training`), which call `loop`.
-Input and output are in `loader` (Delta, Arrow), `checkpoints` (local disk), `records` (JSON files of a model folder),
+Input and output are in `loader` (Delta, Arrow), `checkpoints` (local disk), `records` (the result of a training),
 `results` (model folder, MLflow's registry) and `tracking` (MLflow). The numeric modules (`loop`, `schedule`, `losses`,
 `loader.order`) compute with torch and numpy only.
 

@@ -102,7 +102,11 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
     """
     uri = config.layout.table(target.packed_table)
     # Also settings that are not part of the fingerprint decide which collectives a rank takes part in, and when.
-    _check_equal(world, fingerprint(dataclasses.asdict(target.train)), "sections train of the config")
+    settings, remedy = (
+        fingerprint(dataclasses.asdict(target.train)),
+        "start all ranks with the same config and overrides",
+    )
+    _check_equal(world, settings, "sections train of the config", remedy)
 
     def open_version(version: int | None) -> TrainingInputs:
         tokenizer = read_tokenizer(config.layout.tokenizer(target.tokenizer))
@@ -121,14 +125,16 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
     return inputs
 
 
-def _check_equal(world: World, value: str, what: str) -> None:
+def _check_equal(
+    world: World, value: str, what: str, remedy: str = "root must be one folder that all machines share"
+) -> None:
     """Raises a CorpusError on every rank if a value differs between ranks."""
     values = world.from_all(value)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise CorpusError(
                 f"rank {rank} and rank 0 see different {what}: {other}, and {values[0]} on rank 0. Nothing was "
-                "written; root must be one folder that all machines share"
+                f"written; {remedy}"
             )
 
 
@@ -158,7 +164,7 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
             target.name,
             checkpoints.folder,
         )
-    replaced = "" if finished is None else str(finished.tracking_id)
+    replaced = None if finished is None else str(finished.tracking_id)
     files = world.together(lambda: read_tokenizer_files(config.layout.tokenizer(target.tokenizer)))
     evaluation = world.together(
         lambda: TrainingEvaluation(config, target) if target.train.evaluate_every_steps else None
@@ -172,7 +178,7 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
         module, optimizer, state = resume(checkpoints, step, whole, target.train, world)
     loop = Loop(module, optimizer, inputs.sequences, target.train, inputs.tokenizer.document_separator_id, world)
     if begins_again and world.is_first:
-        checkpoints.replace(replaced)
+        checkpoints.replace(replaced or "")
     return Training(config, target, inputs, world, model, optimizer, loop, checkpoints, state, files, evaluation)
 
 

@@ -118,6 +118,8 @@ def _finished(config: ExperimentConfig, target: Target, inputs: TrainingInputs) 
     training = read_training(config, target.name)
     if training is None or training.fingerprint != inputs.fingerprint:
         return None
+    if not storage.exists(config.layout.model(target.name, "config.json")):  # its upload was stopped
+        return None
     LOGGER.info("%s is already trained on this data with this config: skipped", target.name)
     return TrainResult(target.name, training, skipped=True)
 

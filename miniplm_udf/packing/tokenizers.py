@@ -177,7 +177,7 @@ def _save(uri: str, tokenizer: PackTokenizer, identity: str) -> None:
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.content)
         storage.write_json(str(folder / "tokenizer_config.json"), for_transformers)
         storage.write_json(str(folder / TOKENIZER_RECORD_FILE), dataclasses.asdict(record))
-        storage.upload_folder(folder, uri, last=TOKENIZER_RECORD_FILE)
+        storage.upload_folder(folder, uri, last=[TOKENIZER_RECORD_FILE])
 
 
 # --- on an executor ---

@@ -22,6 +22,7 @@ from miniplm_udf.scores.models import describe_models, read_record
 from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.scores.summary import ScoreSummary
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.scoring.results import Score
 from miniplm_udf.store import batch_range, delta_log, tables
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.messages import SCORED_DDL
@@ -30,7 +31,6 @@ from miniplm_udf.workers.score_counts import ScoreCounts
 from tests.support.score_tables import (
     FakeFactory,
     FakeScorer,
-    Result,
     experiment,
     fake_n_tokens,
     fake_nll,
@@ -345,7 +345,7 @@ class BareScorer:
         return [str(text).encode() for text in texts]
 
     def score_tokenized(self, tokenized: Sequence[Any], ends_document: Sequence[bool]) -> list[Any]:
-        return [Result(float(sum(raw)), len(raw), len(raw)) for raw in tokenized]
+        return [Score(float(sum(raw)), len(raw), len(raw)) for raw in tokenized]
 
     def score(self, texts: Any, segment_ends: Any, ends_document: Any) -> list[Any]:
         return self.score_tokenized(self.tokenize(texts, segment_ends), ends_document)

@@ -101,10 +101,10 @@ def test_upload_folder_replaces_the_old_one(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / name).write_text(name)
     uri = storage.to_uri(str(tmp_path / "models" / "m"))
-    storage.upload_folder(first, uri, last="a")
+    storage.upload_folder(first, uri, last=["a"])
     (tmp_path / "models" / ".m.killed_0").mkdir()
     (tmp_path / "models" / ".m.other.killed_0").mkdir()  # of the model m.other
-    storage.upload_folder(second, uri, last="b")
+    storage.upload_folder(second, uri, last=["b"])
     assert [p.name for p in storage.local_folder(uri).iterdir()] == ["b"]
     assert {p.name for p in (tmp_path / "models").iterdir()} == {"m", ".m.other.killed_0"}
 
@@ -114,14 +114,14 @@ def test_remote_folder_is_fetched_once(tmp_path: Path, monkeypatch: pytest.Monke
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")
-    storage.upload_folder(source, "memory://bucket/model", last="config.json")
+    storage.upload_folder(source, "memory://bucket/model", last=["config.json"])
     assert storage.exists("memory://bucket/model/config.json")
     local = storage.local_folder("memory://bucket/model")
     assert (local / "config.json").read_text() == "{}"
     assert storage.local_folder("memory://bucket/model") == local
     # Another state of the same folder is another copy.
     (source / "config.json").write_text('{"retrained": true}')
-    storage.upload_folder(source, "memory://bucket/model", last="config.json")
+    storage.upload_folder(source, "memory://bucket/model", last=["config.json"])
     assert (storage.local_folder("memory://bucket/model") / "config.json").read_text() == '{"retrained": true}'
 
 
@@ -130,7 +130,7 @@ def test_a_remote_folder_has_its_last_file_only_when_it_is_whole(
 ) -> None:
     for name in ("a.json", "training.json", "weights"):
         (tmp_path / name).write_text("old")
-    storage.upload_folder(tmp_path, "memory://bucket/whole", last="training.json")
+    storage.upload_folder(tmp_path, "memory://bucket/whole", last=["training.json"])
     (tmp_path / "weights").write_text("new")
     original = MemoryFileSystem.put_file
 
@@ -141,10 +141,10 @@ def test_a_remote_folder_has_its_last_file_only_when_it_is_whole(
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", killed_at_the_weights)
     with pytest.raises(KeyboardInterrupt):
-        storage.upload_folder(tmp_path, "memory://bucket/whole", last="training.json")
+        storage.upload_folder(tmp_path, "memory://bucket/whole", last=["training.json"])
     assert storage.list_folder("memory://bucket/whole") == ["a.json", "weights"]
     monkeypatch.undo()
-    storage.upload_folder(tmp_path, "memory://bucket/whole", last="training.json")
+    storage.upload_folder(tmp_path, "memory://bucket/whole", last=["training.json"])
     assert storage.list_folder("memory://bucket/whole") == ["a.json", "training.json", "weights"]
     assert storage.read_text("memory://bucket/whole/weights") == "new"
 

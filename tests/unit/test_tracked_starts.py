@@ -10,6 +10,7 @@ import pytest
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config, to_yaml
+from miniplm_udf.errors import MiniplmError
 from miniplm_udf.revision import code_commit, code_revision
 from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config
@@ -118,6 +119,26 @@ def test_training_again_that_was_killed_goes_on(config: ExperimentConfig, tmp_pa
     assert not any(name.startswith("resumed_after") for name in artifacts(client, third["run_id"]))
     assert len({first["run_id"], second["run_id"], third["run_id"]}) == 3
     assert first["final_loss"] == second["final_loss"] == third["final_loss"]
+
+
+def test_training_again_that_lost_its_last_upload_goes_on(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train_small(config)
+    record = Path(storage.local_path(config.layout.model("small", "training.json")))
+
+    def upload_half(*arguments: Any, **options: Any) -> None:
+        record.unlink()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.results.model_folder.storage.upload_folder", upload_half)
+        with pytest.raises(MiniplmError, match="step 6 is saved, and the same command writes the model from it"):
+            train_small(config, retrain=True)
+    second = train_small(config, retrain=True)
+    client = connect(config).MlflowClient()
+    assert any(name.startswith("resumed_after_step_6/") for name in artifacts(client, second["run_id"]))
+    assert second["final_loss"] == first["final_loss"]
 
 
 def test_a_run_of_another_experiment_is_not_continued(

@@ -109,13 +109,15 @@ class Checkpoints:
         self._write_run({**self._run(), "tracking_id": new})
         return new
 
-    def is_replacing(self, model_id: str) -> bool:
+    def is_replacing(self, model_id: str | None) -> bool:
         """Whether this training was started by `replace`, for this model.
 
         Args:
-            model_id: identifies the finished model that is there now.
+            model_id: identifies the finished model that is there now; None: there is none, because the replacement was
+                stopped while it was written.
         """
-        return self._run().get("replaces") == model_id
+        replaced = self._run().get("replaces")
+        return replaced is not None and model_id in (None, replaced)
 
     def replace(self, model_id: str) -> None:
         """Removes all checkpoints, and records that the training begins again to replace a finished model.

@@ -88,7 +88,8 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
                 model.config.use_cache = True
             write_weights(model, weights, training.files, folder)
             storage.write_json(str(folder / TRAINING_FILE), dataclasses.asdict(record))
-            storage.upload_folder(folder, layout.model(target.name), last=TRAINING_FILE)
+            # A reference counts as trained if it has a config.json, a student if it has both.
+            storage.upload_folder(folder, layout.model(target.name), last=[TRAINING_FILE, "config.json"])
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             raise MiniplmError(
