@@ -102,11 +102,8 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
     """
     uri = config.layout.table(target.packed_table)
     # Also settings that are not part of the fingerprint decide which collectives a rank takes part in, and when.
-    settings, remedy = (
-        fingerprint(dataclasses.asdict(target.train)),
-        "start all ranks with the same config and overrides",
-    )
-    _check_equal(world, settings, "sections train of the config", remedy)
+    settings = fingerprint(dataclasses.asdict(target.train))
+    _check_equal(world, settings, "sections train of the config", "start all ranks with the same config and overrides")
 
     def open_version(version: int | None) -> TrainingInputs:
         tokenizer = read_tokenizer(config.layout.tokenizer(target.tokenizer))
