@@ -64,7 +64,7 @@ def test_it_goes_from_every_table_and_from_the_disk(spark: Any, world: TakedownR
     by_table |= {"scores": 2 * len(gone), "packed/kept/bpe": found.removed["packed/kept/bpe"]}
     assert found.removed == by_table
     assert found.students == ["student"]
-    assert "not changed: student" in corpus_text.taken_down(found)
+    assert "(not changed): student" in corpus_text.taken_down(found)
 
     for name in ("instances", "scores", "score_matrix", "refined/kept", "pinned/kept/1"):
         left = world.on_disk(name)
