@@ -159,7 +159,7 @@ def test_an_export_of_a_pinned_version_is_without_what_was_taken_down(
     assert first.path == f"{copy.config.root}/exports/kept-{made.version}.parquet"
     found = takedown.take_down(spark, copy.config, ["text 3"], ASKED)
     assert found.exports == [f"kept-{made.version}.parquet"]
-    assert f"not changed: kept-{made.version}.parquet" in corpus_text.taken_down(found)
+    assert f"(not changed): kept-{made.version}.parquet" in corpus_text.taken_down(found)
     with pytest.raises(ConfigError, match=rf"an export of kept@{made.version}; choose another folder, or --overwrite"):
         export(spark, copy.config, "kept@all", ExportRequest(to="parquet"))
     again = export(spark, copy.config, "kept@all", ExportRequest(to="parquet", overwrite=True))
