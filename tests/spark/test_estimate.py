@@ -151,7 +151,7 @@ def test_what_would_be_rejected_is_exit_code_3(
     assert job.main(["-c", "x.yaml"]) == 3
     shown = capsys.readouterr().out
     assert "invalid_json 30)  more than max_reject_share (5.00%)" in shown
-    assert "prefix      teacher: no BOS (its tokenizer adds none)" in shown
+    assert "prefix  teacher: no BOS (its tokenizer adds none)" in shown
     assert job.main(["-c", "x.yaml", "--json"]) == 3
     found = json.loads(capsys.readouterr().out)
     assert found["rejects"]["ingest"]["share"] == 30 / 150
