@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from jobs import java
 from miniplm_udf import stopping, storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import ConfigError
 from miniplm_udf.upkeep import preflight
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ DELTA_JARS = (
 )
 
 
-def _delta_jars() -> dict[str, str]:
-    """Delta's jars: from this node's cache if all are there (no network, no resolving), else by coordinates."""
+def delta_jars() -> dict[str, str]:
+    """The properties with Delta's jars: this node's cache if all are there (no network), else Maven coordinates."""
     ivy = storage.cache_folder() / "ivy"
     cached = [ivy / "jars" / name for name in DELTA_JARS]
     if all(path.exists() for path in cached):
@@ -107,6 +108,9 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
 
     Returns:
         The session.
+
+    Raises:
+        ConfigError: spark-submit has started the driver without Delta's jars.
     """
     from pyspark import SparkConf
     from pyspark.logger import PySparkLogger
@@ -121,7 +125,7 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     cores = _cores()
     submitted = SparkConf()
     builder = SparkSession.builder.appName(name)
-    jars = {} if submitted.contains("spark.jars.packages") or submitted.contains("spark.jars") else _delta_jars()
+    jars = {} if submitted.contains("spark.jars.packages") or submitted.contains("spark.jars") else delta_jars()
     for key, value in {**jars, **_defaults(cores), **config.spark.conf}.items():
         if not submitted.contains(key):
             builder = builder.config(key, value)
@@ -132,11 +136,24 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         builder = builder.master(master)
     before = signal.getsignal(signal.SIGINT)
     session = builder.getOrCreate()
+    _require_delta(session)
     java.leave_signals_to_python(session)
     if stopping.is_taken(before):
         signal.signal(signal.SIGINT, before)  # a new context replaces the handler of SIGINT
     session.sparkContext.setLogLevel(os.environ.get("MINIPLM_SPARK_LOG_LEVEL", "ERROR"))
     return session
+
+
+def _require_delta(session: "SparkSession") -> None:
+    """Raises a ConfigError if spark-submit has started the driver without Delta's jars, which it alone can add."""
+    from py4j.java_gateway import JavaPackage
+
+    if isinstance(session._jvm.io.delta.tables.DeltaTable, JavaPackage):
+        session.stop()
+        raise ConfigError(
+            f"spark.jars.packages: expected Delta's jars on the driver, found none; submit with --packages "
+            f"{DELTA_PACKAGE}, or with a --properties-file of conf/spark/, which names them"
+        )
 
 
 @contextlib.contextmanager

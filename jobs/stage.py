@@ -36,7 +36,7 @@ class Options:
         refit: fit the proxy again, although it exists.
         follow: keep refined corpora growing with the matrix.
         corpora: names of the corpora to follow; empty: all.
-        students: names of the students to evaluate; empty: all, and the reference.
+        students: names of the students to train or evaluate; empty: all (and the reference, to evaluate).
     """
 
     config_path: str = ""

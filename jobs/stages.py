@@ -97,6 +97,13 @@ class _PrintRules(argparse.Action):
         parser.exit()
 
 
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--student", action="append", default=[], dest="students", metavar="NAME",
+        help="train only this student; may be repeated; default: all students",
+    )  # fmt: skip
+
+
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student", action="append", default=[], dest="students", metavar="NAME",
@@ -234,7 +241,9 @@ STAGES = (
         applies=lambda config: bool(config.students),
         needs="at least one student under `students`",
         rates=stage_results.student_rates,
+        is_partial=lambda options: bool(options.students),
         check=lambda config: config.mlflow_uri(),
+        add_arguments=_add_train_arguments,
     ),
     Stage(
         name="evaluate",

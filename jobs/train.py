@@ -3,7 +3,7 @@
 Reads `packed/<corpus>/<tokenizer>`; writes `<root>/models/<student>` and MLflow runs. A finished student is left as it
 is; after a kill, the same command continues from the last checkpoint.
 
-    miniplm train -c conf/demo.yaml [key=value ...]
+    miniplm train -c conf/demo.yaml [--student NAME ...] [key=value ...]
     spark-submit --properties-file conf/spark/local.conf jobs/train.py -c conf/demo.yaml
 """
 
@@ -29,18 +29,19 @@ class TrainSummary:
 
 
 def run(spark: "SparkSession | None", config: ExperimentConfig, options: Options) -> TrainSummary:
-    """Trains all students; returns the summary of the stage.
+    """Trains the students; returns the summary of the stage.
 
     Args:
         spark: not used.
         config: the experiment.
-        options: the command line, for the trainer's process.
+        options: the students to train (none: all), and the command line for the trainer's process.
 
     Raises:
         ConfigError, MiniplmError: the trainer refused the config, or failed.
     """
-    run_trainer("train", options.config_path, options.overrides)
-    return TrainSummary(students={name: config.layout.model(name) for name in config.students})
+    chosen = [word for name in options.students for word in ("--student", name)]
+    run_trainer("train", options.config_path, options.overrides, *chosen)
+    return TrainSummary(students={name: config.layout.model(name) for name in options.students or config.students})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,15 +34,17 @@ def configure_logging(level: str | None = None) -> None:
 class Progress:
     """Counts units of work: a tqdm bar where stderr is a terminal, else a log line every `every_seconds`."""
 
-    def __init__(self, label: str, total: float | None = None, unit: str = "it", every_seconds: float = 10.0):
+    def __init__(
+        self, label: str, total: float | None = None, unit: str = "it", every_seconds: float = 10.0, done: float = 0.0
+    ):
         self.label, self.total, self.unit, self.every_seconds = label, total, unit, every_seconds
-        self.done = 0.0
+        self.done = self._done_before = done
         self._start = self._last = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False)
+            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False, initial=done)
 
     def update(self, n: float = 1, **facts: object) -> None:
         """Adds finished units, and shows the progress.
@@ -61,7 +63,7 @@ class Progress:
 
     def _line(self, facts: dict[str, object]) -> str:
         total = f" of {self.total:,.0f}" if self.total else ""
-        rate = self.done / max(time.monotonic() - self._start, 1e-9)
+        rate = (self.done - self._done_before) / max(time.monotonic() - self._start, 1e-9)
         tail = "".join(f", {key} {value}" for key, value in facts.items())
         return f"{self.label}: {self.done:,.0f}{total} {self.unit}, {rate:,.1f} {self.unit}/s{tail}"
 
@@ -73,15 +75,16 @@ class Progress:
 
 
 @contextmanager
-def progress(label: str, total: float | None = None, unit: str = "it") -> Iterator[Progress]:
+def progress(label: str, total: float | None = None, unit: str = "it", done: float = 0.0) -> Iterator[Progress]:
     """Makes a `Progress` that closes itself, also when the work raises.
 
     Args:
         label: what is counted, for the line.
         total: units of the whole work; None if it is not known.
         unit: name of the unit.
+        done: units that an earlier process has finished.
     """
-    bar = Progress(label, total, unit)
+    bar = Progress(label, total, unit, done=done)
     try:
         yield bar
     finally:

@@ -22,8 +22,9 @@ from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.layout import TOKENIZER_RECORD_FILE
 from miniplm_udf.lease import Lease
 from miniplm_udf.storage import Json
+from miniplm_udf.store import delta_log
 from miniplm_udf.store.model_records import read_training
-from trainer.loader.data import read_tokenizer
+from trainer.loader.data import PackedSequences, read_tokenizer
 from trainer.models.flops import equal_compute_steps
 from trainer.models.model import build_model, model_config, n_parameters
 from trainer.models.teacher_loading import teacher_record
@@ -116,7 +117,17 @@ def _frozen(config: ExperimentConfig, target: Target) -> TrainResult | None:
 def _finished(config: ExperimentConfig, target: Target, inputs: TrainingInputs) -> TrainResult | None:
     """The result for a model that is trained with this config on this data, or None."""
     training = read_training(config, target.name)
-    if training is None or training.fingerprint != inputs.fingerprint:
+    if training is None:
+        return None
+    if training.fingerprint != inputs.fingerprint:
+        is_config = training.config_fingerprint != target.config_fingerprint()
+        LOGGER.warning(
+            "%s is trained with other %s (%d steps): it is trained again, and the new model replaces %s at the end",
+            target.name,
+            "settings" if is_config else "data, or another tokenizer or teacher",
+            training.steps,
+            storage.redact(config.layout.model(target.name)),
+        )
         return None
     if not storage.exists(config.layout.model(target.name, "config.json")):  # its upload was stopped
         return None
@@ -235,6 +246,10 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
     with torch.device("meta"):
         facts["n_parameters"] = n_parameters(build_model(architecture, where=target.where, seed=0))
     facts |= _distillation(config, target, facts["n_parameters"])
+    uri = config.layout.table(target.packed_table)
+    if delta_log.has_commits(uri):
+        in_table = PackedSequences(uri, None, target.sequence_length, tokenizer).n_sequences
+        facts |= {"sequences_in_table": in_table, "epochs": round(sequences / in_table, 2)}
     return {**facts, "status": _status(config, target)}
 
 

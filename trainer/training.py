@@ -43,8 +43,9 @@ def run_steps(training: Training, run: Run | None, lease: Lease | None) -> tuple
     agreement = Agreement(training.world)
     if agreement.now(_request()) is not Request.CONTINUE:
         return training.state, True
-    name, total = training.target.name, training.target.train.steps - training.state.steps_done
-    shown = progress(f"train {name}", total=total, unit="step") if training.world.is_first else contextlib.nullcontext()
+    name, total, done = training.target.name, training.target.train.steps, training.state.steps_done
+    is_first = training.world.is_first
+    shown = progress(f"train {name}", total, "step", done) if is_first else contextlib.nullcontext()
     with CheckpointWriter(training.checkpoints, *(() if run is None else (run.tag_checkpoint,))) as writer:
         with shown as bar:
             steps = _Steps(training, run, lease, agreement, writer, bar)
@@ -95,7 +96,7 @@ class _Steps:
             return
         self._run.log_metrics(_metrics(measures), step=measures.steps_done)
         self._bar.update(
-            measures.steps_done - self._training.state.steps_done - self._bar.done,
+            measures.steps_done - self._bar.done,
             loss=f"{measures.loss:.4f}",
             tokens_per_second=f"{measures.tokens_per_second:,.0f}",
         )

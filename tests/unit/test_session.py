@@ -1,10 +1,13 @@
 """The session's settings: what conf/spark says and what the jobs set themselves must be one."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from py4j.java_gateway import JavaPackage
 
 from jobs import session
+from miniplm_udf.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "spark"
 
@@ -23,13 +26,23 @@ def test_the_property_files_name_deltas_jars_as_the_session_does() -> None:
 
 def test_cached_jars_are_used_without_resolving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path))
-    assert session._delta_jars()["spark.jars.packages"] == session.DELTA_PACKAGE
+    assert session.delta_jars()["spark.jars.packages"] == session.DELTA_PACKAGE
     jars = tmp_path / "ivy" / "jars"
     jars.mkdir(parents=True)
     for name in session.DELTA_JARS[:-1]:
         (jars / name).touch()
-    assert "spark.jars" not in session._delta_jars(), "a cache that lacks a jar is no cache"
+    assert "spark.jars" not in session.delta_jars(), "a cache that lacks a jar is no cache"
     (jars / session.DELTA_JARS[-1]).touch()
-    found = session._delta_jars()
+    found = session.delta_jars()
     assert found["spark.jars"].count(str(jars)) == len(session.DELTA_JARS)
     assert "spark.jars.packages" not in found
+
+
+def test_a_driver_without_deltas_jars_is_refused() -> None:
+    stopped: list[bool] = []
+    package = JavaPackage("io.delta.tables.DeltaTable", None)
+    delta = SimpleNamespace(delta=SimpleNamespace(tables=SimpleNamespace(DeltaTable=package)))
+    without = SimpleNamespace(_jvm=SimpleNamespace(io=delta), stop=lambda: stopped.append(True))
+    with pytest.raises(ConfigError, match=r"^spark\.jars\.packages: expected Delta's jars .* --properties-file"):
+        session._require_delta(without)  # type: ignore[arg-type]
+    assert stopped == [True]

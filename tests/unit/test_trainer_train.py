@@ -85,7 +85,9 @@ def test_a_model_folder_is_whole(config: ExperimentConfig) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: ExperimentConfig, tmp_path: Path) -> None:
+def test_a_finished_model_is_left_and_another_config_or_table_is_not(
+    config: ExperimentConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = student(config)
     before = (folder(config, "small") / "model.safetensors").stat().st_mtime_ns
     assert student(config) == {**first, "skipped": True}
@@ -93,12 +95,15 @@ def test_a_finished_model_is_left_and_another_config_or_table_is_not(config: Exp
     assert student(watched)["skipped"]
     assert (folder(config, "small") / "model.safetensors").stat().st_mtime_ns == before
     other = load_config(write_config(tmp_path, tmp_path / "root", seed=1))
+    assert "trained again" not in caplog.text
     assert not student(other)["skipped"]
+    assert "small is trained with other settings (6 steps): it is trained again, and the new model" in caplog.text
     table = Path(storage.local_path(config.layout.table("packed/kept/bpe")))
     tokenizer = write_tokenizer(tmp_path / "same")
     write_packed(table, *pack(tokenizer, some_texts(15)), packed_metadata(folder(config, "tokenizer_bpe")))
     again = student(other)
     assert (again["skipped"], again["packed_version"]) == (False, 1)
+    assert "small is trained with other data, or another tokenizer or teacher (6 steps)" in caplog.text
     assert student(other, retrain=True)["skipped"] is False
 
 
@@ -279,6 +284,7 @@ def test_the_command(config: ExperimentConfig, tmp_path: Path, capsys: pytest.Ca
     assert main(["train", "train.steps=2", "-c", conf, "--student", "small", "train.warmup_steps=0", "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)["small"]
     assert (plan["status"], plan["tokens"], plan["n_parameters"] > 0) == ("to train", 2 * 4 * 16, True)
+    assert plan["epochs"] == round(2 * 4 / plan["sequences_in_table"], 2)
     assert not folder(config, "small").exists()
     assert main(["train", "-c", conf, "--student", "small", "train.steps=2", "train.warmup_steps=0"]) == 0
     assert json.loads(capsys.readouterr().out)["small"]["steps"] == 2

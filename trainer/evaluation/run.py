@@ -120,6 +120,13 @@ def _evaluate_model(
     tasks: Tasks | None,
 ) -> EvaluateResult:
     """Evaluates one model on the parts that its `evaluation.json` lacks, and writes the file after each part."""
+    if training.config_fingerprint != target.config_fingerprint():
+        LOGGER.warning(
+            "%s is trained with other settings than the config's (%d steps): these numbers are of that model; train it "
+            "again for numbers of this config",
+            target.name,
+            training.steps,
+        )
     model = EvaluatedModel(config, target, config.layout.model(target.name), training.sequence_length)
     previous = read_evaluation(config, target.name) or Evaluation(sets={})
     done = _unchanged(previous, model, sets, tasks)
