@@ -68,6 +68,7 @@ def linked_or_copied(source: str, target: str) -> None:
 
 
 def test_workers_without_the_clone_score(tmp_path: Path, wheel: Path, worker_python: Path) -> None:
+    package = shutil.copy(wheel, tmp_path / "miniplm.zip")  # Spark puts no .whl on the path of its Python workers
     spark_home = tmp_path / "spark"
     shutil.copytree(Path(pyspark.__file__).parent, spark_home, copy_function=linked_or_copied)
     with StandaloneCluster(tmp_path / "cluster", workers=2, gpus=1, spark_home=spark_home) as cluster:
@@ -77,14 +78,14 @@ def test_workers_without_the_clone_score(tmp_path: Path, wheel: Path, worker_pyt
         conf.write_text("".join(f"{key} {value}\n" for key, value in properties.items()))
         run(
             Path(pyspark.__file__).parent / "bin/spark-submit", "--master", cluster.url, "--properties-file", conf,
-            "--py-files", f"{wheel},{HELPERS / 'packaged_fake.py'}", HELPERS / "packaged_job.py",
+            "--py-files", f"{package},{HELPERS / 'packaged_fake.py'}", HELPERS / "packaged_job.py",
             tmp_path / "root", tmp_path / "answer.json",
             cwd=tmp_path, preexec_fn=die_with_parent,
             env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "SPARK_LOCAL_IP": "127.0.0.1"},
         )  # fmt: skip
     answer = json.loads((tmp_path / "answer.json").read_text())
     for worker in answer["workers"]:
-        assert wheel.name in worker["package"]
+        assert package.name in worker["package"]
         assert Path(worker["python"]).parent == worker_python.parent
         seen = [*worker["path"], *worker["environment"]]
         assert not [one for one in seen if str(REPOSITORY) in one or sys.prefix in one]
