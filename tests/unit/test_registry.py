@@ -156,6 +156,7 @@ def test_an_error_of_ours_is_not_taken_for_mlflows(path: Path, monkeypatch: pyte
         registry.register(load_config(path, [REGISTERED]), ["small"])
 
 
+@pytest.mark.slow
 def test_nothing_is_registered_unless_it_is_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_register", None)
     config = load_config(path)

@@ -193,6 +193,7 @@ def test_a_model_is_trained_by_one_process_at_a_time(config: ExperimentConfig, m
     assert lease.read(uri) is None
 
 
+@pytest.mark.slow
 def test_a_training_whose_lease_was_taken_saves_nothing_more(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
