@@ -8,6 +8,7 @@ Driver only; nothing heavy is imported before a stage runs or its record is read
 
 import argparse
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jobs import stage_inputs, stage_results
@@ -97,18 +98,13 @@ class _PrintRules(argparse.Action):
         parser.exit()
 
 
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--student", action="append", default=[], dest="students", metavar="NAME",
-        help="train only this student; may be repeated; default: all students",
-    )  # fmt: skip
+def _adds_student_argument(what: str) -> Callable[[argparse.ArgumentParser], None]:
+    """The function that adds `--student`, with `what` as its help."""
 
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--student", action="append", default=[], dest="students", metavar="NAME", help=what)
 
-def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--student", action="append", default=[], dest="students", metavar="NAME",
-        help="evaluate only this student; may be repeated; default: all students, and the reference",
-    )  # fmt: skip
+    return add
 
 
 def _add_refine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +239,9 @@ STAGES = (
         rates=stage_results.student_rates,
         is_partial=lambda options: bool(options.students),
         check=lambda config: config.mlflow_uri(),
-        add_arguments=_add_train_arguments,
+        add_arguments=_adds_student_argument(
+            "train only this student; may be repeated; default: all students"
+        ),
     ),
     Stage(
         name="evaluate",
@@ -259,7 +257,9 @@ STAGES = (
         needs_spark=False,
         last_line=lambda summary: evaluation_text(summary.students),
         check=lambda config: config.mlflow_uri(),
-        add_arguments=_add_evaluate_arguments,
+        add_arguments=_adds_student_argument(
+            "evaluate only this student; may be repeated; default: all students, and the reference"
+        ),
     ),
     Stage(
         name="report",

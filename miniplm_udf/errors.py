@@ -42,6 +42,24 @@ class DamagedRecordError(CorpusError, ValueError):
     """A small file of a root cannot be parsed: restore it from a copy, or remove it."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class if the message is empty.
+
+    Args:
+        error: the error.
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def reason(error: BaseException) -> str:
+    """Returns the system's reason of an OSError ("No space left on device"), and the first line of any other error.
+
+    Args:
+        error: the error.
+    """
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def mlflow_errors() -> tuple[type[Exception], ...]:
     """The errors that MLflow raises: its own, and errors of its HTTP client, its database and its artifact folder."""
     import requests

@@ -23,7 +23,7 @@ from types import TracebackType
 import fsspec
 
 from miniplm_udf import storage
-from miniplm_udf.errors import CorpusError, MiniplmError
+from miniplm_udf.errors import CorpusError, MiniplmError, reason
 
 LOGGER = logging.getLogger("miniplm.lease")
 
@@ -88,7 +88,7 @@ class Lease:
         except OSError as error:
             raise MiniplmError(
                 f"{storage.redact(self._uri)}: the lease of the {self._what} {self._name} cannot be written "
-                f"({error.strerror or error}); free space there, or allow writing, and run it again"
+                f"({reason(error)}); free space there, or allow writing, and run it again"
             ) from error
         self._thread.start()
         return self

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from miniplm_udf import stopping
 from miniplm_udf.errors import MiniplmError
@@ -16,7 +15,6 @@ from miniplm_udf.lease import Lease
 from miniplm_udf.progress import Progress, progress
 from trainer.checkpoints.checkpoint import Checkpoints, SavedState
 from trainer.checkpoints.checkpoint_writer import CheckpointWriter
-from trainer.evaluation.during_training import TrainingEvaluation
 from trainer.loop import StepMeasures
 from trainer.preparation import Training
 from trainer.ranks.distributed import Agreement, Request
@@ -116,16 +114,12 @@ class _Steps:
     def on_evaluate(self, steps_done: int) -> None:
         """Evaluates the weights on rank 0. Evaluation time does not count as training time."""
         paused = time.perf_counter()
-        training = self._training
+        training, run, evaluation = self._training, self._run, self._training.evaluation
         weights = gather_weights(training.model)
-        if self._run is not None and weights is not None and training.evaluation is not None:
+        if run is not None and weights is not None and evaluation is not None:
             write = functools.partial(write_weights, training.model, weights, training.files)
-            self._attempt(functools.partial(self._evaluate, training.evaluation, write, self._run, steps_done))
+            self._attempt(lambda: run.log_metrics(evaluation.measure(write), step=steps_done))
         self._started += time.perf_counter() - paused
-
-    @staticmethod
-    def _evaluate(evaluation: TrainingEvaluation, write: Callable[[Path], None], run: Run, steps_done: int) -> None:
-        run.log_metrics(evaluation.measure(write), step=steps_done)
 
     def ends(self) -> bool:
         """Whether all ranks stop after this step, because one of them received a signal."""

@@ -188,7 +188,7 @@ def test_lost_checkpoints_other_seeds_and_shares_generate_only_what_is_missing(
     assert (reject["instance_id"], reject["reason"]) == (instance_id("fail again"), "no_tokens")
     assert wrong(spark, config) == []
 
-    # Another seed gives other texts in the same table: first for a share of the pool, then for all of it.
+    # With another seed, other texts are added to the same table: at first for a share of the pool, then for the rest.
     assert config.generate is not None
     half = dataclasses.replace(config, generate=dataclasses.replace(config.generate, seed=4, sample=0.5))
     some = generate.run(spark, half, factory).generated

@@ -41,8 +41,8 @@ def holds(spark: Any, config: ExperimentConfig) -> None:
     at = checks.CheckedRoot(spark, config.root)
     # The table comes with the first pin.
     has_pins = tables.exists(spark, config.layout.table("pins"))
-    found = [*verify_versions.corpora_of(at), *(verify_versions.pinned(at) if has_pins else [])]
-    assert [check for check in found if not check.ok] == []
+    results = [*verify_versions.corpora_of(at), *(verify_versions.pinned(at) if has_pins else [])]
+    assert [check for check in results if not check.ok] == []
 
 
 def test_versions_are_listed_shown_and_compared(spark: Any, config: ExperimentConfig) -> None:

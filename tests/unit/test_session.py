@@ -33,9 +33,9 @@ def test_cached_jars_are_used_without_resolving(tmp_path: Path, monkeypatch: pyt
         (jars / name).touch()
     assert "spark.jars" not in session.delta_jars(), "a cache that lacks a jar is no cache"
     (jars / session.DELTA_JARS[-1]).touch()
-    found = session.delta_jars()
-    assert found["spark.jars"].count(str(jars)) == len(session.DELTA_JARS)
-    assert "spark.jars.packages" not in found
+    cached = session.delta_jars()
+    assert cached["spark.jars"].count(str(jars)) == len(session.DELTA_JARS)
+    assert "spark.jars.packages" not in cached
 
 
 def test_a_driver_without_deltas_jars_is_refused() -> None:

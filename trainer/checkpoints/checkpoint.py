@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from miniplm_udf import storage
-from miniplm_udf.errors import CorpusError, MiniplmError
+from miniplm_udf.errors import CorpusError, MiniplmError, reason
 from miniplm_udf.storage import Json
 from trainer.ranks.state import Tensors
 from trainer.tracking.outbox import Point
@@ -253,7 +253,6 @@ class Checkpoints:
     def _cannot_write(self, target: Path, error: Exception) -> str:
         """The message for a save that failed."""
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
         steps = [path.name for _, path in self._steps()]
         left = f"{steps[0]} is whole, and the same command resumes from it" if steps else "no step was saved before"
         try:
@@ -261,7 +260,7 @@ class Checkpoints:
         except OSError:
             free = ""
         return (
-            f"{target}: cannot be written ({reason}{free}): free space there, lower "
+            f"{target}: cannot be written ({reason(cause)}{free}): free space there, lower "
             f"train.keep_checkpoints, or move root to another disk; {left}"
         )
 

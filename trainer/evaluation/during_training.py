@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import ConfigError, MiniplmError
+from miniplm_udf.errors import ConfigError, MiniplmError, reason
 from miniplm_udf.store.model_records import Evaluation
 from trainer.evaluation.losses import EvaluatedModel
 from trainer.evaluation.records import metrics
@@ -63,10 +63,10 @@ class TrainingEvaluation:
             try:
                 write_model(Path(folder))
             except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
                 raise MiniplmError(
-                    f"train.evaluate_every_steps: the weights cannot be written to {tempfile.gettempdir()} ({reason}): "
-                    "free space there, or set TMPDIR; the same command resumes from the last checkpoint"
+                    f"train.evaluate_every_steps: the weights cannot be written to {tempfile.gettempdir()} "
+                    f"({reason(error)}): free space there, or set TMPDIR; the same command resumes from the last "
+                    "checkpoint"
                 ) from error
             # torch.compile would take longer than the evaluation of a small set.
             model = EvaluatedModel(self._config, self._target, folder, self._target.sequence_length, compiled=False)

@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from miniplm_udf import storage
-from miniplm_udf.errors import CorpusError
+from miniplm_udf.errors import CorpusError, first_line
 from miniplm_udf.layout import TOKENIZER_RECORD_FILE
 from miniplm_udf.packing.file_layout import GROUP_ROWS
 from miniplm_udf.store import delta_files, delta_log
@@ -70,10 +70,9 @@ def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
         raise CorpusError(f"no Delta table at {shown}: run the {made_by} stage, which writes it") from error
     except DeltaError as error:
         at = "" if version is None else f" at version {version}"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CorpusError(
-            f"the Delta table {shown} cannot be read{at}: {reason}; restore it from a copy, or delete its folder and "
-            f"run the {made_by} stage again"
+            f"the Delta table {shown} cannot be read{at}: {first_line(error)}; restore it from a copy, or delete its "
+            f"folder and run the {made_by} stage again"
         ) from error
 
 

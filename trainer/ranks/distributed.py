@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from miniplm_udf.errors import ConfigError, MiniplmError
+from miniplm_udf.errors import ConfigError, MiniplmError, first_line
 
 _T = TypeVar("_T")
 _joined: "World | None" = None  # in a block of `process_group` under torchrun
@@ -212,19 +212,15 @@ def _join(device: torch.device) -> None:
     except ValueError as error:  # a variable is missing or no number
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other variables of a launcher are not as expected: "
-            f"{_first_line(error)}; start several processes with torchrun, or unset WORLD_SIZE"
+            f"{first_line(error)}; start several processes with torchrun, or unset WORLD_SIZE"
         ) from error
     except RuntimeError as error:  # gloo raises it as it is; torch's DistError is a subclass
         place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        reason = "the port is in use" if "EADDRINUSE" in str(error) else _first_line(error)
+        reason = "the port is in use" if "EADDRINUSE" in str(error) else first_line(error)
         raise ConfigError(
             f"MASTER_PORT: the ranks cannot meet at {place}: {reason}; set MASTER_PORT, or torchrun's --master-port, "
             "to a free port of rank 0's machine; on one machine, torchrun --standalone finds one"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -262,7 +258,7 @@ def process_group() -> Iterator[World]:
         if _is_lost_connection(error):
             raise MiniplmError(
                 f"rank {rank} lost the connection to another rank, whose message says why; the same command resumes "
-                f"from the last checkpoint ({_first_line(error)})"
+                f"from the last checkpoint ({first_line(error)})"
             ) from error
         raise
     finally:

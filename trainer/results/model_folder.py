@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import MiniplmError
+from miniplm_udf.errors import MiniplmError, reason
 from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.store.model_records import TrainingRecord
 from trainer.checkpoints.checkpoint import SavedState
@@ -91,11 +91,10 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
             # A reference counts as trained if it has a config.json, a student if it has both.
             storage.upload_folder(folder, layout.model(target.name), last=[TRAINING_FILE, "config.json"])
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             raise MiniplmError(
-                f"{storage.redact(layout.model(target.name))}: the model cannot be written ({reason}): free space "
-                f"there and in {tempfile.gettempdir()} (or set TMPDIR); step {state.steps_done} is saved, and the same "
-                "command writes the model from it"
+                f"{storage.redact(layout.model(target.name))}: the model cannot be written ({reason(error)}): free "
+                f"space there and in {tempfile.gettempdir()} (or set TMPDIR); step {state.steps_done} is saved, and the "
+                "same command writes the model from it"
             ) from error
         LOGGER.info("%s: %s", target.name, storage.redact(layout.model(target.name)))
         # Checked last, so that the model is in its place even if transformers raises.
@@ -150,7 +149,7 @@ def set_run(config: ExperimentConfig, record: TrainingRecord, run_id: str | None
         storage.write_json(uri, dataclasses.asdict(record))
     except OSError as error:
         raise MiniplmError(
-            f"{storage.redact(uri)}: the id of the MLflow run {run_id} cannot be written ({error.strerror or error}); "
+            f"{storage.redact(uri)}: the id of the MLflow run {run_id} cannot be written ({reason(error)}); "
             "the model itself is whole"
         ) from error
     return record

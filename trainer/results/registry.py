@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import CorpusError
+from miniplm_udf.errors import CorpusError, first_line
 from miniplm_udf.json_records import from_json
 from miniplm_udf.lease import Lease
 from miniplm_udf.store.model_records import TrainingRecord, read_training
@@ -77,7 +77,7 @@ def register(config: ExperimentConfig, names: Sequence[str]) -> dict[str, Regist
         except Exception as error:
             if not is_artifact_error(error):
                 raise
-            reason = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
+            reason = storage.redact(first_line(error))
             LOGGER.warning(
                 "%s: MLflow does not register the model: %s; the next `miniplm train` tries again", name, reason
             )

@@ -20,7 +20,7 @@ import numpy as np
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import CorpusError, MiniplmError, mlflow_errors
+from miniplm_udf.errors import CorpusError, MiniplmError, first_line, mlflow_errors
 from trainer.scaling.laws import LossCurve
 
 LOGGER = logging.getLogger("miniplm.trainer.scaling_runs")
@@ -102,8 +102,8 @@ def read_runs(config: ExperimentConfig, names: list[str], metric: str) -> dict[s
         client, experiment_id = _open(config)
         return {name: _student(client, experiment_id, name, metric) for name in names}
     except mlflow_errors() as error:
-        first_line = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
-        raise MiniplmError(f"MLflow at {storage.redact(config.mlflow_uri())} cannot be read: {first_line}") from error
+        shown = storage.redact(first_line(error))
+        raise MiniplmError(f"MLflow at {storage.redact(config.mlflow_uri())} cannot be read: {shown}") from error
 
 
 def _open(config: ExperimentConfig) -> tuple[Any, str]:

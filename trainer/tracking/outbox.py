@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from miniplm_udf import storage
-from miniplm_udf.errors import mlflow_errors
+from miniplm_udf.errors import first_line, mlflow_errors
 
 LOGGER = logging.getLogger("miniplm.trainer.tracking")
 
@@ -231,7 +231,7 @@ class Outbox:
                 self._away_since = None
         self._refusals = self._refusals + 1 if is_refused else 0
         if failure is not None:
-            shown = storage.redact(next(iter(str(failure).splitlines()), type(failure).__name__))
+            shown = storage.redact(first_line(failure))
             what = batch[0].what if isinstance(batch[0], _Call) else "metrics"
             if is_refused:
                 LOGGER.warning("%s: MLflow refuses the %s: %s; the work continues", self._name, what, shown)

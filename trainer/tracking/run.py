@@ -16,6 +16,7 @@ from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.errors import first_line
 from miniplm_udf.storage import Json
 from miniplm_udf.store.provenance import PackedMetadata
 from trainer.tracking import parent_runs
@@ -107,8 +108,8 @@ class Run:
 
     def _end_parent(self, name: str) -> None:
         client = self._mlflow.MlflowClient()
-        self._parent = parent_runs.agree(client, self._experiment_id, name, self._parent, str(self.run_id))
-        parent_runs.end(client, self._experiment_id, self._parent)
+        parent = parent_runs.agree(client, self._experiment_id, name, self._parent, str(self.run_id))
+        parent_runs.end(client, self._experiment_id, parent)
 
     def _log(self, what: str, call: Callable[[], Any], raises: bool = True) -> None:
         """Adds a call, which is not made if the run was never started."""
@@ -255,7 +256,7 @@ class Run:
                     raise
                 # Raises if MLflow itself cannot be reached: then the call is made again.
                 self._mlflow.MlflowClient().get_run(self.run_id)
-                reason = storage.redact(next(iter(str(error).splitlines()), type(error).__name__))
+                reason = storage.redact(first_line(error))
                 LOGGER.warning("%s: MLflow does not take the %s: %s; the work continues", self.name, what, reason)
 
         self._log(what, attempt)
