@@ -71,8 +71,8 @@ def open_delta(uri: str, version: int | None, made_by: str) -> DeltaTable:
     except DeltaError as error:
         at = "" if version is None else f" at version {version}"
         raise CorpusError(
-            f"the Delta table {shown} cannot be read{at}: {first_line(error)}; restore it from a copy, or delete its "
-            f"folder and run the {made_by} stage again"
+            f"the Delta table {shown} cannot be read{at}: {first_line(error)}; restore it from a copy, or delete "
+            f"its folder and run the {made_by} stage again"
         ) from error
 
 

@@ -93,8 +93,8 @@ def write_model(training: Training, weights: dict[str, torch.Tensor], run: Run, 
         except (OSError, SafetensorError) as error:
             raise MiniplmError(
                 f"{storage.redact(layout.model(target.name))}: the model cannot be written ({reason(error)}): free "
-                f"space there and in {tempfile.gettempdir()} (or set TMPDIR); step {state.steps_done} is saved, and the "
-                "same command writes the model from it"
+                f"space there and in {tempfile.gettempdir()} (or set TMPDIR); step {state.steps_done} is saved, and "
+                "the same command writes the model from it"
             ) from error
         LOGGER.info("%s: %s", target.name, storage.redact(layout.model(target.name)))
         # Checked last, so that the model is in its place even if transformers raises.
