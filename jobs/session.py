@@ -112,7 +112,7 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     Raises:
         ConfigError: spark-submit has started the driver without Delta's jars.
     """
-    from pyspark import SparkConf
+    from pyspark import SparkConf, SparkContext
     from pyspark.logger import PySparkLogger
     from pyspark.sql import SparkSession
 
@@ -123,6 +123,9 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     # pyspark itself reads only this variable; spark-submit sets it from the property.
     os.environ.setdefault("PYSPARK_PYTHON", config.spark.conf.get("spark.pyspark.python", sys.executable))
     cores = _cores()
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        # spark-submit has started the JVM. SparkConf reads its properties only when Python is connected to it.
+        SparkContext._ensure_initialized()
     submitted = SparkConf()
     builder = SparkSession.builder.appName(name)
     jars = {} if submitted.contains("spark.jars.packages") or submitted.contains("spark.jars") else delta_jars()

@@ -1,0 +1,19 @@
+"""Starts a session as a job does and writes its settings to a file: run by spark-submit in test_submit.py.
+
+Arguments: the file, the root, and the names of the settings.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from jobs.session import spark_session
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import SparkConfig
+
+if __name__ == "__main__":
+    answer, root, *names = sys.argv[1:]
+    own = {"spark.sql.shuffle.partitions": "3", "spark.sql.autoBroadcastJoinThreshold": "5"}
+    config = ExperimentConfig(root=root, spark=SparkConfig(master="local[2]", conf=own))
+    with spark_session(config, "submitted") as session:
+        Path(answer).write_text(json.dumps({name: session.conf.get(name) for name in names}))
