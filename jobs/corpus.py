@@ -32,17 +32,17 @@ Work = Callable[["SparkSession", ExperimentConfig, argparse.Namespace], Any]
 
 
 def _list(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
-    preflight.check_files(config.root, "corpus list")
+    preflight.check_files(config.root, ["corpora"])
     return listing.listing(config.root)
 
 
 def _show(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
-    preflight.check_files(config.root, "corpus show")
+    preflight.check_files(config.root, ["corpora"])
     return listing.show(config.root, arguments.version)
 
 
 def _diff(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
-    preflight.check_files(config.root, "corpus diff")
+    preflight.check_files(config.root, ["corpora", "instances"])
     return listing.diff(config.root, arguments.version, arguments.other, arguments.examples)
 
 
@@ -93,11 +93,13 @@ def _read_ids(path: str) -> list[str]:
         raise ConfigError(f"--ids-from: expected a file with one id a line, found {path}: {error}") from error
 
 
-def _with_spark(word: str, work: Work) -> Callable[[ExperimentConfig, argparse.Namespace], Any]:
-    """The work in a Spark session of its own."""
+def _with_spark(
+    word: str, work: Work, needed: Sequence[str] = ()
+) -> Callable[[ExperimentConfig, argparse.Namespace], Any]:
+    """The work in a Spark session of its own; without a table that it needs, it is refused."""
 
     def run(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
-        with command_session(config, f"corpus {word}") as spark:
+        with command_session(config, f"corpus {word}", needed) as spark:
             return work(spark, config, arguments)
 
     return run
@@ -135,25 +137,27 @@ ACTIONS = {
         ),
     ),
     "pin": _action(
-        "pin", "copies a version's rows, so that maintenance never removes them", _with_spark("pin", _pin),
-        corpus_text.pinned, _takes("version", tag={"help": "a name for the version, for NAME@TAG"}),
+        "pin", "copies a version's rows, so that maintenance never removes them",
+        _with_spark("pin", _pin, ["corpora"]), corpus_text.pinned,
+        _takes("version", tag={"help": "a name for the version, for NAME@TAG"}),
     ),
     "unpin": _action(
         "unpin", "removes the pin of a version and its copy, so that maintenance may remove the version",
         _with_spark("unpin", _unpin), corpus_text.unpinned, _takes("version"),
     ),
     "restore": _action(
-        "restore", "makes a new version with an old one's rows", _with_spark("restore", _restore), corpus_text.made,
-        _takes("version"),
+        "restore", "makes a new version with an old one's rows", _with_spark("restore", _restore, ["corpora"]),
+        corpus_text.made, _takes("version"),
     ),
     "rebuild": _action(
         "rebuild", "makes a version's rows again from its record and the matrix; commits them if they are the same",
-        _with_spark("rebuild", _rebuild), corpus_text.made,
+        _with_spark("rebuild", _rebuild, ["corpora", "score_matrix"]), corpus_text.made,
         _takes("version", dry_run={"action": "store_true", "help": "only compare the fingerprint"}),
     ),
     "take-down": _action(
         "take-down", "removes documents from every table, pinned versions too, and refuses them from then on",
-        _with_spark("take-down", _take_down), corpus_text.taken_down,
+        # A table restored from a copy later would still contain the documents.
+        _with_spark("take-down", _take_down, preflight.EVERY_TABLE), corpus_text.taken_down,
         _takes(
             id={"action": "append", "default": [], "help": "id of a document; may be repeated"},
             ids_from={"metavar": "FILE", "help": "a file with one id a line"},

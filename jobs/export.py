@@ -56,7 +56,7 @@ def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
     request = ExportRequest(
         to=arguments.to, out=arguments.out, rows_per_file=arguments.rows_per_file, overwrite=arguments.overwrite
     )
-    with command_session(config, "export") as spark:
+    with command_session(config, "export", ["corpora", "instances"]) as spark:
         return export(spark, config, arguments.version, request)
 
 

@@ -91,7 +91,7 @@ def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
         side=arguments.side, source=arguments.source, sql=arguments.sql, near_cut=arguments.near_cut,
         n_rows=arguments.rows, n_characters=arguments.chars, seed=arguments.seed,
     )  # fmt: skip
-    with command_session(config, "inspect") as spark:
+    with command_session(config, "inspect", ["corpora", "instances"]) as spark:
         return inspect(spark, config.root, arguments.version, question)
 
 

@@ -15,6 +15,7 @@ from jobs.command import Command
 from jobs.session import command_session
 from jobs.text import table
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.upkeep import preflight
 from miniplm_udf.upkeep.maintain import ABANDONED_DAYS, RETAIN_HOURS, Maintained, maintain
 
 
@@ -54,7 +55,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Maintained:
-    with command_session(config, "maintain") as spark:
+    # Maintenance could remove the only files that are left to recover from.
+    with command_session(config, "maintain", preflight.EVERY_TABLE) as spark:
         return maintain(spark, config, arguments.retain_hours, arguments.abandoned_days, arguments.dry_run)
 
 

@@ -24,6 +24,9 @@ from miniplm_udf.upkeep import preflight
 
 LOGGER = logging.getLogger("miniplm.jobs")
 
+# Nothing makes these tables again, so a run does not begin without them, whichever stages it skips.
+_NEEDED = ("instances", "rejects", "document_keys", "scores")
+
 
 def run_stages(config: ExperimentConfig, options: Options) -> int:
     """Runs the stages that apply and are not up to date.
@@ -41,7 +44,8 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
     highest = EXIT_DONE
     applicable = [stage for stage in STAGES if stage.applies(config)]
     with spark_session(config, "miniplm") as spark:
-        preflight.check(spark, config, "run")
+        preflight.require_writable(config.root)
+        preflight.check(spark, config, _NEEDED)
         for stage in applicable:
             if not must_run(stage, spark, config, options, is_named=False):
                 LOGGER.info("%s: unchanged, skipped", stage.name)

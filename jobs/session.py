@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jobs import java
@@ -175,18 +175,19 @@ def spark_session(config: ExperimentConfig, name: str) -> "Iterator[SparkSession
 
 
 @contextlib.contextmanager
-def command_session(config: ExperimentConfig, command: str) -> "Iterator[SparkSession]":
+def command_session(config: ExperimentConfig, command: str, needed: Sequence[str]) -> "Iterator[SparkSession]":
     """Starts the session of a command that is not a stage, and checks that its tables are there (`preflight.check`).
 
     Args:
         config: the experiment.
-        command: name of the command, for the checks and the name of the Spark application.
+        command: name of the command, for the name of the Spark application.
+        needed: kinds of tables that the command needs.
 
     Raises:
         CorpusError: a table that the command needs is gone.
     """
     with spark_session(config, f"miniplm {command}") as session:
-        preflight.check(session, config, command)
+        preflight.check(session, config, needed)
         yield session
 
 

@@ -114,7 +114,8 @@ class Stage:
         is_service: whether it runs with these options until it is stopped, and leaves no record.
         is_partial: whether it does only a part of its work with these options, and leaves no record.
         needs_spark: whether its command starts Spark.
-        checked_as: the name of the command in `preflight`, if the options give it another one; "": the stage's name.
+        needed_tables: kinds of tables that it cannot do without, besides those of its queries.
+        queries: stages of the streaming queries that it runs, as their checkpoints name them.
         to_json: the summary as JSON, for people and for the record.
         with_earlier: copies values that this run did not measure from the summary of the last run.
         numbers: the part of `summary.json` that comes from the summary; `rejected` is added up over all stages.
@@ -139,7 +140,8 @@ class Stage:
     is_service: Callable[[Options], bool] = lambda options: False
     is_partial: Callable[[Options], bool] = lambda options: False
     needs_spark: bool = True
-    checked_as: Callable[[Options], str] = lambda options: ""
+    needed_tables: Sequence[str] = ()
+    queries: Sequence[str] = ()
     to_json: Callable[[Any], Json] = dataclasses.asdict
     with_earlier: Callable[[Any, Any], Any] = lambda earlier, summary: summary
     numbers: Callable[[ExperimentConfig, Any], PipelineSummary] = lambda config, summary: {}

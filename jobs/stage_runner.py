@@ -78,11 +78,11 @@ def execute(
         CorpusError: a table that the stage continues from is gone; `spark.schema` has the tables of another root.
     """
     options = options or Options()
+    preflight.require_writable(config.root)
     if spark is None:
-        preflight.require_writable(config.root)
-        preflight.check_files(config.root, stage.name)
+        preflight.check_files(config.root, stage.needed_tables)
     else:
-        preflight.check(spark, config, stage.checked_as(options) or stage.name)
+        preflight.check(spark, config, stage.needed_tables, stage.queries)
     leaves_record = not (stage.is_service(options) or stage.is_partial(options))
     fingerprint = str(stage.fingerprint(spark, config)) if leaves_record else ""
     earlier = stage.record(config) if leaves_record else None

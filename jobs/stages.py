@@ -81,11 +81,14 @@ def _report_inputs(config: ExperimentConfig) -> list[Any]:
     return [to_dict(config.report), {name: record.finished_at for name, record in records.items() if record}]
 
 
+_REPORT_TABLES = ("instances", "rejects", "scores", "score_matrix", "corpora")
+
+
 def _report_reads(config: ExperimentConfig) -> list[str]:
     """The tables of the page, and the outputs of the other stages of the experiment."""
     others = [stage.outputs(config) for stage in STAGES if stage.name != "report" and stage.applies(config)]
     places = [place for outputs in others for place in (*outputs.tables, *outputs.files)]
-    return list(dict.fromkeys(["instances", "rejects", "scores", "score_matrix", "corpora", *places]))
+    return list(dict.fromkeys([*_REPORT_TABLES, *places]))
 
 
 class _PrintRules(argparse.Action):
@@ -125,6 +128,8 @@ STAGES = (
         name="ingest",
         help="files or a table -> instances and rejects",
         run=_job("ingest"),
+        needed_tables=["document_keys"],
+        queries=["ingest"],
         inputs=stage_inputs.ingest_inputs,
         listed=stage_inputs.ingest_files,
         reads=lambda config: config.ingest.inputs,
@@ -138,6 +143,7 @@ STAGES = (
         name="annotate",
         help="instances -> annotations: duplicates, contamination, language, quality, as columns for refine",
         run=_job("annotate"),
+        needed_tables=["instances"],
         inputs=stage_inputs.annotate_inputs,
         listed=stage_inputs.evaluation_files,
         reads=lambda config: ["instances"],
@@ -150,6 +156,7 @@ STAGES = (
         name="reference",
         help="train the reference LM on the reference split, once",
         run=_job_with_options("reference"),
+        needed_tables=["instances"],
         inputs=stage_inputs.reference_inputs,
         reads=lambda config: ["instances"],
         outputs=lambda config: Outputs(files=stage_inputs.reference_files(config)),
@@ -170,6 +177,8 @@ STAGES = (
         name="score",
         help="instances -> scores -> score_matrix, with every configured model",
         run=_job("score"),
+        needed_tables=["instances"],
+        queries=["score", "score_matrix"],
         inputs=stage_inputs.score_inputs,
         reads=lambda config: ["instances", *stage_inputs.weights(config).values()],
         outputs=lambda config: Outputs(["scores", "score_matrix"]),
@@ -182,6 +191,8 @@ STAGES = (
         name="proxy",
         help="a small regressor learns the score from a scored sample, and predicts it for all the pool",
         run=_job_with_options("proxy"),
+        needed_tables=["instances", "score_matrix"],
+        queries=["proxy"],
         inputs=stage_inputs.proxy_inputs,
         reads=lambda config: ["instances", "score_matrix"],
         outputs=lambda config: Outputs(["proxy_scores"]),
@@ -194,13 +205,13 @@ STAGES = (
         name="refine",
         help="score_matrix -> a new version of each refined corpus; --follow keeps them growing",
         run=_refine_or_follow,
+        needed_tables=["score_matrix"],
         inputs=stage_inputs.refine_inputs,
         reads=stage_inputs.refine_reads,
         outputs=lambda config: Outputs(["corpora", *map(table_names.refined, config.refine.corpora)]),
         applies=lambda config: bool(config.refine.corpora),
         needs="at least one corpus under `refine.corpora` (conf/demo.yaml has examples)",
         is_service=lambda options: options.follow,
-        checked_as=lambda options: "refine --follow" if options.follow else "",
         numbers=stage_results.refine_numbers,
         add_arguments=_add_refine_arguments,
     ),
@@ -208,6 +219,8 @@ STAGES = (
         name="generate",
         help="a model continues the beginnings of instances -> generations, the corpus of SeqKD",
         run=_job("generate"),
+        needed_tables=["instances"],
+        queries=["generate"],
         inputs=stage_inputs.generate_inputs,
         reads=stage_inputs.generate_reads,
         outputs=lambda config: Outputs(["generations"]),
@@ -220,6 +233,7 @@ STAGES = (
         name="pack",
         help="refined corpora and generations -> token sequences for the students' tokenizers",
         run=_job("pack"),
+        needed_tables=["instances"],
         inputs=stage_inputs.pack_inputs,
         reads=lambda config: [*stage_inputs.student_corpora(config), "instances"],
         outputs=lambda config: Outputs(stage_inputs.packed(config)),
@@ -247,6 +261,7 @@ STAGES = (
         name="evaluate",
         help="losses of the students on held-out and external texts, and their scores on tasks",
         run=_job_with_options("evaluate"),
+        needed_tables=["instances"],
         inputs=stage_inputs.evaluate_inputs,
         reads=stage_inputs.evaluate_reads,
         outputs=lambda config: Outputs(files=stage_inputs.model_files(config, EVALUATION_FILE)),
@@ -265,6 +280,7 @@ STAGES = (
         name="report",
         help="summary.json and report.html",
         run=_job("report"),
+        needed_tables=_REPORT_TABLES,
         inputs=_report_inputs,
         reads=_report_reads,
         outputs=lambda config: Outputs(files=[str(config.report_folder() / "report.html")]),
@@ -277,6 +293,8 @@ SERVICES = (
         name="stream",
         help="a service: ingest, score and the matrix at once, until it is stopped",
         run=_job("stream"),
+        needed_tables=["document_keys"],
+        queries=["ingest", "score", "score_matrix"],
         reads=lambda config: [*config.ingest.inputs, *stage_inputs.weights(config).values()],
         outputs=lambda config: Outputs(["instances", "scores", "score_matrix"]),
         may_write=["rejects"],

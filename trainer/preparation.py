@@ -7,6 +7,7 @@ weights, and divides the model among the ranks. No file is written before these 
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -44,12 +45,14 @@ class TrainingInputs:
         tokenizer: the table's tokenizer.
         teacher: description of the teacher, which is not loaded yet; None without a teacher.
         fingerprint: hash of config, data, tokenizer and teacher.
+        settings: what the fingerprint was made of, as text by name, for messages.
     """
 
     sequences: PackedSequences
     tokenizer: TokenizerRecord
     teacher: ModelDescription | None
     fingerprint: str
+    settings: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +105,10 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
     """
     uri = config.layout.table(target.packed_table)
     # Also settings that are not part of the fingerprint decide which collectives a rank takes part in, and when.
-    settings = fingerprint(dataclasses.asdict(target.train))
-    _check_equal(world, settings, "sections train of the config", "start all ranks with the same config and overrides")
+    train_hash = fingerprint(dataclasses.asdict(target.train))
+    _check_equal(
+        world, train_hash, "sections train of the config", "start all ranks with the same config and overrides"
+    )
 
     def open_version(version: int | None) -> TrainingInputs:
         tokenizer = read_tokenizer(config.layout.tokenizer(target.tokenizer))
@@ -113,7 +118,13 @@ def open_inputs(config: ExperimentConfig, target: Target, world: World) -> Train
         hashes = (target.config_fingerprint(), sequences.manifest_hash, tokenizer.tokenizer_hash, ORDER_VERSION)
         teacher = describe_teacher(config, target, tokenizer)
         identity = teacher_identity(config, target, teacher)
-        return TrainingInputs(sequences, tokenizer, teacher, fingerprint(*hashes, *identity))
+        settings = target.settings() | {
+            "rows of the packed table": sequences.manifest_hash,
+            "tokenizer": tokenizer.tokenizer_hash,
+            "order of the rows": str(ORDER_VERSION),
+            "teacher": " ".join(identity),
+        }
+        return TrainingInputs(sequences, tokenizer, teacher, fingerprint(*hashes, *identity), settings)
 
     newest = world.together(lambda: open_version(None))
     version = world.from_first(newest.sequences.version)
@@ -258,5 +269,6 @@ def _checkpoints(
         checkpoint_folder(config.layout.training(target.name)),
         inputs.fingerprint,
         target.train.keep_checkpoints,
+        inputs.settings,
         replaceable=() if finished is None else (finished.fingerprint,),
     )

@@ -6,6 +6,7 @@ config. Reads no file.
 
 import dataclasses
 import difflib
+import json
 
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.config.training import TrainConfig
@@ -60,11 +61,25 @@ class Target:
         """Name of the packed table under `tables/`."""
         return table_names.packed(self.corpus, self.tokenizer)
 
+    def settings(self) -> dict[str, str]:
+        """Returns every config value that the weights depend on, as JSON by its key."""
+        values = {
+            **{f"architecture.{key}": value for key, value in self.architecture.items()},
+            **{f"train.{key}": value for key, value in self._train_values().items()},
+            "packed table": self.packed_table,
+            "sequence_length": self.sequence_length,
+            "max_positions": self.max_positions,
+        }
+        return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
+
+    def _train_values(self) -> dict[str, object]:
+        """The values of the section `train` that the weights depend on."""
+        train = dataclasses.asdict(self.train)
+        return {key: value for key, value in train.items() if key not in _NOT_IN_FINGERPRINT}
+
     def config_fingerprint(self) -> str:
         """Returns a hash of every config value that the weights depend on."""
-        train = dataclasses.asdict(self.train)
-        for key in _NOT_IN_FINGERPRINT:
-            del train[key]
+        train = self._train_values()
         for key in ("document_masks", "kd_ratio"):  # models of versions without these keys stay finished
             if not train[key]:
                 del train[key]

@@ -22,6 +22,7 @@ from miniplm_udf.corpora import versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root, shown_table
 from miniplm_udf.schemas import table_names
+from miniplm_udf.schemas.table_kinds import KINDS
 from miniplm_udf.store import corpus_records, model_records, pins, tables, takedowns
 from miniplm_udf.store.provenance import DerivedFrom
 from miniplm_udf.store.takedowns import WHOLE, Takedown
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("miniplm.takedown")
 
-# Tables with rows by instance id; a table comes before the tables that it is made from.
-_BY_INSTANCE = ("annotations", "proxy_scores", "generations", "score_matrix", "scores", "rejects", "instances")
 # Columns of annotations that name another instance.
 _NAMING = ("duplicate_of", "near_duplicate_of")
 
@@ -181,8 +180,10 @@ class _Removal:
         for pin in pins.find(self._spark, self._root):
             self._pin(pin)
         self._named_in_annotations()
-        for name in _BY_INSTANCE:
-            self._table(name)
+        # A table comes before the tables that it is made from.
+        for kind in reversed(KINDS):
+            if kind.has_instances:
+                self._table(kind.name)
 
     def students(self) -> list[str]:
         """Names of models that were trained on packed sequences which were emptied."""

@@ -1,7 +1,8 @@
 """The tables, declared once: column, type, nullability, unit, meaning, key. Spark's and Arrow's schemas follow from it.
 
 Owns the declarations; writes nothing (`store/tables.py` writes, and checks against them). `types.py` makes Spark's and
-Arrow's schemas of a declaration, `table_names.py` the names of tables in folders. Imports no pyspark and no pyarrow.
+Arrow's schemas of a declaration, `table_names.py` the names of tables in folders; `table_kinds.py` says what the
+commands do with each table. Imports no pyspark and no pyarrow.
 
 A Delta table holds a column as nullable or not exactly as declared here. Units are in names: `_nats`, `_bytes`,
 `_tokens`; `n_` is a count. Timestamps are UTC microseconds. Ids are 128-bit hashes as 32 hexadecimal digits.

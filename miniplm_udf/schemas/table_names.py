@@ -11,6 +11,7 @@ REFINED = "refined"
 CUTS = "cuts"
 PINNED = "pinned"
 PACKED = "packed"
+FOLDERS = (REFINED, CUTS, PINNED, PACKED)
 
 
 def refined(corpus: str) -> str:

@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING
 from miniplm_udf import storage
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.layout import Root
+from miniplm_udf.schemas.table_kinds import KINDS
 from miniplm_udf.store import tables
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
-
-_NAMES = (
-    "instances", "annotations", "scores", "score_matrix", "proxy_scores", "generations", "rejects", "corpora", "pins",
-    "takedowns",
-)  # fmt: skip
 
 
 def register_tables(spark: "SparkSession", root: str, schema: str | None = None) -> list[str]:
@@ -32,7 +28,7 @@ def register_tables(spark: "SparkSession", root: str, schema: str | None = None)
             session that uses the catalog. None: temporary views of this session.
 
     Returns:
-        The names: tables of `_NAMES` that exist; for each corpus `refined_<name>`, and with its texts `<name>_text`.
+        The names: the tables that exist; for each corpus `refined_<name>`, and with its texts `<name>_text`.
 
     Raises:
         ConfigError: the schema already has a table of one of these names at another location.
@@ -40,7 +36,8 @@ def register_tables(spark: "SparkSession", root: str, schema: str | None = None)
     root = storage.to_uri(root)
     if schema is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {_quoted(schema)}")
-    uris = {name: Root(root).table(name) for name in _NAMES}
+    names = [kind.name for kind in KINDS if kind.is_registered and not kind.is_folder]
+    uris = {name: Root(root).table(name) for name in names}
     registered = [name for name, uri in uris.items() if tables.exists(spark, uri)]
     for name in registered:
         _register(spark, name, uris[name], schema)

@@ -21,6 +21,7 @@ from miniplm_udf.errors import CorpusError, DamagedRecordError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease
 from miniplm_udf.schemas import table_names
+from miniplm_udf.schemas.table_kinds import KINDS
 from miniplm_udf.storage import Json
 from miniplm_udf.streams import facts
 from miniplm_udf.streams.backlog import rows_behind
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 # The leases of queries that are a table's only writer; `alone` takes them also where no such query has a checkpoint.
-_TABLE_LEASES = ("ingest", "score_matrix", "proxy_scores")
+_TABLE_LEASES = {lease for kind in KINDS if kind.queries for lease in kind.leases}
 
 LOGGER = logging.getLogger("miniplm.streams")
 

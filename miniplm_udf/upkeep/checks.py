@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
 from miniplm_udf.layout import Root
+from miniplm_udf.schemas.table_kinds import KINDS
 from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams.checkpoints import Checkpoint
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _N_EXAMPLES = 5
 # In the order of reading: each table is written after the tables that follow it here.
-TABLES = ("corpora", "generations", "proxy_scores", "score_matrix", "scores", "rejects", "annotations", "instances")
+TABLES = [kind.name for kind in reversed(KINDS) if kind.is_verified]
 
 
 @dataclasses.dataclass(frozen=True)

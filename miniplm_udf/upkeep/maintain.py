@@ -21,7 +21,7 @@ from miniplm_udf.corpora import versions
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease, is_held
-from miniplm_udf.schemas import table_names
+from miniplm_udf.schemas import table_kinds, table_names
 from miniplm_udf.store import model_records, pins, tables
 from miniplm_udf.store.provenance import PackedMetadata
 from miniplm_udf.streams import checkpoints
@@ -39,12 +39,6 @@ ABANDONED_DAYS = 30.0
 _LONGEST_WRITE_HOURS = 24.0
 # Added to the age of the version that a query reads, because clocks differ and files are replaced around its commit.
 _MARGIN_HOURS = 1.0
-_MERGED = (
-    "instances", "annotations", "scores", "score_matrix", "proxy_scores", "generations", "rejects", "document_keys",
-)  # fmt: skip
-_OTHERS = ("corpora", "pins", "takedowns")
-# Users return to versions of these tables, so their files are kept for years unless a retention is given.
-_VERSIONED = (table_names.REFINED, table_names.PACKED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +114,7 @@ def maintain(
 
 def _table_names(spark: "SparkSession", config: ExperimentConfig) -> Iterator[str]:
     """The names of the tables of a root, without the copies of pinned versions."""
-    names = [*_MERGED, *_OTHERS]
+    names = [kind.name for kind in table_kinds.KINDS if not kind.is_folder]
     names += map(table_names.refined, storage.list_folder(config.layout.refined()))
     names += map(table_names.cuts, storage.list_folder(config.layout.cuts()))
     for corpus in storage.list_folder(config.layout.packed()):
@@ -133,12 +127,12 @@ def _maintain_table(
     is_alone: bool, dry_run: bool, name: str,
 ) -> MaintainedTable:  # fmt: skip
     """Merges and vacuums one table. With `is_alone`, the caller holds all leases."""
-    uri, kind = config.layout.table(name), table_names.kind_of(name)
-    if retain_hours is None and kind in _VERSIONED:
+    uri, kind = config.layout.table(name), table_kinds.kind_of(name)
+    if retain_hours is None and kind.is_versioned:
         hours, note = None, "its versions are kept; --retain-hours removes those that are not pinned"
     else:
         hours, note = _retention(spark, uri, [query for query in queries if query.source == name], retain_hours)
-    is_merged = not dry_run and (kind == table_names.REFINED or name in _MERGED)
+    is_merged = not dry_run and kind.is_merged
     with contextlib.ExitStack() as stack:
         try:
             for lease in [] if is_alone or not is_merged else _writers(config.root, name, queries):
@@ -147,12 +141,12 @@ def _maintain_table(
             LOGGER.info("%s: not merged: %s", name, error)
             is_merged, note = False, "; ".join(part for part in (note, "not merged: a query writes it") if part)
         # A packed table has no lease: its writer replaces all rows, and Delta detects a conflict.
-        if not dry_run and (is_merged or kind == table_names.PACKED) and tables.make_readable(spark, uri):
+        if not dry_run and (is_merged or kind.name == table_names.PACKED) and tables.make_readable(spark, uri):
             note = "; ".join(part for part in (note, "rewritten for readers of files") if part)
         if is_merged:
             tables.merge_small_files(spark, uri)
         # A logged vacuum tells `verify` that versions of a corpus were removed; elsewhere it could disturb the queries.
-        n_removed = 0 if hours is None else tables.vacuum(spark, uri, hours, kind == table_names.REFINED, dry_run)
+        n_removed = 0 if hours is None else tables.vacuum(spark, uri, hours, kind.name == table_names.REFINED, dry_run)
     return MaintainedTable(name, hours, n_removed, is_merged, note)
 
 
@@ -179,15 +173,11 @@ def _age_hours(spark: "SparkSession", uri: str, version: int) -> float:
 
 def _writers(root: str, name: str, queries: list[Checkpoint]) -> list[Lease]:
     """The leases that have to be held while a table is merged."""
-    if table_names.kind_of(name) == table_names.REFINED:
-        corpus = table_names.corpus_of(name)
-        return [Lease(Root(root).lease(f"refined-{corpus}"), name, waits=True)]
-    scoring = sorted(query.lease for query in queries if query.stage == "score")
-    generating = sorted({query.lease for query in queries if query.stage == "generate"})
-    leases = {"instances": ["ingest"], "document_keys": ["ingest"], "scores": scoring, "score_matrix": ["score_matrix"]}
-    leases |= {"rejects": ["ingest", *scoring, *generating], "annotations": ["annotations"]}
-    leases |= {"proxy_scores": ["proxy_scores"], "generations": generating}
-    return [Lease(Root(root).lease(lease), lease) for lease in leases[name]]
+    kind = table_kinds.kind_of(name)
+    if kind.name == table_names.REFINED:
+        return [Lease(Root(root).lease(f"refined-{table_names.corpus_of(name)}"), name, waits=True)]
+    leases = {*kind.leases, *(query.lease for query in queries if query.stage in kind.queries)}
+    return [Lease(Root(root).lease(lease), lease) for lease in sorted(leases)]
 
 
 def _forget(spark: "SparkSession", config: ExperimentConfig, abandoned_days: float, dry_run: bool) -> Iterator[str]:

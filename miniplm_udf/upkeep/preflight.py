@@ -1,9 +1,9 @@
 """Checks, before a command starts, that every table named by the root's checkpoints and records exists. Driver only.
 
-Input: a config and the name of the command; output: nothing, or a `MiniplmError` that names the lost table and the
-remedy. A checkpoint records what its query has read, but not the rows that the query wrote: if a table is lost or was
-made again, the query would skip rows that exist nowhere, or fail with Delta's message. A command is refused if it needs
-a lost table (`_NEEDS`); for other lost tables a warning is logged. Queries that build their own table (the matrix, the
+Input: a config, and the tables and queries of the command; output: nothing, or a `MiniplmError` that names the lost
+table and the remedy. A checkpoint records what its query has read, but not the rows that the query wrote: if a table is
+lost or was made again, the query would skip rows that exist nowhere, or fail with Delta's message. A command is refused
+if it needs a lost table; for other lost tables a warning is logged. Queries that build their own table (the matrix, the
 proxy's table, a followed corpus) detect the loss by themselves. Reads the files of the checkpoints, the log of each
 table named there, and the rows of `corpora` and `pins`. Writes only an empty file, which it removes at once.
 """
@@ -11,7 +11,7 @@ table named there, and the rows of `corpora` and `pins`. Writes only an empty fi
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root, shown_table
 from miniplm_udf.schemas import table_names
+from miniplm_udf.schemas.table_kinds import EFFECT_OF_REMOVAL, KINDS, TableKind, kind_of
 from miniplm_udf.store import delta_log, pins, tables
 from miniplm_udf.store.delta_log import has_commits
 from miniplm_udf.streams import checkpoints
@@ -31,80 +32,13 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("miniplm.preflight")
 
-# The queries that a command runs, by the stage in their facts.
-_SCORING = ("score", "score_matrix")
-_QUERIES = {
-    "ingest": ("ingest",),
-    "score": _SCORING,
-    "proxy": ("proxy",),
-    "generate": ("generate",),
-    "stream": ("ingest", *_SCORING),
-}
-# The tables that a query writes, by its stage. The queries in `_REBUILT` build their tables again by themselves.
-_WRITES = {
-    "ingest": ("instances", "rejects"),
-    "score": ("scores", "rejects"),
-    "score_matrix": ("score_matrix",),
-    "proxy": ("proxy_scores",),
-    "generate": ("generations", "rejects"),
-}
+# Queries that build their tables again by themselves, by stage.
 _REBUILT = ("score_matrix", "proxy")
-_EFFECT_OF_REMOVAL = {
-    "ingest": "`miniplm ingest` then reads the whole input again; instances that come out the same keep their scores",
-    "score": "`miniplm score` then reads all instances again, and scores those that have no score in `scores`",
-    "score_matrix": "`miniplm score` then builds the matrix again from `scores`",
-    "proxy": "`miniplm proxy` then predicts all instances again",
-    "generate": "`miniplm generate` then reads all instances again, and continues those without a row in `generations`",
-}
-# The remedy for a lost table that has no copy, by the first part of its name.
-_REMEDIES = {
-    "instances": f"remove the checkpoints ingest-*: {_EFFECT_OF_REMOVAL['ingest']}",
-    "rejects": "remove the checkpoints ingest-* and score-*: `miniplm ingest` and `miniplm score` then find them again",
-    "document_keys": "ingest into a new root: without these keys a document that comes again would be packed again",
-    "scores": f"remove the checkpoints score-* and score_matrix-*: {_EFFECT_OF_REMOVAL['score']}",
-    "score_matrix": "run `miniplm score`, which builds it again from `scores`",
-    "proxy_scores": "run `miniplm proxy`, which predicts all instances again",
-    "generations": f"remove the checkpoints generate-*: {_EFFECT_OF_REMOVAL['generate']}",
-    "annotations": "run `miniplm annotate`, which makes it again",
-    "corpora": "run `miniplm refine`, which records the newest version of each corpus again; older ones are forgotten",
-    table_names.REFINED: "refine under another name in refine.corpora: new versions would get the numbers of the "
-    "recorded ones",
-    table_names.PINNED: "`miniplm corpus unpin` the version, if nobody needs its rows",
-}
-_TEXTS = ("instances", "rejects", "document_keys")
-_READS_CORPUS = ("corpora", "instances")
-# Without corpora and pinned copies, which a user may have dropped on purpose; a command that reads one fails by itself.
-_ALL = tuple(kind for kind in _REMEDIES if kind not in (table_names.REFINED, table_names.PINNED))
-# The tables that a command needs besides those that its own queries write, by the first part of their names.
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "run": (*_TEXTS, "scores"),
-    "ingest": ("document_keys",),
-    "score": ("instances",),
-    "stream": ("document_keys",),
-    "annotate": ("instances",),
-    "reference": ("instances",),
-    "proxy": ("instances", "score_matrix"),
-    "generate": ("instances",),
-    "refine": ("score_matrix",),
-    "refine --follow": ("score_matrix",),
-    "pack": ("instances",),
-    "evaluate": ("instances",),
-    "report": ("instances", "rejects", "scores", "score_matrix", "corpora"),
-    "inspect": _READS_CORPUS,
-    "export": _READS_CORPUS,
-    "corpus list": ("corpora",),
-    "corpus show": ("corpora",),
-    "corpus diff": _READS_CORPUS,
-    "corpus pin": ("corpora",),
-    "corpus restore": ("corpora",),
-    "corpus rebuild": ("corpora", "score_matrix"),
-    # A table restored from a copy later would still contain the documents.
-    "corpus take-down": _ALL,
-    # Maintenance could remove the only files that are left to recover from.
-    "maintain": _ALL,
-}
-# First words of the commands that never create a root; some of them only read it.
-_NEEDS_A_ROOT = ("corpus", "export", "inspect", "maintain")
+# Every table whose loss is noticed, but corpora and pinned copies, which a user may have dropped on purpose; a command
+# that reads one of those fails by itself.
+EVERY_TABLE = tuple(
+    kind.name for kind in KINDS if kind.remedy and kind.name not in (table_names.REFINED, table_names.PINNED)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,59 +54,60 @@ class LostTable:
     named_by: str
 
     @property
-    def kind(self) -> str:
-        """The first part of the name, e.g. `refined` for `refined/kept`."""
-        return table_names.kind_of(self.name)
+    def kind(self) -> TableKind:
+        """The kind of the table."""
+        return kind_of(self.name)
 
     def __str__(self) -> str:
         return (
             f"expected the table {shown_table(self.name)}, which {self.named_by} names, found none; put it back from a "
-            f"copy, or {_REMEDIES[self.kind]}"
+            f"copy, or {self.kind.remedy}"
         )
 
 
-def check(spark: "SparkSession", config: ExperimentConfig, command: str) -> None:
-    """Refuses a command whose root cannot be written, or has lost a table or record that the command needs.
+def check(spark: "SparkSession", config: ExperimentConfig, needed: Sequence[str], queries: Sequence[str] = ()) -> None:
+    """Refuses a command whose root has lost a table or record that the command needs.
 
     Args:
         spark: any session.
         config: its root is checked.
-        command: a stage, or the words after `miniplm`, as in `_NEEDS`.
+        needed: kinds of tables that the command needs, besides those that its queries have read or written.
+        queries: stages of the streaming queries that the command runs.
 
     Raises:
-        ConfigError: the root cannot be made or written; the table to ingest is another one than before.
+        ConfigError: the table to ingest is another one than before.
         CorpusError: a needed table is gone, or was made again under a query that continues; a record is gone.
     """
-    root = config.root
-    if command.split()[0] not in _NEEDS_A_ROOT:
-        require_writable(root)
-    lost = lost_tables(spark, root)
-    if needed := [str(table) for table in lost if table.kind in _NEEDS.get(command, ())]:
-        raise CorpusError(f"root {storage.redact(root)}: {'; '.join(needed)}")
-    stages = _QUERIES.get(command, ())
-    _require_tables_of_queries(root, stages)
+    lost = lost_tables(spark, config.root)
+    _require(config.root, lost, needed)
+    _require_tables_of_queries(config.root, queries)
     for table in lost:
         LOGGER.warning("%s", table)
-    if "ingest" in stages:
-        _require_chunking_record(spark, root)
+    if "ingest" in queries:
+        _require_chunking_record(spark, config.root)
         _require_same_input(spark, config)
 
 
-def check_files(root: str, command: str) -> None:
+def check_files(root: str, needed: Sequence[str]) -> None:
     """Refuses a command that runs without Spark if it needs a lost table that checkpoints, records or folders name.
 
     Args:
         root: URI of the root.
-        command: the words after `miniplm`, as in `_NEEDS`.
+        needed: kinds of tables that the command needs.
 
     Raises:
         CorpusError: a table that the command needs is gone.
     """
     lost = _lost(root, _named_by_files(root))
-    if needed := [str(table) for table in lost if table.kind in _NEEDS.get(command, ())]:
-        raise CorpusError(f"root {storage.redact(root)}: {'; '.join(needed)}")
+    _require(root, lost, needed)
     for table in lost:
         LOGGER.warning("%s", table)
+
+
+def _require(root: str, lost: Sequence[LostTable], needed: Sequence[str]) -> None:
+    """Refuses a command if one of the kinds that it needs is lost."""
+    if missing := [str(table) for table in lost if table.kind.name in needed]:
+        raise CorpusError(f"root {storage.redact(root)}: {'; '.join(missing)}")
 
 
 def lost_tables(spark: "SparkSession", root: str) -> list[LostTable]:
@@ -200,13 +135,18 @@ def _expected(spark: "SparkSession", root: str) -> dict[str, str]:
     return expected | dict.fromkeys(copies, f"the table {shown_table('pins')}")
 
 
+def _written_by(query: Checkpoint) -> list[str]:
+    """The tables that a query has certainly written: `document_keys` only has rows where chunking is packed."""
+    return [kind.name for kind in KINDS if query.stage in kind.queries and kind.name != "document_keys"]
+
+
 def _named_by_files(root: str) -> dict[str, str]:
     """The tables that the checkpoints, records and folders of a root name, each with what names it."""
     expected: dict[str, str] = {}
     layout = Root(root)
     queries = [query for query in checkpoints.find(root) if query.batch_id is not None]
     for query in queries:
-        expected |= dict.fromkeys(_WRITES.get(query.stage, ()), f"the checkpoint {query.name}")
+        expected |= dict.fromkeys(_written_by(query), f"the checkpoint {query.name}")
     rules = storage.read_json(layout.chunking_record) or {}
     # Releases that packed every copy of a document had no keys.
     if "copies" in rules.get("chunking", {}) and any(query.stage == "ingest" for query in queries):
@@ -241,7 +181,7 @@ def require_writable(root: str) -> None:
         ) from error
 
 
-def _require_tables_of_queries(root: str, stages: tuple[str, ...]) -> None:
+def _require_tables_of_queries(root: str, stages: Sequence[str]) -> None:
     """Refuses queries of these stages that have read or written a table which is gone or was made again."""
     queries = [query for query in checkpoints.find(root) if query.stage in stages] if stages else []
     lost = [(query, names) for query in queries if (names := set(_lost_tables_of(root, query)))]
@@ -252,7 +192,7 @@ def _require_tables_of_queries(root: str, stages: tuple[str, ...]) -> None:
 def _lost_tables_of(root: str, query: Checkpoint) -> Iterator[str]:
     """Names of the tables that the query has read or written and that are gone, or are now other tables."""
     if query.batch_id is not None and query.stage not in _REBUILT:
-        yield from (name for name in _WRITES[query.stage] if not has_commits(Root(root).table(name)))
+        yield from (name for name in _written_by(query) if not has_commits(Root(root).table(name)))
     offset = query.offset or end_offset(query.uri, 0)
     if query.source is not None and offset is not None:
         uri = Root(root).table(query.source)
@@ -264,12 +204,12 @@ def _lost_tables_of(root: str, query: Checkpoint) -> Iterator[str]:
 def _message(root: str, lost: list[tuple[Checkpoint, set[str]]]) -> str:
     names = sorted({name for _, lost_names in lost for name in lost_names})
     folders = [storage.redact(query.uri) for query, _ in lost]
-    stages = [stage for stage in _EFFECT_OF_REMOVAL if any(query.stage == stage for query, _ in lost)]
+    stages = [stage for stage in EFFECT_OF_REMOVAL if any(query.stage == stage for query, _ in lost)]
     return (
         f"root {storage.redact(root)}: expected the table{'s' if len(names) > 1 else ''} "
         f"{', '.join(map(shown_table, names))} that its queries have read or written, found none or another "
         f"one in its place. Put the table back from a copy; or remove {', '.join(folders)} and run again: "
-        f"{'; '.join(_EFFECT_OF_REMOVAL[stage] for stage in stages)}"
+        f"{'; '.join(EFFECT_OF_REMOVAL[stage] for stage in stages)}"
     )
 
 

@@ -76,7 +76,7 @@ def verify(spark: "SparkSession", root: str) -> list[Check]:
 def _lost(checked: CheckedRoot) -> Iterator[Check]:
     """Lost tables, except corpora and pinned copies, which verify_versions.py checks."""
     for table in preflight.lost_tables(checked.spark, checked.root):
-        if table.kind not in (table_names.REFINED, table_names.PINNED):
+        if table.kind.name not in (table_names.REFINED, table_names.PINNED):
             yield Check(f"{table.name}: the table is there", "a table", "none", False, note=str(table))
 
 

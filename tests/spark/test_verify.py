@@ -129,32 +129,38 @@ def test_a_file_that_went_away_is_found(spark: Any, copy: ExperimentConfig) -> N
     assert failed(spark, copy).keys() == {"corpus kept, version 1: its files are there"}
 
 
+def check(spark: Any, config: ExperimentConfig, name: str) -> None:
+    """The check before a stage."""
+    stage = stage_named(name)
+    preflight.check(spark, config, stage.needed_tables, stage.queries)
+
+
 def test_a_stage_whose_table_is_gone_stops_and_names_it(spark: Any, copy: ExperimentConfig, tmp_path: Path) -> None:
     folder = Path(storage.local_path(storage.join(copy.root, "tables")))
     for stage in ("ingest", "score", "stream", "refine"):
-        preflight.check(spark, copy, stage)
+        check(spark, copy, stage)
     (folder / "scores").rename(tmp_path / "scores")
     by_score = r"tables/scores .*remove .*/_checkpoints/score-.*, .*/_checkpoints/score_matrix-.* and run again"
     with pytest.raises(CorpusError, match=by_score):
         execute(stage_named("score"), spark, copy)
-    preflight.check(spark, copy, "ingest")
+    check(spark, copy, "ingest")
     # Created again, as a run that continues would do.
     tables.create(spark, copy.layout.table("scores"), schemas.SCORES)
     with pytest.raises(CorpusError, match=r"tables/scores .*/_checkpoints/score_matrix-"):
-        preflight.check(spark, copy, "score")
+        check(spark, copy, "score")
     shutil.rmtree(folder / "scores")
     (tmp_path / "scores").rename(folder / "scores")
-    preflight.check(spark, copy, "score")
+    check(spark, copy, "score")
     shutil.rmtree(folder / "instances")
     for stage, checkpoint in (("ingest", "/_checkpoints/ingest-jsonl"), ("score", r"remove the checkpoints ingest-\*")):
         with pytest.raises(CorpusError, match=rf"tables/instances\b.*{checkpoint}"):
-            preflight.check(spark, copy, stage)
+            check(spark, copy, stage)
     rules = storage.read_json(copy.layout.table("instances.json"))
     storage.write_json(copy.layout.table("instances.json"), rules | {"chunking": {"copies": "packed once"}})
     with pytest.raises(CorpusError, match=r"tables/document_keys, which .*or ingest into a new root"):
-        preflight.check(spark, copy, "run")
+        preflight.check(spark, copy, ["document_keys"])
     shutil.rmtree(Path(storage.local_path(copy.root)) / "_checkpoints")
-    preflight.check(spark, copy, "ingest")
+    check(spark, copy, "ingest")
     (folder / "instances").mkdir()
     (folder / "instances" / "part.parquet").write_bytes(b"x")
     with pytest.raises(CorpusError, match="files without the log"):
@@ -220,7 +226,7 @@ def test_a_corpus_is_not_made_again_under_the_numbers_of_its_lost_versions(
     with pytest.raises(CorpusError, match=r"refined/kept: expected the versions \[1\].*put it back from a copy"):
         corpus_records.read_corpus(spark, copy.root, "kept")
     with caplog.at_level("WARNING", logger="miniplm"):
-        preflight.check(spark, copy, "corpus list")
+        preflight.check(spark, copy, ["corpora"])
     assert "expected the table tables/refined/kept, which the table tables/corpora names" in caplog.text
     shutil.rmtree(storage.local_path(copy.layout.table("scores")))
     assert failed(spark, copy).keys() == {

@@ -66,10 +66,10 @@ def test_an_action_with_spark_checks_the_root_first_and_stops_its_session(
         return "a", 1
 
     monkeypatch.setattr(session, "make_session", lambda config, name: StoppedSession())
-    monkeypatch.setattr(preflight, "check", lambda session, config, command: seen.append(command))
+    monkeypatch.setattr(preflight, "check", lambda session, config, needed: seen.append(needed))
     monkeypatch.setattr(versions, "unpin", unpin)
     assert cli.main(["corpus", "unpin", "a@1", "-c", str(CONF / "demo.yaml"), f"root={tmp_path}"]) == 0
-    assert seen == ["corpus unpin", "a@1", "stopped"]
+    assert seen == [(), "a@1", "stopped"]
     assert "a@1 is not pinned any more" in capsys.readouterr().out
 
 

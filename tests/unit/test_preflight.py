@@ -78,8 +78,7 @@ def test_the_summary_of_a_root_that_was_moved_names_the_new_place(tmp_path: Path
     }
 
 
-@pytest.mark.parametrize("command", ["generate", "maintain", "corpus take-down"])
-def test_lost_generations_are_named_with_their_remedy(tmp_path: Path, command: str) -> None:
+def test_lost_generations_are_named_with_their_remedy(tmp_path: Path) -> None:
     """A checkpoint remembers what its query has read, and the table that it wrote is gone."""
     checkpoint = tmp_path / "_checkpoints/generate-abc"
     for folder, content in (("offsets", 'v1\n{}\n{"reservoirVersion": 0}'), ("commits", "v1\n{}")):
@@ -89,12 +88,10 @@ def test_lost_generations_are_named_with_their_remedy(tmp_path: Path, command: s
     log = tmp_path / "tables/rejects/_delta_log"
     log.mkdir(parents=True)
     (log / f"{0:020}.json").write_text("{}")
-    if command == "generate":
-        with pytest.raises(CorpusError, match=r"tables/generations\b.*remove .*generate-abc and run again"):
-            preflight._require_tables_of_queries(str(tmp_path), ("generate",))
-    else:
-        with pytest.raises(CorpusError, match=r"tables/generations, which .*remove the checkpoints generate-\*"):
-            preflight.check_files(str(tmp_path), command)
+    with pytest.raises(CorpusError, match=r"tables/generations\b.*remove .*generate-abc and run again"):
+        preflight._require_tables_of_queries(str(tmp_path), ("generate",))
+    with pytest.raises(CorpusError, match=r"tables/generations, which .*remove the checkpoints generate-\*"):
+        preflight.check_files(str(tmp_path), preflight.EVERY_TABLE)
 
 
 def test_the_summary_counts_generated_instances_and_the_rejects_of_every_stage(tmp_path: Path) -> None:

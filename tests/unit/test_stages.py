@@ -105,7 +105,6 @@ def test_refine_follows_with_its_option_alone(config: ExperimentConfig, monkeypa
     stage = stage_named("refine")
     assert stage.run(None, config, Options()) == "refined"
     assert stage.run(None, config, Options(follow=True, corpora=["kept"])) == ["kept"]
-    assert (stage.checked_as(Options()), stage.checked_as(Options(follow=True))) == ("", "refine --follow")
 
 
 def test_every_stage_is_described_once() -> None:

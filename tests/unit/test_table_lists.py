@@ -1,23 +1,23 @@
-"""Every table that `schemas` declares stands in each list of tables, or is an exception here, with its reason.
+"""Every table that `schemas` declares has its kind in `table_kinds.KINDS`, and the kinds agree with the columns.
 
-A table that maintenance does not list is never merged or vacuumed, and one that the take-down does not list keeps texts
+A table that maintenance does not know is never merged or vacuumed, and one that the take-down does not know keeps texts
 that were taken down: nothing else would tell.
 """
 
 import inspect
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.stages import SERVICES, STAGES
 from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.corpora import takedown
 from miniplm_udf.lease import Lease
 from miniplm_udf.schemas import table_names
+from miniplm_udf.schemas.table_kinds import EFFECT_OF_REMOVAL, KINDS
 from miniplm_udf.schemas.types import Table
-from miniplm_udf.store import catalog, tables
+from miniplm_udf.store import tables
 from miniplm_udf.upkeep import checks, maintain, preflight
 
 # Arguments of the functions that declare a table.
@@ -28,38 +28,6 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "refined": ("best", ["teacher"]),
     "refined_as": ("best", {"models": ["teacher"]}),
     "score_matrix": (["teacher"],),
-}
-FOLDERS = {table_names.REFINED, table_names.CUTS, table_names.PINNED, table_names.PACKED}
-NOT_REGISTERED = {
-    "document_keys": "hashes alone, for the next ingest",
-    "cuts": "numbers of a query that runs",
-    "pinned": "`read_corpus` reads the copy of a pinned version",
-    "packed": "token ids in binary, which the trainer reads",
-}
-NEVER_NAMED = {
-    "pins": "no checkpoint and no record names it",
-    "takedowns": "no checkpoint and no record names it",
-    "cuts": "a follower counts again",
-    "packed": "`miniplm pack` makes it again",
-}
-NOT_BY_INSTANCE = {
-    "document_keys": "hashes alone, which keep a document from being packed again",
-    "corpora": "no ids and no texts",
-    "pins": "no ids and no texts; its counts are changed with the copy",
-    "takedowns": "the record of the take-down itself",
-    "cuts": "removed whole",
-    "refined": "gets a new version",
-    "pinned": "changed with its row of `pins`",
-    "packed": "emptied, as its sequences have no ids",
-}
-NOT_READ_BY_ALL_CHECKS = {
-    "document_keys": "read by the check of the ingest",
-    "pins": "read by the check of pinned copies",
-    "takedowns": "read by the check of take-downs",
-    "cuts": "numbers of a query that runs",
-    "refined": "read by the check of corpora",
-    "pinned": "read by the check of pinned copies",
-    "packed": "read by the check of take-downs, by time",
 }
 
 
@@ -73,23 +41,13 @@ def declared() -> dict[str, Table]:
     return {table_names.kind_of(table.name): table for table in [*constants, *made]}
 
 
-def kinds() -> set[str]:
-    """Every kind of table; a pinned version has the declaration of its corpus."""
-    return {*declared(), *FOLDERS}
+def names() -> list[str]:
+    return [kind.name for kind in KINDS]
 
 
-@pytest.mark.parametrize(
-    ("listed", "exceptions"),
-    [
-        ((*catalog._NAMES, table_names.REFINED), NOT_REGISTERED),
-        (preflight._REMEDIES, NEVER_NAMED),
-        (takedown._BY_INSTANCE, NOT_BY_INSTANCE),
-        (checks.TABLES, NOT_READ_BY_ALL_CHECKS),
-    ],
-    ids=["catalog", "preflight", "take-down", "verify"],
-)
-def test_a_table_stands_in_each_list_or_is_an_exception(listed: Iterable[str], exceptions: dict[str, str]) -> None:
-    assert sorted([*listed, *exceptions]) == sorted(kinds())
+def test_every_declared_table_has_a_kind() -> None:
+    """A pinned version has the declaration of its corpus."""
+    assert sorted(names()) == sorted({*declared(), *table_names.FOLDERS})
 
 
 def test_maintenance_lists_every_table_but_pinned_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,22 +55,48 @@ def test_maintenance_lists_every_table_but_pinned_copies(tmp_path: Path, monkeyp
         (tmp_path / "tables" / name).mkdir(parents=True)
     monkeypatch.setattr(tables, "exists", lambda spark, uri: True)
     config = ExperimentConfig(root=str(tmp_path))
-    names = list(maintain._table_names(None, config))  # type: ignore[arg-type]
-    assert sorted(map(table_names.kind_of, names)) == sorted(kinds() - {table_names.PINNED})
+    listed = list(maintain._table_names(None, config))  # type: ignore[arg-type]
+    assert sorted(map(table_names.kind_of, listed)) == sorted({*names()} - {table_names.PINNED})
 
 
 def test_each_merged_table_has_writers(tmp_path: Path) -> None:
-    for name in (*maintain._MERGED, table_names.refined("best")):
-        assert all(isinstance(lease, Lease) for lease in maintain._writers(str(tmp_path), name, []))
+    for kind in KINDS:
+        if kind.is_merged:
+            name = table_names.refined("best") if kind.name == table_names.REFINED else kind.name
+            assert kind.leases or kind.queries or kind.name == table_names.REFINED
+            assert all(isinstance(lease, Lease) for lease in maintain._writers(str(tmp_path), name, []))
 
 
 def test_a_lost_table_has_a_remedy_and_every_needed_table_is_known() -> None:
-    written = {name for names in preflight._WRITES.values() for name in names}
-    assert written <= set(preflight._REMEDIES)
-    assert {name for names in preflight._NEEDS.values() for name in names} <= kinds()
-    for kind in preflight._REMEDIES:
-        assert preflight._REMEDIES[kind] in str(preflight.LostTable(f"{kind}/best", "the checkpoint"))
+    for kind in KINDS:
+        assert kind.remedy or not kind.queries, "a checkpoint names it, so its loss is noticed"
+        assert kind.remedy in str(preflight.LostTable(f"{kind.name}/best", "the checkpoint"))
+    needed = {name for stage in (*STAGES, *SERVICES) for name in stage.needed_tables}
+    assert needed <= set(preflight.EVERY_TABLE)
+    queries = {query for stage in (*STAGES, *SERVICES) for query in stage.queries}
+    assert queries == set(EFFECT_OF_REMOVAL) == {query for kind in KINDS for query in kind.queries}
 
 
-def test_tables_by_instance_have_its_id() -> None:
-    assert all("instance_id" in declared()[name].column_names for name in takedown._BY_INSTANCE)
+def test_rows_of_instances_have_their_id_and_are_verified() -> None:
+    with_instances = [kind for kind in KINDS if kind.has_instances]
+    assert all("instance_id" in declared()[kind.name].column_names for kind in with_instances)
+    assert all(kind.is_verified for kind in with_instances)
+
+
+def test_what_appends_by_micro_batch_is_a_query_of_its_kind() -> None:
+    for kind in KINDS:
+        if not kind.is_folder:
+            has_batches = "batch_id" in declared()[kind.name].column_names
+            assert bool(kind.queries) == has_batches, kind.name
+
+
+def test_a_table_is_read_before_the_tables_that_it_is_made_from() -> None:
+    """A row that is written while `verify` reads is then never missing from the table that it was made from."""
+    assert checks.TABLES.index("score_matrix") < checks.TABLES.index("scores") < checks.TABLES.index("instances")
+    assert checks.TABLES[0] == "corpora"
+    assert checks.TABLES[-1] == "instances"
+
+
+def test_versioned_tables_are_those_whose_files_delta_keeps() -> None:
+    pinnable = {name for name, table in declared().items() if table.pinnable}
+    assert {kind.name for kind in KINDS if kind.is_versioned} == pinnable

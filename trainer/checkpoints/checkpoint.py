@@ -1,12 +1,12 @@
 """Checkpoints of a training: everything that a killed run needs to reach the same weights.
 
 Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
-`run.json` (fingerprint, MLflow run id, id of the training, the model that it replaces) and one `step-<N>/` per
-checkpoint, with `state.pt` (`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last loss, points
-that MLflow lacks, fingerprint, SHA-256 of `state.pt`). The data order is a function of the step and needs no state. A
-`step-<N>` appears by one rename after its files are on the disk, so a kill or a full disk leaves the previous
-checkpoint; older checkpoints are removed afterwards. A damaged checkpoint is found by its checksum and skipped with a
-warning.
+`run.json` (fingerprint and its settings, MLflow run id, id of the training, the model that it replaces) and one
+`step-<N>/` per checkpoint, with `state.pt` (`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last
+loss, points that MLflow lacks, fingerprint, SHA-256 of `state.pt`). The data order is a function of the step and needs
+no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill or a full disk leaves the
+previous checkpoint; older checkpoints are removed afterwards. A damaged checkpoint is found by its checksum and skipped
+with a warning.
 Rank 0 writes, in a thread (checkpoint_writer.py); all ranks compare what they read: ranks on several nodes must share
 the folder.
 """
@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -70,11 +70,16 @@ class Checkpoints:
         folder: see `checkpoint_folder`.
         fingerprint: hash of config, data, tokenizer and teacher. Checkpoints with another fingerprint are not used.
         keep: number of newest checkpoints to keep, at least 1.
+        settings: what the fingerprint was made of, as text by name, for messages.
         replaceable: fingerprints of finished trainings, whose checkpoints are removed at the first save.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, keep: int, replaceable: Collection[str] = ()):
+    def __init__(
+        self, folder: Path, fingerprint: str, keep: int, settings: Mapping[str, str] | None = None,
+        replaceable: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.folder, self.fingerprint, self.keep, self.replaceable = folder, fingerprint, keep, replaceable
+        self.settings = dict(settings or {})
 
     def _steps(self) -> list[tuple[int, Path]]:
         """(step, folder) of each checkpoint, the newest first."""
@@ -138,7 +143,8 @@ class Checkpoints:
 
     def _write_run(self, content: Json) -> None:
         try:
-            storage.write_json(str(self.folder / "run.json"), {**content, "fingerprint": self.fingerprint})
+            own = {"fingerprint": self.fingerprint, "settings": self.settings}
+            storage.write_json(str(self.folder / "run.json"), content | own)
         except OSError as error:
             raise MiniplmError(self._cannot_write(self.folder / "run.json", error)) from error
 
@@ -174,11 +180,21 @@ class Checkpoints:
             )
         if foreign:
             raise CorpusError(
-                f"{foreign[0]} is the checkpoint of another, unfinished training: its sections train and architecture, "
-                "packed table, tokenizer or teacher differ; set them back to resume it, or delete "
-                f"{self.folder} to give it up"
+                f"{foreign[0]} is the checkpoint of another, unfinished training: {self._differences()}; set them back "
+                f"to resume it, or delete {self.folder} to give it up"
             )
         return None
+
+    def _differences(self) -> str:
+        """In what the unfinished training in this folder differs from this one."""
+        others: Mapping[str, str] = (_read(self.folder / "run.json") or {}).get("settings", {})
+        names = [name for name in {**others, **self.settings} if others.get(name) != self.settings.get(name)]
+        if not others or not names:  # recorded by an earlier release
+            return "its sections train and architecture, packed table, tokenizer or teacher differ"
+        values = (
+            f"{name} was {others.get(name, 'not set')}, is {self.settings.get(name, 'not set')}" for name in names
+        )
+        return ", ".join(values)
 
     def checksum(self, step: int) -> str:
         """Computes the SHA-256 of a checkpoint as this process reads it; ranks compare it.
