@@ -19,7 +19,11 @@ VOCAB_SIZE = 320
 # Families that the project names, then families with a peculiarity: logits scaled or divided, a head with a bias,
 # experts, post-norms, learned positions with an offset, ALiBi, another state-space model.
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "mamba")
-OTHER_FAMILIES = ("granite", "cohere", "phi", "mixtral", "qwen3", "gemma3_text", "olmo2", "opt", "bloom", "mamba2")
+OTHER_FAMILIES = (
+    "granite", "cohere", "phi", "mixtral", "qwen3", "gemma3_text", "olmo2", "opt", "bloom", "mamba2",
+    "mistral", "phi3", "gpt_neox", "smollm3", "olmo3", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "falcon_h1",
+    "bamba",
+)  # fmt: skip
 _TEXT = ["the quick brown fox jumps over the lazy dog. ", "hello world, this is a test of the tokenizer!\n\n", "a  b"]
 
 
@@ -57,6 +61,27 @@ def make_config(family: str, **changes: Any) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
     }
+    experts = {"num_experts_per_tok": 2}
+    latent = {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    state_space = {
+        "mamba_d_state": 8,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    }
     extra: dict[str, dict[str, Any]] = {
         "llama": attention,
         "qwen2": attention,
@@ -73,6 +98,19 @@ def make_config(family: str, **changes: Any) -> Any:
         "opt": {"ffn_dim": 48, "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
         "bloom": {"n_head": 4},
         "mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        "mistral": attention | {"sliding_window": 8},
+        "phi3": attention,
+        "gpt_neox": attention,
+        "smollm3": attention,
+        "olmo3": attention | {"sliding_window": 8},
+        "qwen3_moe": attention | experts | {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16},
+        "olmoe": attention | experts | {"num_experts": 4},
+        "gpt_oss": attention | experts | {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8},
+        # Keys and values are computed from a few numbers per token; the first layer has no experts.
+        "deepseek_v3": attention | experts | latent,
+        # Attention and a state space side by side, or in turn.
+        "falcon_h1": attention | state_space | {"head_dim": 8, "mamba_d_ssm": 32},
+        "bamba": attention | state_space | {"attn_layer_indices": [1], "mamba_n_heads": 8},
     }
     return AutoConfig.for_model(family, **(sizes | extra.get(family, {}) | changes))
 
