@@ -96,7 +96,7 @@ def _read_ids(path: str) -> list[str]:
 def _with_spark(
     word: str, work: Work, needed: Sequence[str] = ()
 ) -> Callable[[ExperimentConfig, argparse.Namespace], Any]:
-    """The work in a Spark session of its own; without a table that it needs, it is refused."""
+    """Runs the work in a Spark session of its own, after a check that the tables it needs are there."""
 
     def run(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
         with command_session(config, f"corpus {word}", needed) as spark:

@@ -24,8 +24,8 @@ from miniplm_udf.upkeep import preflight
 
 LOGGER = logging.getLogger("miniplm.jobs")
 
-# Nothing makes these tables again, so a run does not begin without them, whichever stages it skips.
-_NEEDED = ("instances", "rejects", "document_keys", "scores")
+# A stage that is unchanged is skipped without a look at its tables, and these are lost until a user acts.
+NEEDED = ("instances", "rejects", "document_keys", "scores")
 
 
 def run_stages(config: ExperimentConfig, options: Options) -> int:
@@ -39,13 +39,14 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
         The highest exit code of the stages; a skipped stage has the exit code of its last run.
 
     Raises:
+        ConfigError: the root cannot be written.
         CorpusError: a table of the root is gone, or ingest has left no held-out documents to evaluate on.
     """
     highest = EXIT_DONE
     applicable = [stage for stage in STAGES if stage.applies(config)]
     with spark_session(config, "miniplm") as spark:
         preflight.require_writable(config.root)
-        preflight.check(spark, config, _NEEDED)
+        preflight.check(spark, config, NEEDED)
         for stage in applicable:
             if not must_run(stage, spark, config, options, is_named=False):
                 LOGGER.info("%s: unchanged, skipped", stage.name)

@@ -1,8 +1,8 @@
 """The Spark session of a command: Delta's jars and the settings that every job needs. Driver only.
 
 Input: the section `spark` of the config; output: a session. Delta's jars come from this node's cache if all are there,
-else by Maven coordinates, without those that pyspark contains. Under spark-submit, the master and every property given
-there win over the ones set here. Reads and writes no table.
+else by Maven coordinates, without those that pyspark contains. Under spark-submit, the properties given there win over
+the config's, and these over the defaults here. Reads and writes no table.
 """
 
 import contextlib
@@ -42,6 +42,8 @@ DELTA_EXCLUDES = (
     "com.github.luben:*",
 )
 
+# The master that spark-submit sets where none is given.
+_NO_MASTER = "local[*]"
 
 DELTA_JARS = (
     "io.delta_delta-spark_4.2_2.13-4.4.0.jar",
@@ -103,7 +105,8 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     """Starts (or joins) the Spark session of a command.
 
     Args:
-        config: its `spark.master` and `spark.conf` win over the defaults; properties of spark-submit win over both.
+        config: its `spark.master` and `spark.conf` win over the defaults; properties of spark-submit win over both. A
+            master `local[*]` counts as not given, because spark-submit sets it where none is given.
         name: application name.
 
     Returns:
@@ -123,16 +126,17 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     # pyspark itself reads only this variable; spark-submit sets it from the property.
     os.environ.setdefault("PYSPARK_PYTHON", config.spark.conf.get("spark.pyspark.python", sys.executable))
     cores = _cores()
-    if "PYSPARK_GATEWAY_PORT" in os.environ:
-        # spark-submit has started the JVM. SparkConf reads its properties only when Python is connected to it.
+    is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit has started the JVM, and the JVM this Python
+    if is_submitted:
+        # Only a Python that is connected to the JVM can read its properties.
         SparkContext._ensure_initialized()
-    submitted = SparkConf()
+    submitted = SparkConf(loadDefaults=is_submitted)
     builder = SparkSession.builder.appName(name)
     jars = {} if submitted.contains("spark.jars.packages") or submitted.contains("spark.jars") else delta_jars()
     for key, value in {**jars, **_defaults(cores), **config.spark.conf}.items():
         if not submitted.contains(key):
             builder = builder.config(key, value)
-    if not submitted.contains("spark.master"):
+    if submitted.get("spark.master", _NO_MASTER) == _NO_MASTER:
         master = config.spark.master or f"local[{cores},4]"
         if master.startswith("local"):
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
@@ -143,7 +147,8 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     java.leave_signals_to_python(session)
     if stopping.is_taken(before):
         signal.signal(signal.SIGINT, before)  # a new context replaces the handler of SIGINT
-    session.sparkContext.setLogLevel(os.environ.get("MINIPLM_SPARK_LOG_LEVEL", "ERROR"))
+    if level := os.environ.get("MINIPLM_SPARK_LOG_LEVEL"):
+        session.sparkContext.setLogLevel(level)
     return session
 
 

@@ -114,7 +114,7 @@ class Stage:
         is_service: whether it runs with these options until it is stopped, and leaves no record.
         is_partial: whether it does only a part of its work with these options, and leaves no record.
         needs_spark: whether its command starts Spark.
-        needed_tables: kinds of tables that it cannot do without, besides those of its queries.
+        needed_tables: kinds of tables without which it is refused, besides those of its queries.
         queries: stages of the streaming queries that it runs, as their checkpoints name them.
         to_json: the summary as JSON, for people and for the record.
         with_earlier: copies values that this run did not measure from the summary of the last run.

@@ -6,7 +6,7 @@ shows its progress from any machine that can read the root; `stream.metrics_port
 models must exist: train the reference first (`miniplm ingest`, `miniplm reference`). Driver only.
 
     miniplm stream -c conf/demo.yaml [key=value ...]
-    spark-submit --properties-file conf/spark/standalone.conf jobs/stream.py -c conf/demo.yaml
+    spark-submit --properties-file conf/spark/local.conf jobs/stream.py -c conf/demo.yaml
 """
 
 import dataclasses

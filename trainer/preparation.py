@@ -45,7 +45,7 @@ class TrainingInputs:
         tokenizer: the table's tokenizer.
         teacher: description of the teacher, which is not loaded yet; None without a teacher.
         fingerprint: hash of config, data, tokenizer and teacher.
-        settings: what the fingerprint was made of, as text by name, for messages.
+        settings: the values behind the fingerprint, as text by name, for messages.
     """
 
     sequences: PackedSequences

@@ -62,13 +62,16 @@ class Target:
         return table_names.packed(self.corpus, self.tokenizer)
 
     def settings(self) -> dict[str, str]:
-        """Returns every config value that the weights depend on, as JSON by its key."""
+        """Returns every config value that the weights depend on, as JSON by name, for messages.
+
+        A name is the key without the sections before it: `train.seed` also stands for `students.NAME.train.seed`.
+        """
         values = {
             **{f"architecture.{key}": value for key, value in self.architecture.items()},
             **{f"train.{key}": value for key, value in self._train_values().items()},
             "packed table": self.packed_table,
             "sequence_length": self.sequence_length,
-            "max_positions": self.max_positions,
+            "longest input": self.max_positions,
         }
         return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
 

@@ -72,7 +72,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparkConfig:
-    """The Spark session of a command. A file run by spark-submit takes master and conf from spark-submit instead.
+    """The Spark session of a command. A master or a setting that spark-submit is given wins over the one here.
 
     Attributes:
         master: Spark's master URL; null is local.

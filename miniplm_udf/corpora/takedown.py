@@ -1,7 +1,7 @@
 """Removes documents by id from every table of a root, pinned versions too, for good. Driver only.
 
-    request -> recorded -> packed, refined, pinned -> annotations, proxy_scores, generations, score_matrix, scores,
-            rejects, instances -> old files removed
+    request -> recorded -> packed, refined, pinned -> generations, proxy_scores, score_matrix, scores, rejects,
+            annotations, instances -> old files removed
 
 Input: a config and ids of documents. Every instance that holds a byte of a document is removed whole, because a
 score belongs to the text that was scored; other documents lose the slices that they share with it. The rows to remove

@@ -1,7 +1,7 @@
 """The kinds of tables, and what the commands do with the tables of each kind: one `TableKind` a kind, in `KINDS`.
 
-`register_tables`, the checks before a command, maintenance, take-downs and `verify` go through `KINDS`, so a new table
-is added here once, beside its columns in `schemas/__init__.py`. Owns no data; pure.
+`register_tables`, the checks before a command, maintenance, take-downs and `verify` go through `KINDS`. A new table is
+declared twice: here, and with its columns in `schemas/__init__.py`. Reads and writes nothing.
 """
 
 import dataclasses
@@ -11,18 +11,20 @@ from miniplm_udf.schemas import table_names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableKind:
-    """What the commands do with the tables of one kind. A kind in a folder has one table per corpus, or more.
+    """One kind of table. A kind in a folder has one table for each corpus, or more.
 
     Attributes:
         name: name of the table; for tables in a folder, the first part of their names (`refined`).
-        is_registered: `register_tables` lets SQL name it.
+        is_registered: `register_tables` gives it a name for SQL. Of the kinds in folders only `refined` is registered,
+            by code of its own.
         is_merged: maintenance merges its small files, and first takes the leases of its writers.
         leases: names of the leases of its writers, without those of the queries in `queries`.
         queries: stages of the streaming queries that append to it.
-        has_instances: it has rows with an `instance_id`; a take-down deletes them one by one.
-        is_verified: all checks of `verify` read it at one and the same version.
+        is_optional: its queries write it in some roots only, so their checkpoints do not say that it must exist.
+        has_instances: a take-down deletes the rows of the removed instances by their `instance_id`.
+        is_verified: all checks of `verify` read it at one and the same version. Never for a kind in a folder.
         is_versioned: users go back to its old versions, so maintenance keeps replaced files for years.
-        remedy: what to do if it is lost and has no copy; "" where nothing else in a root tells that it ever existed.
+        remedy: what to do if it is lost and has no copy; "" if nothing else in a root says that it existed.
     """
 
     name: str
@@ -30,6 +32,7 @@ class TableKind:
     is_merged: bool
     leases: tuple[str, ...] = ()
     queries: tuple[str, ...] = ()
+    is_optional: bool = False
     has_instances: bool
     is_verified: bool
     is_versioned: bool = False
@@ -41,7 +44,7 @@ class TableKind:
         return self.name in table_names.FOLDERS
 
 
-# What a command does after the checkpoints of a stage's queries were removed.
+# After the checkpoints of a stage's queries are removed, its command does this. Every stage in `queries` has an entry.
 EFFECT_OF_REMOVAL = {
     "ingest": "`miniplm ingest` then reads the whole input again; instances that come out the same keep their scores",
     "score": "`miniplm score` then reads all instances again, and scores those that have no score in `scores`",
@@ -64,11 +67,12 @@ KINDS = (
     ),
     TableKind(
         name="document_keys",
-        is_registered=False,  # hashes alone, for the next ingest
+        is_registered=False,  # hashes and ids, which only the next ingest needs
         is_merged=True,
         leases=("ingest",),
         queries=("ingest",),
-        has_instances=False,  # it has their ids, but the hashes have to keep the documents from being packed again
+        is_optional=True,  # only where chunking is packed
+        has_instances=False,  # after a take-down, its hashes keep the documents from being packed again
         is_verified=False,  # read by the check of the ingest
         remedy="ingest into a new root: without these keys a document that comes again would be packed again",
     ),
@@ -138,14 +142,6 @@ KINDS = (
         remedy="",  # a follower counts again
     ),
     TableKind(
-        name="corpora",
-        is_registered=True,
-        is_merged=False,
-        has_instances=False,
-        is_verified=True,
-        remedy="run `miniplm refine`, which records the newest version of each corpus again; older ones are forgotten",
-    ),
-    TableKind(
         name=table_names.REFINED,
         is_registered=True,
         is_merged=True,  # under the lease `refined-<corpus>`
@@ -153,6 +149,14 @@ KINDS = (
         is_verified=False,  # read by the check of corpora
         is_versioned=True,
         remedy="refine under another name in refine.corpora: new versions would get the numbers of the recorded ones",
+    ),
+    TableKind(
+        name="corpora",
+        is_registered=True,
+        is_merged=False,
+        has_instances=False,
+        is_verified=True,
+        remedy="run `miniplm refine`, which records the newest version of each corpus again; older ones are forgotten",
     ),
     TableKind(
         name="pins",
@@ -190,6 +194,6 @@ KINDS = (
 )
 
 
-def kind_of(table: str) -> TableKind:
+def find_kind(table: str) -> TableKind:
     """Returns the kind of the table `table`, e.g. of `refined/best`."""
     return next(kind for kind in KINDS if kind.name == table_names.kind_of(table))

@@ -127,7 +127,7 @@ def _maintain_table(
     is_alone: bool, dry_run: bool, name: str,
 ) -> MaintainedTable:  # fmt: skip
     """Merges and vacuums one table. With `is_alone`, the caller holds all leases."""
-    uri, kind = config.layout.table(name), table_kinds.kind_of(name)
+    uri, kind = config.layout.table(name), table_kinds.find_kind(name)
     if retain_hours is None and kind.is_versioned:
         hours, note = None, "its versions are kept; --retain-hours removes those that are not pinned"
     else:
@@ -173,7 +173,7 @@ def _age_hours(spark: "SparkSession", uri: str, version: int) -> float:
 
 def _writers(root: str, name: str, queries: list[Checkpoint]) -> list[Lease]:
     """The leases that have to be held while a table is merged."""
-    kind = table_kinds.kind_of(name)
+    kind = table_kinds.find_kind(name)
     if kind.name == table_names.REFINED:
         return [Lease(Root(root).lease(f"refined-{table_names.corpus_of(name)}"), name, waits=True)]
     leases = {*kind.leases, *(query.lease for query in queries if query.stage in kind.queries)}

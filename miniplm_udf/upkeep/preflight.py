@@ -20,7 +20,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import Root, shown_table
 from miniplm_udf.schemas import table_names
-from miniplm_udf.schemas.table_kinds import EFFECT_OF_REMOVAL, KINDS, TableKind, kind_of
+from miniplm_udf.schemas.table_kinds import EFFECT_OF_REMOVAL, KINDS, TableKind, find_kind
 from miniplm_udf.store import delta_log, pins, tables
 from miniplm_udf.store.delta_log import has_commits
 from miniplm_udf.streams import checkpoints
@@ -34,8 +34,8 @@ LOGGER = logging.getLogger("miniplm.preflight")
 
 # Queries that build their tables again by themselves, by stage.
 _REBUILT = ("score_matrix", "proxy")
-# Every table whose loss is noticed, but corpora and pinned copies, which a user may have dropped on purpose; a command
-# that reads one of those fails by itself.
+# The tables whose loss is noticed, except corpora and pinned copies: a user may have dropped these on purpose, and a
+# command that reads one of them fails by itself.
 EVERY_TABLE = tuple(
     kind.name for kind in KINDS if kind.remedy and kind.name not in (table_names.REFINED, table_names.PINNED)
 )
@@ -56,7 +56,7 @@ class LostTable:
     @property
     def kind(self) -> TableKind:
         """The kind of the table."""
-        return kind_of(self.name)
+        return find_kind(self.name)
 
     def __str__(self) -> str:
         return (
@@ -136,8 +136,8 @@ def _expected(spark: "SparkSession", root: str) -> dict[str, str]:
 
 
 def _written_by(query: Checkpoint) -> list[str]:
-    """The tables that a query has certainly written: `document_keys` only has rows where chunking is packed."""
-    return [kind.name for kind in KINDS if query.stage in kind.queries and kind.name != "document_keys"]
+    """Names of the tables that a query with a micro-batch has certainly written."""
+    return [kind.name for kind in KINDS if query.stage in kind.queries and not kind.is_optional]
 
 
 def _named_by_files(root: str) -> dict[str, str]:

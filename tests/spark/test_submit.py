@@ -1,4 +1,4 @@
-"""What spark-submit is given wins over the config and over the defaults of a session."""
+"""Settings given to spark-submit win over the config and over the defaults of a session."""
 
 import json
 import os
@@ -7,28 +7,32 @@ import sys
 from pathlib import Path
 
 import pyspark
+import pytest
 
 from jobs.session import delta_jars
 from tests.support.short_lived import JAVA_OPTIONS
 from tests.support.spark_session import REPOSITORY
 
 
-def test_master_and_properties_of_spark_submit_win(tmp_path: Path) -> None:
-    given = {"spark.sql.shuffle.partitions": "7", "spark.sql.debug.maxToStringFields": "11"}
-    properties = given | {"spark.driver.extraJavaOptions": JAVA_OPTIONS, **delta_jars()}
-    expected = given | {
-        "spark.master": "local[1]",
+@pytest.mark.parametrize(("options", "master"), [(["--master", "local[1]"], "local[1]"), ([], "local[2]")])
+def test_master_and_properties_of_spark_submit_win(tmp_path: Path, options: list[str], master: str) -> None:
+    """Without --master, spark-submit sets `local[*]`, which counts as not given."""
+    submitted = {"spark.sql.shuffle.partitions": "7", "spark.log.level": "WARN"}
+    properties = submitted | {"spark.driver.extraJavaOptions": JAVA_OPTIONS, **delta_jars()}
+    expected = submitted | {
+        "spark.master": master,
         "spark.sql.autoBroadcastJoinThreshold": "5",  # of the config
         "spark.sql.session.timeZone": "UTC",  # a default
+        "level of Java's log": "WARN",
     }
     environment = {"PYTHONPATH": str(REPOSITORY), "PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
-    options = [part for key, value in properties.items() for part in ("--conf", f"{key}={value}")]
-    done = subprocess.run(
+    options = [*options, *(part for key, value in properties.items() for part in ("--conf", f"{key}={value}"))]
+    completed = subprocess.run(
         [
-            *(Path(pyspark.__file__).parent / "bin/spark-submit", "--master", "local[1]", *options),
+            *(Path(pyspark.__file__).parent / "bin/spark-submit", *options),
             *(REPOSITORY / "tests/support/submitted_job.py", tmp_path / "answer.json", tmp_path / "root", *expected),
         ],
         cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | environment,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert completed.returncode == 0, completed.stderr[-3000:]
     assert json.loads((tmp_path / "answer.json").read_text()) == expected

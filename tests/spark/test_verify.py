@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cli, ingest, refine, score, session
+from jobs import cli, ingest, pipeline, refine, score, session
 from jobs.stage_runner import execute
 from jobs.stages import stage_named
 from miniplm_udf import schemas, storage
@@ -158,7 +158,7 @@ def test_a_stage_whose_table_is_gone_stops_and_names_it(spark: Any, copy: Experi
     rules = storage.read_json(copy.layout.table("instances.json"))
     storage.write_json(copy.layout.table("instances.json"), rules | {"chunking": {"copies": "packed once"}})
     with pytest.raises(CorpusError, match=r"tables/document_keys, which .*or ingest into a new root"):
-        preflight.check(spark, copy, ["document_keys"])
+        preflight.check(spark, copy, pipeline.NEEDED)
     shutil.rmtree(Path(storage.local_path(copy.root)) / "_checkpoints")
     check(spark, copy, "ingest")
     (folder / "instances").mkdir()

@@ -112,14 +112,13 @@ def test_a_save_in_the_place_of_a_damaged_one_and_what_killed_saves_left(tmp_pat
 def test_the_settings_that_differ_from_an_unfinished_training_are_named(tmp_path: Path) -> None:
     model, optimizer = trained()
     old = Checkpoints(tmp_path, "old", keep=2, settings={"train.seed": "1", "train.steps": "9", "tokenizer": "t"})
-    old.set_run_id("r")
     old.save(SavedState(9), tensors_of(model, optimizer))
     new = Checkpoints(tmp_path, "new", keep=2, settings={"train.seed": "2", "tokenizer": "t", "architecture.x": "3"})
     with pytest.raises(CorpusError) as refused:
         new.newest_whole(model)
     assert (
-        "unfinished training: train.seed was 1, is 2, train.steps was 9, is not set, architecture.x was not set, is 3; "
-        f"set them back to resume it, or delete {tmp_path}"
+        "unfinished training: it has train.seed 1 (now 2), train.steps 9 (now no value), architecture.x no value "
+        f"(now 3); go back to these values to resume it, or delete {tmp_path}"
     ) in str(refused.value)
 
 

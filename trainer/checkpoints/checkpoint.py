@@ -1,12 +1,12 @@
 """Checkpoints of a training: everything that a killed run needs to reach the same weights.
 
 Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
-`run.json` (fingerprint and its settings, MLflow run id, id of the training, the model that it replaces) and one
-`step-<N>/` per checkpoint, with `state.pt` (`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last
-loss, points that MLflow lacks, fingerprint, SHA-256 of `state.pt`). The data order is a function of the step and needs
-no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill or a full disk leaves the
-previous checkpoint; older checkpoints are removed afterwards. A damaged checkpoint is found by its checksum and skipped
-with a warning.
+`run.json` (fingerprint, MLflow run id, id of the training, the model that it replaces) and one `step-<N>/` per
+checkpoint, with `state.pt` (`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last loss, points
+that MLflow lacks, fingerprint and the values behind it, SHA-256 of `state.pt`). The data order is a function of the
+step and needs no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill or a full disk
+leaves the previous checkpoint; older checkpoints are removed afterwards. A damaged checkpoint is found by its checksum
+and skipped with a warning.
 Rank 0 writes, in a thread (checkpoint_writer.py); all ranks compare what they read: ranks on several nodes must share
 the folder.
 """
@@ -70,7 +70,7 @@ class Checkpoints:
         folder: see `checkpoint_folder`.
         fingerprint: hash of config, data, tokenizer and teacher. Checkpoints with another fingerprint are not used.
         keep: number of newest checkpoints to keep, at least 1.
-        settings: what the fingerprint was made of, as text by name, for messages.
+        settings: the values behind the fingerprint, as text by name, for messages.
         replaceable: fingerprints of finished trainings, whose checkpoints are removed at the first save.
     """
 
@@ -143,8 +143,7 @@ class Checkpoints:
 
     def _write_run(self, content: Json) -> None:
         try:
-            own = {"fingerprint": self.fingerprint, "settings": self.settings}
-            storage.write_json(str(self.folder / "run.json"), content | own)
+            storage.write_json(str(self.folder / "run.json"), {**content, "fingerprint": self.fingerprint})
         except OSError as error:
             raise MiniplmError(self._cannot_write(self.folder / "run.json", error)) from error
 
@@ -161,12 +160,12 @@ class Checkpoints:
             CorpusError: all checkpoints are damaged, or all belong to another, unfinished training.
         """
         damaged: list[str] = []
-        foreign: list[Path] = []
+        foreign: list[tuple[Path, Mapping[str, str]]] = []
         for step, path in self._steps():
             state = _read(path / "state.json")
             if state is not None and state.get("fingerprint") != self.fingerprint:
                 if state.get("fingerprint") not in self.replaceable:
-                    foreign.append(path)
+                    foreign.append((path, state.get("settings") or {}))
                 continue
             problem = _damage(path, state) or _misfit(path / "state.pt", model)
             if problem is None:
@@ -179,22 +178,24 @@ class Checkpoints:
                 "restore the folder, or delete it to train from the first step"
             )
         if foreign:
+            path, recorded = foreign[0]
             raise CorpusError(
-                f"{foreign[0]} is the checkpoint of another, unfinished training: {self._differences()}; set them back "
-                f"to resume it, or delete {self.folder} to give it up"
+                f"{path} is the checkpoint of another, unfinished training: {self._differences(recorded)}; go back to "
+                f"these values to resume it, or delete {self.folder} to give it up"
             )
         return None
 
-    def _differences(self) -> str:
-        """In what the unfinished training in this folder differs from this one."""
-        others: Mapping[str, str] = (_read(self.folder / "run.json") or {}).get("settings", {})
-        names = [name for name in {**others, **self.settings} if others.get(name) != self.settings.get(name)]
-        if not others or not names:  # recorded by an earlier release
-            return "its sections train and architecture, packed table, tokenizer or teacher differ"
-        values = (
-            f"{name} was {others.get(name, 'not set')}, is {self.settings.get(name, 'not set')}" for name in names
-        )
-        return ", ".join(values)
+    def _differences(self, recorded: Mapping[str, str]) -> str:
+        """The settings of another training's checkpoint that this training does not have, for the message."""
+        missing = "no value"
+        differing = [
+            f"{name} {recorded.get(name, missing)} (now {self.settings.get(name, missing)})"
+            for name in {**recorded, **self.settings}
+            if recorded.get(name) != self.settings.get(name)
+        ]
+        # Earlier releases recorded no values.
+        unknown = "its sections train and architecture, packed table, tokenizer or teacher differ"
+        return f"it has {', '.join(differing)}" if recorded and differing else unknown
 
     def checksum(self, step: int) -> str:
         """Computes the SHA-256 of a checkpoint as this process reads it; ranks compare it.
@@ -259,7 +260,7 @@ class Checkpoints:
             torch.save(tensors, handle)
             handle.flush()
             os.fsync(handle.fileno())  # without it, the rename could reach the disk before the data
-        sums = {"fingerprint": self.fingerprint, "sha256": _sha256(staging / "state.pt")}
+        sums = {"fingerprint": self.fingerprint, "sha256": _sha256(staging / "state.pt"), "settings": self.settings}
         with open(staging / "state.json", "w", encoding="utf-8") as text:
             json.dump({**dataclasses.asdict(state), **sums}, text)
             text.flush()
