@@ -151,8 +151,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _run(arguments: argparse.Namespace) -> Json:
-    """Runs the command; returns the JSON object for stdout."""
+def _run(arguments: argparse.Namespace) -> tuple[Json, list[str]]:
+    """Runs the command; returns the JSON object for stdout, and lines for people, which follow it on stderr."""
     config: ExperimentConfig = load_config(arguments.config, arguments.overrides)
     # Imported here, so that --help and config errors come at once: torch and transformers take seconds to import.
     if arguments.command == "train":
@@ -166,34 +166,37 @@ def _run(arguments: argparse.Namespace) -> Json:
             else [targets.student_target(config, name) for name in arguments.student or config.students]
         )
         if arguments.dry_run:
-            return {target.name: plan(config, target) for target in selected}
+            return {target.name: plan(config, target) for target in selected}, []
         results: Json = {}
+        lines: list[str] = []
         with stopping.deferred(), process_group():
             for target in selected:
                 result = train(config, target, retrain=arguments.retrain)
                 results[target.name] = result.as_json()
+                lines.append(str(result))
                 # A signal may reach one rank alone. Ranks agree on a stop during a training, so all go on until then.
                 if result.stopped_after is not None or (_is_alone() and stopping.received() is not None):
-                    return results
+                    return results, lines
         if not arguments.reference and _is_first_rank() and stopping.received() is None:
             from trainer.results.registry import register
 
             # After all trainings: ranks that train the next student do not wait while rank 0 sends a model.
             for name, registration in register(config, list(results)).items():
                 results[name]["registered"] = dataclasses.asdict(registration)
-        return results
+        return results, lines
     if arguments.command == "scaling":
         from trainer.scaling import command as scaling_command
 
         options = _scaling_options(arguments)
-        return scaling_command.plan(config, options) if arguments.dry_run else scaling_command.scaling(config, options)
+        compute = scaling_command.plan if arguments.dry_run else scaling_command.scaling
+        return compute(config, options), []
     from trainer import targets
     from trainer.evaluation import run
 
     chosen = [targets.student_target(config, name) for name in arguments.student or ()] or targets.all_targets(config)
     if arguments.dry_run:
-        return run.plan(config, chosen)
-    return {name: result.as_json() for name, result in run.evaluate(config, chosen).items()}
+        return run.plan(config, chosen), []
+    return {name: result.as_json() for name, result in run.evaluate(config, chosen).items()}, []
 
 
 def _scaling_options(arguments: argparse.Namespace) -> "ScalingOptions":
@@ -231,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging()
     with stopping.stops_on_signals():
         try:
-            result = _run(arguments)
+            result, lines = _run(arguments)
         except stopping.Stopped as stopped:
             print(f"miniplm: the trainer was {stopped.message} from its last checkpoint", file=sys.stderr)
             return stopped.exit_code
@@ -240,7 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return error.exit_code
         stopped_training = stopping.received()
     if _is_first_rank():
-        print(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False))
+        print(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False), flush=True)
+        for line in lines:
+            print(line, file=sys.stderr)
     if stopped_training is None:
         return EXIT_DONE
     print(f"miniplm: the training was {stopped_training.message}; its last step is saved", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -288,7 +289,10 @@ def test_the_command(config: ExperimentConfig, tmp_path: Path, capsys: pytest.Ca
     assert plan["epochs"] == round(2 * 4 / plan["sequences_in_table"], 2)
     assert not folder(config, "small").exists()
     assert main(["train", "-c", conf, "--student", "small", "train.steps=2", "train.warmup_steps=0"]) == 0
-    assert json.loads(capsys.readouterr().out)["small"]["steps"] == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["small"]["steps"] == 2
+    line = r"small: 2 steps of \d+ tokens in \d+ s, [\d,]+ tokens/s, loss of the last step \d\.\d{4} nats/token"
+    assert re.fullmatch(line, printed.err.splitlines()[-1])
     assert main(["evaluate", "-c", conf, "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["waits_for_training"] == ["reference"]
     assert main(["evaluate", "-c", conf]) == 1
