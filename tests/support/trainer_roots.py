@@ -16,7 +16,7 @@ import pyarrow as pa
 from deltalake import write_deltalake
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from miniplm_udf import schemas
+from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.scoring.tokenizer import tokenizer_hash
 from tests.support.packed_tables import packed_batch, write_rows
@@ -138,7 +138,8 @@ def write_config(folder: Path, root: Path, **train: Any) -> Path:
         "mlflow": {"system_metrics": False},
     }
     path = folder / "experiment.yaml"
-    path.write_text(json.dumps(raw))  # JSON is YAML
+    # By a rename, because each rank of a test may write it while another reads it. JSON is YAML.
+    storage.write_text(str(path), json.dumps(raw))
     return path
 
 
