@@ -29,7 +29,6 @@ from miniplm_udf.config.refine import CorpusConfig, RefineConfig
 from miniplm_udf.config.rules import DEFAULT, load_rules, resolve
 from miniplm_udf.config.sections import (
     IngestConfig,
-    MlflowConfig,
     ModelConfig,
     PackConfig,
     ProxyConfig,
@@ -37,13 +36,12 @@ from miniplm_udf.config.sections import (
     ScoreConfig,
     SparkConfig,
     StreamConfig,
-    TensorboardConfig,
     TokenizerConfig,
-    WandbConfig,
     check,
     check_name,
 )
 from miniplm_udf.config.student_models import fill_in
+from miniplm_udf.config.tracking import MlflowConfig, TensorboardConfig, WandbConfig
 from miniplm_udf.config.training import ReferenceConfig, StudentConfig, TrainConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.layout import Root, is_tokenizer_folder
@@ -143,6 +141,18 @@ class ExperimentConfig:
             )
         if self.generate:
             self._check_generate(self.generate)
+        served = {alias for alias, model in self.models.items() if model.server is not None}
+        distilled = {name: each.train for name, each in self.students.items() if each.train.kd_ratio}
+        loaded = {f"students.{name}.train.kd_teacher": train.kd_teacher for name, train in distilled.items()}
+        if self.generate:
+            loaded["generate.model"] = self.generate.model
+        if self.reference:
+            loaded["reference.alias"] = self.reference.alias
+        for key, alias in loaded.items():
+            check(
+                alias not in served,
+                f"{key}: expected a model with `backend: local`, since a server only scores, found models.{alias}",
+            )
         for alias, model in self.models.items():
             check(
                 model.path is not None or alias == trained,

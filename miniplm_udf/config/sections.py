@@ -2,8 +2,8 @@
 
 Owns the keys, their defaults (the paper's recipe, arXiv 2410.17215) and the checks of single sections; no other module
 has defaults. A section does not know another one: `experiment.ExperimentConfig` checks the links between sections.
-Sections of annotation, refinement, training and evaluation are in annotate.py, refine.py, training.py and
-evaluate.py. Imports nothing heavy.
+Sections of annotation, refinement, training, evaluation and tracking are in annotate.py, refine.py, training.py,
+evaluate.py and tracking.py. Imports nothing heavy.
 """
 
 import dataclasses
@@ -30,6 +30,40 @@ def check_name(kind: str, name: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """A server with OpenAI's completions endpoint, which runs a model. The key is `OPENAI_API_KEY` of the environment.
+
+    Attributes:
+        url: base URL of the endpoint, such as `http://host:8000/v1`.
+        model: name of the model on the server.
+        revision: what is known of the server's weights, such as a commit; a part of the model's revision.
+        requests: requests at the same time, of each worker.
+        windows: windows of text in one request.
+        timeout_seconds: time for the answer to one request.
+        retries: how often a request is repeated, after growing pauses, if the server cannot be reached, is busy or
+            fails.
+    """
+
+    url: str
+    model: str
+    revision: str = ""
+    requests: int = 8
+    windows: int = 8
+    timeout_seconds: float = 600.0
+    retries: int = 8
+
+    def __post_init__(self) -> None:
+        check(
+            re.match(r"https?://[^/]", self.url) is not None, f"server.url: expected http(s)://..., found {self.url!r}"
+        )
+        check(bool(self.model), "server.model: expected the name of the model on the server, found nothing")
+        for key in ("requests", "windows"):
+            check(getattr(self, key) >= 1, f"server.{key}: expected at least 1, found {getattr(self, key)}")
+        check(self.timeout_seconds > 0, f"server.timeout_seconds: expected more than 0, found {self.timeout_seconds}")
+        check(self.retries >= 0, f"server.retries: expected at least 0, found {self.retries}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A causal LM that scores.
 
@@ -48,6 +82,9 @@ class ModelConfig:
         context_tokens: longest input of one forward pass, not counting a BOS.
         window_overlap_tokens: tokens of context that consecutive windows of a longer text share.
         trust_remote_code: whether transformers may run Python code that the model's folder contains.
+        backend: local loads the model; openai asks `server`, and `path` then only needs the model's config.json and
+            tokenizer.
+        server: the server of `backend: openai`.
     """
 
     path: str | None = None
@@ -60,8 +97,15 @@ class ModelConfig:
     context_tokens: int = 1024
     window_overlap_tokens: int = 256
     trust_remote_code: bool = False
+    backend: Literal["local", "openai"] = "local"
+    server: ServerConfig | None = None
 
     def __post_init__(self) -> None:
+        check(
+            (self.backend == "openai") == (self.server is not None),
+            f"server: expected together with `backend: openai`, found backend {self.backend} "
+            f"{'without' if self.server is None else 'with'} a server",
+        )
         check(self.context_tokens >= 2, f"context_tokens: expected at least 2, found {self.context_tokens}")
         check(
             0 <= self.window_overlap_tokens < self.context_tokens,
@@ -309,61 +353,3 @@ class ReportConfig:
 
     folder: str | None = None
     examples: int = 5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MlflowConfig:
-    """MLflow. A null `tracking_uri` takes `MLFLOW_TRACKING_URI` if that is set, else SQLite in the report folder.
-
-    Attributes:
-        wait_seconds: longest time that a finished training or evaluation waits for an answer of the store, to log the
-            points that it holds back. The work itself never waits.
-        parent_run: name of the run whose children the models' runs are; created if there is none. Null: no parent.
-        registered_model: name under which a finished student is registered, with `{student}` for the student's name.
-            Null registers none.
-        system_metrics: whether a training logs the use of processors, memory, disk, network and GPUs of rank 0's
-            machine.
-    """
-
-    tracking_uri: str | None = None
-    experiment: str = "miniplm"
-    wait_seconds: float = 180.0
-    parent_run: str | None = None
-    registered_model: str | None = None
-    system_metrics: bool = True
-
-    def __post_init__(self) -> None:
-        check(self.wait_seconds >= 1, f"mlflow.wait_seconds: expected at least 1, found {self.wait_seconds}")
-        check(
-            self.parent_run is None or re.fullmatch(r"[^'\"\\]+", self.parent_run) is not None,
-            f"mlflow.parent_run: expected a name without quotes and backslashes, found {self.parent_run!r}",
-        )
-        # MLflow refuses names of registered models with these characters.
-        bare = "model" if self.registered_model is None else self.registered_model.replace("{student}", "student")
-        check(
-            re.fullmatch(r"[^/:{}]+", bare) is not None,
-            "mlflow.registered_model: expected a name without / and :, in which {student} may stand, "
-            f"found {self.registered_model!r}",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorboardConfig:
-    """TensorBoard: each training writes its curve into `folder`; null: `tensorboard` in the report folder."""
-
-    folder: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WandbConfig:
-    """Weights & Biases: each training is a run of the project.
-
-    Attributes:
-        project: created if there is none.
-        entity: user or team; null takes the default of the account.
-        mode: offline writes files for `wandb sync`; null takes WANDB_MODE, else online.
-    """
-
-    project: str = "miniplm"
-    entity: str | None = None
-    mode: Literal["online", "offline"] | None = None

@@ -172,7 +172,8 @@ def _model(request: MeasureRequest) -> Iterator[ModelConfig]:
 def _write_fresh_model(request: MeasureRequest, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from miniplm_udf.scoring.models import describe, model_folder
+    from miniplm_udf.scoring.model_files import model_folder
+    from miniplm_udf.scoring.models import describe
     from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE, load_tokenizer
 
     assert request.tokenizer is not None
@@ -216,7 +217,7 @@ class _TokenCounts:
 
 def _count(config: ModelConfig, description: ModelDescription, rows: list[TableRow]) -> _TokenCounts:
     from miniplm_udf.scoring.inputs import TextEncoder, TextTokenizer
-    from miniplm_udf.scoring.models import model_folder
+    from miniplm_udf.scoring.model_files import model_folder
     from miniplm_udf.scoring.results import Failure
     from miniplm_udf.scoring.tokenizer import load_tokenizer
     from miniplm_udf.scoring.windows import windows
@@ -249,7 +250,7 @@ def _sizes(config: ModelConfig, description: ModelDescription) -> tuple[int, int
     """Returns the parameters in matrix products, the layers with attention, and heads times their width."""
     from transformers import AutoConfig
 
-    from miniplm_udf.scoring.models import model_folder
+    from miniplm_udf.scoring.model_files import model_folder
 
     whole: Any = AutoConfig.from_pretrained(model_folder(config), trust_remote_code=config.trust_remote_code)
     text = whole.get_text_config()

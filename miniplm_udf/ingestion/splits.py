@@ -114,7 +114,7 @@ def tokenizer_folder(model: ModelConfig) -> Path:
     Args:
         model: the model whose tokenizer counts tokens.
     """
-    from miniplm_udf.scoring.models import model_folder
+    from miniplm_udf.scoring.model_files import model_folder
 
     return model_folder(model)
 

@@ -226,7 +226,7 @@ def _checked(name: str, key: str, content: bytes, separator: str) -> PackTokeniz
 
 def _copied(name: str, source: ModelConfig, separator: str) -> PackTokenizer:
     """Returns the tokenizer at the path of `tokenizers.<name>`."""
-    from miniplm_udf.scoring.models import model_folder
+    from miniplm_udf.scoring.model_files import model_folder
 
     assert source.path is not None
     # A local folder needs a tokenizer.json alone; any other path follows the rules for models.
@@ -238,7 +238,8 @@ def _copied(name: str, source: ModelConfig, separator: str) -> PackTokenizer:
 
 def _copied_from_model(alias: str, model: ModelConfig) -> PackTokenizer:
     """Returns the tokenizer of a model, with the model's document separator."""
-    from miniplm_udf.scoring.models import describe, model_folder
+    from miniplm_udf.scoring.model_files import model_folder
+    from miniplm_udf.scoring.models import describe
 
     separator = describe(alias, model).document_separator
     return _checked(alias, f"models.{alias}", (model_folder(model) / TOKENIZER_FILE).read_bytes(), separator)

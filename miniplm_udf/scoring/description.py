@@ -22,7 +22,7 @@ class ModelDescription:
         model_id: the model's alias in the config.
         model_revision: hash of everything that changes a score, 32 hex digits.
         tokenizer_hash: hash of tokenizer.json, 32 hex digits.
-        dtype: dtype of the forward pass.
+        dtype: dtype of the forward pass; `server` for a model on a server, which does not say.
         context_tokens: longest input of one forward pass, without the BOS.
         window_overlap_tokens: tokens that consecutive windows share.
         context_prefix: none (official arithmetic) or token.
@@ -33,8 +33,9 @@ class ModelDescription:
         bos_token_id: id of the BOS; None for no token.
         prefix: the tokens in front of a text and the reason for them, in words.
         vocab_size: rows of the model's embedding.
-        n_parameters: elements of the tensors in the weight files.
-        weights_hash: hash of the weight files, config.json and the model's own code, or of the .gguf file.
+        n_parameters: elements of the tensors in the weight files; for a model on a server, weights by its config.json.
+        weights_hash: hash of the weight files, config.json and the model's own code, or of the .gguf file; for a model
+            on a server, of the name and the revision that the config gives it.
         path: where the model came from, without secrets.
         warnings: facts that a reader of the scores should know (chat-tuned, quantised).
     """
@@ -42,7 +43,7 @@ class ModelDescription:
     model_id: str
     model_revision: str = ""
     tokenizer_hash: str
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "server"]
     context_tokens: int
     window_overlap_tokens: int
     context_prefix: Literal["none", "token"]

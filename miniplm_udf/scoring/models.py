@@ -1,162 +1,37 @@
-"""Model folders: where a model's files are, its description, and the loaded torch model. Executor side.
+"""A model's description, and the loaded torch model. Executor side.
 
-Owns the ways to name a model (folder, URI, hub name, .gguf file, `package:NAME/FILE`), the rules for its separator and
-prefix tokens, and the check that `head` computes the model's own logits. Input: a `ModelConfig` with a path. Output: a
-local folder, a `ModelDescription`, a torch model. Files are fetched or converted once on each node; a retry finds them
-there. torch and transformers are loaded inside the functions that need them.
+Owns the rules for a model's separator and prefix tokens, and the check that `head` computes the model's own logits.
+Input: a `ModelConfig` with a path, whose files `model_files` finds. Output: a `ModelDescription`, a torch model. torch
+and transformers are loaded inside the functions that need them.
 """
 
-import hashlib
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
 from miniplm_udf import storage
-from miniplm_udf.config.sections import ModelConfig
-from miniplm_udf.errors import ConfigError, ModelLoadError
+from miniplm_udf.config.experiment import fingerprint
+from miniplm_udf.config.sections import ModelConfig, ServerConfig
+from miniplm_udf.errors import ConfigError, ModelLoadError, first_line
 from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.scoring.gguf_models import gguf_folder
 from miniplm_udf.scoring.loading import load_causal_lm
+from miniplm_udf.scoring.model_files import model_folder
 from miniplm_udf.scoring.prefix import find_prefix, in_words
-from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_hash
+from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
 from miniplm_udf.scoring.tokenizer_checks import check_every_byte, lost_differences, tokenizer_warnings
-from miniplm_udf.scoring.weights import SOURCE_FILE, n_parameters, weight_files, weights_hash
+from miniplm_udf.scoring.weights import SOURCE_FILE, n_parameters, weights_hash
 from miniplm_udf.storage import Json
 
-__all__ = ["ModelDescription", "describe", "load_model", "model_folder"]
-
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-# The same weights in the format of another program.
-_NOT_FETCHED = ["consolidated*.safetensors"]
 # End-of-document tokens of pre-training, in the order in which messages suggest them.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|end▁of▁sentence|>", "[EOS]", "<EOS>", "<|eos|>")
 _CHAT_TOKEN = re.compile(
     r"im_end|eot|end_of_turn|turn\|?>|<\|end\|>|assistant|user|<\|eom|message|return|chat", re.IGNORECASE
 )
 _PROBE_TOLERANCE = 1e-3
-
-
-# --- where the files are ---
-
-
-def model_folder(config: ModelConfig) -> Path:
-    """The local folder of a model, with config.json, safetensors and tokenizer.json; fetched or converted if needed.
-
-    Args:
-        config: the model; its `path` is a folder, the `file:` or remote URI of a folder, a hub name, a `.gguf` file, or
-            `package:NAME/FILE` for a file or folder inside an installed Python package.
-
-    Raises:
-        ModelLoadError: there is no such model, or its folder lacks files that scoring needs.
-    """
-    path = config.path
-    if path is None:
-        raise ModelLoadError("path: expected a model's path, found null, which is for a model that this run trains")
-    if path.startswith("package:"):
-        local = _in_package(path)
-    elif path.endswith(".gguf") and not storage.is_local(path):
-        local = storage.local_folder(path.rpartition("/")[0]) / path.rpartition("/")[2]
-    elif storage.is_local(path) and (_existing(path) or path.endswith(".gguf") or not _HUB_NAME.match(path)):
-        local = _existing(path) or _missing(path)
-    elif storage.is_local(path):
-        local = _from_hub(path, config.revision)
-    else:
-        try:
-            local = storage.local_folder(path)
-        except Exception as error:
-            raise ModelLoadError(
-                f"{storage.redact(path)}: cannot be fetched: {type(error).__name__}: {error}"
-            ) from error
-    folder = gguf_folder(local) if local.suffix == ".gguf" and local.is_file() else local
-    return _complete(folder, config)
-
-
-def _existing(path: str) -> Path | None:
-    local = Path(storage.local_path(path)).expanduser() if path.startswith("file:") else Path(path).expanduser()
-    return local.absolute() if local.exists() else None
-
-
-def _missing(path: str) -> Path:
-    raise ModelLoadError(
-        f"{path}: expected a model folder, a .gguf file or a hub name (owner/name), found no such file or folder; "
-        f"relative paths are taken from {Path.cwd()}"
-    )
-
-
-def _in_package(path: str) -> Path:
-    package, slash, inner = path.removeprefix("package:").partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
-    if spec is None or not slash:
-        raise ModelLoadError(
-            f"{path}: expected package:NAME/FILE of an installed Python package, found no package {package!r}; "
-            f"install it where the scoring runs"
-        )
-    for folder in spec.submodule_search_locations or [str(Path(spec.origin or "").parent)]:
-        if (Path(folder) / inner).exists():
-            return Path(folder) / inner
-    raise ModelLoadError(f"{path}: the package {package!r} is installed, but holds no {inner!r}")
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FETCHED))
-    except Exception as error:
-        raise ModelLoadError(
-            f"{name}: there is no such local folder (searched in {Path.cwd()}), and as a hub name"
-            f"{f' at revision {revision}' if revision else ''} it cannot be fetched "
-            f"({type(error).__name__}: {error}); correct the path, or fetch the model where there is a network"
-        ) from error
-
-
-def _complete(folder: Path, config: ModelConfig) -> Path:
-    """The folder if it has all files; if only tokenizer.json is missing, a folder in the cache that has it."""
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"{folder}: expected a model folder with a config.json, found none")
-    weight_files(folder)
-    return folder if (folder / TOKENIZER_FILE).is_file() else _with_fast_tokenizer(folder, config.trust_remote_code)
-
-
-def _with_fast_tokenizer(folder: Path, trust_remote_code: bool) -> Path:
-    """A folder in the cache with links to the files of `folder`, and a tokenizer.json made by transformers."""
-    import os
-    import shutil
-    import tempfile
-
-    from transformers import AutoTokenizer
-
-    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()]
-    target = storage.cache_folder() / "tokenizers" / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:32]
-    if target.exists():
-        return target
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        text = tokenizer.backend_tokenizer.to_str()
-    except Exception as error:
-        raise ModelLoadError(
-            f"{folder}: a fast tokenizer is needed; expected tokenizer.json, found none, and transformers cannot make "
-            f"one ({type(error).__name__}: {error})"
-        ) from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building."))
-    for file, _, _ in stamps:
-        (staging / Path(file).name).symlink_to(Path(file).resolve())
-    (staging / TOKENIZER_FILE).write_text(text, encoding="utf-8")
-    try:
-        os.replace(staging, target)
-    except OSError:  # another process was first
-        shutil.rmtree(staging)
-    return target
-
-
-# --- the description of the model ---
 
 
 def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> ModelDescription:
@@ -177,7 +52,7 @@ def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> Model
     tokenizer = load_tokenizer(folder)
     prefix = find_prefix(alias, folder, tokenizer, config)
     bos_id = None if prefix.token is None else _token_id(alias, "bos_token", prefix.token, tokenizer)
-    _check_context(alias, config, architecture, n_prefix=0 if bos_id is None else 1)
+    _check_context(alias, config, architecture, has_bos=bos_id is not None)
     lost = lost_differences(tokenizer)
     separator = config.document_separator or _default_separator(alias, folder, tokenizer)
     separator_id = _token_id(alias, "document_separator", separator, tokenizer)
@@ -201,8 +76,8 @@ def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> Model
         bos_token_id=bos_id,
         prefix=in_words(prefix, prefix_token),
         vocab_size=vocab_size,
-        n_parameters=n_parameters(folder),
-        weights_hash=weights_hash(folder),
+        n_parameters=n_parameters(folder) if config.server is None else _n_parameters_of(architecture, config),
+        weights_hash=weights_hash(folder) if config.server is None else _served_hash(config.server),
         path=storage.redact(str(config.path)) + (f"@{config.revision}" if config.revision else ""),
         warnings=[*_warnings(alias, folder, tokenizer, vocab_size), *tokenizer_warnings(alias, tokenizer, lost)],
     )
@@ -218,12 +93,33 @@ def _architecture(folder: Path, config: ModelConfig) -> Any:
         raise ModelLoadError(f"{folder}: config.json cannot be read: {type(error).__name__}: {error}{hint}") from error
 
 
-def _check_context(alias: str, config: ModelConfig, architecture: Any, n_prefix: int) -> None:
+def _n_parameters_of(architecture: Any, config: ModelConfig) -> int:
+    """The number of weights of a model whose weight files are not here; makes none of them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    except ValueError as error:
+        raise ModelLoadError(f"{storage.redact(str(config.path))}: {first_line(error)}") from error
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _served_hash(server: ServerConfig) -> str:
+    return fingerprint("server", server.model, server.revision)
+
+
+def _check_context(alias: str, config: ModelConfig, architecture: Any, has_bos: bool) -> None:
+    more = {"its BOS": 1} if has_bos else {}
+    if config.server is not None:
+        more |= {"the last target and a generated token of a request": 2}
+    n_more = sum(more.values())
     longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.context_tokens + n_prefix > longest:
+    if longest is not None and config.context_tokens + n_more > longest:
         raise ConfigError(
-            f"models.{alias}.context_tokens: expected at most {longest - n_prefix} (the model's "
-            f"max_position_embeddings{', less its BOS' if n_prefix else ''}), found {config.context_tokens}"
+            f"models.{alias}.context_tokens: expected at most {longest - n_more} (the model's "
+            f"max_position_embeddings{''.join(f', less {name}' for name in more)}), found {config.context_tokens}"
         )
 
 
@@ -277,10 +173,12 @@ def _token_id(alias: str, key: str, token: str, tokenizer: Tokenizer) -> int:
     return int(number)
 
 
-def _settled_dtype(config: ModelConfig, settled: str | None) -> Literal["float32", "bfloat16"]:
+def _settled_dtype(config: ModelConfig, settled: str | None) -> Literal["float32", "bfloat16", "server"]:
+    if config.server is not None:
+        return "server"
     if config.dtype != "auto":
         return config.dtype
-    if settled is not None:
+    if settled not in (None, "server"):
         if settled not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype: expected float32 or bfloat16, found {settled!r}")
         return "bfloat16" if settled == "bfloat16" else "float32"

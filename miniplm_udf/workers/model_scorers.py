@@ -17,14 +17,14 @@ from miniplm_udf.workers.process_slots import gpu_address, keep_slot
 
 if TYPE_CHECKING:
     from miniplm_udf.scoring.generator import Generator
-    from miniplm_udf.scoring.scorer import Scorer
+    from miniplm_udf.scoring.text_scorer import TextScorer
 
 LOGGER = logging.getLogger("miniplm.workers")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelScorerFactory:
-    """Makes the `Scorer` of a model on the executor. Picklable; equal keys make equal scorers.
+    """Makes the scorer of a model on the executor. Picklable; equal keys make equal scorers.
 
     Attributes:
         config: where the model is.
@@ -40,17 +40,25 @@ class ModelScorerFactory:
     def key(self) -> str:
         """Names what the factory makes; a process uses one scorer for all factories with the same key."""
         settings = self.settings
-        return f"{self.description.model_revision}/{settings.tokens_per_batch}/{settings.compile}/{settings.attention}"
+        place = "" if self.config.server is None else f"/{self.config.server}"
+        return (
+            f"{self.description.model_revision}/{settings.tokens_per_batch}/{settings.compile}/{settings.attention}"
+            f"{place}"
+        )
 
-    def __call__(self) -> "Scorer":
-        from miniplm_udf.scoring.models import model_folder
+    def __call__(self) -> "TextScorer":
+        from miniplm_udf.scoring.model_files import model_folder
         from miniplm_udf.scoring.prefix_probe import prefix_warnings
         from miniplm_udf.scoring.scorer import Scorer
         from miniplm_udf.scoring.tokenizer import load_tokenizer
 
-        device, model = _loaded(self.config, self.description, self.settings)
         folder = model_folder(self.config)
         tokenizer = load_tokenizer(folder)
+        if self.config.server is not None:
+            from miniplm_udf.scoring.server_scorer import ServerScorer
+
+            return ServerScorer(self.config.server, tokenizer, self.description)
+        device, model = _loaded(self.config, self.description, self.settings)
         budget, compiled = self.settings.tokens_per_batch, self.settings.compile
         scorer = Scorer(model, tokenizer, self.description, budget, device, compiled)
         scorer.warnings = prefix_warnings(model, tokenizer, self.description, folder, device)
@@ -83,7 +91,7 @@ class ModelGeneratorFactory:
 
     def __call__(self) -> "Generator":
         from miniplm_udf.scoring.generator import Generator
-        from miniplm_udf.scoring.models import model_folder
+        from miniplm_udf.scoring.model_files import model_folder
         from miniplm_udf.scoring.tokenizer import load_tokenizer
 
         device, model = _loaded(self.config, self.description, self.workers)

@@ -20,7 +20,7 @@ import numpy as np
 
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.ingestion.demo_text import documents_of, list_files, python_roots
-from miniplm_udf.scoring.models import model_folder
+from miniplm_udf.scoring.model_files import model_folder
 from tests.support import bench_results as results
 from tests.support.tiny_models import make_model_folder, make_scorer
 

@@ -32,7 +32,8 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.ingestion.demo_text import write_demo_text
 from miniplm_udf.scoring.cpu import PackedLinear
-from miniplm_udf.scoring.models import describe, model_folder
+from miniplm_udf.scoring.model_files import model_folder
+from miniplm_udf.scoring.models import describe
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.workers.model_scorers import ModelScorerFactory

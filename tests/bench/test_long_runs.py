@@ -14,7 +14,7 @@ import mlflow
 import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import MlflowConfig
+from miniplm_udf.config.tracking import MlflowConfig
 from tests.support.mlflow_server import MlflowServer
 from tests.support.trainer_process import KillableTraining, check_killed_training, copied, until
 from tests.support.trainer_roots import make_root, write_config

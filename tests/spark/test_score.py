@@ -13,7 +13,7 @@ from delta.tables import DeltaTable
 from jobs import score
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.config.sections import ModelConfig, ServerConfig
 from miniplm_udf.errors import ConfigError, CorpusError, ModelLoadError, ScoringError
 from miniplm_udf.lease import Lease
 from miniplm_udf.scores import matrix
@@ -28,6 +28,7 @@ from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.messages import SCORED_DDL
 from miniplm_udf.workers.remote import error_in_text
 from miniplm_udf.workers.score_counts import ScoreCounts
+from tests.support.completions_server import MODEL, CompletionsServer
 from tests.support.score_tables import (
     FakeFactory,
     FakeScorer,
@@ -41,6 +42,7 @@ from tests.support.score_tables import (
     two_models,
     write_instances,
 )
+from tests.support.scoring_oracles import plain_model
 from tests.support.tiny_models import make_model_folder
 
 
@@ -82,6 +84,29 @@ def keys(rows: list[Any]) -> list[tuple[str, str]]:
 
 def pairs(of: list[str], aliases: tuple[str, ...] = ("teacher", "reference")) -> list[tuple[str, str]]:
     return sorted((instance_id(text), alias) for text in of for alias in aliases)
+
+
+def test_a_model_on_a_server_scores_beside_a_local_one(
+    spark: Any, tmp_path: Path, models: dict[str, ModelConfig]
+) -> None:
+    """The same weights here and on the server: two revisions, and equal scores."""
+    local = models["teacher"]
+    with CompletionsServer(plain_model(Path(storage.local_path(str(local.path))))) as server:
+        place = ServerConfig(url=server.url, model=MODEL, requests=2)
+        served = dataclasses.replace(local, backend="openai", server=place)
+        config = experiment(tmp_path / "root", {"teacher": served, "reference": local})
+        write_instances(spark, config, texts(6))
+        summary = score.run(spark, config)
+    assert summary.scored == {"teacher": 6, "reference": 6}
+    (rows, n_revisions), *_ = (
+        tables.read(spark, config.layout.table("scores"))
+        .selectExpr("count(*)", "count(distinct model_revision)")
+        .collect()
+    )
+    assert (rows, n_revisions) == (12, 2)
+    for row in tables.read(spark, config.layout.table("score_matrix")).collect():
+        assert row["teacher_n_tokens"] == row["reference_n_tokens"]
+        assert row["teacher_nll_mean"] == pytest.approx(row["reference_nll_mean"], abs=1e-5)
 
 
 def test_new_instances_models_and_lost_checkpoints_score_only_what_is_missing(

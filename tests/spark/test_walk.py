@@ -12,7 +12,8 @@ import pytest
 from jobs import pack, refine, score
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig, SelectConfig
-from miniplm_udf.config.sections import MlflowConfig, PackConfig, TokenizerConfig
+from miniplm_udf.config.sections import PackConfig, TokenizerConfig
+from miniplm_udf.config.tracking import MlflowConfig
 from miniplm_udf.config.training import StudentConfig, TrainConfig
 from miniplm_udf.store import tables
 from tests.support.killed_training import train_small

@@ -1,6 +1,6 @@
 """Tiny causal LMs and tokenizers for tests, made on the fly: no download, random weights, seeded.
 
-`make_model_folder(tmp_path, "llama")` gives a folder that `miniplm_udf.scoring.models.model_folder` takes: config.json,
+`make_model_folder(tmp_path, "llama")` gives a folder that `scoring.model_files.model_folder` takes: config.json,
 model.safetensors, tokenizer.json, tokenizer_config.json. The tokenizer is a byte-level BPE of 316 entries.
 `write_gguf` writes some of these as a .gguf file, as llama.cpp's converter would. `make_scorer` loads a folder the
 way a job does. Needs torch, transformers and what they install, so that tests/gpu can use it (`write_gguf`: gguf, too).
@@ -179,7 +179,8 @@ def make_scorer(
         **config: further keys of `ModelConfig`; windows are 24 tokens long and share 6 unless told.
     """
     from miniplm_udf.config.sections import ModelConfig
-    from miniplm_udf.scoring.models import describe, load_model, model_folder
+    from miniplm_udf.scoring.model_files import model_folder
+    from miniplm_udf.scoring.models import describe, load_model
     from miniplm_udf.scoring.scorer import Scorer
     from miniplm_udf.scoring.tokenizer import load_tokenizer
 

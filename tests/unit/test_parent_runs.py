@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.config.sections import MlflowConfig
+from miniplm_udf.config.tracking import MlflowConfig
 from miniplm_udf.errors import ConfigError
 from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config

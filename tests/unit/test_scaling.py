@@ -17,7 +17,7 @@ from mlflow.entities import Metric
 
 from jobs import cli
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
-from miniplm_udf.config.sections import MlflowConfig
+from miniplm_udf.config.tracking import MlflowConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from tests.support.scaling_losses import COMPUTE, MINIPLM, PAPER, WITHOUT_KD, law, losses, runs_of_one_point
 from tests.support.tracking_store import own_tracking_store

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from miniplm_udf.config.sections import ModelConfig
-from miniplm_udf.scoring.models import describe, load_model, model_folder
+from miniplm_udf.scoring.model_files import model_folder
+from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.scorer import Score, Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 

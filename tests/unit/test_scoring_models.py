@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
-from miniplm_udf.scoring.models import check_head, describe, load_model, model_folder
+from miniplm_udf.scoring.model_files import model_folder
+from miniplm_udf.scoring.models import check_head, describe, load_model
 from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
 from tests.support import tiny_models
 from tests.support.tiny_models import CHAT_TOKEN, SEPARATOR, VOCAB_SIZE

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.loading import load_causal_lm
-from miniplm_udf.scoring.models import describe, load_model, model_folder
+from miniplm_udf.scoring.model_files import model_folder
+from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.weights import n_parameters, weight_files, weights_hash
 from tests.support import tiny_models
 

@@ -24,7 +24,8 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.ingestion.text_sets import BadRow
 from miniplm_udf.progress import progress
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.scoring.models import describe, load_model, model_folder
+from miniplm_udf.scoring.model_files import model_folder
+from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer

@@ -15,7 +15,8 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.scoring.attention import plain_attention
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.scoring.models import describe, load_model, model_folder
+from miniplm_udf.scoring.model_files import model_folder
+from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.storage import Json
 from miniplm_udf.store.model_records import TokenizerRecord

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import WandbConfig
+from miniplm_udf.config.tracking import WandbConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.storage import Json
 

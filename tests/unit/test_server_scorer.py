@@ -1,0 +1,229 @@
+"""Scores from a server equal the local scorer's; without a usable answer they are refused or rejected."""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.generate import GenerateConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig, ServerConfig
+from miniplm_udf.errors import ConfigError, ModelLoadError, ScoringError
+from miniplm_udf.scoring.models import describe
+from miniplm_udf.scoring.results import Failure, Score
+from miniplm_udf.workers.model_scorers import ModelScorerFactory
+from tests.support.completions_server import MODEL, CompletionsServer, Response
+from tests.support.scoring_oracles import ROWS, brute_force, plain_model, plain_tokenizer, score
+from tests.support.tiny_models import make_bos_folder, make_model_folder
+
+NATS_PER_TOKEN = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[CompletionsServer]:
+    with CompletionsServer(plain_model(folder)) as running:
+        yield running
+
+
+def config_of(path: Path, url: str, **server: Any) -> ModelConfig:
+    settings = {"model": MODEL, "requests": 2, "windows": 2, "retries": 2, "timeout_seconds": 20.0} | server
+    return ModelConfig(
+        path=str(path), backend="openai", server=ServerConfig(url=url, **settings), context_tokens=24,
+        window_overlap_tokens=6,
+    )  # fmt: skip
+
+
+def scorer_of(config: ModelConfig) -> Any:
+    return ModelScorerFactory(config, describe("teacher", config), ScoreConfig())()
+
+
+def test_a_server_scores_as_the_loop_of_single_prefixes(folder: Path, server: CompletionsServer) -> None:
+    scorer = scorer_of(config_of(folder, server.url))
+    tokens: list[int] = []
+    scorer.on_progress = tokens.append
+    found = score(scorer, ROWS)
+    for row, result in zip(ROWS, found, strict=True):
+        expected = brute_force(plain_model(folder), plain_tokenizer(folder), row)
+        if expected.n_tokens == 0:
+            assert result.reason == "no_tokens"
+            continue
+        assert (result.n_tokens, result.n_bytes) == (expected.n_tokens, expected.n_bytes), row
+        assert result.nll_sum_nats == pytest.approx(expected.nll_sum_nats, abs=NATS_PER_TOKEN * expected.n_tokens)
+    assert sum(tokens) == sum(result.n_tokens for result in found if isinstance(result, Score))
+    sizes = [len(request["prompt"]) for request in server.requests]
+    assert max(sizes) == 2
+    # A window, and the target of its last prediction.
+    assert max(len(ids) for request in server.requests for ids in request["prompt"]) == 24 + 1
+
+
+def test_the_bos_stands_in_front_of_every_window_on_the_server_too(tmp_path: Path) -> None:
+    folder = make_bos_folder(tmp_path, "llama", "post_processor")
+    with CompletionsServer(plain_model(folder)) as server:
+        scorer = scorer_of(config_of(folder, server.url))
+        assert scorer.description.bos_token_id is not None
+        score(scorer, ROWS[:2])
+        prompts = [ids for request in server.requests[1:] for ids in request["prompt"]]
+        assert {ids[0] for ids in prompts} == {scorer.description.bos_token_id}
+
+
+def test_the_revision_is_the_servers_and_not_that_of_the_files(folder: Path, server: CompletionsServer) -> None:
+    local = describe("teacher", ModelConfig(path=str(folder), context_tokens=24, window_overlap_tokens=6))
+    served = describe("teacher", config_of(folder, server.url))
+    elsewhere = describe("teacher", config_of(folder, "http://elsewhere/v1"))
+    updated = describe("teacher", config_of(folder, server.url, revision="2"))
+    assert served.model_revision == elsewhere.model_revision
+    assert len({each.model_revision for each in (local, served, updated)}) == 3
+    assert served.dtype == "server"
+    assert served.n_parameters == sum(weight.numel() for weight in plain_model(folder).parameters())
+
+
+def test_a_folder_without_weights_is_enough(folder: Path, tmp_path: Path, server: CompletionsServer) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert isinstance(score(scorer_of(config_of(tmp_path, server.url)), ROWS[:1])[0], Score)
+    with pytest.raises(ModelLoadError, match=r"weights|safetensors"):
+        describe("teacher", ModelConfig(path=str(tmp_path)))
+
+
+def test_a_busy_server_is_asked_again(folder: Path, server: CompletionsServer) -> None:
+    scorer = scorer_of(config_of(folder, server.url))
+    n_before = len(server.requests)
+    server.faults.extend([lambda *_: (429, {"Retry-After": "0"}, {}), lambda *_: (503, {"Retry-After": "0"}, {})])
+    assert isinstance(score(scorer, ROWS[:1])[0], Score)
+    assert len(server.requests) == n_before + 3
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_server_that_stays_away_stops_the_scoring(folder: Path, server: CompletionsServer, retries: int) -> None:
+    scorer = scorer_of(config_of(folder, server.url, retries=retries))
+    server.faults.extend([lambda *_: (500, {"Retry-After": "0"}, {})] * (retries + 1))
+    with pytest.raises(ScoringError, match=rf"models\.teacher\.server http.*no answer after {retries + 1} tries"):
+        score(scorer, ROWS[:1])
+
+
+def _short(request: dict[str, Any], answer: Any) -> Response:
+    for choice in answer["choices"]:
+        del choice["logprobs"]["token_logprobs"][-2:]
+    return 200, {}, answer
+
+
+def _without_logprobs(request: dict[str, Any], answer: Any) -> Response:
+    return 200, {}, answer | {"choices": [choice | {"logprobs": None} for choice in answer["choices"]]}
+
+
+def _null(request: dict[str, Any], answer: Any) -> Response:
+    answer["choices"][0]["logprobs"]["token_logprobs"][1] = None
+    return 200, {}, answer
+
+
+def _fewer(request: dict[str, Any], answer: Any) -> Response:
+    return 200, {}, answer | {"choices": []}
+
+
+def _refused(request: dict[str, Any], answer: Any) -> Response:
+    return 400, {}, {"error": {"message": "too long"}}
+
+
+BAD = {
+    "short": (_short, r"expected log probabilities of \d+ ids"),
+    "without": (_without_logprobs, "found none"),
+    "null": (_null, "at most 0 for each id"),
+    "fewer": (_fewer, "expected 1 choices, found 0"),
+    "no JSON": (lambda *_: (200, {"Content-Type": "text/html"}, "<html>"), "expected 1 choices, found None"),
+    "refused": (_refused, "BadRequestError.*too long"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_answer_rejects_its_text_alone(folder: Path, server: CompletionsServer, kind: str) -> None:
+    fault, message = BAD[kind]
+    scorer = scorer_of(config_of(folder, server.url, requests=1, windows=1))
+    server.faults.append(fault)
+    first, second = score(scorer, [ROWS[0], ROWS[4]])
+    assert isinstance(first, Failure)
+    assert first.reason == "bad_answer"
+    assert re.search(message, first.detail)
+    assert isinstance(second, Score)
+
+
+def test_one_bad_window_of_a_request_rejects_one_text(folder: Path, server: CompletionsServer) -> None:
+    scorer = scorer_of(config_of(folder, server.url, requests=1, windows=2))
+    server.faults.extend([_refused, _refused])  # the request of two windows, then the first alone
+    first, second = score(scorer, [ROWS[0], ROWS[4]])
+    assert isinstance(first, Failure)
+    assert isinstance(second, Score)
+
+
+def test_a_server_that_answers_nothing_usable_stops_the_scoring(folder: Path, server: CompletionsServer) -> None:
+    scorer = scorer_of(config_of(folder, server.url, windows=1))
+    server.faults.extend([_short] * 100)
+    with pytest.raises(ScoringError, match=r"32 windows in a row .* look at the server's log"):
+        score(scorer, [ROWS[0]] * 40)
+
+
+@pytest.mark.parametrize("fault", [_without_logprobs, _short, _refused])
+def test_a_server_that_cannot_score_is_refused_at_its_start(
+    folder: Path, server: CompletionsServer, fault: Any
+) -> None:
+    server.faults.append(fault)
+    with pytest.raises(ModelLoadError, match=r"models\.teacher\.server .*expected log probabilities of a prompt"):
+        scorer_of(config_of(folder, server.url))
+
+
+def test_another_model_name_or_no_server_is_refused_at_its_start(folder: Path, server: CompletionsServer) -> None:
+    with pytest.raises(ModelLoadError, match=r"expected a completions endpoint with this model, found: .*other"):
+        scorer_of(config_of(folder, server.url, model="other"))
+    with pytest.raises(ModelLoadError, match="no answer after 1 tries"):
+        scorer_of(config_of(folder, "http://127.0.0.1:9/v1", retries=0))
+
+
+def test_the_key_comes_from_the_environment_and_is_never_shown(
+    folder: Path, server: CompletionsServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    config = config_of(folder, server.url)
+    with caplog.at_level(logging.DEBUG):
+        scorer = scorer_of(config)
+        server.faults.append(lambda *_: (401, {}, {"error": {"message": "Incorrect key: secret-key"}}))
+        with pytest.raises(ScoringError, match=r"refuses the key.*OPENAI_API_KEY") as refused:
+            score(scorer, ROWS[:1])
+    assert set(server.keys) == {"Bearer secret-key"}
+    assert (
+        "secret-key"
+        not in str(refused.value)
+        + caplog.text
+        + repr(config)
+        + ModelScorerFactory(config, scorer.description, ScoreConfig()).key
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("models.teacher.backend=openai", "server: expected together with `backend: openai`"),
+        ("models.teacher.server={url: 'http://x/v1', model: m}", "server: expected together with `backend: openai`"),
+        ("models.teacher={path: x, backend: openai, server: {url: 'x/v1', model: m}}", r"server\.url: expected http"),
+        (
+            "models.teacher={path: x, backend: openai, server: {url: 'http://x/v1', model: m, windows: 0}}",
+            r"server\.windows: expected at least 1",
+        ),
+    ],
+)
+def test_a_wrong_section_is_named(tmp_path: Path, override: str, message: str) -> None:
+    conf = Path(__file__).resolve().parents[2] / "conf/demo.yaml"
+    with pytest.raises(ConfigError, match=message):
+        load_config(conf, [f"root={tmp_path}", override])
+
+
+def test_a_server_only_scores(tmp_path: Path) -> None:
+    served = ModelConfig(path="x", backend="openai", server=ServerConfig(url="http://x/v1", model="m"))
+    with pytest.raises(ConfigError, match=r"generate\.model: expected a model with `backend: local`"):
+        ExperimentConfig(root=str(tmp_path), models={"teacher": served}, generate=GenerateConfig(model="teacher"))
