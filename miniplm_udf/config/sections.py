@@ -56,6 +56,7 @@ class ServerConfig:
         check(
             re.match(r"https?://[^/]", self.url) is not None, f"server.url: expected http(s)://..., found {self.url!r}"
         )
+        check("@" not in self.url.split("/")[2], "server.url: expected no user and password, which records would show")
         check(bool(self.model), "server.model: expected the name of the model on the server, found nothing")
         for key in ("requests", "windows"):
             check(getattr(self, key) >= 1, f"server.{key}: expected at least 1, found {getattr(self, key)}")

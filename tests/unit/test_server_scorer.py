@@ -212,6 +212,10 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
         ("models.teacher.server={url: 'http://x/v1', model: m}", "server: expected together with `backend: openai`"),
         ("models.teacher={path: x, backend: openai, server: {url: 'x/v1', model: m}}", r"server\.url: expected http"),
         (
+            "models.teacher={path: x, backend: openai, server: {url: 'http://me:secret@x/v1', model: m}}",
+            r"server\.url: expected no user and password",
+        ),
+        (
             "models.teacher={path: x, backend: openai, server: {url: 'http://x/v1', model: m, windows: 0}}",
             r"server\.windows: expected at least 1",
         ),
