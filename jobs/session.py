@@ -95,6 +95,8 @@ def _defaults(cores: int) -> dict[str, str]:
         "spark.driver.memory": "4g",
         "spark.sql.warehouse.dir": str(storage.cache_folder() / "warehouse"),
         "spark.log.level": "ERROR",
+        # Spark's own default does not know API_KEY, so that its pages would show OPENAI_API_KEY of the executors.
+        "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|api[._]?key",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.debug.maxToStringFields": "100",

@@ -12,6 +12,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.config.generate import GENERATED
 from miniplm_udf.config.rules import resolve
+from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.ingestion import text_sets
 from miniplm_udf.layout import EVALUATION_FILE, TRAINING_FILE
 from miniplm_udf.schemas import table_names
@@ -27,10 +28,16 @@ def _versions(config: ExperimentConfig, names: Sequence[str]) -> list[int | None
     return [newest_version(config.layout.table(name)) for name in names]
 
 
+def _model_facts(model: ModelConfig) -> Json:
+    """The config of a model without what changes no result: where it runs, and how its server is asked."""
+    facts = {key: value for key, value in to_dict(model).items() if key not in ("backend", "server")}
+    return facts if model.server is None else facts | {"server": [model.server.model, model.server.revision]}
+
+
 def ingest_inputs(config: ExperimentConfig) -> list[Any]:
     """The section `ingest`, and the model whose tokenizer cuts the text."""
     tokenizer_model = config.models.get(config.ingest.chunking.tokenizer)
-    return [to_dict(config.ingest), to_dict(tokenizer_model) if tokenizer_model else None]
+    return [to_dict(config.ingest), _model_facts(tokenizer_model) if tokenizer_model else None]
 
 
 def ingest_files(spark: "SparkSession | None", config: ExperimentConfig) -> list[Any] | None:
@@ -102,7 +109,7 @@ def score_inputs(config: ExperimentConfig) -> list[Any]:
     states = {alias: storage.folder_state(place) for alias, place in weights(config).items()}
     # Settings of speed are left out: a score does not depend on the budget, the workers or the trigger.
     return [
-        {alias: to_dict(config.models[alias]) for alias in config.scored_aliases},
+        {alias: _model_facts(config.models[alias]) for alias in config.scored_aliases},
         *_versions(config, ["instances"]),
         {alias: [file for file in state if not file[0].endswith(EVALUATION_FILE)] for alias, state in states.items()},
         [config.score.max_reject_share, config.score.sample],
@@ -135,7 +142,7 @@ def generate_inputs(config: ExperimentConfig) -> list[Any]:
     model = config.models[generate.model]
     state = storage.folder_state(model.path or "")
     settings = [generate.settings, generate.sample, config.score.max_reject_share]
-    return [settings, to_dict(model), state, *_versions(config, ["instances"])]
+    return [settings, _model_facts(model), state, *_versions(config, ["instances"])]
 
 
 def generate_reads(config: ExperimentConfig) -> list[str]:
@@ -193,8 +200,8 @@ def train_inputs(config: ExperimentConfig) -> list[Any]:
 def _teachers(config: ExperimentConfig) -> list[Any]:
     """The configs of the models that students are distilled from, and the states of their files; empty without any."""
     aliases = sorted({student.train.kd_teacher for student in config.students.values() if student.train.kd_ratio})
-    models = {alias: config.models[alias] for alias in aliases}
-    return [[to_dict(model), storage.folder_state(model.path)] for model in models.values() if model.path is not None]
+    models = [config.models[alias] for alias in aliases]
+    return [[_model_facts(model), storage.folder_state(model.path)] for model in models if model.path is not None]
 
 
 def has_evaluation(config: ExperimentConfig) -> bool:

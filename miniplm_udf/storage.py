@@ -5,6 +5,7 @@ and delta-rs alone read and write tables, at the URIs made here. A retry overwri
 replaced whole or not at all, on an object store by a single put. On the driver, on executors and in the trainer.
 """
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -291,21 +292,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MINIPLM_CACHE", "~/.cache/miniplm")).expanduser()
 
 
-def local_folder(uri: str) -> Path:
+def local_folder(uri: str, names: Sequence[str] | None = None) -> Path:
     """Returns the local path of the folder at `uri`; a remote folder is copied into this node's cache.
 
     It is copied once for each state of the folder, so a model that was trained again is copied again.
 
     Args:
         uri: a path or URI.
+        names: patterns of the names of files; a remote folder's other files and its folders are not copied. None copies
+            all.
     """
     if is_local(uri):
         return Path(local_path(uri))
     filesystem, path = fsspec.core.url_to_fs(uri)
-    target = cache_folder() / "fetched" / hashlib.sha256(f"{uri} {folder_state(uri)}".encode()).hexdigest()[:32]
+    facts = f"{uri} {folder_state(uri)}" + (f" {list(names)}" if names is not None else "")
+    target = cache_folder() / "fetched" / hashlib.sha256(facts.encode()).hexdigest()[:32]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent))
-        filesystem.get(path.rstrip("/") + "/", str(staging) + "/", recursive=True)
+        if names is None:
+            filesystem.get(path.rstrip("/") + "/", str(staging) + "/", recursive=True)
+        else:
+            for file in filesystem.ls(path, detail=False):
+                if any(fnmatch.fnmatch(file.rpartition("/")[2], name) for name in names) and filesystem.isfile(file):
+                    filesystem.get_file(file, str(staging / file.rpartition("/")[2]))
         os.replace(staging, target)
     return target

@@ -141,7 +141,17 @@ class ExperimentConfig:
             )
         if self.generate:
             self._check_generate(self.generate)
-        served = {alias for alias, model in self.models.items() if model.server is not None}
+        for alias, model in self.models.items():
+            check(
+                model.path is not None or alias == trained,
+                f"models.{alias}.path: expected a folder, a hub name or a .gguf file, found nothing "
+                "(only the model that the section reference trains needs none)",
+            )
+        self._check_servers()
+
+    def _check_servers(self) -> None:
+        """Checks that models on a server only score, and that no two servers share a name of scores."""
+        servers = {alias: model.server for alias, model in self.models.items() if model.server is not None}
         distilled = {name: each.train for name, each in self.students.items() if each.train.kd_ratio}
         loaded = {f"students.{name}.train.kd_teacher": train.kd_teacher for name, train in distilled.items()}
         if self.generate:
@@ -150,14 +160,17 @@ class ExperimentConfig:
             loaded["reference.alias"] = self.reference.alias
         for key, alias in loaded.items():
             check(
-                alias not in served,
+                alias not in servers,
                 f"{key}: expected a model with `backend: local`, since a server only scores, found models.{alias}",
             )
-        for alias, model in self.models.items():
+        by_name: dict[tuple[str, str], str] = {}
+        for alias, server in servers.items():
+            first = by_name.setdefault((server.model, server.revision), alias)
             check(
-                model.path is not None or alias == trained,
-                f"models.{alias}.path: expected a folder, a hub name or a .gguf file, found nothing "
-                "(only the model that the section reference trains needs none)",
+                servers[first].url == server.url,
+                f"models.{alias}.server.revision: expected another than models.{first}.server.revision, since scores "
+                f"are kept by the server's model and revision and these are two servers, found {server.revision!r} in "
+                "both",
             )
 
     def _check_generate(self, generate: GenerateConfig) -> None:

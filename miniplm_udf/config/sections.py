@@ -40,8 +40,8 @@ class ServerConfig:
         requests: requests at the same time, of each worker.
         windows: windows of text in one request.
         timeout_seconds: time for the answer to one request.
-        retries: how often a request is repeated, after growing pauses, if the server cannot be reached, is busy or
-            fails.
+        retries: how often a request is repeated if the server cannot be reached, is busy or fails, after pauses that
+            grow to 8 s; the default waits about five minutes for a server that restarts.
     """
 
     url: str
@@ -50,13 +50,17 @@ class ServerConfig:
     requests: int = 8
     windows: int = 8
     timeout_seconds: float = 600.0
-    retries: int = 8
+    retries: int = 40
 
     def __post_init__(self) -> None:
         check(
             re.match(r"https?://[^/]", self.url) is not None, f"server.url: expected http(s)://..., found {self.url!r}"
         )
-        check("@" not in self.url.split("/")[2], "server.url: expected no user and password, which records would show")
+        check(
+            "@" not in self.url.split("/")[2] and "?" not in self.url,
+            "server.url: expected no user, password or query, which records would show; the key is OPENAI_API_KEY of "
+            "the environment",
+        )
         check(bool(self.model), "server.model: expected the name of the model on the server, found nothing")
         for key in ("requests", "windows"):
             check(getattr(self, key) >= 1, f"server.{key}: expected at least 1, found {getattr(self, key)}")
@@ -106,6 +110,10 @@ class ModelConfig:
             (self.backend == "openai") == (self.server is not None),
             f"server: expected together with `backend: openai`, found backend {self.backend} "
             f"{'without' if self.server is None else 'with'} a server",
+        )
+        check(
+            self.server is None or self.dtype == "auto",
+            f"dtype: expected auto with `backend: openai`, whose server chooses the dtype, found {self.dtype}",
         )
         check(self.context_tokens >= 2, f"context_tokens: expected at least 2, found {self.context_tokens}")
         check(

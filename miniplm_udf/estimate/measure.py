@@ -76,7 +76,7 @@ class Measured:
     Attributes:
         parameters: parameters in the weight files.
         dtype: dtype of the forward pass.
-        device: device of the forward pass.
+        device: device of the forward pass; `server` for a model on a server.
         scored_tokens: sum of `scores.n_tokens` over the sample.
         forward_tokens: input tokens of all forward passes; more than `scored_tokens` where windows overlap.
         flops: model FLOPs to score the sample.
@@ -138,7 +138,7 @@ def _measure(request: MeasureRequest, rows: list[TableRow]) -> Measured:
     return Measured(
         parameters=description.n_parameters,
         dtype=description.dtype,
-        device=assigned_device(),
+        device="server" if description.is_served else assigned_device(),
         scored_tokens=counts.scored,
         forward_tokens=sum(counts.windows),
         flops=forward_flops(parameters, layers, width, counts.windows),

@@ -143,10 +143,13 @@ def _settled_dtype(spark: "SparkSession", config: ExperimentConfig, alias: str) 
 
     if config.models[alias].dtype != "auto":
         return None
-    if record := storage.read_json(config.layout.model_record(alias)):
+    record = storage.read_json(config.layout.model_record(alias))
+    # A server says nothing of the dtype of the model's earlier scores, which were made here.
+    if record and record["dtype"] != "server":
         return str(record["dtype"])
     if not tables.exists(spark, config.layout.table("scores")):
         return None
-    scores = tables.read(spark, config.layout.table("scores")).where(F.col("model_id") == alias)
+    is_local = (F.col("model_id") == alias) & (F.col("dtype") != "server")
+    scores = tables.read(spark, config.layout.table("scores")).where(is_local)
     dtype: str | None = scores.agg(F.max_by("dtype", "scored_at")).collect()[0][0]
     return dtype

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from miniplm_udf.config.sections import ModelConfig, ScoreConfig
+from miniplm_udf.config.sections import ModelConfig, ScoreConfig, ServerConfig
 from miniplm_udf.errors import ConfigError, ScoringError
 from miniplm_udf.scores.models import describe_on_executor
 from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
@@ -63,7 +63,7 @@ def nll_udf(
             which counts as a token; `miniplm score` with `chunking: {mode: document}` gives the same scores to
             documents of one instance. False for texts that are cut off.
         tokens_per_batch: token budget of one forward pass; None takes the best value for the device.
-        settings: other fields of `ModelConfig`: document_separator, context_tokens, dtype, ...
+        settings: other fields of `ModelConfig`: document_separator, context_tokens, dtype, ...; `server` may be a dict.
 
     Returns:
         A UDF: text -> struct<nll_sum_nats double, n_tokens bigint, n_bytes bigint>: the sum of -log p in nats over the
@@ -94,6 +94,12 @@ def _model_config(model: str, settings: Mapping[str, Any]) -> ModelConfig:
                 f"nll_udf: unknown setting {name}{f'; did you mean {similar[0]!r}?' if similar else ''} "
                 f"(settings: ends_document, tokens_per_batch, {', '.join(names)})"
             )
+    served = settings.get("server")
+    if isinstance(served, Mapping):
+        try:
+            settings = {**settings, "server": ServerConfig(**served)}
+        except TypeError as error:
+            raise ConfigError(f"nll_udf: server: expected the keys of ServerConfig: {error}") from error
     return with_absolute_path(ModelConfig(path=str(model), **settings))
 
 

@@ -231,10 +231,12 @@ def _score(
 ) -> None:  # fmt: skip
     from pyspark.sql import functions as F
 
+    # A server needs no GPU here.
+    workers_per_gpu = None if all(model.is_served for model in plan.models) else plan.workers_per_gpu
     scored = _for_workers(plan, batch, known).mapInArrow(
         score_arrow(plan.factories, _CARRIED, accumulator),
         _SCORED_DDL,
-        profile=scoring_profile(batch.sparkSession, plan.workers_per_gpu),
+        profile=scoring_profile(batch.sparkSession, workers_per_gpu),
     )
     rows = _score_rows(plan, scored.where(F.col("reason").isNull()), query_id, batch_id)
     tables.append(rows, plan.scores_uri, schemas.SCORES, query_id, batch_id)

@@ -33,7 +33,8 @@ class ModelDescription:
         bos_token_id: id of the BOS; None for no token.
         prefix: the tokens in front of a text and the reason for them, in words.
         vocab_size: rows of the model's embedding.
-        n_parameters: elements of the tensors in the weight files; for a model on a server, weights by its config.json.
+        n_parameters: elements of the tensors in the weight files; for a model on a server, weights by its
+            config.json, 0 if it does not say.
         weights_hash: hash of the weight files, config.json and the model's own code, or of the .gguf file; for a model
             on a server, of the name and the revision that the config gives it.
         path: where the model came from, without secrets.
@@ -76,6 +77,11 @@ class ModelDescription:
         ]
         # Without a BOS the revision is the same as in releases that did not support a BOS, so old scores stay valid.
         return fingerprint(facts if self.bos_token_id is None else [*facts, f"bos {self.bos_token_id}"])
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server runs the model."""
+        return self.dtype == "server"
 
     @property
     def longest_input_tokens(self) -> int:

@@ -46,10 +46,10 @@ def model_folder(config: ModelConfig) -> Path:
     elif storage.is_local(path) and (_existing(path) or path.endswith(".gguf") or not _HUB_NAME.match(path)):
         local = _existing(path) or _missing(path)
     elif storage.is_local(path):
-        local = _from_hub(path, config.revision, _HUB_FILES + ([_WEIGHTS] if config.backend == "local" else []))
+        local = _from_hub(path, config.revision, _HUB_FILES + ([_WEIGHTS] if config.server is None else []))
     else:
         try:
-            local = storage.local_folder(path)
+            local = storage.local_folder(path, None if config.server is None else _HUB_FILES)
         except Exception as error:
             raise ModelLoadError(
                 f"{storage.redact(path)}: cannot be fetched: {type(error).__name__}: {error}"
@@ -101,7 +101,7 @@ def _complete(folder: Path, config: ModelConfig) -> Path:
     """The folder if it has all files; if only tokenizer.json is missing, a folder in the cache that has it."""
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{folder}: expected a model folder with a config.json, found none")
-    if config.backend == "local":
+    if config.server is None:
         weight_files(folder)
     return folder if (folder / TOKENIZER_FILE).is_file() else _with_fast_tokenizer(folder, config.trust_remote_code)
 

@@ -5,6 +5,7 @@ Input: a `ModelConfig` with a path, whose files `model_files` finds. Output: a `
 and transformers are loaded inside the functions that need them.
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import fingerprint
 from miniplm_udf.config.sections import ModelConfig, ServerConfig
-from miniplm_udf.errors import ConfigError, ModelLoadError, first_line
+from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.loading import load_causal_lm
@@ -62,6 +63,10 @@ def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> Model
         prefix_token = config.prefix_token or prefix.token or separator
         prefix_id = _token_id(alias, "prefix_token", prefix_token, tokenizer)
     vocab_size = int(architecture.get_text_config().vocab_size)
+    parameters = n_parameters(folder) if config.server is None else _n_parameters_of(architecture, config)
+    warnings = [*_warnings(alias, folder, tokenizer, vocab_size), *tokenizer_warnings(alias, tokenizer, lost)]
+    if not parameters:
+        warnings.append(f"{alias}: its config.json does not tell its number of weights, so its FLOPs are not counted")
     return ModelDescription(
         model_id=alias,
         tokenizer_hash=tokenizer_hash(folder),
@@ -76,10 +81,10 @@ def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> Model
         bos_token_id=bos_id,
         prefix=in_words(prefix, prefix_token),
         vocab_size=vocab_size,
-        n_parameters=n_parameters(folder) if config.server is None else _n_parameters_of(architecture, config),
+        n_parameters=parameters,
         weights_hash=weights_hash(folder) if config.server is None else _served_hash(config.server),
         path=storage.redact(str(config.path)) + (f"@{config.revision}" if config.revision else ""),
-        warnings=[*_warnings(alias, folder, tokenizer, vocab_size), *tokenizer_warnings(alias, tokenizer, lost)],
+        warnings=warnings,
     )
 
 
@@ -94,16 +99,15 @@ def _architecture(folder: Path, config: ModelConfig) -> Any:
 
 
 def _n_parameters_of(architecture: Any, config: ModelConfig) -> int:
-    """The number of weights of a model whose weight files are not here; makes none of them."""
+    """The number of weights of a model whose weight files are not here; makes none of them. 0 if nobody can say."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
-    except ValueError as error:
-        raise ModelLoadError(f"{storage.redact(str(config.path))}: {first_line(error)}") from error
-    return sum(weight.numel() for weight in model.parameters())
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        with contextlib.suppress(Exception), torch.device("meta"):
+            model = kind.from_config(architecture, trust_remote_code=config.trust_remote_code)
+            return sum(weight.numel() for weight in model.parameters())
+    return 0
 
 
 def _served_hash(server: ServerConfig) -> str:
@@ -178,7 +182,7 @@ def _settled_dtype(config: ModelConfig, settled: str | None) -> Literal["float32
         return "server"
     if config.dtype != "auto":
         return config.dtype
-    if settled not in (None, "server"):
+    if settled is not None:
         if settled not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype: expected float32 or bfloat16, found {settled!r}")
         return "bfloat16" if settled == "bfloat16" else "float32"

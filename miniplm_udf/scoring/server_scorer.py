@@ -1,16 +1,22 @@
 """Scores texts through a server with OpenAI's completions endpoint that returns log probabilities of the prompt.
 
-Input: the windows of a slice of texts; output: their nats. A window is sent as token ids, so the server's tokenizer
-plays no part, and comes back with the log probability of each id after the first. vLLM and SGLang answer so. Several
-requests run at the same time; the client library repeats a request that found the server busy or away. An answer that
-does not fit its request fails the texts of that request, and after 32 of them in a row the scoring. The key comes from
-the environment variable OPENAI_API_KEY alone. Executor side; loads no torch. A retry asks again.
+Input: the windows of a slice of texts; output: their nats. A window is sent as token ids, so that the server's
+tokenizer plays no part, and comes back with the log probability of each id after the first, as vLLM answers. Several
+requests run at the same time, in the event loop of a thread; the client library repeats a request that finds the server
+busy or away. An answer that does not fit its request fails the texts of that request; 32 such texts in a row end the
+scoring. The key comes from the environment variable OPENAI_API_KEY alone. Executor side; loads no torch. A retry asks
+again.
 """
 
+import asyncio
 import concurrent.futures
+import dataclasses
 import logging
 import math
 import os
+import threading
+import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +33,31 @@ from miniplm_udf.scoring.text_scorer import Slice, TextScorer, WindowInput
 LOGGER = logging.getLogger("miniplm.scorer")
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-# After this many windows in a row without a usable answer, the server is the cause and not the texts.
+# After this many texts in a row without a usable answer, the server is the cause and not the texts.
 _MAX_FAILURES_IN_A_ROW = 32
 # vLLM writes this in place of minus infinity, which JSON does not have.
 _MINUS_INFINITY = -9999.0
+# A server that is there accepts a connection at once, however long its answer takes.
+_CONNECT_SECONDS = 10.0
+# All requests of a slice are sent in about this many rounds, so that the last round, which is not full, weighs little.
+_ROUNDS_PER_SLICE = 4
+# The first prompt. Each character is one byte, so the text of each token can be compared.
+_PROBE = "The quick brown fox jumps over the lazy dog, and 25 others look on. "
+_TOO_LARGE = 413
+_LOG_EVERY_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """The server's answer to a prompt of n ids.
+
+    Attributes:
+        log_p: log probabilities of the ids but the first, shape (n - 1,).
+        pieces: the server's text of each id; empty if it gives none.
+    """
+
+    log_p: np.ndarray
+    pieces: list[str]
 
 
 class ServerScorer(TextScorer):
@@ -42,15 +69,18 @@ class ServerScorer(TextScorer):
         description: the model's description.
 
     Raises:
-        ModelLoadError: the library is missing, or the server does not return log probabilities of a prompt of ids.
+        ModelLoadError: the library is missing, the key cannot be sent, the server does not return log probabilities of
+            a prompt of ids with the length of the longest window, or it has another tokenizer.
     """
 
     def __init__(self, server: ServerConfig, tokenizer: Tokenizer, description: ModelDescription) -> None:
-        super().__init__(tokenizer, description, server.requests * server.windows * description.longest_input_tokens)
-        self._server = server
-        self._client = _client(server)
-        self._failures_in_a_row = 0
-        self._check(description)
+        budget = server.requests * server.windows * description.longest_input_tokens
+        super().__init__(tokenizer, description, budget, _ROUNDS_PER_SLICE)
+        self._server, self._failures_in_a_row, self._logged = server, 0, -math.inf
+        self._key = _key()
+        self._client = self._make_client()
+        self._loop, self._at_the_same_time = _started_loop(self), asyncio.Semaphore(server.requests)
+        self._check(tokenizer)
 
     def score_windows(self, jobs: list[WindowInput], texts: Slice) -> None:
         """Adds the nats of each window to the sum of its text; a window without a usable answer fails its text.
@@ -60,100 +90,179 @@ class ServerScorer(TextScorer):
             texts: the slice.
 
         Raises:
-            ScoringError: the server gives no answer, refuses the key or the model, or fails for too many windows.
+            ScoringError: the server gives no answer, refuses the key or the model, or fails for too many texts.
         """
         size = self._server.windows
         groups = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        with concurrent.futures.ThreadPoolExecutor(self._server.requests) as pool:
-            futures = [pool.submit(self._ask, [_ids(job, texts) for job in group]) for group in groups]
-            try:
-                for group, future in zip(groups, futures, strict=True):
-                    self._add(group, future.result(), texts)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        futures = {self._submit(group, texts) for group in groups}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                self._add(future.result(), texts)
+        finally:
+            # After an error, or if `on_progress` raised: closes the connections of requests that still run.
+            for future in futures:
+                future.cancel()
 
-    def _add(self, group: list[WindowInput], answers: Sequence[np.ndarray | str], texts: Slice) -> None:
+    def _submit(
+        self, group: list[WindowInput], texts: Slice
+    ) -> "concurrent.futures.Future[list[tuple[WindowInput, _Answer | str]]]":
+        async def run() -> list[tuple[WindowInput, _Answer | str]]:
+            async with self._at_the_same_time:
+                jobs = [job for job in group if texts.failures[job.text] is None]
+                answers = await self._ask([_ids(job, texts) for job in jobs]) if jobs else []
+            return list(zip(jobs, answers, strict=True))
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def _add(self, answers: Sequence[tuple[WindowInput, _Answer | str]], texts: Slice) -> None:
         """Adds the answers to one request to the sums of their texts."""
         n_scored = 0
-        for job, answer in zip(group, answers, strict=True):
+        for job, answer in answers:
             if isinstance(answer, str):
-                self._failures_in_a_row += 1
-                if self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
-                    raise ScoringError(
-                        f"{self._where()}: {self._failures_in_a_row} windows in a row have no usable answer, the last: "
-                        f"{answer}; look at the server's log"
-                    )
-                texts.failures[job.text] = Failure("bad_answer", answer)
+                self._fail(job, answer, texts)
                 continue
             self._failures_in_a_row = 0
             item, window = texts.input_of(job), job.window
             scored = item.scored[window.first_scored : window.end]
             # A value for each id but the first: those of the window's last targets stand at the end.
-            texts.sums[job.text] -= float(answer[-len(scored) :][scored].sum(dtype=np.float64))
+            texts.sums[job.text] -= float(answer.log_p[-len(scored) :][scored].sum(dtype=np.float64))
             n_scored += int(scored.sum())
         if self.on_progress is not None:
             self.on_progress(n_scored)
 
-    def _ask(self, prompts: list[list[int]]) -> list[np.ndarray | str]:
-        """The log probabilities of each prompt's ids but the first, or what is wrong with the answer."""
+    def _fail(self, job: WindowInput, problem: str, texts: Slice) -> None:
+        if texts.failures[job.text] is not None:
+            return
+        texts.failures[job.text] = Failure("bad_answer", problem)
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
+            raise ScoringError(
+                f"{self._where()}: {self._failures_in_a_row} texts in a row have no usable answer, the last: "
+                f"{problem}; look at the server's log"
+            )
+
+    async def _ask(self, prompts: list[list[int]]) -> list[_Answer | str]:
+        """The answer to each prompt, or what is wrong with it."""
         import openai
 
         try:
-            answer = self._client.completions.create(
+            answer = await self._client.completions.create(
                 model=self._server.model, prompt=prompts, max_tokens=1, temperature=0.0, echo=True, logprobs=1
             )
-            return _log_probabilities(answer, prompts)
-        except (openai.BadRequestError, openai.UnprocessableEntityError, ValueError) as error:
-            if len(prompts) > 1:  # one of them may be the cause
-                return [found for prompt in prompts for found in self._ask([prompt])]
-            return [f"{type(error).__name__}: {first_line(error)[:500]}"]
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            return _answers(answer, prompts)
+        except (openai.BadRequestError, openai.UnprocessableEntityError, openai.APIResponseValidationError) as error:
+            problem = self._text_of(error)
+        except openai.APIStatusError as error:
+            if error.status_code != _TOO_LARGE:
+                raise self._refusal(error) from None
+            problem = self._text_of(error)
+        except openai.APIConnectionError as error:
             raise ScoringError(
+                f"{self._where()}: no answer in {self._server.retries + 1} tries of at most "
+                f"{self._server.timeout_seconds:g} s: {self._text_of(error)}"
+            ) from None
+        except ValueError as error:  # the answer is no JSON, or does not fit the request
+            problem = self._text_of(error)
+        if len(prompts) == 1:
+            return [problem]
+        # One of them may be the cause.
+        return [found for prompt in prompts for found in await self._ask([prompt])]
+
+    def _refusal(self, error: Any) -> ScoringError:
+        """The error that ends the scoring, for an answer with a status that says nothing about a text."""
+        if error.status_code in (401, 403):
+            return ScoringError(
                 f"{self._where()}: the server refuses the key ({error.status_code}); set {KEY_VARIABLE} in the "
                 "environment of the executors"
-            ) from None
-        except openai.NotFoundError as error:
-            raise ScoringError(
-                f"{self._where()}: expected a completions endpoint with this model, found: {first_line(error)[:500]}"
-            ) from error
-        except openai.OpenAIError as error:
-            raise ScoringError(
-                f"{self._where()}: no answer after {self._server.retries + 1} tries of at most "
-                f"{self._server.timeout_seconds:g} s: {type(error).__name__}: {first_line(error)[:500]}"
-            ) from error
+            )
+        if error.status_code == 404:
+            return ScoringError(
+                f"{self._where()}: expected a completions endpoint with this model, found: {self._text_of(error)}"
+            )
+        wait = error.response.headers.get("retry-after")
+        return ScoringError(
+            f"{self._where()}: expected an answer, found status {error.status_code}"
+            + (f" with the request to wait {wait} s" if wait else "")
+            + f" at the last try: {self._text_of(error)}"
+        )
 
-    def _check(self, description: ModelDescription) -> None:
-        """Asks for a short prompt, so that a server that cannot score is refused before any text is sent."""
-        ids = [description.document_separator_id] * 3
+    def _check(self, tokenizer: Tokenizer) -> None:
+        """Sends a prompt of the greatest length, so that a server that cannot score is refused before any text."""
+        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids or [self.description.document_separator_id]
+        n_ids = self.description.longest_input_tokens + 1
+        prompt = (ids * (n_ids // len(ids) + 1))[:n_ids]
         try:
-            (found,) = self._ask([ids])
+            (answer,) = asyncio.run_coroutine_threadsafe(self._ask([prompt]), self._loop).result()
         except ScoringError as error:
             raise ModelLoadError(str(error)) from error
-        if isinstance(found, str):
+        if isinstance(answer, str):
             raise ModelLoadError(
-                f"{self._where()}: expected log probabilities of a prompt of token ids (echo and logprobs), as vLLM "
-                f"and SGLang return them, found {found}"
+                f"{self._where()}: expected log probabilities of a prompt of {n_ids} token ids (echo and logprobs), as "
+                f"vLLM returns them, found {answer}; if the prompt is too long, raise the server's longest input "
+                f"(vLLM: --max-model-len {n_ids + 1}), or lower models.{self.description.model_id}.context_tokens"
             )
+        for number, piece in zip(prompt, answer.pieces, strict=False):
+            here = tokenizer.decode([number])
+            if _letters(piece) != _letters(here):
+                raise ModelLoadError(
+                    f"{self._where()}: expected a model with the tokenizer of models.{self.description.model_id}.path, "
+                    f"found another: id {number} is {piece!r} there, and {here!r} here"
+                )
 
     def _where(self) -> str:
         return f"models.{self.description.model_id}.server {storage.redact(self._server.url)}, {self._server.model}"
 
+    def _text_of(self, error: Exception) -> str:
+        """The error in one line, without the key, which a server may repeat."""
+        text = f"{type(error).__name__}: {first_line(error)[:500]}"
+        return text if self._key is None else text.replace(self._key, "(hidden)")
 
-def _client(server: ServerConfig) -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ModelLoadError("backend: openai needs the package openai: pip install 'miniplm[server]'") from error
-    # Its own log would have a line for each request.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    return openai.OpenAI(
-        base_url=server.url,
-        # The library demands a key; servers without one ignore it.
-        api_key=os.environ.get(KEY_VARIABLE) or "none",
-        timeout=server.timeout_seconds,
-        max_retries=server.retries,
-    )
+    def _make_client(self) -> Any:
+        try:
+            import openai
+        except ImportError as error:
+            raise ModelLoadError("backend: openai needs the package openai: pip install 'miniplm[server]'") from error
+        seconds = self._server.timeout_seconds
+        return openai.AsyncOpenAI(
+            base_url=self._server.url,
+            # The library demands a key; servers without one ignore it.
+            api_key=self._key or "none",
+            timeout=openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
+            max_retries=self._server.retries,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._log_repeated]}),
+        )
+
+    async def _log_repeated(self, request: Any) -> None:
+        """Called before each request; the library numbers the repeated ones in a header."""
+        number = int(request.headers.get("x-stainless-retry-count", 0))
+        if number and time.monotonic() - self._logged >= _LOG_EVERY_SECONDS:
+            self._logged = time.monotonic()
+            LOGGER.warning("%s: busy or away: try %d of %d", self._where(), number + 1, self._server.retries + 1)
+
+
+def _key() -> str | None:
+    """The key in the environment; None if there is none.
+
+    Raises:
+        ModelLoadError: it has characters that an HTTP header cannot have.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if key and not (key.isascii() and key.isprintable()):
+        raise ModelLoadError(f"{KEY_VARIABLE}: expected printable ASCII characters, found others; set it again")
+    return key or None
+
+
+def _started_loop(owner: object) -> asyncio.AbstractEventLoop:
+    """An event loop that runs in a thread of its own until `owner` is deleted."""
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        loop.run_forever()
+        loop.close()
+
+    threading.Thread(target=run, name="requests", daemon=True).start()
+    weakref.finalize(owner, loop.call_soon_threadsafe, loop.stop).atexit = False
+    return loop
 
 
 def _ids(job: WindowInput, texts: Slice) -> list[int]:
@@ -162,26 +271,36 @@ def _ids(job: WindowInput, texts: Slice) -> list[int]:
     return [*job.in_front, *map(int, item.ids[job.window.start : job.window.end + 1])]
 
 
-def _log_probabilities(answer: Any, prompts: Sequence[Sequence[int]]) -> list[np.ndarray | str]:
-    """The log probabilities of each prompt's ids but the first, or what is wrong with them.
+def _letters(piece: str) -> str:
+    """The letters and digits of a token's text: libraries write spaces and special tokens in different ways."""
+    return "".join(character for character in piece if character.isalnum())
+
+
+def _answers(answer: Any, prompts: Sequence[Sequence[int]]) -> list[_Answer | str]:
+    """The answer to each prompt, or what is wrong with it.
 
     Raises:
         ValueError: the answer as a whole does not fit the request.
     """
     choices = getattr(answer, "choices", None)
-    if choices is None or len(choices) != len(prompts):
-        raise ValueError(f"expected {len(prompts)} choices, found {None if choices is None else len(choices)}")
-    by_prompt = sorted(choices, key=lambda choice: int(choice.index))
-    return [_of_prompt(choice, prompt) for choice, prompt in zip(by_prompt, prompts, strict=True)]
+    if not isinstance(choices, list) or len(choices) != len(prompts):
+        found = len(choices) if isinstance(choices, list) else choices
+        raise ValueError(f"expected {len(prompts)} choices, found {found}")
+    by_index = {getattr(choice, "index", None): choice for choice in choices}
+    if set(by_index) != set(range(len(prompts))):
+        raise ValueError(f"expected choices with the indices 0 to {len(prompts) - 1}, found {list(by_index)}")
+    return [_of_prompt(by_index[number], prompt) for number, prompt in enumerate(prompts)]
 
 
-def _of_prompt(choice: Any, prompt: Sequence[int]) -> np.ndarray | str:
-    values = getattr(choice.logprobs, "token_logprobs", None)
+def _of_prompt(choice: Any, prompt: Sequence[int]) -> _Answer | str:
+    logprobs = getattr(choice, "logprobs", None)
+    values = getattr(logprobs, "token_logprobs", None)
     # The prompt's ids, and at most the generated token.
-    if values is None or not len(prompt) <= len(values) <= len(prompt) + 1:
-        n = "none" if values is None else len(values)
+    if not isinstance(values, list) or not len(prompt) <= len(values) <= len(prompt) + 1:
+        n = len(values) if isinstance(values, list) else "none"
         return f"expected log probabilities of {len(prompt)} ids, found {n}"
     of_ids = values[1 : len(prompt)]
     if not all(isinstance(value, int | float) and value <= 1e-6 for value in of_ids):
         return "expected a log probability of at most 0 for each id after the first, found others"
-    return np.array([value if value > _MINUS_INFINITY else -math.inf for value in of_ids], dtype=np.float64)
+    log_p = np.array([value if value > _MINUS_INFINITY else -math.inf for value in of_ids], dtype=np.float64)
+    return _Answer(log_p, [str(piece) for piece in getattr(logprobs, "tokens", None) or []])

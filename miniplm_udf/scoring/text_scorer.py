@@ -21,8 +21,7 @@ from miniplm_udf.scoring.inputs import EncodedText, TextEncoder, TextTokenizer, 
 from miniplm_udf.scoring.results import Failure, Score
 from miniplm_udf.scoring.windows import Window, windows
 
-# A slice of texts, which is tokenized and sorted by length, fills this many batches: enough for batches of similar
-# lengths, few enough that memory does not grow with the corpus and results come steadily.
+# Enough for batches of similar lengths, few enough that memory does not grow with the corpus and results come steadily.
 _BATCHES_PER_SLICE = 16
 _BYTES_PER_TOKEN = 4
 
@@ -91,14 +90,21 @@ class TextScorer(abc.ABC):
         tokenizer: the model's tokenizer (`load_tokenizer`).
         description: the model's description.
         tokens_per_batch: tokens that are scored at the same time.
+        batches_per_slice: batches in a slice of texts, which is tokenized and sorted by length as a whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer, description: ModelDescription, tokens_per_batch: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        description: ModelDescription,
+        tokens_per_batch: int,
+        batches_per_slice: int = _BATCHES_PER_SLICE,
+    ) -> None:
         self.description = description
         self.on_progress: Callable[[int], None] | None = None
         self.warnings: list[str] = []
         self.tokens_per_batch = tokens_per_batch
-        self.slice_bytes = _BATCHES_PER_SLICE * _BYTES_PER_TOKEN * tokens_per_batch
+        self.slice_bytes = batches_per_slice * _BYTES_PER_TOKEN * tokens_per_batch
         self.tokenizer_hash = description.tokenizer_hash
         self._tokenizer = TextTokenizer(tokenizer)
         self._encoder = TextEncoder(self._tokenizer, description)
@@ -127,7 +133,7 @@ class TextScorer(abc.ABC):
 
         Returns:
             One result for each text, in order. Reasons of failures: no_tokens, nan_score, tokenizer_failed,
-            out_of_memory.
+            out_of_memory (a model in this process), bad_answer (a server).
         """
         results: list[Score | Failure] = []
         # One slice at a time, so that the ids of a whole corpus are never in memory.

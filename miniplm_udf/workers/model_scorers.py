@@ -48,8 +48,6 @@ class ModelScorerFactory:
 
     def __call__(self) -> "TextScorer":
         from miniplm_udf.scoring.model_files import model_folder
-        from miniplm_udf.scoring.prefix_probe import prefix_warnings
-        from miniplm_udf.scoring.scorer import Scorer
         from miniplm_udf.scoring.tokenizer import load_tokenizer
 
         folder = model_folder(self.config)
@@ -58,6 +56,9 @@ class ModelScorerFactory:
             from miniplm_udf.scoring.server_scorer import ServerScorer
 
             return ServerScorer(self.config.server, tokenizer, self.description)
+        from miniplm_udf.scoring.prefix_probe import prefix_warnings
+        from miniplm_udf.scoring.scorer import Scorer
+
         device, model = _loaded(self.config, self.description, self.settings)
         budget, compiled = self.settings.tokens_per_batch, self.settings.compile
         scorer = Scorer(model, tokenizer, self.description, budget, device, compiled)

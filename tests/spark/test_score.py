@@ -107,6 +107,11 @@ def test_a_model_on_a_server_scores_beside_a_local_one(
     for row in tables.read(spark, config.layout.table("score_matrix")).collect():
         assert row["teacher_n_tokens"] == row["reference_n_tokens"]
         assert row["teacher_nll_mean"] == pytest.approx(row["reference_nll_mean"], abs=1e-5)
+    # The same alias without the server: its record and its scores name no dtype that a model here could have.
+    here = experiment(tmp_path / "root", {"teacher": dataclasses.replace(local, dtype="auto", context_tokens=16)})
+    score.run(spark, here)
+    scores = tables.read(spark, here.layout.table("scores")).where("model_id = 'teacher'")
+    assert dict(scores.groupBy("dtype").count().collect()) == {"server": 6, "float32": 6}
 
 
 def test_new_instances_models_and_lost_checkpoints_score_only_what_is_missing(

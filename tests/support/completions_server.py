@@ -3,9 +3,11 @@
     with CompletionsServer(plain_model(folder)) as server: ...  # server.url
 
 Owns a thread and a port on loopback. Answers as vLLM does with `echo` and `logprobs`. The functions in `faults` are
-called first, one a request, in order; one that returns a response replaces the answer. Nothing is retried here.
+called first, one for each request, in order; one that returns a response replaces the answer. Status 0 closes the
+connection without an answer. Nothing is retried here.
 """
 
+import contextlib
 import json
 import threading
 from collections import deque
@@ -29,10 +31,15 @@ class CompletionsServer:
         faults: what to do instead of an answer, for the next requests; gets the request and the answer it would have.
         requests: the requests so far.
         keys: the values of the header Authorization.
+
+    Args:
+        model: the model.
+        tokenizer: gives the text of each id in the answers; None answers without texts.
+        longest: tokens of a prompt and the generated one; a longer prompt is refused with status 400.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._lock = model, threading.Lock()
+    def __init__(self, model: Any, tokenizer: Any = None, longest: int = 10**6) -> None:
+        self._model, self._tokenizer, self._longest, self._lock = model, tokenizer, longest, threading.Lock()
         self.faults: deque[Fault] = deque()
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
@@ -42,13 +49,17 @@ class CompletionsServer:
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 status, headers, body = server._respond(self.path, request, self.headers.get("Authorization"))
+                if status == 0:
+                    self.close_connection = True
+                    return
                 content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(status)
                 for name, value in {"Content-Type": "application/json", **headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(ConnectionError):  # the client has gone
+                    self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None:
                 """Prints nothing."""
@@ -73,6 +84,8 @@ class CompletionsServer:
             fault = self.faults.popleft() if self.faults else None
         if path != "/v1/completions" or request["model"] != MODEL:
             return 404, {}, {"error": {"message": f"the model {request['model']} does not exist"}}
+        if max(map(len, request["prompt"])) + 1 > self._longest:
+            return 400, {}, {"error": {"message": f"the longest input has {self._longest} tokens"}}
         choices = [self._choice(number, ids) for number, ids in enumerate(request["prompt"])]
         answer = {"id": "x", "object": "text_completion", "created": 0, "model": MODEL, "choices": choices}
         return (fault(request, answer) if fault is not None else None) or (200, {}, answer)
@@ -86,7 +99,7 @@ class CompletionsServer:
         values = [float(log_p_TV[position, after]) for position, after in enumerate([*ids[1:], next_id])]
         logprobs = {
             "token_logprobs": [None, *values],
-            "tokens": [str(token) for token in [*ids, next_id]],
+            "tokens": self._tokenizer and [self._tokenizer.decode([token]) for token in [*ids, next_id]],
             "text_offset": [0] * (len(ids) + 1),
             "top_logprobs": [None] * (len(ids) + 1),
         }

@@ -2,12 +2,15 @@
 
 import logging
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.stage_inputs import score_inputs
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.generate import GenerateConfig
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig, ServerConfig
@@ -29,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[CompletionsServer]:
-    with CompletionsServer(plain_model(folder)) as running:
+    with CompletionsServer(plain_model(folder), plain_tokenizer(folder)) as running:
         yield running
 
 
@@ -104,9 +107,72 @@ def test_a_busy_server_is_asked_again(folder: Path, server: CompletionsServer) -
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_server_that_stays_away_stops_the_scoring(folder: Path, server: CompletionsServer, retries: int) -> None:
     scorer = scorer_of(config_of(folder, server.url, retries=retries))
-    server.faults.extend([lambda *_: (500, {"Retry-After": "0"}, {})] * (retries + 1))
-    with pytest.raises(ScoringError, match=rf"models\.teacher\.server http.*no answer after {retries + 1} tries"):
+    server.faults.extend([lambda *_: (0, {}, {})] * (retries + 1))
+    with pytest.raises(ScoringError, match=rf"models\.teacher\.server http.*no answer in {retries + 1} tries"):
         score(scorer, ROWS[:1])
+
+
+def test_a_lost_connection_is_repeated_with_a_line_in_the_log(
+    folder: Path, server: CompletionsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = scorer_of(config_of(folder, server.url))
+    server.faults.append(lambda *_: (0, {}, {}))
+    assert isinstance(score(scorer, ROWS[:1])[0], Score)
+    assert "busy or away: try 2 of 3" in caplog.text
+
+
+def test_a_late_answer_is_asked_for_again_and_then_ends_the_scoring(folder: Path, server: CompletionsServer) -> None:
+    scorer = scorer_of(config_of(folder, server.url, retries=1))
+    scorer._client = scorer._client.with_options(timeout=0.5)
+    server.faults.append(lambda *_: time.sleep(1.5))
+    assert isinstance(score(scorer, ROWS[:1])[0], Score)
+    server.faults.extend([lambda *_: time.sleep(1.5)] * 2)
+    with pytest.raises(ScoringError, match=r"no answer in 2 tries .*APITimeoutError"):
+        score(scorer, ROWS[:1])
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (405, {}, r"found status 405 at the last try"),
+        (503, {"Retry-After": "300"}, r"found status 503 with the request to wait 300 s"),
+        (403, {}, r"refuses the key \(403\)"),
+    ],
+)
+def test_a_status_that_says_nothing_of_a_text_ends_the_scoring(
+    folder: Path, server: CompletionsServer, status: int, headers: dict[str, str], message: str
+) -> None:
+    scorer = scorer_of(config_of(folder, server.url))
+    n_before = len(server.requests)
+    server.faults.append(lambda *_: (status, headers, {"error": {"message": "no"}}))
+    with pytest.raises(ScoringError, match=message):
+        score(scorer, ROWS[:1])
+    assert len(server.requests) == n_before + 1
+
+
+def test_an_error_ends_the_requests_that_still_run(folder: Path, server: CompletionsServer) -> None:
+    """`on_progress` raises when the worker has gone; the other requests must not hold up the next task."""
+    scorer = scorer_of(config_of(folder, server.url, requests=4, windows=1))
+    started, released = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        started.set()
+        released.wait(60)
+
+    def gone(_: int) -> None:
+        started.wait(60)
+        raise ConnectionResetError("the worker has gone")
+
+    scorer.on_progress = gone
+    server.faults.extend([hold, lambda *_: None])
+    try:
+        with pytest.raises(ConnectionResetError):
+            score(scorer, [ROWS[0], ROWS[4]])
+        assert not released.is_set()
+        scorer.on_progress = None
+        assert isinstance(score(scorer, ROWS[:1])[0], Score)
+    finally:
+        released.set()
 
 
 def _short(request: dict[str, Any], answer: Any) -> Response:
@@ -132,7 +198,31 @@ def _refused(request: dict[str, Any], answer: Any) -> Response:
     return 400, {}, {"error": {"message": "too long"}}
 
 
+def _positive(request: dict[str, Any], answer: Any) -> Response:
+    answer["choices"][0]["logprobs"]["token_logprobs"][1] = 3
+    return 200, {}, answer
+
+
+def _no_index(request: dict[str, Any], answer: Any) -> Response:
+    return 200, {}, answer | {"choices": [choice | {"index": None} for choice in answer["choices"]]}
+
+
+def _null_choice(request: dict[str, Any], answer: Any) -> Response:
+    return 200, {}, answer | {"choices": [None for _ in answer["choices"]]}
+
+
+def _number(request: dict[str, Any], answer: Any) -> Response:
+    answer["choices"][0]["logprobs"]["token_logprobs"] = 7
+    return 200, {}, answer
+
+
 BAD = {
+    "positive": (_positive, "at most 0 for each id"),
+    "no index": (_no_index, r"indices 0 to 0, found \[None\]"),
+    "null choice": (_null_choice, r"indices 0 to 0, found \[None\]"),
+    "number": (_number, r"expected log probabilities of \d+ ids, found none"),
+    "broken JSON": (lambda *_: (200, {}, "{"), "JSONDecodeError|APIResponseValidationError"),
+    "too large": (lambda *_: (413, {}, {"error": {"message": "body"}}), "body"),
     "short": (_short, r"expected log probabilities of \d+ ids"),
     "without": (_without_logprobs, "found none"),
     "null": (_null, "at most 0 for each id"),
@@ -165,8 +255,32 @@ def test_one_bad_window_of_a_request_rejects_one_text(folder: Path, server: Comp
 def test_a_server_that_answers_nothing_usable_stops_the_scoring(folder: Path, server: CompletionsServer) -> None:
     scorer = scorer_of(config_of(folder, server.url, windows=1))
     server.faults.extend([_short] * 100)
-    with pytest.raises(ScoringError, match=r"32 windows in a row .* look at the server's log"):
+    with pytest.raises(ScoringError, match=r"32 texts in a row .* look at the server's log"):
         score(scorer, [ROWS[0]] * 40)
+
+
+def test_the_windows_of_a_failed_text_are_not_sent(folder: Path, server: CompletionsServer) -> None:
+    scorer = scorer_of(config_of(folder, server.url, requests=1, windows=1))
+    n_before = len(server.requests)
+    server.faults.append(_short)
+    long_text = (" ".join(["word"] * 2000), [], True)
+    failed, scored = score(scorer, [long_text, ROWS[4]])
+    assert isinstance(failed, Failure)
+    assert isinstance(scored, Score)
+    # The text has hundreds of windows; a few are sent before the first answer is read.
+    assert len(server.requests) - n_before < 50
+
+
+def test_minus_infinity_rejects_the_text(folder: Path, server: CompletionsServer) -> None:
+    def impossible(request: dict[str, Any], answer: Any) -> Response:
+        answer["choices"][0]["logprobs"]["token_logprobs"][1] = -9999.0
+        return 200, {}, answer
+
+    scorer = scorer_of(config_of(folder, server.url, requests=1, windows=1))
+    server.faults.append(impossible)
+    failed = score(scorer, ROWS[:1])[0]
+    assert isinstance(failed, Failure)
+    assert failed.reason == "nan_score"
 
 
 @pytest.mark.parametrize("fault", [_without_logprobs, _short, _refused])
@@ -178,23 +292,46 @@ def test_a_server_that_cannot_score_is_refused_at_its_start(
         scorer_of(config_of(folder, server.url))
 
 
+def test_a_server_with_a_shorter_longest_input_is_refused_at_its_start(folder: Path) -> None:
+    # A window of 24 tokens, the target of its last prediction, and the generated token.
+    too_short = pytest.raises(ModelLoadError, match=r"longest input has 25 tokens.*--max-model-len 26")
+    with CompletionsServer(plain_model(folder), longest=25) as server, too_short:
+        scorer_of(config_of(folder, server.url))
+    with CompletionsServer(plain_model(folder), longest=26) as server:
+        scorer_of(config_of(folder, server.url))
+
+
+def test_a_server_with_another_tokenizer_is_refused_at_its_start(folder: Path) -> None:
+    class Other:
+        def decode(self, ids: list[int]) -> str:
+            return f"word{ids[0]}"
+
+    refused = pytest.raises(ModelLoadError, match=r"with the tokenizer .*found another: id \d+ is 'word")
+    with CompletionsServer(plain_model(folder), Other()) as server, refused:
+        scorer_of(config_of(folder, server.url))
+
+
 def test_another_model_name_or_no_server_is_refused_at_its_start(folder: Path, server: CompletionsServer) -> None:
     with pytest.raises(ModelLoadError, match=r"expected a completions endpoint with this model, found: .*other"):
         scorer_of(config_of(folder, server.url, model="other"))
-    with pytest.raises(ModelLoadError, match="no answer after 1 tries"):
+    with pytest.raises(ModelLoadError, match="no answer in 1 tries"):
         scorer_of(config_of(folder, "http://127.0.0.1:9/v1", retries=0))
 
 
 def test_the_key_comes_from_the_environment_and_is_never_shown(
     folder: Path, server: CompletionsServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    monkeypatch.setenv("OPENAI_API_KEY", " secret-key\n")
     config = config_of(folder, server.url)
     with caplog.at_level(logging.DEBUG):
         scorer = scorer_of(config)
         server.faults.append(lambda *_: (401, {}, {"error": {"message": "Incorrect key: secret-key"}}))
         with pytest.raises(ScoringError, match=r"refuses the key.*OPENAI_API_KEY") as refused:
             score(scorer, ROWS[:1])
+        server.faults.append(lambda *_: (400, {}, {"error": {"message": "You sent: Bearer secret-key"}}))
+        rejected = score(scorer, ROWS[:1])[0]
+    assert isinstance(rejected, Failure)
+    assert "Bearer (hidden)" in rejected.detail
     assert set(server.keys) == {"Bearer secret-key"}
     assert (
         "secret-key"
@@ -205,6 +342,45 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
     )
 
 
+def test_a_key_that_no_header_can_have_is_refused(
+    folder: Path, server: CompletionsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
+    with pytest.raises(ModelLoadError, match="OPENAI_API_KEY: expected printable ASCII") as refused:
+        scorer_of(config_of(folder, server.url))
+    assert "schl" not in str(refused.value)
+
+
+def test_two_servers_need_two_names(tmp_path: Path) -> None:
+    def config(**second: str) -> ExperimentConfig:
+        urls = {"teacher": {"url": "http://x/v1"}, "reference": {"url": "http://y/v1"} | second}
+        models = {
+            alias: ModelConfig(path="x", backend="openai", server=ServerConfig(model="m", **settings))
+            for alias, settings in urls.items()
+        }
+        return ExperimentConfig(root=str(tmp_path), models=models)
+
+    with pytest.raises(
+        ConfigError, match=r"models\.reference\.server\.revision: expected another than models\.teacher"
+    ):
+        config()
+    config(revision="other weights")
+    config(url="http://x/v1")  # the same server, perhaps with other windows
+
+
+def test_how_a_server_is_asked_runs_no_stage_again(tmp_path: Path) -> None:
+    def inputs(**settings: Any) -> list[Any]:
+        server = ServerConfig(**{"url": "http://x/v1", "model": "m"} | settings)
+        models = {"teacher": ModelConfig(path="x", backend="openai", server=server)}
+        return score_inputs(ExperimentConfig(root=str(tmp_path), models=models))
+
+    assert inputs() == inputs(requests=1, windows=1, retries=0, timeout_seconds=1.0, url="http://y/v1")
+    assert inputs() != inputs(revision="2")
+    local = score_inputs(ExperimentConfig(root=str(tmp_path), models={"teacher": ModelConfig(path="x")}))
+    assert "server" not in local[0]["teacher"]
+    assert "backend" not in local[0]["teacher"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -213,7 +389,15 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
         ("models.teacher={path: x, backend: openai, server: {url: 'x/v1', model: m}}", r"server\.url: expected http"),
         (
             "models.teacher={path: x, backend: openai, server: {url: 'http://me:secret@x/v1', model: m}}",
-            r"server\.url: expected no user and password",
+            r"server\.url: expected no user, password or query",
+        ),
+        (
+            "models.teacher={path: x, backend: openai, server: {url: 'http://x/v1?key=secret', model: m}}",
+            r"server\.url: expected no user, password or query",
+        ),
+        (
+            "models.teacher={path: x, backend: openai, dtype: bfloat16, server: {url: 'http://x/v1', model: m}}",
+            r"dtype: expected auto with `backend: openai`",
         ),
         (
             "models.teacher={path: x, backend: openai, server: {url: 'http://x/v1', model: m, windows: 0}}",
