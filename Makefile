@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo lint test test-long check faults bench-score bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader format constraints clean
+.PHONY: help setup java demo lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,9 @@ bench-gpu: setup ## measure scoring on a GPU as a share of its peak; needs CUDA
 bench-score: setup ## compare scoring with plain loops, the chip and bare Spark (20 minutes on 2 cores); writes build/bench/score.json
 	python -m tests.bench.bench_score
 	python -m tests.bench.bench_engine
+
+bench-engines: setup ## compare scoring on a CPU with vLLM and llama.cpp on the same texts (30 minutes, ten of them compile llama.cpp)
+	python -m tests.bench.bench_engines
 
 bench-train: setup ## compare a training step with a plain loop and the chip's matrix products (4 minutes on a GPU; on a CPU a small model); writes build/bench/train.json
 	python -m tests.bench.bench_train

