@@ -11,7 +11,7 @@ engine's. The sums of all engines are compared.
 
 import argparse
 import functools
-import importlib.resources
+import importlib.util
 import json
 import os
 import subprocess
@@ -68,7 +68,9 @@ def measure(
 def commands(bench: ScoringBench, folder: Path) -> dict[str, list[str | Path]]:
     """The command of each engine that can be installed."""
     package, _, file = str(bench.config.path).removeprefix("package:").partition("/")
-    gguf = Path(str(importlib.resources.files(package))) / file
+    spec = importlib.util.find_spec(package)  # importing it would need what it depends on
+    assert spec is not None
+    gguf = Path(str(spec.origin)).parent / file
     found: dict[str, list[str | Path]] = {}
     vllm = engines.make_environment(folder / "vllm", [engines.VLLM], engines.VLLM_LIKE_OURS)
     llama_cpp = engines.make_environment(folder / "llama_cpp", [engines.LLAMA_CPP, "numpy"])
