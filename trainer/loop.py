@@ -18,10 +18,11 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
+from miniplm_udf.scoring.peaks import peak_flops_per_second
 from trainer.loader.batches import Batches, Sequences
 from trainer.losses.loss import target_weights
 from trainer.models.document_masks import document_positions
-from trainer.models.flops import peak_flops_per_second, training_flops_per_token
+from trainer.models.flops import training_flops_per_token
 from trainer.models.precision import autocast, product_dtype
 from trainer.ranks.distributed import World
 from trainer.ranks.parallel import clip_gradient, gradient_sums, undivided
@@ -39,7 +40,7 @@ class StepMeasures:
         gradient_norm: norm of the whole gradient before clipping.
         tokens: input tokens of the whole run so far, including tokens before a resume.
         tokens_per_second: input tokens of all ranks per second, since the measures before, or since the start.
-        mfu: the model FLOPs per second as a share of the peak of all chips (flops.py); None if the peak is not known.
+        mfu: the model FLOPs per second as a share of the peak of all chips (peaks.py); None if the peak is not known.
         lm_loss: -log p of the targets, in nats per token, the same mean as `loss`; None without a teacher.
         kd_loss: KL divergence from the teacher to the student, in nats per token, likewise.
     """
