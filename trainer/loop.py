@@ -111,7 +111,7 @@ class Loop:
         whole = undivided(module)
         self.model = whole.model
         teacher = None if whole.teacher is None else whole.teacher.model
-        peak = peak_flops_per_second(world.device, product_dtype(config, world.device))
+        peak = peak_flops_per_second(world.device, str(product_dtype(config, world.device)).removeprefix("torch."))
         flops = training_flops_per_token(self.model, sequences.sequence_length, teacher)
         self._mfu_per_speed = None if peak is None else flops / (peak * world.size)
         # The first step whose loss or gradient is not finite; -1: none so far. Read only at logs and saves.

@@ -18,6 +18,7 @@ from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import CorpusError, DamagedRecordError, ModelLoadError
 from miniplm_udf.layout import Root
 from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
+from miniplm_udf.storage import Json
 from miniplm_udf.store import tables
 from miniplm_udf.workers.remote import model_errors, run_on_executor
 
@@ -116,16 +117,20 @@ def kept_tokens_per_batch(layout: Root, description: ModelDescription) -> dict[s
         Tokens of a forward pass by kind of device and dtype; empty if there is no record, if it cannot be read, or if
         it describes another revision of the model.
     """
+    budgets = _record(layout, description).get(_BUDGETS)
+    if not isinstance(budgets, dict):
+        return {}
+    return {place: tokens for place, tokens in budgets.items() if type(tokens) is int and tokens >= 1}
+
+
+def _record(layout: Root, description: ModelDescription) -> Json:
+    """The record of a model; empty if there is none that can be read, or if it has another revision."""
     try:
         record = storage.read_json(layout.model_record(description.model_id))
     except DamagedRecordError:
         return {}
-    if not isinstance(record, dict) or record.get("model_revision") != description.model_revision:
-        return {}
-    budgets = record.get(_BUDGETS)
-    if not isinstance(budgets, dict):
-        return {}
-    return {place: tokens for place, tokens in budgets.items() if type(tokens) is int and tokens >= 1}
+    is_own = isinstance(record, dict) and record.get("model_revision") == description.model_revision
+    return dict(record) if is_own else {}
 
 
 def keep_tokens_per_batch(layout: Root, description: ModelDescription, budgets: Mapping[str, int]) -> None:
@@ -133,16 +138,12 @@ def keep_tokens_per_batch(layout: Root, description: ModelDescription, budgets: 
 
     Args:
         layout: the root that holds the record.
-        description: the model as it scores; nothing is written if the record has another revision or is gone.
+        description: the model as it scores; nothing is written without a record of its revision.
         budgets: tokens of a forward pass by kind of device and dtype.
     """
-    kept = kept_tokens_per_batch(layout, description)
-    if kept | budgets == kept:
-        return
-    uri = layout.model_record(description.model_id)
-    record = storage.read_json(uri)
-    if record is not None and record["model_revision"] == description.model_revision:
-        storage.write_json(uri, {**record, _BUDGETS: {**kept, **budgets}})
+    record, kept = _record(layout, description), kept_tokens_per_batch(layout, description)
+    if record and kept | budgets != kept:
+        storage.write_json(layout.model_record(description.model_id), record | {_BUDGETS: {**kept, **budgets}})
 
 
 def describe_on_executor(

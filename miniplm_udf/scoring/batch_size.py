@@ -101,9 +101,9 @@ def find_tokens_per_batch(
     Returns:
         The tokens of one pass.
     """
-    limit = _MemoryLimit(device, workers_per_gpu)
     n_windows = math.ceil(_FIRST_TOKENS / window_tokens)
-    _passes(run_pass, n_windows, device, 1)  # loads kernels
+    _passes(run_pass, n_windows, device, 1)  # loads kernels, which take memory too
+    limit = _MemoryLimit(device, workers_per_gpu)
     end = time.perf_counter() + seconds
     measured: list[Measurement] = []
     while True:
@@ -117,7 +117,7 @@ def find_tokens_per_batch(
         if not (still_rises(measured) and has_time and limit.has_room_for_twice()):
             break
         n_windows *= 2
-    limit.forget()
+    limit.begin()
     tokens = largest_not_slower(measured)
     rates = ", ".join(f"{one.tokens:,}: {one.rate:,.0f}" if one.fits else f"{one.tokens:,}: no" for one in measured)
     took = time.perf_counter() - end + seconds
@@ -132,14 +132,16 @@ class _MemoryLimit:
         self._device = device
         self._before = self._bytes = 0
         if self._is_gpu():
-            free_memory(device)
+            self.begin()
             free, total = torch.cuda.mem_get_info(device)
             self._before = torch.cuda.memory_allocated(device)
             self._bytes = min(int((1 - _KEPT_FREE) * total / workers_per_gpu), self._before + free // 2)
 
     def begin(self) -> None:
-        """Called before the passes of a size."""
+        """Called before the passes of a size, and after the search: the log shall show the peak of scoring."""
         if self._is_gpu():
+            # Blocks of an earlier size are of no use to this one.
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def is_kept(self) -> bool:
@@ -150,11 +152,6 @@ class _MemoryLimit:
         """Whether a pass of twice the size would stay within the limit: its activations grow with its tokens."""
         peak = torch.cuda.max_memory_allocated(self._device) if self._is_gpu() else 0
         return not self._is_gpu() or 2 * peak - self._before <= self._bytes
-
-    def forget(self) -> None:
-        """Called after the search: the log shall show the peak of scoring."""
-        free_memory(self._device)
-        self.begin()
 
     def _is_gpu(self) -> bool:
         return self._device.type == "cuda"
@@ -170,10 +167,7 @@ def _measure(
 ) -> Measurement:
     limit.begin()
     seconds = _passes(run_pass, n_windows, device, _PASSES)
-    fits = math.isfinite(seconds) and limit.is_kept()
-    # Blocks of this size are of no use to the next one.
-    free_memory(device)
-    return Measurement(n_windows * window_tokens, seconds, fits)
+    return Measurement(n_windows * window_tokens, seconds, math.isfinite(seconds) and limit.is_kept())
 
 
 def _passes(run_pass: Callable[[int], object], n_windows: int, device: torch.device, n_passes: int) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from miniplm_udf.scoring.cpu import PackedLinear
 from miniplm_udf.scoring.flops import forward_flops
 
 
@@ -62,11 +61,12 @@ def matrix_parameters(model: torch.nn.Module) -> int:
     """
     matrices: dict[int, int] = {}
     for module in model.modules():
-        if isinstance(module, PackedLinear):  # its weight is no parameter
-            matrices[id(module)] = module.out_features * module.in_features
-        elif not isinstance(module, torch.nn.Embedding):
-            weights = [weight for weight in module.parameters(recurse=False) if weight.dim() >= 2]
-            matrices |= {id(weight): weight.numel() for weight in weights}
+        weights = [weight for weight in module.parameters(recurse=False) if weight.dim() >= 2]
+        if isinstance(module, torch.nn.Embedding):
+            continue
+        if not weights and hasattr(module, "in_features"):  # a packed or quantised layer, whose weight is no parameter
+            matrices[id(module)] = int(module.out_features) * int(module.in_features)
+        matrices |= {id(weight): weight.numel() for weight in weights}
     return sum(matrices.values())
 
 

@@ -62,14 +62,16 @@ class Scorer(TextScorer):
         self._device = torch.device(device)
         self._place = place_of(self._device, description.dtype, workers_per_gpu)
         self._sizes, self._model_flops = model_sizes(model), 0.0
-        self._peak = peak_flops_per_second(self._device, getattr(torch, description.dtype))
+        self._peak = peak_flops_per_second(self._device, description.dtype)
         # Two windows spread the attention heads evenly over the cores: measured, 5 % at 1,024 tokens a window.
         self._at_least = 2 if tokens_per_batch is None and self._device.type == "cpu" else 1
         self._length_limit = length_limit(model, description.longest_input_tokens)
         self._head = Head(model)
         # Before the model is compiled: a compilation would take far longer than the search.
+        if tokens_per_batch is None and self._device.type == "cpu":
+            tokens_per_batch = _CPU_TOKENS_PER_BATCH
         if tokens_per_batch is None:
-            tokens_per_batch = self._best_tokens_per_batch(description, workers_per_gpu)
+            tokens_per_batch = self._search_tokens_per_batch(description, workers_per_gpu)
         super().__init__(tokenizer, description, tokens_per_batch)
         self._fitting_tokens = tokens_per_batch
         if compiled if compiled is not None else self._device.type == "cuda":
@@ -81,10 +83,8 @@ class Scorer(TextScorer):
         flops = None if self._sizes.has_experts else self._model_flops
         return ScorerUsage(self._place, self._fitting_tokens, flops, self._peak, *memory)
 
-    def _best_tokens_per_batch(self, description: ModelDescription, workers_per_gpu: int) -> int:
-        """The token budget for the device; on a GPU the result of a search over windows of the longest length."""
-        if self._device.type == "cpu":
-            return _CPU_TOKENS_PER_BATCH
+    def _search_tokens_per_batch(self, description: ModelDescription, workers_per_gpu: int) -> int:
+        """Searches the token budget with passes over windows of the longest length, which score all positions."""
         length, ids = description.longest_input_tokens, np.random.default_rng(0)
 
         def run_pass(n_windows: int) -> None:

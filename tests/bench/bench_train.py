@@ -132,7 +132,7 @@ def measure_steps(shape: Shape, config: TrainConfig, rounds: int, device: torch.
     """Rows of ours, the plain loop and the limit."""
     sequences = RandomSequences(shape, 4 * shape.batch)
     flops_per_token = training_flops_per_token(build(shape, device), shape.tokens)
-    peak = peak_flops_per_second(device, product_dtype(config, device))
+    peak = peak_flops_per_second(device, str(product_dtype(config, device)).removeprefix("torch."))
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     warm_up, memory, steps = {}, {}, {}
     for name, make in (("ours", our_step), ("plain", plain_step)):
