@@ -142,8 +142,9 @@ def keep_tokens_per_batch(layout: Root, description: ModelDescription, budgets: 
         budgets: tokens of a forward pass by kind of device and dtype.
     """
     record, kept = _record(layout, description), kept_tokens_per_batch(layout, description)
-    if record and kept | budgets != kept:
-        storage.write_json(layout.model_record(description.model_id), record | {_BUDGETS: {**kept, **budgets}})
+    updated = {**kept, **budgets}
+    if record and updated != kept:
+        storage.write_json(layout.model_record(description.model_id), record | {_BUDGETS: updated})
 
 
 def describe_on_executor(

@@ -25,12 +25,12 @@ _FIRST_TOKENS = 4096
 _SECONDS = 5.0
 # Each size is timed by the shorter of two passes: disturbances only lengthen a pass, and the first one gets the memory.
 _PASSES = 2
-# A size that is at most 3 % faster than half of it ends the search. A pass takes a + b * tokens seconds, so each
-# doubling gains half as much as the one before: all larger sizes together would gain at most 3 % more.
+# The search ends when twice the tokens give a rate that is at most 3 % higher. A pass takes a + b * tokens seconds, so
+# each doubling gains half as much as the one before: all larger sizes together would gain at most 3 % more.
 _MIN_GAIN = 0.03
 # Rates that differ by less are equal. Two measurements of one size differ by about as much.
 _EQUAL_RATES = 0.02
-# The share of the GPU, or of the process's part of it, that stays free at the peak of a pass.
+# The share of the GPU that stays free at the peak of a pass; of the process's part, if several processes share the GPU.
 _KEPT_FREE = 0.1
 
 

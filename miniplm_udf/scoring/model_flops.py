@@ -1,4 +1,4 @@
-"""What the FLOPs of a loaded model depend on: its weights in matrix products, its layers and the width of attention.
+"""Sizes of a loaded model that its FLOPs depend on: weights in matrix products, layers, the width of attention.
 
 Input: a model of transformers; output: the numbers that `flops.forward_flops` takes. Executor side and in the trainer;
 pure.
@@ -44,7 +44,7 @@ def model_sizes(model: Any) -> ModelSizes:
     Args:
         model: a causal LM. Without a config or attention, only the products of its weights are counted.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads, layers, hidden = (
         _number(config, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")

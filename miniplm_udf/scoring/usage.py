@@ -1,4 +1,4 @@
-"""What a scorer says of its work, for the log and the driver. Plain data; loads nothing. Executor side."""
+"""A scorer's token budget, FLOPs and memory, for the log and the driver. Plain data; loads nothing. Executor side."""
 
 import dataclasses
 

@@ -77,8 +77,8 @@ class Clock:
 
 
 @dataclasses.dataclass(frozen=True)
-class Totals:
-    """What a model has done since its task began, or the difference of two states.
+class WorkDone:
+    """The work of a model since its task began, or since an earlier state.
 
     Attributes:
         tokens: scored tokens.
@@ -94,14 +94,14 @@ class Totals:
     waited_seconds: float
     model_flops: float | None
 
-    def since(self, other: "Totals") -> "Totals":
+    def since(self, other: "WorkDone") -> "WorkDone":
         """Returns the difference.
 
         Args:
             other: an earlier state.
         """
         has_flops = self.model_flops is not None and other.model_flops is not None
-        return Totals(
+        return WorkDone(
             self.tokens - other.tokens,
             self.seconds - other.seconds,
             self.busy_seconds - other.busy_seconds,
@@ -110,7 +110,7 @@ class Totals:
         )
 
 
-def log_line(alias: str, tokens: int, latest: Totals, usage: ScorerUsage | None) -> str:
+def log_line(alias: str, tokens: int, latest: WorkDone, usage: ScorerUsage | None) -> str:
     """Returns the line about a model; what is not known is left out.
 
     Args:
@@ -148,7 +148,7 @@ class Meter:
         self._tokens, self._seconds = 0, 0.0
         self._since = time.monotonic()
         self._next_line = self._since + _FIRST_LINE_SECONDS
-        self._logged: Totals | None = None
+        self._logged: WorkDone | None = None
 
     @contextlib.contextmanager
     def working(self, scorer: Any, counts: ScoreCounts) -> Iterator[None]:
@@ -163,7 +163,7 @@ class Meter:
             scorer.on_progress = self._add
         with self._clock.working(self._alias, counts) as self._since:
             if self._logged is None:
-                self._logged = self._totals(self._since, self._usage())
+                self._logged = self._work_done(self._since, self._usage())
             yield
         self._seconds += time.monotonic() - self._since
         if (usage := self._usage()) is not None:
@@ -173,9 +173,9 @@ class Meter:
         usage: ScorerUsage | None = self._scorer.usage() if hasattr(self._scorer, "usage") else None
         return usage
 
-    def _totals(self, now: float, usage: ScorerUsage | None) -> Totals:
+    def _work_done(self, now: float, usage: ScorerUsage | None) -> WorkDone:
         """The state in the middle of a call of the scorer."""
-        return Totals(
+        return WorkDone(
             self._tokens,
             self._seconds + now - self._since,
             self._clock.busy_seconds(now),
@@ -192,6 +192,6 @@ class Meter:
             return
         self._next_line = now + _LINE_EVERY_SECONDS
         usage = self._usage()
-        totals = self._totals(now, usage)
-        LOGGER.info("%s", log_line(self._alias, self._tokens, totals.since(self._logged), usage))
-        self._logged = totals
+        done = self._work_done(now, usage)
+        LOGGER.info("%s", log_line(self._alias, self._tokens, done.since(self._logged), usage))
+        self._logged = done

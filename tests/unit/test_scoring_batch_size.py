@@ -115,10 +115,10 @@ def test_it_ends_when_the_rate_does_not_rise(caplog: pytest.LogCaptureFixture) -
         time.sleep(0.002 * n_windows)
 
     caplog.set_level("INFO", "miniplm.scorer")
-    found = find_tokens_per_batch("teacher", run_pass, 1000, CPU)
-    assert found in (5000, 10_000, 20_000)
+    budget = find_tokens_per_batch("teacher", run_pass, 1000, CPU)
+    assert budget in (5000, 10_000, 20_000)
     assert max(windows) <= 40
-    assert f"teacher: batches of {found:,} tokens, found in" in caplog.text
+    assert f"teacher: batches of {budget:,} tokens, found in" in caplog.text
     assert "tokens/s by size: 5,000: " in caplog.text
 
 
@@ -145,11 +145,11 @@ def test_a_real_model_is_searched_with_full_windows(tmp_path: Path) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with decoder_of(scorer).register_forward_pre_hook(check, with_kwargs=True):
-        found = scorer._search_tokens_per_batch(scorer.description, 1)
+        budget = scorer._search_tokens_per_batch(scorer.description, 1)
     assert {length for _, length in shapes} == {24}
     # 4,096 tokens are 171 windows of 24.
-    assert found in {n * 24 for n, _ in shapes if n * 24 <= 20_000}
-    assert found in (171 * 24, 2 * 171 * 24, 4 * 171 * 24)
+    assert budget in {n * 24 for n, _ in shapes if n * 24 <= 20_000}
+    assert budget in (171 * 24, 2 * 171 * 24, 4 * 171 * 24)
     # It changes no score and no budget of the scorer.
     assert scorer.tokens_per_batch == scorer.usage().tokens_per_batch == 64
 

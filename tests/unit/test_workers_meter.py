@@ -15,7 +15,7 @@ from miniplm_udf.scoring.results import Score
 from miniplm_udf.scoring.usage import ScorerUsage
 from miniplm_udf.workers import meter
 from miniplm_udf.workers.arrow import score_arrow
-from miniplm_udf.workers.meter import Clock, Meter, Totals, log_line
+from miniplm_udf.workers.meter import Clock, Meter, WorkDone, log_line
 from miniplm_udf.workers.score_counts import ModelCounts, ScoreCounts
 from tests.support import tiny_models
 from tests.support.scorer_requests import request, texts_of
@@ -23,7 +23,7 @@ from tests.support.scorer_requests import request, texts_of
 GIB = 2**30
 GPU = ScorerUsage("NVIDIA H200/bfloat16", 131_072, 5e15, 989e12, int(31.2 * GIB), int(139.8 * GIB))
 # 60 s of a model that worked 50 s of them.
-LATEST = Totals(tokens=8_506_150, seconds=50.0, busy_seconds=59.82, waited_seconds=0.18, model_flops=50 * 534e12)
+LATEST = WorkDone(tokens=8_506_150, seconds=50.0, busy_seconds=59.82, waited_seconds=0.18, model_flops=50 * 534e12)
 
 
 def test_the_line_of_a_gpu() -> None:
@@ -55,9 +55,9 @@ def test_a_scorer_that_states_nothing_has_a_line_too() -> None:
 
 
 def test_totals_since_an_earlier_state() -> None:
-    earlier = Totals(100, 1.0, 2.0, 3.0, 4.0)
-    assert Totals(300, 2.5, 4.0, 3.5, 10.0).since(earlier) == Totals(200, 1.5, 2.0, 0.5, 6.0)
-    assert Totals(300, 2.5, 4.0, 3.5, None).since(earlier).model_flops is None
+    earlier = WorkDone(100, 1.0, 2.0, 3.0, 4.0)
+    assert WorkDone(300, 2.5, 4.0, 3.5, 10.0).since(earlier) == WorkDone(200, 1.5, 2.0, 0.5, 6.0)
+    assert WorkDone(300, 2.5, 4.0, 3.5, None).since(earlier).model_flops is None
 
 
 class StatingScorer:
