@@ -127,6 +127,46 @@ def test_other_errors_are_raised() -> None:
         find_tokens_per_batch("m", Passes(0, lambda: RuntimeError("cannot be multiplied")), 1000, CPU)
 
 
+class CountedMemory(Passes):
+    """A GPU of 100 GB with 10 GB of weights, by torch's counters; each window of a pass takes 1 GB."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        super().__init__()
+        self.peak = 10
+        counters: dict[str, Callable[..., Any]] = {
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda device: (free * 10**9, 100 * 10**9),
+            "memory_allocated": lambda device: 10 * 10**9,
+            "reset_peak_memory_stats": lambda device: setattr(self, "peak", 10),
+            "max_memory_allocated": lambda device: self.peak * 10**9,
+        }
+        for name, counter in counters.items():
+            monkeypatch.setattr(torch.cuda, name, counter)
+
+    def __call__(self, n_windows: int) -> None:
+        super().__call__(n_windows)
+        self.peak = max(self.peak, 10 + n_windows)
+
+
+@pytest.mark.parametrize(
+    ("free", "workers", "expected"),
+    [
+        # Half of the free memory is for others: at most 55 GB. 40 windows have a peak of 50 GB.
+        (90, 1, 40),
+        # A tenth of the process's half stays free: at most 45 GB.
+        (90, 2, 20),
+        # Another process has the most: at most 20 GB.
+        (20, 1, 10),
+        # Nothing is left, but no pass is shorter than this.
+        (2, 1, 5),
+    ],
+)
+def test_memory_stays_free(free: int, workers: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = CountedMemory(monkeypatch, free)
+    assert find_tokens_per_batch("m", passes, 1000, torch.device("cuda", 0), workers) == 1000 * expected
+    assert max(passes.windows) == expected, "no pass over more is tried"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
