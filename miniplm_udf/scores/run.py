@@ -65,7 +65,7 @@ def prepare(
     if factories is None:
         factories = {
             alias: ModelScorerFactory(
-                models[alias], description, config.score, kept_tokens_per_batch(config.layout, description)
+                models[alias], description, config.score, kept=kept_tokens_per_batch(config.layout, description)
             )
             for alias, description in descriptions.items()
         }

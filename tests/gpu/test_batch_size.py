@@ -116,6 +116,6 @@ def test_a_job_on_a_gpu_of_this_kind_takes_the_kept_budget(folder: Path, caplog:
     caplog.set_level("INFO", "miniplm.scorer")
     for kept, n_searches in (({place: 6144}, 0), ({"another GPU/bfloat16": 6144}, 1)):
         settings = ScoreConfig(workers_per_gpu=1, compile=False)
-        scorer: Any = ModelScorerFactory(config, description, settings, kept)()
+        scorer: Any = ModelScorerFactory(config, description, settings, kept=kept)()
         assert (scorer.tokens_per_batch == 6144) == (n_searches == 0)
         assert caplog.text.count("found in") == n_searches

@@ -87,7 +87,7 @@ def test_a_scorer_on_a_gpu_takes_the_budget_of_its_place(
     description: ModelDescription, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    factory = ModelScorerFactory(ModelConfig(path="p"), description, ScoreConfig(), {H200: 64, "cpu/bfloat16": 7})
+    factory = ModelScorerFactory(ModelConfig(path="p"), description, ScoreConfig(), kept={H200: 64, "cpu/bfloat16": 7})
     assert factory._tokens_per_batch("cuda:0", 1) == 64
     assert factory._tokens_per_batch("cuda:0", 2) is None, "two processes share it"
     assert factory._tokens_per_batch("cpu", 1) is None
@@ -102,7 +102,7 @@ def test_a_cpu_takes_the_measured_size(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
     config = ModelConfig(path=str(tiny_models.make_model_folder(tmp_path)), context_tokens=64, window_overlap_tokens=8)
     made = describe("teacher", config, "float32")
-    scorer: Any = ModelScorerFactory(config, made, ScoreConfig(), {"cpu/float32": 7})()
+    scorer: Any = ModelScorerFactory(config, made, ScoreConfig(), kept={"cpu/float32": 7})()
     assert scorer.tokens_per_batch == scorer.usage().tokens_per_batch == 1024
 
 
