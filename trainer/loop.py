@@ -18,10 +18,11 @@ import torch
 
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
+from miniplm_udf.scoring.peaks import peak_flops_per_second
 from trainer.loader.batches import Batches, Sequences
 from trainer.losses.loss import target_weights
 from trainer.models.document_masks import document_positions
-from trainer.models.flops import peak_flops_per_second, training_flops_per_token
+from trainer.models.flops import training_flops_per_token
 from trainer.models.precision import autocast, product_dtype
 from trainer.ranks.distributed import World
 from trainer.ranks.parallel import clip_gradient, gradient_sums, undivided
@@ -39,7 +40,7 @@ class StepMeasures:
         gradient_norm: norm of the whole gradient before clipping.
         tokens: input tokens of the whole run so far, including tokens before a resume.
         tokens_per_second: input tokens of all ranks per second, since the measures before, or since the start.
-        mfu: the model FLOPs per second as a share of the peak of all chips (flops.py); None if the peak is not known.
+        mfu: the model FLOPs per second as a share of the peak of all chips (peaks.py); None if the peak is not known.
         lm_loss: -log p of the targets, in nats per token, the same mean as `loss`; None without a teacher.
         kd_loss: KL divergence from the teacher to the student, in nats per token, likewise.
     """
@@ -110,7 +111,7 @@ class Loop:
         whole = undivided(module)
         self.model = whole.model
         teacher = None if whole.teacher is None else whole.teacher.model
-        peak = peak_flops_per_second(world.device, product_dtype(config, world.device))
+        peak = peak_flops_per_second(world.device, str(product_dtype(config, world.device)).removeprefix("torch."))
         flops = training_flops_per_token(self.model, sequences.sequence_length, teacher)
         self._mfu_per_speed = None if peak is None else flops / (peak * world.size)
         # The first step whose loss or gradient is not finite; -1: none so far. Read only at logs and saves.

@@ -236,7 +236,8 @@ class ScoreConfig:
             one, so that raising it later scores only what is missing. A proxy can rank the rest (section `proxy`).
         workers: concurrent scorers: one per GPU; 1 on a machine without a GPU.
         workers_per_gpu: worker processes that may hold a model on one GPU at a time; others wait. Null: no limit.
-        tokens_per_batch: most tokens of one forward pass; null takes what is best on the device.
+        tokens_per_batch: most tokens of one forward pass; null searches the best number for the GPU and keeps it in
+            the model's record, and takes 1,024 on a CPU.
         compile: whether models run through torch.compile; null does so on a GPU only.
         attention: attention backend of transformers; auto lets transformers choose.
         max_bytes_per_trigger: size of a micro-batch, as bytes of the instances' files: 512m, 1g.

@@ -1,9 +1,10 @@
 """The scored models on the driver: descriptions that an executor makes, kept as `<root>/models/<alias>.json`.
 
 Input: the experiment's config. Output: a `ModelDescription` for each alias. A model's dtype is settled at its first
-scoring and read from its record later, or from `scores` if the record is gone, whatever hardware resumes. Driver only;
-an executor reads the model files with torch and transformers. A rerun describes the models again and replaces the
-records.
+scoring and read from its record later, or from `scores` if the record is gone, whatever hardware resumes. A record also
+keeps the token budgets of forward passes that executors found, by kind of GPU. Driver only; an executor reads the model
+files with torch and transformers. A rerun describes the models again and replaces the records; the budgets stay while
+the model's revision does.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import ModelConfig
-from miniplm_udf.errors import CorpusError, ModelLoadError
+from miniplm_udf.errors import CorpusError, DamagedRecordError, ModelLoadError
+from miniplm_udf.layout import Root
 from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
+from miniplm_udf.storage import Json
 from miniplm_udf.store import tables
 from miniplm_udf.workers.remote import model_errors, run_on_executor
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 LOGGER = logging.getLogger("miniplm.score")
+
+# Key of a record: token budgets by kind of device and dtype.
+_BUDGETS = "tokens_per_batch"
 
 
 def read_record(config: ExperimentConfig, alias: str) -> ModelDescription:
@@ -91,11 +97,54 @@ def describe_models(
     dtypes = {alias: _settled_dtype(spark, config, alias) for alias in models}
     descriptions = describe_on_executor(spark, models, dtypes)
     for alias, description in descriptions.items():
-        storage.write_json(config.layout.model_record(alias), description.to_dict())
+        budgets = kept_tokens_per_batch(config.layout, description)
+        record = description.to_dict() | ({_BUDGETS: budgets} if budgets else {})
+        storage.write_json(config.layout.model_record(alias), record)
         LOGGER.info("%s: prefix: %s", alias, description.prefix)
         for warning in description.warnings:
             LOGGER.warning("%s", warning)
     return descriptions
+
+
+def kept_tokens_per_batch(layout: Root, description: ModelDescription) -> dict[str, int]:
+    """Returns the token budgets that the record of a model keeps.
+
+    Args:
+        layout: the root that holds the record.
+        description: the model as it is now.
+
+    Returns:
+        Tokens of a forward pass by kind of device and dtype; empty if there is no record, if it cannot be read, or if
+        it describes another revision of the model.
+    """
+    budgets = _record(layout, description).get(_BUDGETS)
+    if not isinstance(budgets, dict):
+        return {}
+    return {place: tokens for place, tokens in budgets.items() if type(tokens) is int and tokens >= 1}
+
+
+def _record(layout: Root, description: ModelDescription) -> Json:
+    """The record of a model; empty if there is none that can be read, or if it has another revision."""
+    try:
+        record = storage.read_json(layout.model_record(description.model_id))
+    except DamagedRecordError:
+        return {}
+    is_own = isinstance(record, dict) and record.get("model_revision") == description.model_revision
+    return dict(record) if is_own else {}
+
+
+def keep_tokens_per_batch(layout: Root, description: ModelDescription, budgets: Mapping[str, int]) -> None:
+    """Writes token budgets into the record of a model, if they are new. Budgets of other kinds of devices stay.
+
+    Args:
+        layout: the root that holds the record.
+        description: the model as it scores; nothing is written without a record of its revision.
+        budgets: tokens of a forward pass by kind of device and dtype.
+    """
+    record, kept = _record(layout, description), kept_tokens_per_batch(layout, description)
+    updated = {**kept, **budgets}
+    if record and updated != kept:
+        storage.write_json(layout.model_record(description.model_id), record | {_BUDGETS: updated})
 
 
 def describe_on_executor(

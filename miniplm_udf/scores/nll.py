@@ -62,7 +62,8 @@ def nll_udf(
         ends_document: True if each text is a whole document. The model then also predicts the separator after it,
             which counts as a token; `miniplm score` with `chunking: {mode: document}` gives the same scores to
             documents of one instance. False for texts that are cut off.
-        tokens_per_batch: token budget of one forward pass; None takes the best value for the device.
+        tokens_per_batch: token budget of one forward pass; None searches the best one when a GPU loads the model, and
+            takes 1,024 on a CPU.
         settings: other fields of `ModelConfig`: document_separator, context_tokens, dtype, ...; `server` may be a dict.
 
     Returns:

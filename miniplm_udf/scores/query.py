@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 from miniplm_udf import schemas
 from miniplm_udf.config.experiment import fingerprint
 from miniplm_udf.config.sections import ScoreConfig
+from miniplm_udf.layout import Root
 from miniplm_udf.schemas import SCORE_STAGE
 from miniplm_udf.scores.gpus import scoring_profile
 from miniplm_udf.scores.instances import require_instances, stream_sample
+from miniplm_udf.scores.models import keep_tokens_per_batch
 from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.store import batch_range, delta_log, rejections, tables
@@ -83,6 +85,7 @@ class ScoringQuery(Query):
     Args:
         spark: a session.
         plan: models and tables.
+        layout: the root with the models' records, which keep the token budgets that workers found.
         checkpoint_uri: checkpoint of the query (`checkpoint_name`).
         config: bytes of text in a micro-batch, and the share of the pool to score.
         total: gets the counts of every micro-batch added, without the failed rows.
@@ -92,8 +95,9 @@ class ScoringQuery(Query):
     """
 
     def __init__(
-        self, spark: "SparkSession", plan: ScoringPlan, checkpoint_uri: str, config: ScoreConfig, total: ScoreCounts
-    ) -> None:
+        self, spark: "SparkSession", plan: ScoringPlan, layout: Root, checkpoint_uri: str, config: ScoreConfig,
+        total: ScoreCounts,
+    ) -> None:  # fmt: skip
         require_instances(spark, plan.instances_uri, "score")
         batch_range.create(spark, plan.scores_uri, schemas.SCORES, plan.instances_uri)
         tables.create(spark, plan.rejects_uri, schemas.REJECTS)
@@ -105,7 +109,7 @@ class ScoringQuery(Query):
         # Lock each model too, so that two model sets never score a shared model at the same time.
         self.also = tuple(f"model-{revision}" for revision in plan.revisions)
         self.backlog_unit = "rows" if config.sample >= 1 else f"rows to draw {config.sample:g} of"
-        self._spark, self._plan, self._config, self._total = spark, plan, config, total
+        self._spark, self._plan, self._layout, self._config, self._total = spark, plan, layout, config, total
         self._accumulator, self._history = new_score_counts(spark), _BatchHistory()
 
     def source(self) -> "DataFrame":
@@ -126,6 +130,16 @@ class ScoringQuery(Query):
         _log(batch_id, counts)
         # Without the failed rows, which are in the table `rejects` now.
         self._total.add(dataclasses.replace(counts, failed=[]))
+        self._keep_budgets()
+
+    def _keep_budgets(self) -> None:
+        """Writes the token budgets that workers found, or made smaller, into the models' records."""
+        if self._config.tokens_per_batch is not None:
+            return
+        for model in self._plan.models:
+            counts = self._total.models.get(model.model_id)
+            if counts is not None and counts.tokens_per_batch:
+                keep_tokens_per_batch(self._layout, model, counts.tokens_per_batch)
 
     def tokens(self) -> dict[str, int]:
         return {alias: counts.n_tokens for alias, counts in self._total.models.items()}

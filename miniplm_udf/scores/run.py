@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.scores import matrix
 from miniplm_udf.scores import query as scores
-from miniplm_udf.scores.models import describe_models, model_configs
+from miniplm_udf.scores.models import describe_models, kept_tokens_per_batch, model_configs
 from miniplm_udf.scores.plan import ScorerFactory, ScoringPlan
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.streams.query import Query
@@ -63,7 +63,12 @@ def prepare(
     models = model_configs(config)
     descriptions = describe_models(spark, config, models)
     if factories is None:
-        factories = {alias: ModelScorerFactory(models[alias], descriptions[alias], config.score) for alias in models}
+        factories = {
+            alias: ModelScorerFactory(
+                models[alias], description, config.score, kept=kept_tokens_per_batch(config.layout, description)
+            )
+            for alias, description in descriptions.items()
+        }
     plan = ScoringPlan(
         models=scores.distinct_revisions(descriptions),
         factories=factories,
@@ -82,6 +87,6 @@ def prepare(
         plan,
         descriptions,
         total,
-        scores.ScoringQuery(spark, plan, checkpoint, config.score, total),
+        scores.ScoringQuery(spark, plan, config.layout, checkpoint, config.score, total),
         matrix.MatrixQuery(spark, revisions, config.layout, matrix_checkpoint, config.score),
     )

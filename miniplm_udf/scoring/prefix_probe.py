@@ -18,6 +18,8 @@ from miniplm_udf.scoring.scorer import Scorer
 
 # A warning is given if the other setting is better by more than this, in nats a token.
 MARGIN_NATS = 0.5
+# The sentences are one batch.
+_TOKENS_PER_BATCH = 1024
 SENTENCES = (
     "The train to the coast leaves at seven in the morning and arrives shortly before noon.",
     "She opened the window because the room was warm, and the noise of the street came in.",
@@ -63,7 +65,7 @@ def _nats_per_token(
     changed = dataclasses.replace(
         description, context_prefix="none", prefix_token_id=None, bos_token_id=token_id, model_revision=""
     )
-    scorer = Scorer(model, tokenizer, changed, device=device, compiled=False)
+    scorer = Scorer(model, tokenizer, changed, _TOKENS_PER_BATCH, device, compiled=False)
     n = len(SENTENCES)
     results = scorer.score(SENTENCES, [[]] * n, [False] * n)
     scores = [result for result in results if isinstance(result, Score)]

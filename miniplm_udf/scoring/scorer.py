@@ -6,7 +6,6 @@ vocabulary (`head`). Executor side (and the trainer's evaluation). Deterministic
 gives the same numbers to about 1e-6.
 """
 
-import gc
 import logging
 from typing import Any
 
@@ -14,18 +13,22 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from miniplm_udf.scoring.batch_size import find_tokens_per_batch, place_of
 from miniplm_udf.scoring.batching import length_limit
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.head import Head
-from miniplm_udf.scoring.memory import is_out_of_memory
+from miniplm_udf.scoring.memory import free_memory, is_out_of_memory, memory_in_use
+from miniplm_udf.scoring.model_flops import model_sizes
+from miniplm_udf.scoring.peaks import peak_flops_per_second
 from miniplm_udf.scoring.results import Failure
 from miniplm_udf.scoring.text_scorer import Slice, TextScorer, WindowInput
+from miniplm_udf.scoring.usage import ScorerUsage
 from miniplm_udf.scoring.windows import batches
 
 LOGGER = logging.getLogger("miniplm.scorer")
 
-# Measured (make bench-score): on a CPU the activations of a batch should fit the cache; a GPU needs many rows at once.
-_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
+# Measured (make bench-score): on a CPU the activations of a batch should fit the cache. A GPU's size is searched.
+_CPU_TOKENS_PER_BATCH = 1024
 
 
 class Scorer(TextScorer):
@@ -39,6 +42,7 @@ class Scorer(TextScorer):
         tokens_per_batch: int | None = None,
         device: str | torch.device = "cpu",
         compiled: bool | None = None,
+        workers_per_gpu: int = 1,
     ) -> None:
         """Prepares a loaded model for scoring.
 
@@ -46,24 +50,48 @@ class Scorer(TextScorer):
             model: a model that is on `device` already (`models.load_model`).
             tokenizer: the model's tokenizer (`load_tokenizer`).
             description: the model's description.
-            tokens_per_batch: token budget of one forward pass; None takes the best value for the device.
+            tokens_per_batch: token budget of one forward pass; None searches the best one on a GPU, which takes some
+                seconds, and takes 1,024 on a CPU.
             device: a torch device.
             compiled: whether to use `torch.compile`; None uses it on a GPU.
+            workers_per_gpu: processes that share the GPU.
 
         Raises:
             ModelLoadError: the model's scores would depend on the batch (`length_limit`), or it has no output layer.
         """
         self._device = torch.device(device)
+        self._place = place_of(self._device, description.dtype, workers_per_gpu)
+        self._sizes, self._model_flops = model_sizes(model), 0.0
+        self._peak = peak_flops_per_second(self._device, description.dtype)
         # Two windows spread the attention heads evenly over the cores: measured, 5 % at 1,024 tokens a window.
         self._at_least = 2 if tokens_per_batch is None and self._device.type == "cpu" else 1
-        if tokens_per_batch is None:
-            tokens_per_batch = _TOKENS_PER_BATCH.get(self._device.type, _TOKENS_PER_BATCH["cuda"])
-        super().__init__(tokenizer, description, tokens_per_batch)
-        self._fitting_tokens = tokens_per_batch
         self._length_limit = length_limit(model, description.longest_input_tokens)
         self._head = Head(model)
+        # Before the model is compiled: a compilation would take far longer than the search.
+        if tokens_per_batch is None and self._device.type == "cpu":
+            tokens_per_batch = _CPU_TOKENS_PER_BATCH
+        if tokens_per_batch is None:
+            tokens_per_batch = self._search_tokens_per_batch(description, workers_per_gpu)
+        super().__init__(tokenizer, description, tokens_per_batch)
+        self._fitting_tokens = tokens_per_batch
         if compiled if compiled is not None else self._device.type == "cuda":
             self._head.compile()
+
+    def usage(self) -> ScorerUsage:
+        """Returns the state of the scorer, for the log and for the model's record on the driver."""
+        memory = memory_in_use(self._device) or (None, None)
+        flops = None if self._sizes.has_experts else self._model_flops
+        return ScorerUsage(self._place, self._fitting_tokens, flops, self._peak, *memory)
+
+    def _search_tokens_per_batch(self, description: ModelDescription, workers_per_gpu: int) -> int:
+        """Searches the token budget with passes over windows of the longest length, which score all positions."""
+        length, ids = description.longest_input_tokens, np.random.default_rng(0)
+
+        def run_pass(n_windows: int) -> None:
+            input_BT = ids.integers(0, description.vocab_size, (n_windows, length), dtype=np.int64)
+            self._nll(input_BT, input_BT, np.ones(input_BT.shape, dtype=bool))
+
+        return find_tokens_per_batch(description.model_id, run_pass, length, self._device, workers_per_gpu)
 
     def score_windows(self, jobs: list[WindowInput], texts: Slice) -> None:
         """Adds the nats of each window to the sum of its text; a window that does not fit in memory fails its text.
@@ -91,11 +119,12 @@ class Scorer(TextScorer):
             out_of_memory = str(error) or type(error).__name__
         if out_of_memory is None:
             np.add.at(texts.sums, [job.text for job in jobs], nll)
+            self._model_flops += self._sizes.forward_flops([len(job) for job in jobs])
             if self.on_progress is not None:
                 self.on_progress(n_scored)
             return
         # Outside the except block: the traceback would keep the tensors of the failed pass.
-        self._free_memory()
+        free_memory(self._device)
         if len(jobs) == 1:
             detail = f"a window of {len(jobs[0])} tokens does not fit in memory: {out_of_memory[:500]}"
             texts.failures[jobs[0].text] = Failure("out_of_memory", detail)
@@ -110,7 +139,6 @@ class Scorer(TextScorer):
         self._score_batch(jobs[:half], texts)
         self._score_batch(jobs[half:], texts)
 
-    @torch.inference_mode()
     def _forward(self, jobs: list[WindowInput], texts: Slice) -> tuple[np.ndarray, int]:
         """Runs one forward pass; returns the nats of each window (float64) and the number of scored predictions."""
         n_rows, longest = len(jobs), max(len(job) for job in jobs)
@@ -125,13 +153,13 @@ class Scorer(TextScorer):
             first = start + window.first_scored - window.start
             scored_BT[row, first:end] = item.scored[window.first_scored : window.end]
         row_N = scored_BT.nonzero()[0]
+        nll_N = self._nll(input_BT, target_BT, scored_BT)
+        return np.bincount(row_N, weights=nll_N, minlength=n_rows), len(row_N)
+
+    @torch.inference_mode()
+    def _nll(self, input_BT: np.ndarray, target_BT: np.ndarray, scored_BT: np.ndarray) -> np.ndarray:
+        """The nats of the scored positions, row by row: float64, shape (N,). Waits for the device."""
         hidden_BTD = self._head.hidden(torch.from_numpy(input_BT).to(self._device))
         hidden_ND = hidden_BTD[torch.from_numpy(scored_BT).to(self._device)]
         target_N = torch.from_numpy(target_BT[scored_BT]).to(self._device)
-        nll_N = self._head.nll(hidden_ND, target_N).double().cpu().numpy()
-        return np.bincount(row_N, weights=nll_N, minlength=n_rows), len(row_N)
-
-    def _free_memory(self) -> None:
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        return self._head.nll(hidden_ND, target_N).double().cpu().numpy()

@@ -8,6 +8,7 @@ kept.
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf.config.generate import GenerateConfig
@@ -30,11 +31,14 @@ class ModelScorerFactory:
         config: where the model is.
         description: the model as `scoring.models.describe` found it.
         settings: token budget, compilation and attention.
+        kept: token budgets of earlier jobs, by kind of device and dtype (`batch_size.place_of`). On a GPU of another
+            kind the scorer searches its own. A CPU does not use them.
     """
 
     config: ModelConfig
     description: ModelDescription
     settings: ScoreConfig
+    kept: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -60,12 +64,25 @@ class ModelScorerFactory:
         from miniplm_udf.scoring.scorer import Scorer
 
         device, model = _loaded(self.config, self.description, self.settings)
-        budget, compiled = self.settings.tokens_per_batch, self.settings.compile
-        scorer = Scorer(model, tokenizer, self.description, budget, device, compiled)
+        workers = self.settings.workers_per_gpu or 1
+        scorer = Scorer(
+            model, tokenizer, self.description, self._tokens_per_batch(device, workers), device, self.settings.compile,
+            workers,
+        )  # fmt: skip
         scorer.warnings = prefix_warnings(model, tokenizer, self.description, folder, device)
         for warning in scorer.warnings:
             LOGGER.warning("%s", warning)
         return scorer
+
+    def _tokens_per_batch(self, device: str, workers: int) -> int | None:
+        """The configured token budget, or on a GPU the one that was kept for it; None lets the scorer find its own."""
+        import torch
+
+        from miniplm_udf.scoring.batch_size import place_of
+
+        if self.settings.tokens_per_batch is not None or device == "cpu":
+            return self.settings.tokens_per_batch
+        return self.kept.get(place_of(torch.device(device), self.description.dtype, workers))
 
 
 @dataclasses.dataclass(frozen=True)

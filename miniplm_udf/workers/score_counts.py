@@ -23,12 +23,14 @@ class ModelCounts:
         n_failed: texts without a score.
         n_tokens: scored tokens.
         seconds: time that workers spent in the scorer, without loading the model.
+        tokens_per_batch: the smallest token budget of a forward pass that a worker had, by kind of device and dtype.
     """
 
     n_scored: int = 0
     n_failed: int = 0
     n_tokens: int = 0
     seconds: float = 0.0
+    tokens_per_batch: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "ModelCounts") -> None:
         """Adds other counts to these.
@@ -40,6 +42,9 @@ class ModelCounts:
         self.n_failed += other.n_failed
         self.n_tokens += other.n_tokens
         self.seconds += other.seconds
+        for place, tokens in other.tokens_per_batch.items():
+            # The smallest: the budget of a worker becomes smaller when a pass did not fit.
+            self.tokens_per_batch[place] = min(tokens, self.tokens_per_batch.get(place, tokens))
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -1,26 +1,20 @@
-"""The scorers that a process keeps, and how their time passes: in a scorer, or between two of its slices.
+"""The scorers that a process keeps across tasks.
 
-Input: factories by alias. Output: scorers, made when they are first used and kept across tasks, so that a process loads
-a model once; seconds and rates in `ScoreCounts` and the log. Knows no columns. Executor side, in a scorer process or in
+Input: factories by alias. Output: scorers, made when they are first used and kept, so that a process loads a model
+once, and a meter for each. Knows no columns. Executor side, in a scorer process or in
 the Spark worker; a retried task finds the scorers that its process kept, or makes them again. Loads neither torch nor
 pyspark.
 """
 
-import contextlib
 import dataclasses
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from miniplm_udf import errors
-from miniplm_udf.workers.score_counts import ScoreCounts
-
-LOGGER = logging.getLogger("miniplm.workers")
+from miniplm_udf.workers.meter import Clock, Meter
 
 # Bytes of text in one call of a scorer that has no `slice_bytes` of its own.
 _SLICE_BYTES = 1024 * 1024
-_LOG_EVERY_SECONDS = 10.0
 # Scorers of this process, by their factory's key.
 _KEPT: dict[str, "KeptScorer"] = {}
 
@@ -28,8 +22,9 @@ _KEPT: dict[str, "KeptScorer"] = {}
 class ScorerLike(Protocol):
     """An object that scores texts: `scoring.scorer.Scorer`, or a fake in a test.
 
-    It may have `slice_bytes` (bytes of text that make one call worthwhile) and `on_progress` (set by `Meter`, to be
-    called with numbers of scored tokens). A result has nll_sum_nats, n_tokens and n_bytes, or reason and detail.
+    It may have `slice_bytes` (bytes of text that make one call worthwhile), `on_progress` (set by `Meter`, to be called
+    with numbers of scored tokens) and `usage` (returns a `ScorerUsage`). A result has nll_sum_nats, n_tokens and
+    n_bytes, or reason and detail.
     """
 
     def score(
@@ -132,7 +127,7 @@ class WorkerScorers:
         self._factories = factories
         self._own: dict[str, KeptScorer] = {}
         self._meters: dict[str, Meter] = {}
-        self._clock = _Clock()
+        self._clock = Clock()
 
     def progressed(self) -> None:
         """Called while a scorer works, after each of its steps. May raise, which stops the scorer."""
@@ -181,7 +176,7 @@ class WorkerScorers:
         sizes = [getattr(self.existing(alias), "slice_bytes", None) for alias in self._factories]
         return max([int(size) for size in sizes if size is not None], default=_SLICE_BYTES)
 
-    def meter(self, alias: str) -> "Meter":
+    def meter(self, alias: str) -> Meter:
         """The meter of an `alias`, made at the first call."""
         return self._meters.setdefault(alias, Meter(alias, self._clock, self.progressed))
 
@@ -195,60 +190,3 @@ class WorkerScorers:
         needed = {getattr(factory, "key", None) for factory in self._factories.values()}
         for key in [key for key in _KEPT if key not in needed]:
             del _KEPT[key]
-
-
-class _Clock:
-    """Separates time in scorers from time outside them, after the first slice."""
-
-    def __init__(self) -> None:
-        self.steady = False
-        self._idle_since: float | None = None
-
-    def reset(self) -> None:
-        """Called after a model was loaded: the time of loading does not count as waiting."""
-        self._idle_since = None
-
-    @contextlib.contextmanager
-    def working(self, alias: str, counts: ScoreCounts) -> Iterator[float]:
-        """Counts the time that a scorer works, and the time since the last slice. Gives the time of the start."""
-        start, idle_since = time.monotonic(), self._idle_since
-        yield start
-        self._idle_since = time.monotonic()
-        seconds = self._idle_since - start
-        counts.of(alias).seconds += seconds
-        if self.steady and idle_since is not None:
-            counts.waited_seconds += start - idle_since
-            counts.busy_seconds += seconds
-
-
-class Meter:
-    """Logs a model's tokens per second of its own working time, every ten seconds."""
-
-    def __init__(self, alias: str, clock: _Clock, progressed: Callable[[], None]) -> None:
-        self._alias, self._clock, self._progressed = alias, clock, progressed
-        self._tokens, self._seconds = 0, 0.0
-        self._since = self._logged = time.monotonic()
-
-    @contextlib.contextmanager
-    def working(self, scorer: WorkerScorer, counts: ScoreCounts) -> Iterator[None]:
-        """Measures a call of the scorer, which runs in the block.
-
-        Args:
-            scorer: the scorer; its `on_progress` is set if it has this attribute.
-            counts: gets the seconds of the block, for the model's alias.
-        """
-        if hasattr(scorer, "on_progress"):
-            scorer.on_progress = self._add
-        with self._clock.working(self._alias, counts) as self._since:
-            yield
-        self._seconds += time.monotonic() - self._since
-
-    def _add(self, tokens: int) -> None:
-        self._progressed()
-        self._tokens += tokens
-        now = time.monotonic()
-        # A generator reports its tokens after a batch, and 0 in each step before.
-        if self._tokens and now - self._logged >= _LOG_EVERY_SECONDS:
-            self._logged = now
-            seconds = self._seconds + now - self._since
-            LOGGER.info("%s: %d tokens, %.0f tokens/s", self._alias, self._tokens, self._tokens / max(seconds, 1e-9))

@@ -27,13 +27,14 @@ import torch
 
 from miniplm_udf.config.student_models import load_student_models
 from miniplm_udf.config.training import TrainConfig
+from miniplm_udf.scoring.peaks import peak_flops_per_second
 from tests.support import bench_results as results
 from tests.support.allocations import peak_bytes
 from trainer.loop import Loop, make_optimizer
 from trainer.losses.chunked_head import chunk_loss, weighted_nll
 from trainer.losses.lm_loss import CausalLMWithLoss
 from trainer.models.blocks import prepare_blocks
-from trainer.models.flops import peak_flops_per_second, training_flops_per_token
+from trainer.models.flops import training_flops_per_token
 from trainer.models.model import build_model, model_config
 from trainer.models.precision import autocast, product_dtype
 from trainer.ranks.distributed import World
@@ -131,7 +132,7 @@ def measure_steps(shape: Shape, config: TrainConfig, rounds: int, device: torch.
     """Rows of ours, the plain loop and the limit."""
     sequences = RandomSequences(shape, 4 * shape.batch)
     flops_per_token = training_flops_per_token(build(shape, device), shape.tokens)
-    peak = peak_flops_per_second(device, product_dtype(config, device))
+    peak = peak_flops_per_second(device, str(product_dtype(config, device)).removeprefix("torch."))
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     warm_up, memory, steps = {}, {}, {}
     for name, make in (("ours", our_step), ("plain", plain_step)):

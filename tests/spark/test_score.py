@@ -23,6 +23,7 @@ from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.scores.summary import ScoreSummary
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.results import Score
+from miniplm_udf.scoring.usage import ScorerUsage
 from miniplm_udf.store import batch_range, delta_log, tables
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.messages import SCORED_DDL
@@ -362,6 +363,48 @@ class LenientFactory(FakeFactory):
         score_all = scorer.score
         scorer.score = lambda texts, *rest: score_all([str(text).upper() for text in texts], *rest)  # type: ignore[method-assign]
         return scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class StatingFactory(FakeFactory):
+    """Makes a scorer that states a token budget, which becomes smaller with the sixth text."""
+
+    @property
+    def key(self) -> str:
+        return f"stating/{self.log}"
+
+    def __call__(self) -> FakeScorer:
+        scorer = FakeScorer(self.scale, self.log)
+
+        def usage() -> ScorerUsage:
+            budget = 1000 if len(scored_texts(scorer.log, scorer.scale)) < 6 else 500
+            return ScorerUsage("chip/float32", budget, None, None, None, None)
+
+        scorer.usage = usage  # type: ignore[attr-defined]
+        return scorer
+
+
+def test_token_budgets_are_kept_in_the_models_records(scored: Scored) -> None:
+    config = scored.config
+    free = dataclasses.replace(config, score=dataclasses.replace(config.score, tokens_per_batch=None))
+    factories = {
+        "teacher": StatingFactory(1.0, str(scored.log)), "reference": FakeFactory(2.0, str(scored.log)),
+    }  # fmt: skip
+    record = config.layout.model_record
+
+    def budgets(of: ExperimentConfig) -> Any:
+        summary = score.run(scored.spark, of, factories)
+        return summary.tokens_per_batch, storage.read_json(record("teacher")).get("tokens_per_batch")
+
+    write_instances(scored.spark, config, texts(3))
+    assert budgets(config) == ({"teacher": {"chip/float32": 1000}, "reference": {}}, None), "the config's own"
+    write_instances(scored.spark, config, texts(2, start=3))
+    assert budgets(free) == ({"teacher": {"chip/float32": 1000}, "reference": {}}, {"chip/float32": 1000})
+    write_instances(scored.spark, config, texts(2, start=5))
+    assert budgets(free) == ({"teacher": {"chip/float32": 500}, "reference": {}}, {"chip/float32": 500})
+    # The next job describes the model again and finds what was kept.
+    assert budgets(free) == ({"teacher": {}, "reference": {}}, {"chip/float32": 500})
+    assert "tokens_per_batch" not in storage.read_json(record("reference"))
 
 
 class BareScorer:

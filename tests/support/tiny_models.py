@@ -162,7 +162,7 @@ def make_model_folder(
 
 def make_scorer(
     path: Path | str,
-    tokens_per_batch: int = 64,
+    tokens_per_batch: int | None = 64,
     device: str = "cpu",
     dtype: str = "float32",
     compiled: bool | None = None,
@@ -172,7 +172,7 @@ def make_scorer(
 
     Args:
         path: where the model is.
-        tokens_per_batch: the scorer's budget.
+        tokens_per_batch: the scorer's budget; None searches one on a GPU.
         device: where it runs.
         dtype: of the forward pass.
         compiled: as the scorer takes it; None lets the device decide.

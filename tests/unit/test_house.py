@@ -433,6 +433,7 @@ JSON_USES = {
     "miniplm_udf/packing/corpus.py": 1,
     "miniplm_udf/refinement/refine.py": 2,
     "miniplm_udf/report/queries.py": 2,
+    "miniplm_udf/scores/models.py": 1,
     "miniplm_udf/scoring/description.py": 2,
     "miniplm_udf/store/corpus_records.py": 2,
     "miniplm_udf/store/model_records.py": 1,

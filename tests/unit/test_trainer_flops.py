@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from miniplm_udf.scoring.cpu import pack_linears
+from miniplm_udf.scoring.model_flops import matrix_parameters, model_sizes
+from miniplm_udf.scoring.peaks import peak_flops_per_second, peak_of_gpu
 from tests.support.trainer_roots import FAMILIES, LLAMA
-from trainer.models.flops import equal_compute_steps, matrix_parameters, peak_flops_per_second, training_flops_per_token
+from trainer.models.flops import equal_compute_steps, training_flops_per_token
 from trainer.models.model import build_model, model_config
 
 BLOCK = 4 * 16 * 16 + 3 * 16 * 32  # of LLAMA: four products of attention, three of the MLP
@@ -45,15 +47,46 @@ def test_other_families() -> None:
     assert training_flops_per_token(torch.nn.Linear(3, 5), 100) == 6 * 15
 
 
-def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0)
-    names = {
-        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
-        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L40": 181e12, "NVIDIA L4": 121e12,
-        "NVIDIA GeForce GTX 1080": None,
-    }  # fmt: skip
-    for name, peak in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops_per_second(gpu, torch.bfloat16) == peak
-        assert peak_flops_per_second(gpu, torch.float32) is None
-    assert peak_flops_per_second(torch.device("cpu"), torch.bfloat16) is None
+def test_sizes_of_a_mixture_of_experts_and_of_a_model_without_attention() -> None:
+    assert not model_sizes(build(LLAMA)).has_experts
+    small = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 2}
+    assert model_sizes(build({**LLAMA, **small, "model_type": "qwen3_moe"})).has_experts
+    sizes = model_sizes(torch.nn.Linear(3, 5))
+    assert (sizes.parameters, sizes.layers, sizes.width, sizes.has_experts) == (15, 0, 0, False)
+    assert sizes.forward_flops([10, 20]) == 2 * 15 * 30
+
+
+@pytest.mark.parametrize(
+    ("name", "bfloat16", "float32"),
+    [
+        ("NVIDIA GB200", 2500e12, 80e12),
+        ("NVIDIA B200", 2250e12, 75e12),
+        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA H200 NVL", 835e12, 60e12),
+        ("NVIDIA GH200 480GB", 989e12, 67e12),
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA H100 NVL", 835e12, 60e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA A10", 125e12, 31.2e12),
+        ("NVIDIA A30", 165e12, 10.3e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("NVIDIA L40", 181e12, 90.5e12),
+        ("NVIDIA L4", 121e12, 30.3e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+        ("Tesla V100-SXM2-32GB", None, 15.7e12),
+        ("Tesla T4", None, 8.1e12),
+        # Not in the table, although a part of the name is.
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce GTX 1080", None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+    ],
+)
+def test_peaks(name: str, bfloat16: float | None, float32: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_of_gpu(name, "bfloat16") == (None if bfloat16 is None else pytest.approx(bfloat16))
+    assert peak_of_gpu(name, "float32") == (None if float32 is None else pytest.approx(float32))
+    assert peak_of_gpu(name, "float16") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops_per_second(torch.device("cuda", 0), "bfloat16") == peak_of_gpu(name, "bfloat16")
+    assert peak_flops_per_second(torch.device("cpu"), "bfloat16") is None

@@ -1,0 +1,24 @@
+"""A scorer's token budget, FLOPs and memory, for the log and the driver. Plain data; loads nothing. Executor side."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerUsage:
+    """The state of a scorer.
+
+    Attributes:
+        place: kind of device and dtype, as `batch_size.place_of` names it.
+        tokens_per_batch: token budget of a forward pass now; smaller than at the start if a pass did not fit.
+        model_flops: model FLOPs of all forward passes so far; None if they are not known.
+        peak_flops_per_second: peak of the device in the model's dtype; None if it is not known.
+        memory_bytes: memory in use (`memory.memory_in_use`); None if it is not known.
+        memory_total_bytes: memory that the GPU has; None on a CPU.
+    """
+
+    place: str
+    tokens_per_batch: int
+    model_flops: float | None
+    peak_flops_per_second: float | None
+    memory_bytes: int | None
+    memory_total_bytes: int | None
