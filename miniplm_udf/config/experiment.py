@@ -153,6 +153,12 @@ class ExperimentConfig:
                 alias not in served,
                 f"{key}: expected a model with `backend: local`, since a server only scores, found models.{alias}",
             )
+        for name, train in distilled.items():
+            check(
+                self.models[train.kd_teacher].device_map is None,
+                f"students.{name}.train.kd_teacher: expected a model that fits on one GPU next to the student "
+                f"(device_map: null), found models.{train.kd_teacher} with device_map: auto",
+            )
         for alias, model in self.models.items():
             check(
                 model.path is not None or alias == trained,

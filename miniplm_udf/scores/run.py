@@ -62,8 +62,12 @@ def prepare(
     """
     models = model_configs(config)
     descriptions = describe_models(spark, config, models)
+    split_model = next((alias for alias, model in models.items() if model.device_map is not None), None)
     if factories is None:
-        factories = {alias: ModelScorerFactory(models[alias], descriptions[alias], config.score) for alias in models}
+        factories = {
+            alias: ModelScorerFactory(models[alias], descriptions[alias], config.score, split_model is not None)
+            for alias in models
+        }
     plan = ScoringPlan(
         models=scores.distinct_revisions(descriptions),
         factories=factories,
@@ -73,6 +77,7 @@ def prepare(
         workers=config.score.workers,
         workers_per_gpu=config.score.workers_per_gpu,
         run_id=run_id,
+        split_model=split_model,
     )
     revisions = {alias: description.model_revision for alias, description in descriptions.items()}
     total = ScoreCounts()

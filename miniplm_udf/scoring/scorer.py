@@ -126,8 +126,8 @@ class Scorer(TextScorer):
             scored_BT[row, first:end] = item.scored[window.first_scored : window.end]
         row_N = scored_BT.nonzero()[0]
         hidden_BTD = self._head.hidden(torch.from_numpy(input_BT).to(self._device))
-        hidden_ND = hidden_BTD[torch.from_numpy(scored_BT).to(self._device)]
-        target_N = torch.from_numpy(target_BT[scored_BT]).to(self._device)
+        hidden_ND = hidden_BTD[torch.from_numpy(scored_BT).to(hidden_BTD.device)]
+        target_N = torch.from_numpy(target_BT[scored_BT]).to(hidden_BTD.device)
         nll_N = self._head.nll(hidden_ND, target_N).double().cpu().numpy()
         return np.bincount(row_N, weights=nll_N, minlength=n_rows), len(row_N)
 
