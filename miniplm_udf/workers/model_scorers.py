@@ -116,8 +116,6 @@ def _loaded(
     config: ModelConfig, description: ModelDescription, settings: ScoreConfig, takes_all_gpus: bool
 ) -> tuple[str, Any]:
     """The device of the model's input, and the model, loaded onto the GPUs of this process."""
-    import torch
-
     from miniplm_udf.scoring.model_files import model_folder
     from miniplm_udf.scoring.models import load_model
     from miniplm_udf.scoring.weights import weight_bytes
@@ -132,7 +130,7 @@ def _loaded(
         return load_model(config, description, devices[0] if config.device_map is None else devices, attention)
 
     if names:
-        n_bytes = weight_bytes(model_folder(config), getattr(torch, description.dtype).itemsize)
+        n_bytes = weight_bytes(model_folder(config), 4 if description.dtype == "float32" else 2)
         alias = description.model_id
         model = load_when_free(load, lambda: measured(devices, names), names, n_bytes, alias)
     else:

@@ -51,12 +51,13 @@ def test_a_split_model_has_all_gpus_of_its_task_to_itself() -> None:
 def test_the_gpus_that_a_task_asks_for(
     monkeypatch: pytest.MonkeyPatch, workers_per_gpu: int | None, split_model: str | None, expected: float
 ) -> None:
-    asked: list[float] = []
-    monkeypatch.setattr(gpus, "_PROFILES", {})
-    monkeypatch.setattr(gpus, "_profile", lambda conf, amount, own_executors: asked.append(amount))
+    """Executors have four GPUs."""
     fixed = session("spark://host:7077", executor_resource_gpu_amount="4")
     own = session("yarn", dynamicAllocation_enabled="true", miniplm_gpu_amount="4")
-    scoring_profile(fixed, 2, workers_per_gpu, split_model)
-    gpus._PROFILES.clear()
-    scoring_profile(own, 2, workers_per_gpu, split_model)
-    assert asked == [expected, expected]
+    for each in (fixed, own):
+        monkeypatch.setattr(gpus, "_PROFILES", {})
+        profile = scoring_profile(each, 2, workers_per_gpu, split_model)
+        assert profile is not None
+        assert profile.taskResources["gpu"].amount == expected
+        if each is own:
+            assert profile.executorResources["gpu"].amount == 4
