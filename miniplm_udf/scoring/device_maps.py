@@ -11,8 +11,8 @@ from typing import Any
 
 from miniplm_udf.errors import ModelLoadError
 
-# GPU memory that weights leave free for a forward pass. The tiles of `head` take most of it: 128 MiB of float32 logits
-# and three temporary copies; then the buffers of cuBLAS and the activations of a window. A larger batch is halved.
+# GPU memory that weights leave free for a forward pass: a tile of float32 logits (`head`, 128 MiB) with three temporary
+# copies, the buffers of cuBLAS, and the activations of a window. A batch that needs more is halved.
 MARGIN_BYTES = 1024**3
 
 

@@ -56,6 +56,8 @@ class GpuMemory:
 def measured(devices: Sequence[str], names: Sequence[str]) -> list[GpuMemory]:
     """Returns the memory of GPUs now; gives back first what this process does not use.
 
+    The first of them becomes torch's current device.
+
     Args:
         devices: torch devices.
         names: their UUIDs.
@@ -66,6 +68,8 @@ def measured(devices: Sequence[str], names: Sequence[str]) -> list[GpuMemory]:
     import torch
 
     gc.collect()
+    # Calls of torch that name no device would take memory of the first GPU, which may belong to another process.
+    torch.cuda.set_device(devices[0])
     torch.cuda.empty_cache()
     memory = []
     for device, name in zip(devices, names, strict=True):
@@ -177,7 +181,7 @@ def _in_words(process: GpuProcess) -> str:
     with contextlib.suppress(psutil.Error):
         listed = psutil.Process(process.pid)
         command = listed.cmdline()
-        # In a container the number may be that of another process here.
+        # In a container another process may have this number.
         if command and Path(command[0]).name == Path(process.name).name:
             # Options are left out: they may hold a password.
             words = itertools.takewhile(lambda word: not word.startswith("--"), command[:3])

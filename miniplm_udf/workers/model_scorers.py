@@ -147,10 +147,11 @@ def _take_gpus(settings: ScoreConfig, takes_all_gpus: bool) -> tuple[list[str], 
         if addresses:
             LOGGER.warning("Spark assigned GPU %s, but torch finds none: scoring on the CPU", ", ".join(addresses))
         return ["cpu"], []
+    is_first_model = not kept_gpus(names)
     numbers = keep_gpus(names, addresses, settings.workers_per_gpu, takes_all_gpus)
-    # `nll_udf` has any number of workers for each GPU, and `workers` says nothing about it.
-    is_counted = settings.workers_per_gpu is not None and not addresses and numbers == [0]
-    if is_counted and settings.workers < len(names):
+    # `nll_udf` has any number of workers for each GPU, and `workers` says nothing about them.
+    is_counted = settings.workers_per_gpu is not None and not addresses
+    if is_first_model and is_counted and numbers == [0] and settings.workers < len(names):
         LOGGER.warning(
             "score.workers is %d, and this machine has %d GPUs: the other GPUs are not used; raise score.workers",
             settings.workers, len(names),
@@ -164,7 +165,8 @@ def visible_gpus() -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    return [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
+    uuids = [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
+    return [uuid.removeprefix("GPU-") for uuid in uuids]
 
 
 def assigned_device() -> str:

@@ -52,6 +52,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(gpu_slots, "_KEPT", {})
     monkeypatch.setattr(gpu_memory, "_RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(gpu_slots, "_ASSIGNED", [])
 
 
 @pytest.fixture
@@ -124,6 +125,18 @@ def test_a_factory_keeps_the_first_gpu(tmp_path: Path) -> None:
     scorer: Any = ModelScorerFactory(config, describe("m", config), ScoreConfig(compile=False))()
     assert assigned_device() == "cuda:0"
     assert tiny_models.decoder_of(scorer).device == torch.device("cuda:0")
+    assert all(value is not None for value in nats(score(scorer, ROWS[:2])))
+
+
+@TWO_GPUS
+def test_a_factory_takes_the_next_gpu_if_another_process_has_the_first(tmp_path: Path) -> None:
+    config = config_of(tiny_models.make_model_folder(tmp_path))
+    file = gpu_slots.take_slot(visible_gpus()[:1], 1, 0.0)[1]
+    scorer: Any = ModelScorerFactory(config, describe("m", config), ScoreConfig(compile=False))()
+    file.close()
+    assert assigned_device() == "cuda:1"
+    assert torch.cuda.current_device() == 1
+    assert tiny_models.decoder_of(scorer).device == torch.device("cuda:1")
     assert all(value is not None for value in nats(score(scorer, ROWS[:2])))
 
 

@@ -1,4 +1,4 @@
-"""A model that is split over devices scores as on one device, and no part of it is on the CPU or the disk.
+"""A model that is split over devices has the scores of a whole model, and no weight on the CPU or the disk.
 
 This machine has one device. What can run here, runs: the load with `device_map`, and accelerate's hooks, which move the
 tensors of a split model (the second device is then the disk). Which tensor is on which of two GPUs is checked with
@@ -51,9 +51,9 @@ def test_a_split_model_scores_and_continues_as_a_whole_one(tmp_path: Path, famil
     factories = [ModelScorerFactory(whole, descriptions[0], ScoreConfig())]
     factories += [ModelScorerFactory(split, descriptions[1], ScoreConfig(compile=True))]
     assert factories[0].key != factories[1].key
-    found = [factory() for factory in factories]
-    assert nats(score(found[1], ROWS)) == pytest.approx(nats(score(found[0], ROWS)), rel=1e-6)
-    assert "eval_frame" not in type(tiny_models.decoder_of(found[1])).__module__, "it is not compiled"
+    scorers = [factory() for factory in factories]
+    assert nats(score(scorers[1], ROWS)) == pytest.approx(nats(score(scorers[0], ROWS)), rel=1e-6)
+    assert "eval_frame" not in type(tiny_models.decoder_of(scorers[1])).__module__, "it is not compiled"
     settings = GenerateConfig(model="m", prompt_tokens=4, new_tokens=4, temperature=0.0)
     texts = ["the quick brown fox jumps", "hello world, hello"]
     continued = []
@@ -75,11 +75,11 @@ def test_a_model_with_hooks_scores_as_one_without(tmp_path: Path, family: str) -
     assert {parameter.device.type for parameter in hooked.parameters()} == {"cpu", "meta"}
     check_head(hooked, description.vocab_size, hooked.device)
     batching.check_batching(hooked, description)
-    found = [
+    results = [
         score(Scorer(model.eval(), load_tokenizer(folder), description, 64, model.device, False), ROWS)
         for model in (plain, hooked)
     ]
-    assert nats(found[1]) == pytest.approx(nats(found[0]), rel=1e-6)
+    assert nats(results[1]) == pytest.approx(nats(results[0]), rel=1e-6)
 
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_served_model_has_no_device_map() -> None:
 
 
 def test_a_model_is_made_again_for_a_process_that_takes_all_gpus(tmp_path: Path) -> None:
-    """Else a process would hold models on one GPU while it waits for the others (`gpu_slots.keep_gpus`)."""
+    """A kept model would hold its GPU while the process waits for the others (`gpu_slots.keep_gpus`)."""
     config = config_of(tiny_models.make_model_folder(tmp_path))
     alone = ModelScorerFactory(config, describe("m", config), ScoreConfig())
     assert alone.key != dataclasses.replace(alone, takes_all_gpus=True).key

@@ -55,7 +55,7 @@ class GpuUser:
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A node without processes that take GPUs; this process keeps none of it."""
+    """A node on which no process has a GPU."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(gpu_slots, "_KEPT", {})
     return tmp_path

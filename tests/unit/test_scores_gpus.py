@@ -33,7 +33,7 @@ def test_properties_that_would_wait_for_ever_are_refused() -> None:
 
 
 def test_a_split_model_has_all_gpus_of_its_task_to_itself() -> None:
-    """What would make tasks wait without end for the GPUs of another task is refused."""
+    """Settings with which a task would wait for all GPUs of another task are refused."""
     assert scoring_profile(session("local[4]"), 1, 1, "teacher") is None
     assert scoring_profile(session("local[4]"), 2, 2, "teacher") is None
     assert scoring_profile(session("local[4]"), 4, None, "teacher") is None
