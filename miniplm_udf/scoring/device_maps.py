@@ -7,7 +7,7 @@ Loads torch inside the functions.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from miniplm_udf.errors import ModelLoadError
 
@@ -16,14 +16,18 @@ from miniplm_udf.errors import ModelLoadError
 MARGIN_BYTES = 1024**3
 
 
-def split_options(devices: Sequence[str]) -> dict[str, Any]:
+class SplitOptions(TypedDict, total=False):
+    """Arguments of `from_pretrained`. `max_memory` is in bytes by device number."""
+
+    device_map: str | dict[str, str]
+    max_memory: dict[int, int]
+
+
+def split_options(devices: Sequence[str]) -> SplitOptions:
     """The arguments of `from_pretrained` that place a model on devices, balanced, so that all have room to compute.
 
     Args:
         devices: torch devices: `cuda:N`, or `cpu` alone.
-
-    Returns:
-        `device_map`, and for GPUs `max_memory` in bytes by device number.
     """
     import torch
 

@@ -135,7 +135,7 @@ class GpuProcess:
 
 
 def parse_processes(text: str) -> list[GpuProcess]:
-    """Reads the lines of `nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory,name --format=csv,noheader`.
+    """Returns the processes that `nvidia-smi` lists, from the output of the command `_QUERY`.
 
     Args:
         text: the output; a line of another form, such as an error, is left out.
@@ -163,7 +163,7 @@ def gpu_processes(names: Sequence[str]) -> list[GpuProcess] | None:
 
 
 def holders(names: Sequence[str]) -> str:
-    """Who holds GPUs, in words: each process with its memory, and its user and command where they can be read.
+    """Returns in words who holds GPUs: each process with its memory, and its user and command where they can be read.
 
     Args:
         names: UUIDs of the GPUs.
