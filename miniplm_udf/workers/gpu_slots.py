@@ -1,4 +1,4 @@
-"""Which GPU of this machine a process uses: the GPU that Spark assigned to it, or the first GPU with a free slot.
+"""Which GPU of this machine a process uses: the GPU that Spark assigned to it, or a GPU with a free slot.
 
 Each GPU has `score.workers_per_gpu` slots. A process that holds a model on a GPU keeps a slot of that GPU until it
 ends, and uses the same GPU for all its models. A process whose models are split over several GPUs takes a slot of each.
@@ -71,7 +71,13 @@ def device_numbers(names: Sequence[str], addresses: Sequence[str]) -> list[int]:
     return [number for number in numbers if number is not None]
 
 
-def keep_gpus(names: Sequence[str], addresses: Sequence[str], slots: int | None, several: bool) -> list[int]:
+def keep_gpus(
+    names: Sequence[str],
+    addresses: Sequence[str],
+    slots: int | None,
+    several: bool,
+    patience_seconds: float = 600.0,
+) -> list[int]:
     """Takes slots of GPUs and keeps them until this process ends; returns the same GPUs at the next call.
 
     A process that takes several GPUs takes them in the order of their names, and gives back first what it keeps: so no
@@ -82,25 +88,30 @@ def keep_gpus(names: Sequence[str], addresses: Sequence[str], slots: int | None,
         addresses: addresses of the GPUs that Spark assigned to this process; empty for none.
         slots: processes that may share a GPU; None for any number, so that no process waits.
         several: whether this process takes all of its GPUs; otherwise it takes one.
+        patience_seconds: longest wait for a slot.
 
     Returns:
         Device numbers, ascending.
 
     Raises:
-        ScoringError: other processes have kept all slots for ten minutes.
+        ScoringError: other processes have kept all slots for `patience_seconds`.
     """
     own = [names[number] for number in sorted(device_numbers(names, addresses))]
     kept = [name for name in own if name in _KEPT]
     if not several:
         if not kept:
-            name, _KEPT[name] = take_slot(own, slots)
+            name, _KEPT[name] = take_slot(own, slots, patience_seconds)
             kept = [name]
         _give_back(kept[1:])
         return [names.index(kept[0])]
     if len(kept) < len(own):
         _give_back(kept)
-        for name in sorted(own):
-            _KEPT[name] = take_slot([name], slots)[1]
+        try:
+            for name in sorted(own):
+                _KEPT[name] = take_slot([name], slots, patience_seconds)[1]
+        except ScoringError:
+            _give_back([name for name in own if name in _KEPT])
+            raise
     return [names.index(name) for name in own]
 
 

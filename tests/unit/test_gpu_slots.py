@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import select
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from miniplm_udf.config.sections import ScoreConfig
 from miniplm_udf.errors import ScoringError
-from miniplm_udf.workers import gpu_slots
+from miniplm_udf.workers import gpu_slots, model_scorers
 from miniplm_udf.workers.gpu_slots import device_numbers, keep_gpus, take_slot, wanted
 
 # Takes GPUs for each line that it reads, and prints their numbers; keeps them until it ends.
@@ -128,6 +130,41 @@ def test_a_process_gives_back_the_gpus_that_its_next_models_do_not_need(node: Pa
             take_slot("abc", 1, 0.0)
         assert user.take("abc") == [0]
         assert keep_gpus("abc", [], 1, False) == [1]
+
+
+def test_a_process_that_does_not_get_all_gpus_keeps_none(node: Path) -> None:
+    with users(node, 2) as (first, second):
+        assert [first.take("ab"), second.take("ab")] == [[0], [1]]
+        first.kill()
+        with pytest.raises(ScoringError, match=f"b by process {second.process.pid};"):
+            keep_gpus("ab", [], 1, True, 0.0)
+        assert gpu_slots.kept_gpus("ab") == []
+        take_slot("a", 1, 0.0)[1].close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "addresses", "warnings"),
+    [
+        (ScoreConfig(workers=1), [], 1),
+        (ScoreConfig(workers=2), [], 0),
+        (ScoreConfig(workers=1, workers_per_gpu=None), [], 0),
+        (ScoreConfig(workers=1), ["0"], 0),
+    ],
+)
+def test_fewer_workers_than_gpus_are_logged_once(
+    node: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    settings: ScoreConfig,
+    addresses: list[str],
+    warnings: int,
+) -> None:
+    monkeypatch.setattr(model_scorers, "visible_gpus", lambda: ["a", "b"])
+    monkeypatch.setattr(gpu_slots, "_ASSIGNED", addresses)
+    with caplog.at_level(logging.WARNING, "miniplm.workers"):
+        for _ in range(2):  # two models of one process
+            assert model_scorers._take_gpus(settings, False) == (["cuda:0"], ["a"])
+    assert [record.message.startswith("score.workers is 1") for record in caplog.records] == [True] * warnings
 
 
 def test_a_process_that_waits_makes_idle_processes_of_each_gpu_end(node: Path) -> None:
