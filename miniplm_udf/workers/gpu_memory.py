@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import psutil
-
 from miniplm_udf.errors import ModelLoadError, ScoringError, first_line
 from miniplm_udf.scoring.device_maps import MARGIN_BYTES
 from miniplm_udf.workers.gpu_slots import wanted
@@ -178,14 +176,18 @@ def holders(names: Sequence[str]) -> str:
 
 def _in_words(process: GpuProcess) -> str:
     known = f"process {process.pid} ({process.name}"
-    with contextlib.suppress(psutil.Error):
-        listed = psutil.Process(process.pid)
-        command = listed.cmdline()
-        # In a container another process may have this number.
-        if command and Path(command[0]).name == Path(process.name).name:
-            # Options are left out: they may hold a password.
-            words = itertools.takewhile(lambda word: not word.startswith("--"), command[:3])
-            known = f"process {process.pid} of {listed.username()} ({' '.join(words)}"
+    with contextlib.suppress(ImportError):
+        # Imported here, so that tests/gpu runs where torch and transformers alone are installed.
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            listed = psutil.Process(process.pid)
+            command = listed.cmdline()
+            # In a container another process may have this number.
+            if command and Path(command[0]).name == Path(process.name).name:
+                # Options are left out: they may hold a password.
+                words = itertools.takewhile(lambda word: not word.startswith("--"), command[:3])
+                known = f"process {process.pid} of {listed.username()} ({' '.join(words)}"
     return f"{known}, {process.used})"
 
 

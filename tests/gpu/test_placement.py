@@ -1,7 +1,6 @@
 """GPUs that others hold, and models over two GPUs, on real devices.
 
-Needs psutil besides what the other tests of this folder need. Skips itself where there is no device; the tests of a
-split model skip themselves where there is only one.
+Skips itself where there is no device; the tests of two GPUs skip themselves where there is one, and need accelerate.
 """
 
 import dataclasses
@@ -13,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("psutil")
 
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.errors import ModelLoadError, ScoringError
