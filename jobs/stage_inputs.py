@@ -30,7 +30,7 @@ def _versions(config: ExperimentConfig, names: Sequence[str]) -> list[int | None
 
 def _model_facts(model: ModelConfig) -> Json:
     """The config of a model without what changes no result: where it runs, and how its server is asked."""
-    facts = {key: value for key, value in to_dict(model).items() if key not in ("backend", "server")}
+    facts = {key: value for key, value in to_dict(model).items() if key not in ("backend", "server", "device_map")}
     return facts if model.server is None else facts | {"server": [model.server.model, model.server.revision]}
 
 

@@ -141,16 +141,16 @@ class ExperimentConfig:
             )
         if self.generate:
             self._check_generate(self.generate)
+        self._check_placement()
         for alias, model in self.models.items():
             check(
                 model.path is not None or alias == trained,
                 f"models.{alias}.path: expected a folder, a hub name or a .gguf file, found nothing "
                 "(only the model that the section reference trains needs none)",
             )
-        self._check_servers()
 
-    def _check_servers(self) -> None:
-        """Checks that models on a server only score, and that no two servers share a name of scores."""
+    def _check_placement(self) -> None:
+        """Checks that models which do more than score can be loaded where that happens, and that servers differ."""
         servers = {alias: model.server for alias, model in self.models.items() if model.server is not None}
         distilled = {name: each.train for name, each in self.students.items() if each.train.kd_ratio}
         loaded = {f"students.{name}.train.kd_teacher": train.kd_teacher for name, train in distilled.items()}
@@ -162,6 +162,12 @@ class ExperimentConfig:
             check(
                 alias not in servers,
                 f"{key}: expected a model with `backend: local`, since a server only scores, found models.{alias}",
+            )
+        for name, train in distilled.items():
+            check(
+                self.models[train.kd_teacher].device_map is None,
+                f"students.{name}.train.kd_teacher: expected a model that fits on one GPU next to the student "
+                f"(device_map: null), found models.{train.kd_teacher} with device_map: auto",
             )
         by_name: dict[tuple[str, str], str] = {}
         for alias, server in servers.items():

@@ -87,6 +87,8 @@ class ModelConfig:
         context_tokens: longest input of one forward pass, not counting a BOS.
         window_overlap_tokens: tokens of context that consecutive windows of a longer text share.
         trust_remote_code: whether transformers may run Python code that the model's folder contains.
+        device_map: auto splits a model that is too large for one GPU over all GPUs of a node (docs/scoring.md); null
+            loads it onto one GPU.
         backend: local loads the model; openai asks `server`, and `path` then only needs the model's config.json and
             tokenizer.
         server: the server of `backend: openai`.
@@ -102,6 +104,7 @@ class ModelConfig:
     context_tokens: int = 1024
     window_overlap_tokens: int = 256
     trust_remote_code: bool = False
+    device_map: Literal["auto"] | None = None
     backend: Literal["local", "openai"] = "local"
     server: ServerConfig | None = None
 
@@ -114,6 +117,10 @@ class ModelConfig:
         check(
             self.server is None or self.dtype == "auto",
             f"dtype: expected auto with `backend: openai`, whose server chooses the dtype, found {self.dtype}",
+        )
+        check(
+            self.device_map is None or self.server is None,
+            "device_map: expected null with `backend: openai`, whose server places its model, found auto",
         )
         check(self.context_tokens >= 2, f"context_tokens: expected at least 2, found {self.context_tokens}")
         check(

@@ -52,6 +52,7 @@ class GenerationPlan:
         factory: makes the generator.
         layout: the places of the tables.
         run_id: id of the command.
+        split_model: alias of the model, if it is split over all GPUs of its process; else None.
     """
 
     model: ModelDescription
@@ -60,6 +61,7 @@ class GenerationPlan:
     factory: Callable[[], TextGenerator]
     layout: Root
     run_id: str
+    split_model: str | None = None
 
     @property
     def revision(self) -> str:
@@ -160,7 +162,7 @@ class GenerationQuery(Query):
         generated = missing.select(*_REQUESTED, *_CARRIED).mapInArrow(
             score_arrow({plan.model.model_id: plan.factory}, _CARRIED, self._accumulator, GENERATED_SCHEMA),
             _GENERATED_DDL,
-            profile=scoring_profile(self._spark, plan.workers.workers_per_gpu),
+            profile=scoring_profile(self._spark, plan.workers.workers, plan.workers.workers_per_gpu, plan.split_model),
         )
         rows = generated.where(F.col("reason").isNull()).withColumns(
             {

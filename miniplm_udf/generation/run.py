@@ -107,6 +107,7 @@ def prepare(
         factory=factory or ModelGeneratorFactory(model, description, settings, config.score),
         layout=config.layout,
         run_id=run_id,
+        split_model=None if model.device_map is None else settings.model,
     )
     total = ScoreCounts()
     return Generating(plan, total, GenerationQuery(spark, plan, total))

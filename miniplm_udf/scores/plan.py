@@ -22,6 +22,7 @@ class ScoringPlan:
         rejects_uri: table of the rejects.
         workers: concurrent scorers.
         workers_per_gpu: scorers that may share a GPU; None for any number.
+        split_model: alias of a model that is split over all GPUs of its process; None if there is none.
         run_id: id of the command that scores.
     """
 
@@ -33,6 +34,7 @@ class ScoringPlan:
     workers: int
     workers_per_gpu: int | None
     run_id: str
+    split_model: str | None = None
 
     @property
     def revisions(self) -> list[str]:

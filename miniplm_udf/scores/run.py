@@ -62,10 +62,15 @@ def prepare(
     """
     models = model_configs(config)
     descriptions = describe_models(spark, config, models)
+    split_model = next((alias for alias, model in models.items() if model.device_map is not None), None)
     if factories is None:
         factories = {
             alias: ModelScorerFactory(
-                models[alias], description, config.score, kept=kept_tokens_per_batch(config.layout, description)
+                models[alias],
+                description,
+                config.score,
+                takes_all_gpus=split_model is not None,
+                kept=kept_tokens_per_batch(config.layout, description),
             )
             for alias, description in descriptions.items()
         }
@@ -78,6 +83,7 @@ def prepare(
         workers=config.score.workers,
         workers_per_gpu=config.score.workers_per_gpu,
         run_id=run_id,
+        split_model=split_model,
     )
     revisions = {alias: description.model_revision for alias, description in descriptions.items()}
     total = ScoreCounts()

@@ -5,7 +5,7 @@ results (`results`). What they need from a model's files: tokenizers (`tokenizer
 their descriptions (`models`, `description`), the token in front of texts (`prefix`, `prefix_probe`), weight files
 (`weights`), the check that a model loads whole (`loading`), .gguf files (`gguf_models`, `gguf_facts`,
 `gguf_tokenizers`). How they compute: the language-model head without its logits (`head`), faster attention
-(`attention`), layers on a CPU (`cpu`), which windows share a batch (`batching`), errors of a full memory (`memory`),
-the count of operations (`flops`). Importing this package loads nothing heavy: import the module that you need. Executor
-side; a retry gives the same numbers.
+(`attention`), layers on a CPU (`cpu`), several GPUs (`device_maps`), which windows share a batch (`batching`), errors
+of a full memory (`memory`), the count of operations (`flops`). Importing this package loads nothing heavy: import the
+module that you need. Executor side; a retry gives the same numbers.
 """

@@ -120,5 +120,5 @@ def _nll(head: Head, sequences: list[torch.Tensor], device: torch.device) -> lis
     """-log p of each sequence's tokens except the first, float32, from one pass with padding (0) on the right."""
     ids_BT = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
     log_p_BTV = torch.log_softmax(head.logits(head.hidden(ids_BT[:, :-1])), dim=-1)
-    nll_BT = -log_p_BTV.gather(2, ids_BT[:, 1:, None]).squeeze(2).cpu()
+    nll_BT = -log_p_BTV.gather(2, ids_BT[:, 1:, None].to(log_p_BTV.device)).squeeze(2).cpu()
     return [row_T[: len(sequence) - 1] for row_T, sequence in zip(nll_BT, sequences, strict=True)]

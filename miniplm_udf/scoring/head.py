@@ -46,6 +46,8 @@ class Head:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         weight = self._project.weight
+        # In a model that is split over GPUs this is not the device of the input.
+        self._device = weight.device
         self._tile_rows = _TILE_ROWS.get(weight.device.type, _TILE_ROWS["cuda"])
         self._tiles = _tiles(weight, getattr(self._project, "bias", None))
         self._tile_nll = _tile_nll
@@ -62,9 +64,10 @@ class Head:
             input_BT: token ids, padded on the right.
 
         Returns:
-            The last hidden states, shape (B, T, D), in the model's dtype.
+            The last hidden states, shape (B, T, D), in the model's dtype, on the device of the output layer.
         """
-        return self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc]
+        hidden_BTD: torch.Tensor = self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc]
+        return hidden_BTD.to(self._device)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Computes the logits of some positions, as the model itself computes them.

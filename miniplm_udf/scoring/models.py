@@ -8,6 +8,7 @@ and transformers are loaded inside the functions that need them.
 import contextlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from miniplm_udf.config.sections import ModelConfig, ServerConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.scoring.device_maps import check_split, split_options
 from miniplm_udf.scoring.loading import load_causal_lm
 from miniplm_udf.scoring.model_files import model_folder
 from miniplm_udf.scoring.prefix import find_prefix, in_words
@@ -212,21 +214,26 @@ def _warnings(alias: str, folder: Path, tokenizer: Tokenizer, vocab_size: int) -
 
 
 def load_model(
-    config: ModelConfig, description: ModelDescription, device: str = "cpu", attention: str | None = None
+    config: ModelConfig,
+    description: ModelDescription,
+    device: str | Sequence[str] = "cpu",
+    attention: str | None = None,
 ) -> Any:
     """Loads a model onto a device, in eval mode and in the described dtype; on a CPU with packed weights.
 
     Args:
         config: the model's path.
         description: the model's description, which settles the dtype.
-        device: a torch device.
+        device: a torch device; a list splits the model over its devices (`device_maps`), and inputs then go to
+            `model.device`.
         attention: an attention backend of transformers; None takes the fastest that gives equal results.
 
     Returns:
         The model of transformers.
 
     Raises:
-        ModelLoadError: it cannot be loaded whole, or `check_head` or `check_batching` refuses it.
+        ModelLoadError: it cannot be loaded whole, does not fit on the devices, or `check_head` or `check_batching`
+            refuses it.
     """
     import torch
     from transformers.utils import logging as transformers_logging
@@ -242,27 +249,32 @@ def load_model(
         dtype=getattr(torch, description.dtype),
         trust_remote_code=config.trust_remote_code,
         attn_implementation=attention,
+        **({} if isinstance(device, str) else split_options(device)),
     )
     if description.dtype == "float32":
         # TF32 is on by default for convolutions, which Mamba has, and keeps only ten bits of precision.
         torch.backends.cudnn.allow_tf32 = False
-    model = model.to(device).eval().requires_grad_(False)
+    if isinstance(device, str):
+        model = model.to(device)
+    else:
+        check_split(model, device)
+    model = model.eval().requires_grad_(False)
     if model.device.type == "cpu":
         prepare(model)
     if attention is None:
         improve_attention(model)
-    check_head(model, description.vocab_size, device)
+    check_head(model, description.vocab_size, model.device)
     check_batching(model, description)
     return model
 
 
-def check_head(model: Any, vocab_size: int, device: str = "cpu") -> None:
+def check_head(model: Any, vocab_size: int, device: Any = "cpu") -> None:
     """Compares the logits of `Head` with the model's own on a few tokens.
 
     Args:
         model: a loaded model of transformers.
         vocab_size: rows of its embedding.
-        device: the model's device.
+        device: the device of the model's input.
 
     Raises:
         ModelLoadError: they differ, so the architecture transforms its logits in an unknown way.
@@ -276,7 +288,7 @@ def check_head(model: Any, vocab_size: int, device: str = "cpu") -> None:
     input_BT = torch.randint(0, vocab_size, (2, 8), generator=generator).to(device)
     with torch.inference_mode():
         expected_BTV = torch.log_softmax(model(input_ids=input_BT, use_cache=False).logits.float(), dim=-1)
-        head_BTV = torch.log_softmax(head.logits(head.hidden(input_BT)), dim=-1)
+        head_BTV = torch.log_softmax(head.logits(head.hidden(input_BT)), dim=-1).to(expected_BTV.device)
     if expected_BTV.shape != head_BTV.shape:
         difference = f"shapes {tuple(head_BTV.shape)} and {tuple(expected_BTV.shape)}"
     else:

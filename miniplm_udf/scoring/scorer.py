@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from miniplm_udf.scoring.batch_size import find_tokens_per_batch, place_of
 from miniplm_udf.scoring.batching import length_limit
 from miniplm_udf.scoring.description import ModelDescription
+from miniplm_udf.scoring.device_maps import is_split
 from miniplm_udf.scoring.head import Head
 from miniplm_udf.scoring.memory import free_memory, is_out_of_memory, memory_in_use
 from miniplm_udf.scoring.model_flops import model_sizes
@@ -29,6 +30,8 @@ LOGGER = logging.getLogger("miniplm.scorer")
 
 # Measured (make bench-score): on a CPU the activations of a batch should fit the cache. A GPU's size is searched.
 _CPU_TOKENS_PER_BATCH = 1024
+# What the memory that `device_maps` leaves free on each GPU holds: 0.7 GiB of activations for a model of 70B.
+_SPLIT_TOKENS_PER_BATCH = 4096
 
 
 class Scorer(TextScorer):
@@ -53,7 +56,7 @@ class Scorer(TextScorer):
             tokens_per_batch: token budget of one forward pass; None searches the best one on a GPU, which takes some
                 seconds, and takes 1,024 on a CPU.
             device: a torch device.
-            compiled: whether to use `torch.compile`; None uses it on a GPU.
+            compiled: whether to use `torch.compile`; None uses it on a GPU. A split model is never compiled.
             workers_per_gpu: processes that share the GPU.
 
         Raises:
@@ -62,19 +65,22 @@ class Scorer(TextScorer):
         self._device = torch.device(device)
         self._place = place_of(self._device, description.dtype, workers_per_gpu)
         self._sizes, self._model_flops = model_sizes(model), 0.0
-        self._peak = peak_flops_per_second(self._device, description.dtype)
+        spread = is_split(model)
+        # Of the GPUs of a split model one works at a time, and the search would see the memory of one only.
+        self._peak = None if spread else peak_flops_per_second(self._device, description.dtype)
         # Two windows spread the attention heads evenly over the cores: measured, 5 % at 1,024 tokens a window.
         self._at_least = 2 if tokens_per_batch is None and self._device.type == "cpu" else 1
         self._length_limit = length_limit(model, description.longest_input_tokens)
         self._head = Head(model)
         # Before the model is compiled: a compilation would take far longer than the search.
-        if tokens_per_batch is None and self._device.type == "cpu":
-            tokens_per_batch = _CPU_TOKENS_PER_BATCH
+        if tokens_per_batch is None and (spread or self._device.type == "cpu"):
+            tokens_per_batch = _SPLIT_TOKENS_PER_BATCH if spread else _CPU_TOKENS_PER_BATCH
         if tokens_per_batch is None:
             tokens_per_batch = self._search_tokens_per_batch(description, workers_per_gpu)
         super().__init__(tokenizer, description, tokens_per_batch)
         self._fitting_tokens = tokens_per_batch
-        if compiled if compiled is not None else self._device.type == "cuda":
+        # The hooks that move a split model's tensors between its GPUs cannot be compiled into one graph.
+        if not spread and (compiled if compiled is not None else self._device.type == "cuda"):
             self._head.compile()
 
     def usage(self) -> ScorerUsage:
@@ -160,6 +166,6 @@ class Scorer(TextScorer):
     def _nll(self, input_BT: np.ndarray, target_BT: np.ndarray, scored_BT: np.ndarray) -> np.ndarray:
         """The nats of the scored positions, row by row: float64, shape (N,). Waits for the device."""
         hidden_BTD = self._head.hidden(torch.from_numpy(input_BT).to(self._device))
-        hidden_ND = hidden_BTD[torch.from_numpy(scored_BT).to(self._device)]
-        target_N = torch.from_numpy(target_BT[scored_BT]).to(self._device)
+        hidden_ND = hidden_BTD[torch.from_numpy(scored_BT).to(hidden_BTD.device)]
+        target_N = torch.from_numpy(target_BT[scored_BT]).to(hidden_BTD.device)
         return self._head.nll(hidden_ND, target_N).double().cpu().numpy()

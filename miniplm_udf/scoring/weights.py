@@ -20,6 +20,9 @@ SOURCE_FILE = "gguf_source.json"
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _ADAPTER_FILE = "adapter_config.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Bytes of the other types of safetensors that are longer than one byte.
+_STORED_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 
 
 class Tensor(NamedTuple):
@@ -167,6 +170,24 @@ def n_parameters(folder: Path) -> int:
         ModelLoadError: a weight file is missing or damaged (see `tensors`).
     """
     return sum(tensor.n_elements for tensor in tensors(folder).values())
+
+
+def weight_bytes(folder: Path, float_bytes: int) -> int:
+    """Returns the memory of the model's weights once they are loaded, in bytes.
+
+    Floats of 16 bits and more are loaded in the dtype of the forward pass. Quantised numbers stay as they are stored.
+
+    Args:
+        folder: a local model folder.
+        float_bytes: bytes of a number in the dtype of the forward pass.
+
+    Raises:
+        ModelLoadError: a weight file is missing or damaged (see `tensors`).
+    """
+    return sum(
+        tensor.n_elements * (float_bytes if tensor.dtype in _FLOATS else _STORED_BYTES.get(tensor.dtype, 1))
+        for tensor in tensors(folder).values()
+    )
 
 
 def weights_hash(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Makes a model's scorer or generator where it will run: on the GPU that Spark assigned, else where torch can.
+"""Makes a model's scorer or generator where it will run: on the GPUs that this process takes, else on the CPU.
 
 Input: a model's config and description, and settings. Output: a `Scorer` or a `Generator`. Executor side; torch and
 pyspark are loaded inside the functions. A retried task makes its scorer again, or finds the scorer that the process
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from miniplm_udf.config.generate import GenerateConfig
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.workers.process_slots import gpu_address, keep_slot
+from miniplm_udf.workers.gpu_memory import load_when_free, measured
+from miniplm_udf.workers.gpu_slots import device_numbers, gpu_addresses, keep_gpus, kept_gpus
 
 if TYPE_CHECKING:
     from miniplm_udf.scoring.generator import Generator
@@ -31,6 +32,7 @@ class ModelScorerFactory:
         config: where the model is.
         description: the model as `scoring.models.describe` found it.
         settings: token budget, compilation and attention.
+        takes_all_gpus: whether the process takes all of its GPUs: another model of the run is split over them.
         kept: token budgets of earlier jobs, by kind of device and dtype (`batch_size.place_of`). On a GPU of another
             kind the scorer searches its own. A CPU does not use them.
     """
@@ -38,13 +40,15 @@ class ModelScorerFactory:
     config: ModelConfig
     description: ModelDescription
     settings: ScoreConfig
+    takes_all_gpus: bool = False
     kept: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Names what the factory makes; a process uses one scorer for all factories with the same key."""
         settings = self.settings
-        place = "" if self.config.server is None else f"/{self.config.server}"
+        place = _gpus_key(self.config, self.takes_all_gpus)
+        place += "" if self.config.server is None else f"/{self.config.server}"
         return (
             f"{self.description.model_revision}/{settings.tokens_per_batch}/{settings.compile}/{settings.attention}"
             f"{place}"
@@ -63,7 +67,8 @@ class ModelScorerFactory:
         from miniplm_udf.scoring.prefix_probe import prefix_warnings
         from miniplm_udf.scoring.scorer import Scorer
 
-        device, model = _loaded(self.config, self.description, self.settings)
+        takes_all_gpus = self.takes_all_gpus or self.config.device_map is not None
+        device, model = _loaded(self.config, self.description, self.settings, takes_all_gpus)
         workers = self.settings.workers_per_gpu or 1
         scorer = Scorer(
             model, tokenizer, self.description, self._tokens_per_batch(device, workers), device, self.settings.compile,
@@ -80,7 +85,8 @@ class ModelScorerFactory:
 
         from miniplm_udf.scoring.batch_size import place_of
 
-        if self.settings.tokens_per_batch is not None or device == "cpu":
+        is_searched = device != "cpu" and self.config.device_map is None
+        if self.settings.tokens_per_batch is not None or not is_searched:
             return self.settings.tokens_per_batch
         return self.kept.get(place_of(torch.device(device), self.description.dtype, workers))
 
@@ -105,58 +111,85 @@ class ModelGeneratorFactory:
     def key(self) -> str:
         """Names what the factory makes; a process uses one generator for all factories with the same key."""
         settings = self.settings.revision(self.description.model_revision)
-        return f"generate/{settings}/{self.settings.tokens_per_batch}/{self.workers.attention}"
+        place = _gpus_key(self.config, False)
+        return f"generate/{settings}/{self.settings.tokens_per_batch}/{self.workers.attention}{place}"
 
     def __call__(self) -> "Generator":
         from miniplm_udf.scoring.generator import Generator
         from miniplm_udf.scoring.model_files import model_folder
         from miniplm_udf.scoring.tokenizer import load_tokenizer
 
-        device, model = _loaded(self.config, self.description, self.workers)
+        device, model = _loaded(self.config, self.description, self.workers, self.config.device_map is not None)
         return Generator(model, load_tokenizer(model_folder(self.config)), self.description, self.settings, device)
 
 
-def _loaded(config: ModelConfig, description: ModelDescription, settings: ScoreConfig) -> tuple[str, Any]:
-    """The device of this task and the model, loaded there."""
+def _gpus_key(config: ModelConfig, takes_all_gpus: bool) -> str:
+    """The part of a factory's key that keeps models on one GPU apart from models of a process with all GPUs."""
+    return "" if config.device_map is None and not takes_all_gpus else f"/all GPUs/{config.device_map}"
+
+
+def _loaded(
+    config: ModelConfig, description: ModelDescription, settings: ScoreConfig, takes_all_gpus: bool
+) -> tuple[str, Any]:
+    """The device of the model's input, and the model, loaded onto the GPUs of this process."""
+    from miniplm_udf.scoring.model_files import model_folder
     from miniplm_udf.scoring.models import load_model
+    from miniplm_udf.scoring.weights import weight_bytes
 
     start = time.monotonic()
-    device = assigned_device()
-    take_gpu(device, settings.workers_per_gpu)
-    model = load_model(config, description, device, None if settings.attention == "auto" else settings.attention)
-    seconds = time.monotonic() - start
-    LOGGER.info("%s: loaded on %s as %s in %.1f s", description.model_id, device, description.dtype, seconds)
-    return device, model
+    attention = None if settings.attention == "auto" else settings.attention
+    devices, names = _take_gpus(settings, takes_all_gpus)
+    if config.device_map is None:
+        devices, names = devices[:1], names[:1]
+
+    def load() -> Any:
+        return load_model(config, description, devices[0] if config.device_map is None else devices, attention)
+
+    if names:
+        n_bytes = weight_bytes(model_folder(config), 4 if description.dtype == "float32" else 2)
+        alias = description.model_id
+        model = load_when_free(load, lambda: measured(devices, names), names, n_bytes, alias)
+    else:
+        model = load()
+    seconds, places = time.monotonic() - start, " + ".join(devices)
+    LOGGER.info("%s: loaded on %s as %s in %.1f s", description.model_id, places, description.dtype, seconds)
+    return str(model.device), model
+
+
+def _take_gpus(settings: ScoreConfig, takes_all_gpus: bool) -> tuple[list[str], list[str]]:
+    """The torch devices that this process keeps, and their UUIDs; without a GPU the CPU and no UUID."""
+    addresses, names = gpu_addresses(), visible_gpus()
+    if not names:
+        if addresses:
+            LOGGER.warning("Spark assigned GPU %s, but torch finds none: scoring on the CPU", ", ".join(addresses))
+        return ["cpu"], []
+    is_first_model = not kept_gpus(names)
+    numbers = keep_gpus(names, addresses, settings.workers_per_gpu, takes_all_gpus)
+    # `nll_udf` has any number of workers for each GPU, and `workers` says nothing about them.
+    is_counted = settings.workers_per_gpu is not None and not addresses
+    if is_first_model and is_counted and numbers == [0] and settings.workers < len(names):
+        LOGGER.warning(
+            "score.workers is %d, and this machine has %d GPUs: the other GPUs are not used; raise score.workers",
+            settings.workers, len(names),
+        )  # fmt: skip
+    return [f"cuda:{number}" for number in numbers], [names[number] for number in numbers]
+
+
+def visible_gpus() -> list[str]:
+    """The UUIDs of the GPUs that torch sees, in the order of their device numbers; empty where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    uuids = [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
+    return [uuid.removeprefix("GPU-") for uuid in uuids]
 
 
 def assigned_device() -> str:
-    """The torch device of this task: the GPU that Spark assigned to it, else torch's first GPU, else the CPU."""
-    import torch
+    """The torch device of this process: the GPU that it keeps, else the GPU that Spark assigned, else the first one.
 
-    address = gpu_address()
-    if not torch.cuda.is_available():
-        if address is not None:
-            LOGGER.warning("Spark assigned GPU %s, but torch finds none: scoring on the CPU", address)
-        return "cpu"
-    number = int(address) if address is not None and address.isdigit() else 0
-    # Where the resource manager hides the other GPUs, the assigned GPU is number 0 whatever its address.
-    return f"cuda:{number if number < torch.cuda.device_count() else 0}"
-
-
-def take_gpu(device: str, workers: int | None) -> None:
-    """Waits until this process is one of at most `workers` that hold a model on the GPU.
-
-    Where tasks ask Spark for no GPU, there are as many scorer processes as concurrent tasks, and without this each
-    would load its model. The process keeps its slot until it ends. Does nothing on a CPU, or if it has a slot already.
-
-    Args:
-        device: a torch device.
-        workers: processes that may share the GPU; None for any number.
-
-    Raises:
-        ScoringError: other processes have kept all slots for ten minutes.
+    Without a GPU it is the CPU.
     """
-    import torch
-
-    if workers is not None and device.startswith("cuda"):
-        keep_slot(str(torch.cuda.get_device_properties(device).uuid), workers)
+    names = visible_gpus()
+    numbers = kept_gpus(names) or device_numbers(names, gpu_addresses())
+    return f"cuda:{numbers[0]}" if numbers else "cpu"

@@ -215,7 +215,7 @@ def _start(slot: ScorerSlot) -> subprocess.Popen[bytes]:
         listener.listen()
         command = [sys.executable, "-P", "-m", "miniplm_udf.workers.scorer_process"]
         command += ["--listener", str(listener.fileno()), "--owner", str(slot.owner)]
-        command += [] if slot.gpu is None else ["--gpu", slot.gpu]
+        command += ["--gpus", *slot.gpus]
         started = subprocess.Popen(
             command,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(_path())},

@@ -26,7 +26,7 @@ import psutil
 
 from miniplm_udf.errors import MiniplmError, ModelLoadError, ScoringError
 from miniplm_udf.progress import configure_logging
-from miniplm_udf.workers import process_slots
+from miniplm_udf.workers import gpu_slots, process_slots
 from miniplm_udf.workers.engine import SLICES_AHEAD, Engine, PreparedSlice, loses_device
 from miniplm_udf.workers.read_ahead import ReadAhead
 from miniplm_udf.workers.scorer_wire import (
@@ -109,7 +109,7 @@ class Lifetime:
             return "the Spark session is gone"
         if idle > self._idle_seconds:
             return f"no task has come for {idle:.0f} s"
-        return "another process waits for its GPU" if process_slots.kept_slot_is_wanted() else None
+        return "another process waits for its GPU" if gpu_slots.kept_slot_is_wanted() else None
 
     def watch(self) -> None:
         """Ends this process as soon as there is a reason to. Runs in a thread of its own."""
@@ -250,13 +250,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Holds models and scores for the workers of one Spark executor.")
     parser.add_argument("--listener", type=int, required=True, help="file descriptor of the listening socket")
     parser.add_argument("--owner", type=int, required=True, help="id of the process that this one must not outlive")
-    parser.add_argument("--gpu", help="address of the GPU that Spark assigned to the task")
+    parser.add_argument("--gpus", nargs="*", default=[], help="addresses of the GPUs that Spark assigned to the task")
     arguments = parser.parse_args(argv)
     configure_logging()
     faulthandler.enable()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
-    process_slots.assign_gpu(arguments.gpu)
+    gpu_slots.assign_gpus(arguments.gpus)
     lifetime = Lifetime(arguments.owner)
     threading.Thread(target=lifetime.watch, name="watch", daemon=True).start()
     serve(socket.socket(fileno=arguments.listener), lifetime)

@@ -19,7 +19,6 @@ DYNAMIC = {
     "spark.dynamicAllocation.shuffleTracking.enabled": "true",
     "spark.dynamicAllocation.initialExecutors": "2",
     "spark.dynamicAllocation.maxExecutors": "2",
-    "spark.miniplm.gpu.amount": "1",
 }
 
 
@@ -27,28 +26,47 @@ def most_at_once(notes: list[dict[str, Any]]) -> int:
     return max(sum(one["start"] <= note["start"] < one["end"] for one in notes) for note in notes)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed executors", "dynamic allocation"])
-def test_scoring_alone_asks_for_gpus(tmp_path: Path, dynamic: bool) -> None:
-    """Two executors with two cores and one GPU each: four tasks at once ingest, two score, and each has its GPU."""
-    experiment.write_input(tmp_path / "input")
+def run_job(folder: Path, dynamic: bool, gpus: int, split: bool) -> list[dict[str, Any]]:
+    """Ingests and scores on two executors with two cores and `gpus` pretended GPUs each; returns the tasks' notes."""
+    experiment.write_input(folder / "input")
     for number in range(2):
-        (tmp_path / f"input/more-{number}.jsonl").write_text(json.dumps(experiment.document(number, 9)) + "\n")
-    (tmp_path / "notes").mkdir()
-    with StandaloneCluster(tmp_path / "cluster", workers=2, cores=4, gpus=1) as cluster:
+        (folder / f"input/more-{number}.jsonl").write_text(json.dumps(experiment.document(number, 9)) + "\n")
+    (folder / "notes").mkdir()
+    with StandaloneCluster(folder / "cluster", workers=2, cores=4, gpus=gpus) as cluster:
         conf = {**cluster.driver_conf(cores=2), "spark.executorEnv.PYTHONPATH": str(REPOSITORY)}
         if dynamic:
             conf = {key: value for key, value in conf.items() if "gpu" not in key and key != "spark.cores.max"}
             conf |= {**DYNAMIC, "spark.miniplm.gpu.discoveryScript": str(cluster.discovery_script)}
+            conf["spark.miniplm.gpu.amount"] = str(gpus)
+        else:
+            conf["spark.executor.resource.gpu.amount"] = str(gpus)
         given = {
-            "master": cluster.url, "conf": conf, "root": str(tmp_path / "root"), "input": str(tmp_path / "input"),
-            "notes": str(tmp_path / "notes"),
+            "master": cluster.url, "conf": conf, "root": str(folder / "root"), "input": str(folder / "input"),
+            "notes": str(folder / "notes"), "split": split,
         }  # fmt: skip
         command = [sys.executable, "-m", "tests.support.gpu_job", json.dumps(given)]
         done = subprocess.run(
             command, cwd=REPOSITORY, timeout=150, capture_output=True, text=True, preexec_fn=die_with_parent
         )
     assert done.returncode == 0, done.stderr[-4000:]
-    notes = [json.loads(path.read_text()) for path in (tmp_path / "notes").iterdir()]
+    return [json.loads(path.read_text()) for path in (folder / "notes").iterdir()]
+
+
+def test_a_split_model_gets_all_gpus_of_its_executor(tmp_path: Path) -> None:
+    notes = run_job(tmp_path, False, gpus=2, split=True)
+    scoring = [note for note in notes if note["stage"] == "score"]
+    assert scoring
+    assert all(sorted(note["gpus"]) == ["0", "1"] for note in scoring)
+    assert most_at_once(scoring) <= 2, "one task an executor"
+    for executor in {note["executor"] for note in scoring}:
+        assert most_at_once([note for note in scoring if note["executor"] == executor]) == 1
+    assert all(note["gpus"] == [] for note in notes if note["stage"] == "ingest")
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed executors", "dynamic allocation"])
+def test_scoring_alone_asks_for_gpus(tmp_path: Path, dynamic: bool) -> None:
+    """Two executors with two cores and one GPU each: four tasks at once ingest, two score, and each has its GPU."""
+    notes = run_job(tmp_path, dynamic, gpus=1, split=False)
     ingesting, scoring = ([note for note in notes if note["stage"] == stage] for stage in ("ingest", "score"))
     assert all(note["gpus"] == [] for note in ingesting)
     assert most_at_once(ingesting) > 2, "as many tasks as cores, not as GPUs"

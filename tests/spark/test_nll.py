@@ -64,6 +64,15 @@ def test_a_text_that_is_cut_off_has_one_token_less(spark: Any, model: ModelConfi
     assert row["whole"]["nll_sum_nats"] > row["cut"]["nll_sum_nats"]
 
 
+def test_a_model_with_a_device_map_gives_the_same_numbers(spark: Any, model: ModelConfig) -> None:
+    """In a scorer process of its own, on the only device that is here."""
+    whole, split = (nll_udf(str(model.path), device_map=place, **settings(model)) for place in (None, "auto"))
+    frame = spark.createDataFrame([("hello world, this is a test",)], ["text"])
+    (row,) = frame.select(whole("text").alias("whole"), split("text").alias("split")).collect()
+    assert row["split"]["nll_sum_nats"] == pytest.approx(row["whole"]["nll_sum_nats"], rel=1e-6)
+    assert row["split"]["n_tokens"] == row["whole"]["n_tokens"]
+
+
 def test_null_and_empty_give_null(spark: Any, model: ModelConfig) -> None:
     spark.udf.register("nll", nll_udf(str(model.path), **settings(model)))
     rows = spark.sql(

@@ -1,7 +1,8 @@
 """Ingests and scores on a cluster with pretended GPUs, and notes what each task saw: run by test_gpus.py as a process.
 
-Input: one JSON object in the arguments (master, conf, root, input, notes). Output: one file a task under `notes`: the
-stage, the executor (the daemon that forked the worker), the worker, GPU addresses, start and end. No model: stand-ins.
+Input: one JSON object in the arguments (master, conf, root, input, notes; split: whether a model has a device_map).
+Output: one file a task under `notes`: the stage, the executor (the daemon that forked the worker), the worker, GPU
+addresses, start and end. No model: stand-ins.
 """
 
 import contextlib
@@ -87,6 +88,9 @@ def main() -> None:
         ingest=dataclasses.replace(config.ingest, max_files_per_trigger=100),
         score=dataclasses.replace(config.score, workers=4, max_bytes_per_trigger="1g"),
     )
+    if given["split"]:
+        models = {alias: dataclasses.replace(model, device_map="auto") for alias, model in config.models.items()}
+        config = dataclasses.replace(config, models=models)
     spark = make_session(
         ExperimentConfig(root="/unused", spark=SparkConfig(master=given["master"], conf=given["conf"])), "GPU job"
     )

@@ -447,7 +447,7 @@ JSON_USES = {
     "jobs/demo_text.py": 1,
     "jobs/records.py": 1,
     "jobs/stage.py": 1,
-    "jobs/stage_inputs.py": 1,
+    "jobs/stage_inputs.py": 2,
     "trainer/__main__.py": 2,
     "trainer/evaluation/records.py": 1,
     "trainer/evaluation/run.py": 2,

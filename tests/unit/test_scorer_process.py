@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from miniplm_udf.errors import ConfigError, ModelLoadError, ScoringError
-from miniplm_udf.workers import process_slots, scorer_connection, scorer_process
+from miniplm_udf.workers import gpu_slots, process_slots, scorer_connection, scorer_process
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.score_counts import ScoreCounts
 from miniplm_udf.workers.scorer_client import MAX_DEATHS
@@ -246,7 +246,7 @@ def test_it_ends_within_two_seconds_of_its_owner(log: Path, how: str) -> None:
 
 
 def test_reasons_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_slots, "_KEPT", {})
+    monkeypatch.setattr(gpu_slots, "_KEPT", {})
     monkeypatch.setattr("miniplm_udf.workers.scorer_process._DAEMON_SECONDS", 0.05)
     life = Lifetime(os.getpid(), idle_seconds=0.3)
     assert life.reason_to_end() is None
@@ -281,17 +281,17 @@ def test_reasons_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_idle_process_gives_way_to_one_that_waits_for_its_gpu(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_slots, "_KEPT", {})
-    process_slots.keep_slot("gpu", 1)
+    monkeypatch.setattr(gpu_slots, "_KEPT", {})
+    gpu_slots.keep_gpus(["gpu"], [], 1, False)
     life = Lifetime(os.getpid())
     assert life.reason_to_end() is None
-    code = f"import tempfile; tempfile.tempdir = {str(node)!r}; from miniplm_udf.workers import process_slots\n"
+    code = f"import tempfile; tempfile.tempdir = {str(node)!r}; from miniplm_udf.workers import gpu_slots\n"
     waiting = subprocess.Popen(
-        [sys.executable, "-c", code + "process_slots.take_slot('gpu', 1); print('taken', flush=True)"]
+        [sys.executable, "-c", code + "gpu_slots.take_slot(['gpu'], 1); print('taken', flush=True)"]
     )
     wait_until(lambda: life.reason_to_end() is not None)
     assert life.reason_to_end() == "another process waits for its GPU"
-    process_slots._KEPT["gpu"].close()
+    gpu_slots._KEPT["gpu"].close()
     assert waiting.wait(10) == 0
 
 
@@ -308,14 +308,14 @@ def test_places_are_private_and_their_sockets_short(node: Path, monkeypatch: pyt
 
 
 def test_each_gpu_has_places_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_slots, "_ASSIGNED", [])
+    monkeypatch.setattr(gpu_slots, "_ASSIGNED", [])
     sockets = set()
-    for address in ("0", "1", "GPU-8f6a7c3e-1234-5678-9abc-def012345678", None):
-        process_slots.assign_gpu(address)
+    for addresses in (["0"], ["1"], ["0", "1"], ["GPU-8f6a7c3e-1234-5678-9abc-def012345678"], []):
+        gpu_slots.assign_gpus(addresses)
         with contextlib.closing(process_slots.take_scorer_slot(["a"])) as place:
-            assert place.gpu == process_slots.gpu_address() == address
+            assert place.gpus == gpu_slots.gpu_addresses() == addresses
             sockets.add(place.socket)
-    assert len(sockets) == 4
+    assert len(sockets) == 5
 
 
 def test_an_error_that_cannot_be_sent_keeps_its_text() -> None:

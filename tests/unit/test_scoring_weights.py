@@ -15,7 +15,7 @@ from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.loading import load_causal_lm
 from miniplm_udf.scoring.model_files import model_folder
 from miniplm_udf.scoring.models import describe, load_model
-from miniplm_udf.scoring.weights import n_parameters, weight_files, weights_hash
+from miniplm_udf.scoring.weights import n_parameters, weight_bytes, weight_files, weights_hash
 from tests.support import tiny_models
 
 Tensors = dict[str, torch.Tensor]
@@ -210,6 +210,19 @@ def test_shards_that_are_absent_cut_off_or_of_two_models(tmp_path: Path) -> None
     (folder / SHARDS[1]).unlink()
     with pytest.raises(ModelLoadError, match=rf"of which 1 are not there: {SHARDS[1]}"):
         model_folder(ModelConfig(path=str(folder)))
+
+
+def test_the_memory_of_weights_counts_quantised_numbers_as_they_are_stored(tmp_path: Path) -> None:
+    stored = {
+        "w": torch.zeros(4, 5), "half": torch.zeros(3, dtype=torch.bfloat16),
+        "packed": torch.zeros(2, dtype=torch.int32),
+        "eight": torch.zeros(7, dtype=torch.float8_e4m3fn), "bytes": torch.zeros(9, dtype=torch.uint8),
+    }  # fmt: skip
+    save_file(stored, tmp_path / "model.safetensors")
+    assert weight_bytes(tmp_path, 2) == 2 * 20 + 2 * 3 + 4 * 2 + 7 + 9
+    assert weight_bytes(tmp_path, 4) == 4 * 20 + 4 * 3 + 4 * 2 + 7 + 9
+    folder = tiny_models.make_model_folder(tmp_path)
+    assert weight_bytes(folder, 4) == sum(weight.nbytes for weight in load_causal_lm(folder).parameters())
 
 
 def test_files_that_cannot_be_told(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_two_servers_need_two_names(tmp_path: Path) -> None:
     config(url="http://x/v1")  # the same server, perhaps with other windows
 
 
-def test_how_a_server_is_asked_runs_no_stage_again(tmp_path: Path) -> None:
+def test_where_a_model_runs_and_how_its_server_is_asked_runs_no_stage_again(tmp_path: Path) -> None:
     def inputs(**settings: Any) -> list[Any]:
         server = ServerConfig(**{"url": "http://x/v1", "model": "m"} | settings)
         models = {"teacher": ModelConfig(path="x", backend="openai", server=server)}
@@ -379,6 +379,8 @@ def test_how_a_server_is_asked_runs_no_stage_again(tmp_path: Path) -> None:
     local = score_inputs(ExperimentConfig(root=str(tmp_path), models={"teacher": ModelConfig(path="x")}))
     assert "server" not in local[0]["teacher"]
     assert "backend" not in local[0]["teacher"]
+    split = ModelConfig(path="x", device_map="auto")
+    assert score_inputs(ExperimentConfig(root=str(tmp_path), models={"teacher": split})) == local
 
 
 @pytest.mark.parametrize(

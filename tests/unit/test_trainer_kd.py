@@ -289,6 +289,9 @@ def test_a_missing_teacher_is_refused(root: Path) -> None:
         config_of(root, f"{RATIO}=0.5", "students.small.train.kd_teacher=techer")
     with pytest.raises(ConfigError, match=r"^students\.small\.train\.kd_teacher: expected one of \['teacher'\]"):
         config_of(root, f"{RATIO}=0.5", "students.small.train.kd_teacher=reference")
+    with pytest.raises(ConfigError, match=r"^students\.small\.train\.kd_teacher: .*models\.teacher with device_map"):
+        config_of(root, f"{RATIO}=0.5", "models.teacher.device_map=auto")
+    assert config_of(root, "models.teacher.device_map=auto").models["teacher"].device_map == "auto"
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan")])

@@ -1,0 +1,285 @@
+"""Waits until GPUs have room for a model, names the processes that hold their memory, and refuses what cannot fit.
+
+Other programs may have the GPU of a scorer process: another user's training holds its memory, or the GPU is in
+exclusive mode. Input: the free memory of the GPUs before a model is loaded, the bytes of its weights, and errors of
+CUDA while it is loaded. Output: the loaded model, or an error that says who has the GPU and what to do. An error here
+ends the task, not the process. Loads torch inside the functions. Executor side; a retried task waits again.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from miniplm_udf.errors import ModelLoadError, ScoringError, first_line
+from miniplm_udf.scoring.device_maps import MARGIN_BYTES
+from miniplm_udf.workers.gpu_slots import wanted
+
+LOGGER = logging.getLogger("miniplm.workers")
+
+_LOG_EVERY_SECONDS = 60.0
+_CHECK_EVERY_SECONDS = 1.0
+# After an error of CUDA: each attempt may read the model's files again.
+_RETRY_SECONDS = 15.0
+_QUERY = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory,name", "--format=csv,noheader")
+_QUERY_SECONDS = 20.0
+_GIB = 1024**3
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuMemory:
+    """The memory of a GPU.
+
+    Attributes:
+        name: UUID of the GPU.
+        free: bytes that are free now.
+        total: bytes of the GPU.
+        own: bytes that the models of this process hold already.
+    """
+
+    name: str
+    free: int
+    total: int
+    own: int
+
+
+def measured(devices: Sequence[str], names: Sequence[str]) -> list[GpuMemory]:
+    """Returns the memory of GPUs now; gives back first what this process does not use.
+
+    The first of them becomes torch's current device.
+
+    Args:
+        devices: torch devices.
+        names: their UUIDs.
+
+    Raises:
+        RuntimeError: another process has a GPU in exclusive mode, or its memory is too full for a context.
+    """
+    import torch
+
+    gc.collect()
+    # Calls of torch that name no device would take memory of the first GPU, which may belong to another process.
+    torch.cuda.set_device(devices[0])
+    torch.cuda.empty_cache()
+    memory = []
+    for device, name in zip(devices, names, strict=True):
+        free, total = torch.cuda.mem_get_info(device)
+        memory.append(GpuMemory(name, free, total, torch.cuda.memory_reserved(device)))
+    return memory
+
+
+def room(gpus: Sequence[GpuMemory], n_bytes: int) -> Literal["now", "later", "never"]:
+    """When the weights of a model fit on GPUs, with MARGIN_BYTES for its passes on each GPU.
+
+    Args:
+        gpus: the GPUs that the model is split over; mostly one.
+        n_bytes: bytes of the weights.
+
+    Returns:
+        now; later, if other processes hold what is missing; never, if the GPUs are too small for the weights and the
+        models that this process holds already.
+    """
+    if sum(max(0, gpu.free - MARGIN_BYTES) for gpu in gpus) >= n_bytes:
+        return "now"
+    most = sum(max(0, gpu.total - gpu.own - MARGIN_BYTES) for gpu in gpus)
+    return "later" if most >= n_bytes else "never"
+
+
+def held_by_others(gpus: Sequence[GpuMemory]) -> bool:
+    """Whether other processes hold memory of GPUs: more than the context of this process alone explains.
+
+    Args:
+        gpus: the GPUs.
+    """
+    return any(gpu.total - gpu.free - gpu.own > MARGIN_BYTES for gpu in gpus)
+
+
+def is_taken(error: BaseException) -> bool:
+    """Whether an error means that a GPU has no memory, or that another process has it in exclusive mode.
+
+    Args:
+        error: an error that torch raised, or the ModelLoadError that quotes it.
+    """
+    message = str(error) if isinstance(error, RuntimeError | ModelLoadError) else ""
+    return "CUDA" in message and ("out of memory" in message or "busy or unavailable" in message)
+
+
+# Who holds a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuProcess:
+    """A process that computes on a GPU, as nvidia-smi lists it.
+
+    Attributes:
+        gpu: UUID of the GPU, without the prefix `GPU-`.
+        pid: process id.
+        used: memory in nvidia-smi's words, such as `1024 MiB`.
+        name: its program.
+    """
+
+    gpu: str
+    pid: int
+    used: str
+    name: str
+
+
+def parse_processes(text: str) -> list[GpuProcess]:
+    """Returns the processes that `nvidia-smi` lists, from the output of the command `_QUERY`.
+
+    Args:
+        text: the output; a line of another form, such as an error, is left out.
+    """
+    processes = []
+    for line in text.splitlines():
+        gpu, pid, used, name = ([part.strip() for part in line.split(",", 3)] + [""] * 4)[:4]
+        if pid.isdigit():
+            processes.append(GpuProcess(gpu.removeprefix("GPU-"), int(pid), used, name))
+    return processes
+
+
+def gpu_processes(names: Sequence[str]) -> list[GpuProcess] | None:
+    """The processes on GPUs; None where nvidia-smi is missing or fails.
+
+    Args:
+        names: UUIDs of the GPUs. Where nvidia-smi has other names for them (parts of a GPU), all processes are listed.
+    """
+    try:
+        run = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    processes = parse_processes(run.stdout)
+    return [process for process in processes if process.gpu in names] or processes
+
+
+def holders(names: Sequence[str]) -> str:
+    """Returns in words who holds GPUs: each process with its memory, and its user and command where they can be read.
+
+    Args:
+        names: UUIDs of the GPUs.
+    """
+    processes = gpu_processes(names)
+    if processes is None:
+        return "nvidia-smi cannot be run here, so the processes that hold it are unknown"
+    if not processes:
+        return "nvidia-smi lists no process (it does not see processes of other containers)"
+    return "it is held by " + ", ".join(_in_words(process) for process in processes)
+
+
+def _in_words(process: GpuProcess) -> str:
+    known = f"process {process.pid} ({process.name}"
+    with contextlib.suppress(ImportError):
+        # Imported here, so that tests/gpu runs where torch and transformers alone are installed.
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            listed = psutil.Process(process.pid)
+            command = listed.cmdline()
+            # In a container another process may have this number.
+            if command and Path(command[0]).name == Path(process.name).name:
+                # Options are left out: they may hold a password.
+                words = itertools.takewhile(lambda word: not word.startswith("--"), command[:3])
+                known = f"process {process.pid} of {listed.username()} ({' '.join(words)}"
+    return f"{known}, {process.used})"
+
+
+# Loading
+
+
+def load_when_free(
+    load: Callable[[], T],
+    measure: Callable[[], list[GpuMemory]],
+    names: Sequence[str],
+    n_bytes: int,
+    alias: str,
+    patience_seconds: float = 600.0,
+) -> T:
+    """Loads a model as soon as GPUs have room for it. Logs every minute who holds them.
+
+    Args:
+        load: loads the model.
+        measure: the memory of the GPUs; raises as `measured` does.
+        names: UUIDs of the GPUs.
+        n_bytes: bytes of the model's weights.
+        alias: the model's alias, for messages.
+        patience_seconds: longest wait.
+
+    Returns:
+        The result of `load`.
+
+    Raises:
+        ModelLoadError: the GPUs are too small for the model.
+        ScoringError: other processes have held the GPUs for `patience_seconds`.
+    """
+    start, logged = time.monotonic(), None
+    with contextlib.ExitStack() as waiting:
+        while True:
+            gpus: list[GpuMemory] = []
+            try:
+                gpus = measure()
+                fits = room(gpus, n_bytes)
+                if fits == "now":
+                    return load()
+                pause, problem = _CHECK_EVERY_SECONDS, f"{_free(gpus)} are free, expected {_needed(n_bytes)}"
+            except Exception as error:
+                if not is_taken(error):
+                    raise
+                fits, pause, problem = "later", _RETRY_SECONDS, first_line(error)
+            # Outside the except block, whose traceback would keep the tensors of the failed attempt.
+            if gpus and (fits == "never" or not _others_hold(measure)):
+                raise ModelLoadError(_too_large(alias, gpus, n_bytes, problem))
+            now = time.monotonic()
+            if now - start >= patience_seconds:
+                raise ScoringError(
+                    f"models.{alias}: GPU {', '.join(names)}: {problem}; {holders(names)}; waited {now - start:.0f} s: "
+                    f"end these processes, let this one use other GPUs (CUDA_VISIBLE_DEVICES), or run the same command "
+                    f"later"
+                )
+            if logged is None:
+                waiting.enter_context(wanted(names))
+            if logged is None or now - logged >= _LOG_EVERY_SECONDS:
+                logged = now
+                LOGGER.warning("models.%s: waiting: GPU %s: %s; %s", alias, ", ".join(names), problem, holders(names))
+            time.sleep(min(pause, patience_seconds))
+
+
+def _others_hold(measure: Callable[[], list[GpuMemory]]) -> bool:
+    """Whether others hold memory now; after a failed attempt they may hold more than before it."""
+    try:
+        return held_by_others(measure())
+    except RuntimeError as error:
+        if not is_taken(error):
+            raise
+        return True
+
+
+def _free(gpus: Sequence[GpuMemory]) -> str:
+    return " + ".join(f"{gpu.free / _GIB:.1f}" for gpu in gpus) + " GiB"
+
+
+def _needed(n_bytes: int) -> str:
+    return f"{n_bytes / _GIB:.1f} GiB for the weights and {MARGIN_BYTES / _GIB:.0f} GiB on each GPU for a pass"
+
+
+def _too_large(alias: str, gpus: Sequence[GpuMemory], n_bytes: int, problem: str) -> str:
+    """The message for a model that no wait would help."""
+    totals = " + ".join(f"{gpu.total / _GIB:.1f}" for gpu in gpus)
+    own = sum(gpu.own for gpu in gpus)
+    others = f", of which {own / _GIB:.1f} GiB hold other models of this command" if own else ""
+    remedies = [f"a smaller dtype (models.{alias}.dtype)"]
+    remedies += ["fewer models in one command (score.models)"] if own else []
+    if len(gpus) == 1:
+        remedies.append(f"all GPUs of the node for one process (models.{alias}.device_map: auto)")
+    remedies.append(f"a server that holds the model (models.{alias}.backend: openai)")
+    return (
+        f"models.{alias}: expected {_needed(n_bytes)}, found GPUs of {totals} GiB{others} ({problem}); use "
+        f"{', or '.join(remedies)}"
+    )

@@ -1,0 +1,216 @@
+"""Which GPU of this machine a process uses: the GPU that Spark assigned to it, or a GPU with a free slot.
+
+Each GPU has `score.workers_per_gpu` slots. A process that holds a model on a GPU keeps a slot of that GPU until it
+ends, and uses the same GPU for all its models. A process whose models are split over several GPUs takes a slot of each.
+Input: names of the visible GPUs in the order of their device numbers, and the addresses that Spark assigned. Output:
+device numbers. Knows no models and no torch: a GPU is a name here, the same in all processes of the machine. Executor
+side; a retried task finds the slots that its process keeps.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+from miniplm_udf.errors import ScoringError
+from miniplm_udf.workers.slot_files import locked, node_folder
+
+LOGGER = logging.getLogger("miniplm.workers")
+
+_LOG_EVERY_SECONDS = 60.0
+_CHECK_EVERY_SECONDS = 1.0
+# Slots that this process keeps until it ends, by the name of the GPU.
+_KEPT: dict[str, IO[str]] = {}
+# In a scorer process: the GPUs of the task that it was started for.
+_ASSIGNED: list[str] = []
+
+
+def assign_gpus(addresses: Sequence[str]) -> None:
+    """Sets the GPUs of this scorer process.
+
+    Args:
+        addresses: addresses of the GPUs that Spark assigned to the task that started the process; empty for none.
+    """
+    _ASSIGNED[:] = addresses
+
+
+def gpu_addresses() -> list[str]:
+    """The addresses of the GPUs that Spark assigned to this task, or that `assign_gpus` named; empty for none."""
+    if _ASSIGNED:
+        return list(_ASSIGNED)
+    try:
+        from pyspark import TaskContext
+    except ImportError:
+        return []
+    context = TaskContext.get()
+    resources = context.resources() if context is not None else {}
+    return sorted(str(address) for address in resources["gpu"].addresses) if "gpu" in resources else []
+
+
+def device_numbers(names: Sequence[str], addresses: Sequence[str]) -> list[int]:
+    """The device numbers of the GPUs that a process may use.
+
+    Args:
+        names: names of the visible GPUs, in the order of their device numbers; torch's are UUIDs.
+        addresses: what Spark assigned: numbers or UUIDs (`GPU-...`); empty for nothing.
+
+    Returns:
+        Numbers below the length of `names`; all of them if Spark assigned nothing. Where the resource manager hides the
+        other GPUs, the assigned GPUs are the first ones, whatever their addresses.
+    """
+    if not addresses:
+        return list(range(len(names)))
+    known = {name: number for number, name in enumerate(names)} | {str(number): number for number in range(len(names))}
+    numbers = [known.get(address.removeprefix("GPU-")) for address in addresses]
+    if None in numbers:
+        return list(range(min(len(addresses), len(names))))
+    return [number for number in numbers if number is not None]
+
+
+def keep_gpus(
+    names: Sequence[str],
+    addresses: Sequence[str],
+    slots: int | None,
+    several: bool,
+    patience_seconds: float = 600.0,
+) -> list[int]:
+    """Takes slots of GPUs and keeps them until this process ends; returns the same GPUs at the next call.
+
+    A process that takes several GPUs takes them in the order of their names, and gives back first what it keeps: so no
+    two processes ever wait for each other. Until then it must hold no model on a GPU.
+
+    Args:
+        names: names of the visible GPUs, in the order of their device numbers.
+        addresses: addresses of the GPUs that Spark assigned to this process; empty for none.
+        slots: processes that may share a GPU; None for any number, so that no process waits.
+        several: whether this process takes all of its GPUs; otherwise it takes one.
+        patience_seconds: longest wait for a slot.
+
+    Returns:
+        Device numbers, ascending.
+
+    Raises:
+        ScoringError: other processes have kept all slots for `patience_seconds`.
+    """
+    own = [names[number] for number in sorted(device_numbers(names, addresses))]
+    kept = [name for name in own if name in _KEPT]
+    if not several:
+        if not kept:
+            name, _KEPT[name] = take_slot(own, slots, patience_seconds)
+            kept = [name]
+        _give_back(kept[1:])
+        return [names.index(kept[0])]
+    if len(kept) < len(own):
+        _give_back(kept)
+        try:
+            for name in sorted(own):
+                _KEPT[name] = take_slot([name], slots, patience_seconds)[1]
+        except ScoringError:
+            _give_back([name for name in own if name in _KEPT])
+            raise
+    return [names.index(name) for name in own]
+
+
+def kept_gpus(names: Sequence[str]) -> list[int]:
+    """The device numbers of the GPUs of which this process keeps a slot.
+
+    Args:
+        names: names of the visible GPUs, in the order of their device numbers.
+    """
+    return [number for number, name in enumerate(names) if name in _KEPT]
+
+
+def _give_back(names: Sequence[str]) -> None:
+    for name in names:
+        _KEPT.pop(name).close()
+
+
+def take_slot(names: Sequence[str], slots: int | None, patience_seconds: float = 600.0) -> tuple[str, IO[str]]:
+    """Waits for a free slot of one of several GPUs that processes of this machine share.
+
+    Takes the GPU with the fewest processes, and among equals the first: so a second process shares a GPU only when all
+    GPUs have one.
+
+    Args:
+        names: names of the GPUs, the same in all processes of this machine, in the order of preference.
+        slots: processes that may share a GPU; None for any number.
+        patience_seconds: longest wait.
+
+    Returns:
+        The GPU's name, and the open file: whoever holds its lock has the slot.
+
+    Raises:
+        ScoringError: other processes have kept all slots for `patience_seconds`.
+    """
+    folder = node_folder()
+    start = logged = time.monotonic()
+    with contextlib.ExitStack() as waiting:
+        for name in itertools.cycle(names):
+            for number in itertools.count() if slots is None else range(slots):
+                for candidate in names:
+                    if (file := locked(folder / f"{candidate}-{number}")) is not None:
+                        _sign(file)
+                        return candidate, file
+            assert slots is not None
+            waited = time.monotonic() - start
+            problem = f"all GPUs have been taken for {waited:.0f} s: {_holders(names, slots)}"
+            hint = (
+                "ask for a GPU a task (spark.task.resource.gpu.amount=1), let more processes share one "
+                "(score.workers_per_gpu), or have fewer of them (score.workers)"
+            )
+            if waited >= patience_seconds:
+                raise ScoringError(f"{problem}; {hint}")
+            if time.monotonic() - logged >= _LOG_EVERY_SECONDS:
+                logged = time.monotonic()
+                LOGGER.warning("%s; %s", problem, hint)
+            # One GPU after the other, so that not all idle processes end when one of them would be enough.
+            last = waiting.pop_all()
+            waiting.enter_context(wanted([name]))
+            last.close()
+            time.sleep(min(_CHECK_EVERY_SECONDS, patience_seconds))
+    raise AssertionError("expected at least one GPU")
+
+
+def _sign(file: IO[str]) -> None:
+    """Writes this process's id into the file of its slot, for the messages of others."""
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+
+
+def _holders(names: Sequence[str], slots: int) -> str:
+    """Who has which GPU, in words."""
+    folder, parts = node_folder(), []
+    for name in names:
+        notes = [folder / f"{name}-{number}" for number in range(slots)]
+        parts.append(f"{name} by process {' and '.join(note.read_text() or '?' for note in notes)}")
+    return ", ".join(parts)
+
+
+@contextlib.contextmanager
+def wanted(names: Sequence[str]) -> Iterator[None]:
+    """Tells idle scorer processes that another process waits for their GPU: they end. Holds in the block.
+
+    Args:
+        names: names of the GPUs.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            file = stack.enter_context((node_folder() / f"{name}.wanted").open("a"))
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def kept_slot_is_wanted() -> bool:
+    """Whether another process waits for a slot that this process keeps."""
+    for name in list(_KEPT):
+        with (node_folder() / f"{name}.wanted").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False

@@ -1,0 +1,249 @@
+"""GPUs that other programs hold: when a model is loaded, waited for or refused, and what the messages say.
+
+No GPU is here: the memory of one is a number that a test says, or that depends on whether a real process is alive.
+`nvidia-smi` is a script on the PATH.
+"""
+
+import getpass
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from miniplm_udf.errors import ModelLoadError, ScoringError
+from miniplm_udf.workers import gpu_memory
+from miniplm_udf.workers.gpu_memory import (
+    GpuMemory,
+    GpuProcess,
+    gpu_processes,
+    held_by_others,
+    holders,
+    is_taken,
+    load_when_free,
+    parse_processes,
+    room,
+)
+
+GIB = 1024**3
+UUID = "8f6a7c3e-1234-5678-9abc-def012345678"
+BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80.00 GiB"
+
+
+def gpu(free: float, total: float = 80, own: float = 0) -> GpuMemory:
+    return GpuMemory(UUID, int(free * GIB), int(total * GIB), int(own * GIB))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "expected"),
+    [
+        ([gpu(80)], 79, "now"),
+        ([gpu(80)], 79.5, "never"),  # the weights fit, and no forward pass
+        ([gpu(10)], 9, "now"),
+        ([gpu(10)], 9.5, "later"),
+        ([gpu(10, own=60)], 18, "later"),
+        ([gpu(10, own=60)], 20, "never"),
+        ([gpu(80), gpu(80)], 158, "now"),
+        ([gpu(80), gpu(0.5)], 79, "now"),
+        ([gpu(80), gpu(0.5)], 80, "later"),
+        ([gpu(80), gpu(80)], 159, "never"),
+        ([gpu(0.5)], 0, "now"),
+    ],
+)
+def test_when_a_model_fits(gpus: list[GpuMemory], gib: float, expected: str) -> None:
+    assert room(gpus, int(gib * GIB)) == expected
+
+
+def test_what_others_hold() -> None:
+    assert not held_by_others([gpu(79.5), gpu(20, own=59.5)])
+    assert held_by_others([gpu(79.5), gpu(50)])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError(FULL), True),
+        (RuntimeError(BUSY), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (ModelLoadError(f"/m: cannot be loaded as a causal LM: OutOfMemoryError: {FULL}"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:73] . DefaultCPUAllocator: can't allocate memory"), False),
+        (MemoryError("out of memory"), False),
+        (ModelLoadError("/m: 3 missing tensors"), False),
+    ],
+)
+def test_errors_of_a_taken_gpu(error: BaseException, expected: bool) -> None:
+    assert is_taken(error) is expected
+
+
+def test_the_lines_of_nvidia_smi() -> None:
+    text = f"""GPU-{UUID}, 4711, 70112 MiB, /opt/conda/bin/python
+GPU-{UUID}, 12, [N/A], [Not Found]
+MIG-1, 13, 5 MiB, a, b
+No running processes found
+"""
+    assert parse_processes(text) == [
+        GpuProcess(UUID, 4711, "70112 MiB", "/opt/conda/bin/python"),
+        GpuProcess(UUID, 12, "[N/A]", "[Not Found]"),
+        GpuProcess("MIG-1", 13, "5 MiB", "a, b"),
+    ]
+    assert parse_processes("") == []
+
+
+# --- with a process that holds the GPU ---
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu_memory, "_CHECK_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(gpu_memory, "_RETRY_SECONDS", 0.05)
+    return tmp_path
+
+
+def write_smi(node: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """An nvidia-smi that runs a script."""
+    path = node / "bin/nvidia-smi"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+
+def list_holder(node: Path, monkeypatch: pytest.MonkeyPatch, pid: int, name: str = sys.executable) -> None:
+    lines = f"GPU-{UUID}, {pid}, 70112 MiB, {name}\nGPU-another, 1, 1 MiB, init"
+    write_smi(node, monkeypatch, f"case \"$*\" in *gpu_uuid,pid,used_memory,name*csv,noheader*) echo '{lines}';; esac")
+
+
+@pytest.fixture
+def holder(node: Path, monkeypatch: pytest.MonkeyPatch) -> "subprocess.Popen[bytes]":
+    """A process of another program, which nvidia-smi lists."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "--password=secret"])
+    list_holder(node, monkeypatch, process.pid)
+    return process
+
+
+def memory_of(process: "subprocess.Popen[bytes]") -> Callable[[], list[GpuMemory]]:
+    """A GPU of 80 GiB, of which the process holds 70 as long as it lives."""
+    return lambda: [gpu(10 if process.poll() is None else 80)]
+
+
+def test_the_holder_is_named_with_its_user_and_command(
+    node: Path, monkeypatch: pytest.MonkeyPatch, holder: "subprocess.Popen[bytes]"
+) -> None:
+    try:
+        assert [process.pid for process in gpu_processes([UUID]) or ()] == [holder.pid]
+        assert [process.pid for process in gpu_processes(["a part of a GPU"]) or ()] == [holder.pid, 1]
+        text = holders([UUID])
+        assert f"process {holder.pid} of {getpass.getuser()} ({sys.executable} -c" in text
+        assert "70112 MiB" in text
+        assert "secret" not in text
+        # In a container the number may belong to another process.
+        list_holder(node, monkeypatch, holder.pid, "/usr/bin/trainer")
+        assert holders([UUID]) == f"it is held by process {holder.pid} (/usr/bin/trainer, 70112 MiB)"
+        list_holder(node, monkeypatch, 2**30, "[Not Found]")
+        assert holders([UUID]) == f"it is held by process {2**30} ([Not Found], 70112 MiB)"
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_without_nvidia_smi_the_holders_are_unknown(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_smi(node, monkeypatch, "echo 'Failed to initialize NVML'; exit 9")
+    assert gpu_processes([UUID]) is None
+    write_smi(node, monkeypatch, "exit 0")
+    assert "lists no process" in holders([UUID])
+    monkeypatch.setenv("PATH", str(node))
+    assert "cannot be run" in holders([UUID])
+
+
+def test_a_gpu_that_is_held_is_waited_for(
+    node: Path, holder: "subprocess.Popen[bytes]", caplog: pytest.LogCaptureFixture
+) -> None:
+    def measure() -> list[GpuMemory]:
+        if caplog.records:
+            holder.kill()
+            holder.wait()
+        return memory_of(holder)()
+
+    with caplog.at_level(logging.WARNING, "miniplm.workers"):
+        assert load_when_free(lambda: holder.poll(), measure, [UUID], 50 * GIB, "teacher") == -9
+    assert len(caplog.records) == 1
+    assert "models.teacher: waiting" in caplog.text
+    assert "10.0 GiB are free, expected 50.0 GiB" in caplog.text
+    assert f"process {holder.pid} of" in caplog.text
+
+
+def test_a_gpu_that_stays_held_is_refused_by_name(node: Path, holder: "subprocess.Popen[bytes]") -> None:
+    try:
+        with pytest.raises(ScoringError, match=rf"process {holder.pid} of .* 70112 MiB.*CUDA_VISIBLE_DEVICES"):
+            load_when_free(time.monotonic, memory_of(holder), [UUID], 50 * GIB, "teacher", 0.2)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_gpu_that_is_too_small_is_refused_at_once(node: Path) -> None:
+    with pytest.raises(
+        ModelLoadError,
+        match=r"models\.teacher: expected 140\.0 GiB .* found GPUs of 80\.0 GiB .*dtype.*device_map: auto.*openai",
+    ):
+        load_when_free(time.monotonic, lambda: [gpu(80)], [UUID], 140 * GIB, "teacher")
+    with pytest.raises(ModelLoadError, match=r"found GPUs of 80\.0 \+ 80\.0 GiB") as raised:
+        load_when_free(time.monotonic, lambda: [gpu(80), gpu(80)], [UUID, "b"], 200 * GIB, "teacher")
+    assert "device_map" not in str(raised.value)
+    with pytest.raises(ModelLoadError, match=r"of which 60\.0 GiB hold other models of this command.*score\.models"):
+        load_when_free(time.monotonic, lambda: [gpu(20, own=60)], [UUID], 40 * GIB, "teacher")
+
+
+def test_an_error_of_a_taken_gpu_while_loading_is_waited_for(
+    node: Path, holder: "subprocess.Popen[bytes]", caplog: pytest.LogCaptureFixture
+) -> None:
+    """The GPU seemed free, and the other program took more of its memory during the load."""
+    attempts: list[str] = []
+
+    def measure() -> list[GpuMemory]:
+        return [gpu(60 if holder.poll() is None else 80)]
+
+    def load() -> str:
+        attempts.append("load")
+        if len(attempts) == 1:
+            raise RuntimeError(FULL)
+        return "loaded"
+
+    with caplog.at_level(logging.WARNING, "miniplm.workers"):
+        assert load_when_free(load, measure, [UUID], 50 * GIB, "teacher") == "loaded"
+    assert "CUDA out of memory" in caplog.text
+    assert attempts == ["load", "load"]
+    holder.kill()
+    holder.wait()
+    attempts.clear()
+    with pytest.raises(ModelLoadError, match=r"CUDA out of memory.*dtype"):
+        load_when_free(load, lambda: [gpu(79.5)], [UUID], 50 * GIB, "teacher")
+    assert attempts == ["load"], "no other process holds the GPU, so a wait would not help"
+
+
+def test_a_gpu_in_exclusive_mode_is_waited_for_and_refused(node: Path, holder: "subprocess.Popen[bytes]") -> None:
+    def measure() -> list[GpuMemory]:
+        if holder.poll() is None:
+            raise RuntimeError(BUSY)
+        return [gpu(80)]
+
+    with pytest.raises(ScoringError, match=rf"busy or unavailable; it is held by process {holder.pid}"):
+        load_when_free(time.monotonic, measure, [UUID], GIB, "teacher", 0.2)
+    holder.kill()
+    holder.wait()
+    assert load_when_free(lambda: "loaded", measure, [UUID], GIB, "teacher", 0.2) == "loaded"
+
+
+def test_other_errors_are_raised_as_they_are(node: Path) -> None:
+    def load() -> str:
+        raise ModelLoadError("3 missing tensors")
+
+    with pytest.raises(ModelLoadError, match="3 missing tensors"):
+        load_when_free(load, lambda: [gpu(80)], [UUID], GIB, "teacher")
