@@ -41,12 +41,12 @@ def split_options(devices: Sequence[str]) -> SplitOptions:
 
 
 def is_split(model: Any) -> bool:
-    """Whether a model was loaded with `split_options`, which may have put all of it on one device.
+    """Whether a loaded model is on several devices.
 
     Args:
         model: a model of transformers.
     """
-    return getattr(model, "hf_device_map", None) is not None
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 def check_split(model: Any, devices: Sequence[str]) -> None:
