@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, models
 from miniplm_udf.scoring.attention import improve_attention
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.inputs import EncodedPiece, Tokenized
-from miniplm_udf.scoring.scorer import Score, Scorer
+from miniplm_udf.scoring.results import Score
+from miniplm_udf.scoring.scorer import Scorer
 from tests.support import bench_results as results
 from tests.support import plain_loops
 

@@ -34,7 +34,8 @@ from miniplm_udf.ingestion.demo_text import write_demo_text
 from miniplm_udf.scoring.cpu import PackedLinear
 from miniplm_udf.scoring.model_files import model_folder
 from miniplm_udf.scoring.models import describe
-from miniplm_udf.scoring.scorer import Score, Scorer
+from miniplm_udf.scoring.results import Score
+from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
 from tests.support import bench_results as results

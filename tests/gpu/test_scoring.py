@@ -15,7 +15,7 @@ import torch
 
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.scoring.models import describe
-from miniplm_udf.scoring.scorer import Score
+from miniplm_udf.scoring.results import Score
 from tests.support import tiny_models
 from tests.support.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
 from tests.support.tiny_models import make_model_folder

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from miniplm_udf.scoring.scorer import Score
+from miniplm_udf.scoring.results import Score
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
 
 

@@ -12,7 +12,7 @@ import torch
 
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.batching import check_batching, length_limit
-from miniplm_udf.scoring.scorer import Score
+from miniplm_udf.scoring.results import Score
 from tests.support.scoring_oracles import Row, plain_model, plain_tokenizer, score
 from tests.support.tiny_models import make_model, make_model_folder, make_scorer
 

@@ -14,7 +14,8 @@ from miniplm_udf.ingestion.chunking import Chunker
 from miniplm_udf.ingestion.documents import Document
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import check_head
-from miniplm_udf.scoring.scorer import Score, Scorer
+from miniplm_udf.scoring.results import Score
+from miniplm_udf.scoring.scorer import Scorer
 from tests.support import tiny_models
 from tests.support.scoring_oracles import ROWS, Row, brute_force, plain_model, plain_tokenizer, score
 from tests.support.tiny_models import (

@@ -13,7 +13,8 @@ import torch
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.scoring.model_files import model_folder
 from miniplm_udf.scoring.models import describe, load_model
-from miniplm_udf.scoring.scorer import Score, Scorer
+from miniplm_udf.scoring.results import Score
+from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 
 pytestmark = [

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from miniplm_udf.scoring.scorer import Score
+from miniplm_udf.scoring.results import Score
 from miniplm_udf.workers.arrow import score_arrow
 from tests.support import tiny_models
 from tests.support.scoring_oracles import CONTEXT, OVERLAP, ROWS, Row, plain_tokenizer, score, sequence
