@@ -46,6 +46,7 @@ class Head:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         weight = self._project.weight
+        self._dtype = weight.dtype
         self._tile_rows = _TILE_ROWS.get(weight.device.type, _TILE_ROWS["cuda"])
         self._tiles = _tiles(weight, getattr(self._project, "bias", None))
         self._tile_nll = _tile_nll
@@ -64,7 +65,8 @@ class Head:
         Returns:
             The last hidden states, shape (B, T, D), in the model's dtype.
         """
-        return self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc]
+        # Mamba ends in float32 whatever its dtype, and rounds before its output layer.
+        return self.decoder(input_ids=input_BT, use_cache=False)[0].to(self._dtype)  # type: ignore[misc]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Computes the logits of some positions, as the model itself computes them.

@@ -173,15 +173,18 @@ def _token_id(alias: str, key: str, token: str, tokenizer: Tokenizer) -> int:
     return int(number)
 
 
-def _settled_dtype(config: ModelConfig, settled: str | None) -> Literal["float32", "bfloat16", "server"]:
+def _settled_dtype(config: ModelConfig, settled: str | None) -> Literal["float32", "bfloat16", "float8", "server"]:
     if config.server is not None:
         return "server"
     if config.dtype != "auto":
         return config.dtype
-    if settled not in (None, "server"):
-        if settled not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype: expected float32 or bfloat16, found {settled!r}")
-        return "bfloat16" if settled == "bfloat16" else "float32"
+    match settled:
+        case "float32" | "bfloat16" | "float8":
+            return settled
+        case None | "server":
+            pass
+        case _:
+            raise ConfigError(f"dtype: expected float32, bfloat16 or float8, found {settled!r}")
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"
@@ -222,7 +225,7 @@ def load_model(
         The model of transformers.
 
     Raises:
-        ModelLoadError: it cannot be loaded whole, or `check_head` or `check_batching` refuses it.
+        ModelLoadError: it cannot be loaded whole, or `check_head`, `check_batching` or `use_float8` refuses it.
     """
     import torch
     from transformers.utils import logging as transformers_logging
@@ -230,12 +233,13 @@ def load_model(
     from miniplm_udf.scoring.attention import improve_attention
     from miniplm_udf.scoring.batching import check_batching
     from miniplm_udf.scoring.cpu import prepare
+    from miniplm_udf.scoring.float8 import use_float8
 
     folder = model_folder(config)
     transformers_logging.disable_progress_bar()
     model = load_causal_lm(
         folder,
-        dtype=getattr(torch, description.dtype),
+        dtype=torch.bfloat16 if description.dtype == "float8" else getattr(torch, description.dtype),
         trust_remote_code=config.trust_remote_code,
         attn_implementation=attention,
     )
@@ -243,10 +247,13 @@ def load_model(
         # TF32 is on by default for convolutions, which Mamba has, and keeps only ten bits of precision.
         torch.backends.cudnn.allow_tf32 = False
     model = model.to(device).eval().requires_grad_(False)
-    if model.device.type == "cpu":
-        prepare(model)
     if attention is None:
         improve_attention(model)
+    if description.dtype == "float8":
+        # After the choice of the attention, whose comparison float8 would make less exact.
+        use_float8(model)
+    if model.device.type == "cpu":
+        prepare(model)
     check_head(model, description.vocab_size, device)
     check_batching(model, description)
     return model
