@@ -169,7 +169,7 @@ def test_a_float8_product_is_that_of_the_rounded_matrices(n_tokens: int, n_in: i
     left_TK, right_NK = x8_TK.double() * scale_T1.double(), weight8_NK.double() * scale_N1.double()
     expected_TN, size_TN = left_TK @ right_NK.T, left_TK.abs() @ right_NK.abs().T
     # The result is rounded to bfloat16; a GPU adds products with about 14 bits.
-    assert ((found_TN - expected_TN).abs() <= 2.0**-8 * expected_TN.abs() + 2.0**-11 * size_TN).all()
+    assert ((found_TN - expected_TN).abs() <= 2.0**-8 * expected_TN.abs() + 2.0**-10 * size_TN).all()
     # The rounding of the matrices is a part of the result.
     exact_TN = x_TK.double() @ weight_NK.double().T
     assert float((found_TN - exact_TN).norm() / exact_TN.norm()) > 0.01
