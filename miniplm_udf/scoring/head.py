@@ -46,6 +46,7 @@ class Head:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         weight = self._project.weight
+        # Mamba's decoder returns float32 whatever its dtype, and the model rounds it before the output layer.
         self._dtype = weight.dtype
         self._tile_rows = _TILE_ROWS.get(weight.device.type, _TILE_ROWS["cuda"])
         self._tiles = _tiles(weight, getattr(self._project, "bias", None))
@@ -63,9 +64,8 @@ class Head:
             input_BT: token ids, padded on the right.
 
         Returns:
-            The last hidden states, shape (B, T, D), in the model's dtype.
+            The last hidden states, shape (B, T, D), in the dtype of the output layer.
         """
-        # Mamba ends in float32 whatever its dtype, and rounds before its output layer.
         return self.decoder(input_ids=input_BT, use_cache=False)[0].to(self._dtype)  # type: ignore[misc]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class Head:
         Returns:
             Float32 logits, shape (..., V).
         """
-        return _transformed(self._project(hidden_ND), self._scale, self._soft_cap)
+        return _transformed(self._project(hidden_ND.to(self._dtype)), self._scale, self._soft_cap)
 
     def nll(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         """Computes -log p of the targets.

@@ -243,12 +243,12 @@ class Bench:
     def _score(scorer: Scorer, rows: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
         """Seconds, and nats a token of each row."""
         texts = [Tokenized([[EncodedPiece("", row, 0)]], 4 * len(row)) for row in rows]
-        found: list[Any] = []
-        seconds = seconds_of(lambda: found.extend(scorer.score_tokenized(texts, [False] * len(texts))))
-        for score, row in zip(found, rows, strict=True):
+        scores: list[Any] = []
+        seconds = seconds_of(lambda: scores.extend(scorer.score_tokenized(texts, [False] * len(texts))))
+        for score, row in zip(scores, rows, strict=True):
             if not isinstance(score, Score) or score.n_tokens != len(row) - 1:
                 raise RuntimeError(f"expected a score of {len(row) - 1} tokens, found {score}")
-        return seconds, np.array([score.nll_sum_nats / score.n_tokens for score in found])
+        return seconds, np.array([score.nll_sum_nats / score.n_tokens for score in scores])
 
     def _rated(self, tokens_per_second: float, matmul: float | None = None) -> dict[str, Any]:
         flops = tokens_per_second / _TOKENS * self._flops
@@ -377,7 +377,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = environment(device)
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     results.record("gpu", {}, [where], key="environment", folder=given.results)
-    with tempfile.TemporaryDirectory() as cache, changed_environment(TORCHINDUCTOR_CACHE_DIR=cache):
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+        changed_environment(TORCHINDUCTOR_CACHE_DIR=cache),
+    ):
         table = Table(given.seconds, given.results)
         run(given.size, device, given.instances, table, Rates(given.peak_tflops * 1e12))
     return 1 if table.n_failed else 0

@@ -87,10 +87,10 @@ def test_every_family_equals_brute_force(tmp_path: Path, family: str) -> None:
     model, tokenizer = plain_model(folder, DEVICE), plain_tokenizer(folder)
     expected = [brute_force(model, tokenizer, row) for row in rows]
     for dtype, tolerance in TOLERANCES.items():
-        found = score(make_scorer(folder, 200, DEVICE, dtype), rows)
-        for one, oracle in zip(found, expected, strict=True):
-            assert (one.n_tokens, one.n_bytes) == (oracle.n_tokens, oracle.n_bytes)
-            assert abs(one.nll_sum_nats - oracle.nll_sum_nats) <= tolerance * one.n_tokens, dtype
+        scores = score(make_scorer(folder, 200, DEVICE, dtype), rows)
+        for result, oracle in zip(scores, expected, strict=True):
+            assert (result.n_tokens, result.n_bytes) == (oracle.n_tokens, oracle.n_bytes)
+            assert abs(result.nll_sum_nats - oracle.nll_sum_nats) <= tolerance * result.n_tokens, dtype
 
 
 def test_logits_that_are_changed_in_an_unknown_way_are_refused() -> None:
