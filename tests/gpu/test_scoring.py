@@ -182,11 +182,11 @@ def test_float8_scores_are_near_float32(tmp_path: Path, family: str) -> None:
     expected = score(make_scorer(folder), ROWS)
     scorer = make_scorer(folder, 200, DEVICE, "float8")
     assert any(isinstance(layer, Float8Linear) for layer in decoder_of(scorer).modules())
-    found = score(scorer, ROWS)
+    scores = score(scorer, ROWS)
     # On a CPU the worst of these texts is off by 0.17.
-    check_equal(found, expected, 0.3)
+    check_equal(scores, expected, 0.3)
     assert all(
-        one.nll_sum_nats != other.nll_sum_nats for one, other in zip(found, expected, strict=True) if one != other
+        one.nll_sum_nats != other.nll_sum_nats for one, other in zip(scores, expected, strict=True) if one != other
     )
 
 
