@@ -77,6 +77,7 @@ class ModelConfig:
             null for a model that this experiment trains (the reference): `<root>/models/<alias>`.
         revision: commit of a hub model; null takes the newest and records its commit.
         dtype: dtype of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU, fixed at the first scoring.
+            float8 is bfloat16 with the decoder's linear layers in float8; never chosen by auto.
         document_separator: the model's pre-training end-of-document token, never a chat token; null takes the
             tokenizer's `eos_token`, if it is not a chat token.
         bos_token: token in front of every window. auto follows the model's tokenizer: the BOS of its pre-training, or
@@ -96,7 +97,7 @@ class ModelConfig:
 
     path: str | None = None
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     document_separator: str | None = None
     bos_token: str = "auto"
     prefix_token: str | None = None

@@ -22,7 +22,8 @@ class ModelDescription:
         model_id: the model's alias in the config.
         model_revision: hash of everything that changes a score, 32 hex digits.
         tokenizer_hash: hash of tokenizer.json, 32 hex digits.
-        dtype: dtype of the forward pass; `server` for a model on a server, which does not say.
+        dtype: dtype of the forward pass; `float8`: bfloat16 with linear layers in float8 (`scoring.float8`);
+            `server` for a model on a server, which does not say.
         context_tokens: longest input of one forward pass, without the BOS.
         window_overlap_tokens: tokens that consecutive windows share.
         context_prefix: none (official arithmetic) or token.
@@ -44,7 +45,7 @@ class ModelDescription:
     model_id: str
     model_revision: str = ""
     tokenizer_hash: str
-    dtype: Literal["float32", "bfloat16", "server"]
+    dtype: Literal["float32", "bfloat16", "float8", "server"]
     context_tokens: int
     window_overlap_tokens: int
     context_prefix: Literal["none", "token"]

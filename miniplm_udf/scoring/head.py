@@ -46,8 +46,9 @@ class Head:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         weight = self._project.weight
-        # In a model that is split over GPUs this is not the device of the input.
-        self._device = weight.device
+        # In a model that is split over GPUs this is not the device of the input. Mamba's decoder returns float32,
+        # whatever its dtype, and the model rounds it before the output layer.
+        self._device, self._dtype = weight.device, weight.dtype
         self._tile_rows = _TILE_ROWS.get(weight.device.type, _TILE_ROWS["cuda"])
         self._tiles = _tiles(weight, getattr(self._project, "bias", None))
         self._tile_nll = _tile_nll
@@ -64,10 +65,10 @@ class Head:
             input_BT: token ids, padded on the right.
 
         Returns:
-            The last hidden states, shape (B, T, D), in the model's dtype, on the device of the output layer.
+            The last hidden states, shape (B, T, D), in the dtype and on the device of the output layer.
         """
         hidden_BTD: torch.Tensor = self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc]
-        return hidden_BTD.to(self._device)
+        return hidden_BTD.to(self._device, self._dtype)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Computes the logits of some positions, as the model itself computes them.
@@ -78,7 +79,7 @@ class Head:
         Returns:
             Float32 logits, shape (..., V).
         """
-        return _transformed(self._project(hidden_ND), self._scale, self._soft_cap)
+        return _transformed(self._project(hidden_ND.to(self._dtype)), self._scale, self._soft_cap)
 
     def nll(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         """Computes -log p of the targets.

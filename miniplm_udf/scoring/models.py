@@ -72,7 +72,7 @@ def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> Model
     return ModelDescription(
         model_id=alias,
         tokenizer_hash=tokenizer_hash(folder),
-        dtype=_settled_dtype(config, dtype),
+        dtype=_settled_dtype(alias, config, dtype),
         context_tokens=config.context_tokens,
         window_overlap_tokens=config.window_overlap_tokens,
         context_prefix=config.context_prefix,
@@ -179,18 +179,24 @@ def _token_id(alias: str, key: str, token: str, tokenizer: Tokenizer) -> int:
     return int(number)
 
 
-def _settled_dtype(config: ModelConfig, settled: str | None) -> Literal["float32", "bfloat16", "server"]:
+def _settled_dtype(
+    alias: str, config: ModelConfig, settled: str | None
+) -> Literal["float32", "bfloat16", "float8", "server"]:
     if config.server is not None:
         return "server"
-    if config.dtype != "auto":
-        return config.dtype
-    if settled is not None:
-        if settled not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype: expected float32 or bfloat16, found {settled!r}")
-        return "bfloat16" if settled == "bfloat16" else "float32"
-    import torch
+    dtype = settled if config.dtype == "auto" else config.dtype
+    if dtype is None:
+        import torch
 
-    return "bfloat16" if torch.cuda.is_available() else "float32"
+        return "bfloat16" if torch.cuda.is_available() else "float32"
+    if dtype == "float8" and config.device_map is not None:
+        raise ConfigError(
+            f"models.{alias}.device_map: expected null with dtype float8, whose layers cannot be split over GPUs, found "
+            f"auto; set models.{alias}.dtype: bfloat16"
+        )
+    if dtype not in ("float32", "bfloat16", "float8"):
+        raise ConfigError(f"models.{alias}.dtype: expected float32, bfloat16 or float8, found {dtype!r}")
+    return dtype  # type: ignore[return-value]
 
 
 def _warnings(alias: str, folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
@@ -232,8 +238,8 @@ def load_model(
         The model of transformers.
 
     Raises:
-        ModelLoadError: it cannot be loaded whole, does not fit on the devices, or `check_head` or `check_batching`
-            refuses it.
+        ModelLoadError: it cannot be loaded whole, does not fit on the devices, or `check_head`, `check_batching` or
+            `use_float8` refuses it.
     """
     import torch
     from transformers.utils import logging as transformers_logging
@@ -241,12 +247,13 @@ def load_model(
     from miniplm_udf.scoring.attention import improve_attention
     from miniplm_udf.scoring.batching import check_batching
     from miniplm_udf.scoring.cpu import prepare
+    from miniplm_udf.scoring.float8 import use_float8
 
     folder = model_folder(config)
     transformers_logging.disable_progress_bar()
     model = load_causal_lm(
         folder,
-        dtype=getattr(torch, description.dtype),
+        dtype=torch.bfloat16 if description.dtype == "float8" else getattr(torch, description.dtype),
         trust_remote_code=config.trust_remote_code,
         attn_implementation=attention,
         **({} if isinstance(device, str) else split_options(device)),
@@ -259,10 +266,13 @@ def load_model(
     else:
         check_split(model, device)
     model = model.eval().requires_grad_(False)
-    if model.device.type == "cpu":
-        prepare(model)
     if attention is None:
         improve_attention(model)
+    if description.dtype == "float8":
+        # After the choice of the attention, whose comparison float8 would make less exact.
+        use_float8(model)
+    if model.device.type == "cpu":
+        prepare(model)
     check_head(model, description.vocab_size, model.device)
     check_batching(model, description)
     return model

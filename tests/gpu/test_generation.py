@@ -14,13 +14,10 @@ from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.scoring.generator import Generator, uniform
 from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.tokenizer import load_tokenizer
+from tests.support.gpu_device import DEVICE, needs_device
 from tests.support.tiny_models import make_model_folder
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DEVICE = "cuda"
+pytestmark = [pytest.mark.gpu, needs_device]
 TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog and the tests of it" for n in range(5)]
 
 

@@ -17,13 +17,23 @@ CHAT_TOKEN = "<|im_end|>"
 # Rows of the models' embeddings. The tokenizer has at most 316 entries; models often have spare rows.
 VOCAB_SIZE = 320
 # Families that the project names, then families with a peculiarity: logits scaled or divided, a head with a bias,
-# experts, post-norms, learned positions with an offset, ALiBi, another state-space model.
+# experts, post-norms, learned positions with an offset, ALiBi, another state-space model. Where the name is not
+# transformers' `model_type`, _MODEL_TYPES has it.
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "mamba")
 OTHER_FAMILIES = (
     "granite", "cohere", "phi", "mixtral", "qwen3", "gemma3_text", "olmo2", "opt", "bloom", "mamba2",
     "mistral", "phi3", "gpt_neox", "smollm3", "olmo3", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "falcon_h1",
-    "bamba",
+    "bamba", "llama3", "smollm", "phi4", "phi4_mini", "falcon_mamba",
 )  # fmt: skip
+_MODEL_TYPES = {"llama3": "llama", "smollm": "llama", "phi4": "phi3", "phi4_mini": "phi3"}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + 0.1 * n for n in range(6)], "long_factor": [1.5 + 0.5 * n for n in range(6)],
+}  # fmt: skip
 _TEXT = ["the quick brown fox jumps over the lazy dog. ", "hello world, this is a test of the tokenizer!\n\n", "a  b"]
 
 
@@ -111,8 +121,18 @@ def make_config(family: str, **changes: Any) -> Any:
         # Attention and a state space side by side, or in turn.
         "falcon_h1": attention | state_space | {"head_dim": 8, "mamba_d_ssm": 32},
         "bamba": attention | state_space | {"attn_layer_indices": [1], "mamba_n_heads": 8},
+        # "llama" is Llama 2. Llama 3 stretches the slow frequencies of its rotary embedding, here from 16 tokens on.
+        "llama3": attention | {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": False},
+        # The number of heads is no power of two.
+        "smollm": attention
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48, "tie_word_embeddings": True},
+        "phi4": attention | {"sliding_window": None},
+        # Rotates three quarters of a head; has other frequencies in batches of more than 64 tokens.
+        "phi4_mini": attention
+        | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64, "hidden_size": 64},
+        "falcon_mamba": {"state_size": 4, "expand": 2},
     }
-    return AutoConfig.for_model(family, **(sizes | extra.get(family, {}) | changes))
+    return AutoConfig.for_model(_MODEL_TYPES.get(family, family), **(sizes | extra.get(family, {}) | changes))
 
 
 def make_model(family: str = "llama", seed: int = 0, factor: float | None = None, **changes: Any) -> Any:

@@ -1,11 +1,14 @@
 """The loops that scoring is timed against score what the Scorer scores."""
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bench import bench_gpu
 from tests.support import plain_loops, tiny_models
 
 TEXTS = ["the quick brown fox", "hello world, this is a test of the tokenizer!", "a  b", "the lazy dog. " * 3]
@@ -34,9 +37,41 @@ def test_a_plain_loop_scores_as_the_scorer(tmp_path: Path, loop: Callable[[Any, 
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:
-    """Its code, on whatever device is here: the numbers of a model this small say nothing."""
-    from tests.bench import bench_gpu
-
+def test_the_gpu_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its eager rows, on the CPU: the numbers of a model this small say nothing, and compilation takes a minute."""
+    monkeypatch.setattr(bench_gpu, "_GROUPS", bench_gpu._GROUPS[:1])
     assert bench_gpu.main(["--size", "tiny", "--instances", "3", "--results", str(tmp_path)]) == 0
-    assert '"utilisation_tiny"' in (tmp_path / "gpu.json").read_text()
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["variant"] for row in written["rows"][2:]] == ["official loop", "eager", "float8, eager"]
+    assert all(row["of_matmul"] > 0 and row["vs_official"] > 0 for row in written["rows"][2:])
+    assert 0 < written["rows"][-1]["largest_difference"] < 0.1
+    assert written["environment"][0].keys() == {"device", "torch", "transformers"}
+    assert "utilisation, tiny, eager" in written["ratios"]
+
+
+def test_rows_without_time_or_with_an_error_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_gpu, "_LEAST_SECONDS", 0.0)
+    table = bench_gpu.Table(0.3, tmp_path)
+
+    def fails() -> dict[str, Any]:
+        raise ValueError("no such kernel")
+
+    def never_ends() -> dict[str, Any]:
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception as error:
+                raise RuntimeError("a library's own error") from error
+
+    assert table.measure("tiny", "first", lambda: {"tokens_per_s": 12345.6}) is not None
+    assert table.measure("tiny", "second", fails) is None
+    assert table.measure("tiny", "third", never_ends) is None
+    assert table.measure("tiny", "fourth", lambda: {"tokens_per_s": 1.0}) is None
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert "12,346" in lines[0]
+    assert "failed: ValueError: no such kernel" in lines[1]
+    assert all("skipped: the time is over" in line for line in lines[2:])
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 4
+    assert table.n_failed == 1

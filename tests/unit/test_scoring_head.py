@@ -49,6 +49,18 @@ def test_tiles_are_the_whole(family: str) -> None:
     assert float((found_N - expected_N).abs().max()) < 2e-5
 
 
+def test_hidden_states_in_float32_are_rounded_as_the_model_rounds_them() -> None:
+    """Mamba's decoder returns float32 in every dtype."""
+    model = tiny_models.make_model("mamba").bfloat16().requires_grad_(False)
+    input_BT = torch.arange(20).view(2, 10) + 5
+    with torch.inference_mode():
+        hidden_BTD = model.base_model(input_ids=input_BT, use_cache=False)[0]
+        assert hidden_BTD.dtype == torch.float32
+        expected_BTV = model(input_ids=input_BT, use_cache=False).logits
+        assert torch.equal(Head(model).logits(hidden_BTD), expected_BTV)
+        assert Head(model).hidden(input_BT).dtype == torch.bfloat16
+
+
 def test_large_logits_do_not_overflow() -> None:
     model, hidden_ND, target_N = made("llama")
     expected_N = plain_nll(model, hidden_ND * 100, target_N)
