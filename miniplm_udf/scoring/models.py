@@ -191,8 +191,8 @@ def _settled_dtype(
         return "bfloat16" if torch.cuda.is_available() else "float32"
     if dtype == "float8" and config.device_map is not None:
         raise ConfigError(
-            f"models.{alias}.device_map: expected null with dtype float8, whose layers cannot be split over GPUs, found "
-            f"auto; set models.{alias}.dtype: bfloat16"
+            f"models.{alias}.device_map: expected null with dtype float8, whose layers cannot be split over GPUs, "
+            f"found auto; set models.{alias}.dtype: bfloat16"
         )
     if dtype not in ("float32", "bfloat16", "float8"):
         raise ConfigError(f"models.{alias}.dtype: expected float32, bfloat16 or float8, found {dtype!r}")

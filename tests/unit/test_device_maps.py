@@ -84,6 +84,14 @@ def test_a_model_with_hooks_scores_as_one_without(tmp_path: Path, family: str) -
     assert nats(results[1]) == pytest.approx(nats(results[0]), rel=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "settled"), [("float8", None), ("auto", "float8")])
+def test_float8_layers_cannot_be_split(tmp_path: Path, dtype: Any, settled: str | None) -> None:
+    folder = tiny_models.make_model_folder(tmp_path)
+    config = ModelConfig(path=str(folder), context_tokens=24, window_overlap_tokens=6, dtype=dtype, device_map="auto")
+    with pytest.raises(ConfigError, match=r"models\.m\.device_map: expected null with dtype float8"):
+        describe("m", config, settled)
+
+
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = tiny_models.make_model_folder(tmp_path)
     with pytest.raises(
