@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from miniplm_udf.scoring import compilation
 from miniplm_udf.scoring.batching import length_limit
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.head import Head
@@ -64,6 +65,15 @@ class Scorer(TextScorer):
         self._head = Head(model)
         if compiled if compiled is not None else self._device.type == "cuda":
             self._head.compile()
+
+    def finish_compiling(self) -> bool:
+        """Waits until nothing is compiled in the background any more; for measurements and tests.
+
+        Returns:
+            Whether a compilation has begun since the last call. Score a batch again in this case: it may have layers of
+            another kind, whose compilation begins then.
+        """
+        return compilation.finish_compiling()
 
     def score_windows(self, jobs: list[WindowInput], texts: Slice) -> None:
         """Adds the nats of each window to the sum of its text; a window that does not fit in memory fails its text.
