@@ -1,7 +1,7 @@
 """Attention that is faster for scoring than the attention that transformers chooses, with equal results.
 
 Input: a loaded model whose attention is transformers' `sdpa`. Output: the same model with `blocked_attention` (on a
-CPU, float32), or with `sdpa` without a mask (`causal_mask`; under `torch.compile` transformers always makes a mask,
+CPU, float32), or with `sdpa` without a mask (`causal_mask`; while torch compiles, transformers always makes a mask,
 which rules out the flash kernels). The equality is tested on the model itself; if it fails, nothing is changed.
 Executor side; pure, except for names that are registered with transformers.
 """

@@ -76,9 +76,10 @@ def finish_compiling() -> bool:
         another kind, whose compilation begins then.
     """
     global _thread
-    thread, _thread = _thread, None
+    thread = _thread
     if thread is not None:
         thread.join()
+    _thread = None
     return thread is not None
 
 
@@ -169,6 +170,7 @@ class CompiledFunction:
             self._sample_shape = tuple(next(tensors, torch.empty(0)).shape)
             with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
                 self._compiled(*arguments, **named)
+            raise _Unsuitable("torch skips it")
         except _CompiledOnly:
             self._variants += 1
             LOGGER.info("%s: compiled in %.1f s", self._name, time.monotonic() - start)
@@ -187,10 +189,9 @@ class CompiledFunction:
         _check_sizes(graph, self._sample_shape)
         backend = self._inner_backend
         run = (lookup_backend(backend) if isinstance(backend, str) else backend)(graph, inputs)
-        compiling = threading.current_thread()
 
         def counted_run(*arguments: Any) -> Any:
-            if threading.current_thread() is compiling:
+            if threading.current_thread() is _thread:
                 raise _CompiledOnly
             self._runs += 1
             return run(*arguments)

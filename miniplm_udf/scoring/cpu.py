@@ -105,7 +105,7 @@ def unpack_linears(model: torch.nn.Module) -> None:
     """Takes back `pack_linears`, in place: torch compiles no code for packed weights.
 
     Args:
-        model: a model, or a part of it.
+        model: a module with packed layers.
     """
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

@@ -67,12 +67,7 @@ class Scorer(TextScorer):
             self._head.compile()
 
     def finish_compiling(self) -> bool:
-        """Waits until nothing is compiled in the background any more; for measurements and tests.
-
-        Returns:
-            Whether a compilation has begun since the last call. Score a batch again in this case: it may have layers of
-            another kind, whose compilation begins then.
-        """
+        """See `TextScorer.finish_compiling`."""
         return compilation.finish_compiling()
 
     def score_windows(self, jobs: list[WindowInput], texts: Slice) -> None:
