@@ -98,7 +98,7 @@ class CompiledFunction:
         backend: compiler of torch; "inductor" except in tests.
     """
 
-    def __init__(self, function: types.FunctionType, name: str, backend: Backend = "inductor") -> None:
+    def __init__(self, function: Callable[..., Any], name: str, backend: Backend = "inductor") -> None:
         self.enabled = True
         self._eager, self._name, self._inner_backend = function, name, backend
         self._compiled: Callable[..., Any] | None = None
@@ -279,8 +279,9 @@ def _stop_compiling() -> None:
         thread.join(_EXIT_SECONDS)
 
 
-def _own_copy(function: types.FunctionType) -> types.FunctionType:
+def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy with a code object of its own, because torch keeps compiled variants, and limits them, by code object."""
+    assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_NUMBERS)}")
     copy = types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
