@@ -6,16 +6,17 @@ grow with their number; numbers of rows and tokens are dynamic. Compiled code is
 processes of the node. If a function cannot be compiled, a warning says why and it stays eager. Executor side (and the
 trainer's evaluation); a retry finds the cache.
 
-Only one thread compiles at a time, and no compiled code runs meanwhile: torch changes global state while it traces (it
-replaces `torch.nn.Module.__call__`, for example), which eager code tolerates. The thread compiles and does not run the
-code. Triton times its kernels at their first run, which is therefore in the scoring thread, with nothing else on the
-GPU.
+Only one thread compiles at a time, and no compiled code runs meanwhile, because torch changes global state while it
+traces: it says to all threads that it is compiling, and replaces `torch.nn.Module.__call__` (`_keep_traces_apart`). The
+thread compiles and does not run the code. Triton times its kernels at their first run, which is therefore in the
+scoring thread, with nothing else on the GPU.
 """
 
 import atexit
 import contextlib
 import contextvars
 import ctypes
+import functools
 import itertools
 import logging
 import os
@@ -63,8 +64,12 @@ def use_disk_cache() -> None:
 
     Sets `TORCHINDUCTOR_CACHE_DIR` and `TRITON_CACHE_DIR`, which processes started from here inherit.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     folder = storage.cache_folder().absolute() / "compiled" / f"torch-{torch.__version__}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    # Torch sets the variable itself when it is imported by transformers.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
@@ -163,6 +168,7 @@ class CompiledFunction:
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             _stop_at_exit()
+            _keep_traces_apart()
             if self._compiled is None:
                 self._compiled = torch.compile(_own_copy(self._eager), backend=self._backend, fullgraph=True)
             arguments, named = tree_map(_with_dynamic_sizes, sample)
@@ -260,6 +266,29 @@ def _layers(decoder: torch.nn.Module) -> list[torch.nn.Module]:
 
 def _is_compiling() -> bool:
     return _thread is not None and _thread.is_alive()
+
+
+def _keep_traces_apart() -> None:
+    """Makes torch's symbolic tracer replace methods of `torch.nn.Module` for its own thread only.
+
+    Otherwise a module that another thread calls meanwhile becomes a part of the trace, and the call fails.
+    """
+    patcher = torch.fx._symbolic_trace._Patcher
+    replace = patcher.patch_method
+    if getattr(replace, "is_of_one_thread", False):
+        return
+
+    def patch_method(self: Any, cls: type, name: str, function: Callable[..., Any], deduplicate: bool = True) -> None:
+        tracing, before = threading.get_ident(), getattr(cls, name)
+
+        @functools.wraps(function)
+        def for_one_thread(*arguments: Any, **named: Any) -> Any:
+            return (function if threading.get_ident() == tracing else before)(*arguments, **named)
+
+        replace(self, cls, name, for_one_thread, deduplicate)
+
+    patch_method.is_of_one_thread = True  # type: ignore[attr-defined]
+    patcher.patch_method = patch_method
 
 
 def _stop_at_exit() -> None:

@@ -236,6 +236,34 @@ def test_it_scores_while_it_compiles(llama: Path) -> None:
     assert runs(scorer)[0] > 0
 
 
+def test_modules_may_be_called_while_another_thread_traces() -> None:
+    """torch's own tracer replaces `Module.__call__` for all threads."""
+    is_tracing, may_end, layer = threading.Event(), threading.Event(), torch.nn.Linear(2, 2)
+
+    class Traced(torch.nn.Module):
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            is_tracing.set()
+            assert may_end.wait(60)
+            return value + 1
+
+    compilation._keep_traces_apart()
+    compilation._keep_traces_apart()
+    thread = threading.Thread(target=torch.fx.symbolic_trace, args=(Traced(),))
+    call = torch.nn.Module.__call__
+    thread.start()
+    try:
+        assert is_tracing.wait(60)
+        assert torch.nn.Module.__call__ is not call
+        assert layer(torch.zeros(1, 2)).equal(layer.bias[None])
+    finally:
+        may_end.set()
+        thread.join()
+    assert torch.nn.Module.__call__ is call
+    # The tracer still sees the modules that its own thread calls.
+    graph = torch.fx.symbolic_trace(torch.nn.Sequential(layer)).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+
+
 def test_batches_that_do_not_fit_are_halved_when_compiled(llama: Path) -> None:
     def out_of_memory(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -374,12 +402,25 @@ def test_a_module_without_layers_stays_eager(caplog: pytest.LogCaptureFixture) -
 
 
 def test_the_cache_is_in_this_nodes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after transformers has imported torch's compiler, which sets the variable to its default."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]
     compilation.use_disk_cache()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/compiled/torch-{torch.__version__}/inductor"
-    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
+    folder = f"{tmp_path}/compiled/torch-{torch.__version__}"
+    assert cache_dir() == f"{folder}/inductor"
+    assert os.environ["TRITON_CACHE_DIR"] == f"{folder}/triton"
+
+
+def test_a_folder_that_the_user_has_set_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    compilation.use_disk_cache()
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert os.environ[name] == str(tmp_path / name)
 
 
 SCORES = """
@@ -417,7 +458,7 @@ def run_python(program: str, folder: Path, cache: Path) -> list[str]:
 def test_a_second_process_finds_the_code_on_the_disk(llama: Path, tmp_path: Path) -> None:
     """With torch's own compiler: equal scores before and after, and nothing is compiled twice on a node."""
     expected = [one.nll_sum_nats for one in score(make_scorer(llama), ROWS)]
-    for hits, misses in (("0", "3"), ("3", "0")):
+    for hits, misses in (("0", "2"), ("2", "0")):
         *lines, last = run_python(SCORES + COMPILED_SCORES, llama, tmp_path)
         for line in lines:
             assert [float(number) for number in line.split()] == pytest.approx(expected, rel=1e-5)
