@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, models
 from miniplm_udf.scoring.attention import improve_attention
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.inputs import EncodedPiece, Tokenized
-from miniplm_udf.scoring.scorer import Score, Scorer
+from miniplm_udf.scoring.results import Score
+from miniplm_udf.scoring.scorer import Scorer
 from tests.support import bench_results as results
 from tests.support import plain_loops
 
@@ -90,12 +91,12 @@ def measure(size: str, device: str, n_instances: int, peak: float) -> dict[str, 
     scorer = Scorer(model, Tokenizer(models.BPE()), describe(size), device=device)
     texts = [Tokenized([[EncodedPiece("", row, 0)]], 4 * _TOKENS) for row in ids]
     ends = [False] * n_instances
-    first = seconds_of(lambda: scorer.score_tokenized(texts[:1], ends[:1]))
     start = time.perf_counter()
-    scorer.score_tokenized(texts, ends)
+    scorer.score_tokenized(texts[:64], ends[:64])
+    first = time.perf_counter() - start
     while scorer.finish_compiling():
-        scorer.score_tokenized(texts, ends)
-    compiling = time.perf_counter() - start
+        scorer.score_tokenized(texts[:64], ends[:64])
+    compiled = time.perf_counter() - start
     found: list[Any] = []
     ours = flops / seconds_of(lambda: found.extend(scorer.score_tokenized(texts, ends)))
     if not all(isinstance(one, Score) and one.n_tokens == _TOKENS for one in found):
@@ -105,7 +106,7 @@ def measure(size: str, device: str, n_instances: int, peak: float) -> dict[str, 
         "model": size, "tokens_per_s": ours / of_one * _TOKENS, "ours_tflop_per_s": ours / 1e12,
         "official_tflop_per_s": theirs / 1e12, "matmul_tflop_per_s": ceiling / 1e12, "utilisation": ours / peak,
         "of_matmul": ours / ceiling, "vs_official": ours / theirs, "first_number_s": first,
-        "until_compiled_s": compiling,
+        "compiled_after_s": compiled,
     }  # fmt: skip
 
 
