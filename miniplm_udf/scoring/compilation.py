@@ -21,6 +21,7 @@ import itertools
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -65,11 +66,10 @@ def use_disk_cache() -> None:
 
     Sets `TORCHINDUCTOR_CACHE_DIR` and `TRITON_CACHE_DIR`, which processes started from here inherit.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     folder = storage.cache_folder().absolute() / "compiled" / f"torch-{torch.__version__}"
-    # Torch sets the variable itself when it is imported by transformers.
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+    # Torch sets the variable to its default, /tmp/torchinductor_USER, when transformers imports it.
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_")
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default).startswith(default):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
