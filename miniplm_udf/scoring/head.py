@@ -62,10 +62,10 @@ class Head:
             backend: compiler of torch; "inductor" except in tests.
         """
         use_disk_cache()
-        if getattr(getattr(self.decoder, "config", None), "_attn_implementation", None) != "flex_attention":
-            # Flex attention compiles itself, which must not happen while the layers are compiled.
-            unpack_linears(self.decoder)
-            self._layers = CompiledLayers(self.decoder, backend)
+        if getattr(getattr(self.decoder, "config", None), "_attn_implementation", None) == "flex_attention":
+            return  # flex attention compiles itself, which must not happen while another thread compiles
+        unpack_linears(self.decoder)
+        self._layers = CompiledLayers(self.decoder, backend)
         self._tile_nll = CompiledFunction(_tile_nll, "the output layer's log-softmax", backend)
 
     def hidden(self, input_BT: torch.Tensor) -> torch.Tensor:
