@@ -246,7 +246,7 @@ class ScoreConfig:
         workers_per_gpu: worker processes that may hold a model on one GPU at a time; others wait. Null: no limit.
         tokens_per_batch: most tokens of one forward pass; null searches the best number for the GPU and keeps it in
             the model's record, and takes 1,024 on a CPU.
-        compile: whether models run through torch.compile; null does so on a GPU only.
+        compile: whether torch compiles the layers of models, in the background; null does so on a GPU only.
         attention: attention backend of transformers; auto lets transformers choose.
         max_bytes_per_trigger: size of a micro-batch, as bytes of the instances' files: 512m, 1g.
         max_reject_share: if a higher share of (instance, model) pairs is rejected, the command ends with exit code 3.

@@ -1,7 +1,7 @@
 """Attention that is faster for scoring than the attention that transformers chooses, with equal results.
 
 Input: a loaded model whose attention is transformers' `sdpa`. Output: the same model with `blocked_attention` (on a
-CPU, float32), or with `sdpa` without a mask (`causal_mask`; under `torch.compile` transformers always makes a mask,
+CPU, float32), or with `sdpa` without a mask (`causal_mask`; while torch compiles, transformers always makes a mask,
 which rules out the flash kernels). The equality is tested on the model itself; if it fails, nothing is changed.
 Executor side; pure, except for names that are registered with transformers.
 """
@@ -116,7 +116,9 @@ def blocked_attention(
         The result, shape (B, T, H, d), as transformers expects it, and None in place of the attention weights.
     """
     n_batch, n_heads, n_tokens, size = query_BHTd.shape
-    is_plain = attention_mask is None and key_BKTd.shape[2] == n_tokens <= _LONGEST
+    # A compiler would unroll the loop below for one length.
+    is_traced = torch.compiler.is_dynamo_compiling()
+    is_plain = not is_traced and attention_mask is None and key_BKTd.shape[2] == n_tokens <= _LONGEST
     is_causal = others.get("is_causal") is not False and getattr(module, "is_causal", True)
     if not (is_plain and is_causal) or any(others.get(name) is not None for name in _SPECIAL):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

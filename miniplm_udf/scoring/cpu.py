@@ -99,3 +99,19 @@ def pack_linears(model: Any) -> None:
             # Subclasses may compute something else; the output layer shares its weight with the embedding.
             if type(layer) is torch.nn.Linear and layer is not output and can_pack(layer.weight):
                 setattr(parent, name, PackedLinear(layer.weight, layer.bias))
+
+
+def unpack_linears(model: torch.nn.Module) -> None:
+    """Takes back `pack_linears`, in place: torch compiles no code for packed weights.
+
+    Args:
+        model: a module with packed layers.
+    """
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, PackedLinear):
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                plain.weight = torch.nn.Parameter(layer.weight, requires_grad=False)
+                if layer.bias is not None:
+                    plain.bias = torch.nn.Parameter(layer.bias.detach(), requires_grad=False)
+                setattr(parent, name, plain)

@@ -8,6 +8,7 @@ v logits, few enough for a CPU's cache; a running logsumexp goes over the tiles,
 Another f cannot be seen here: `models.load_model` tests for it. Executor side (and the trainer's evaluation); pure.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 from miniplm_udf.errors import ModelLoadError
-from miniplm_udf.scoring.cpu import PackedLinear, can_pack
+from miniplm_udf.scoring.compilation import Backend, CompiledFunction, CompiledLayers, use_disk_cache
+from miniplm_udf.scoring.cpu import PackedLinear, can_pack, unpack_linears
 
 # On a CPU 4 MiB of float32 logits, which stay in the cache (docs/scoring.md); on a GPU 128 MiB.
 _TILE_ROWS = {"cpu": 256, "cuda": 2048}
@@ -51,12 +53,23 @@ class Head:
         self._device, self._dtype = weight.device, weight.dtype
         self._tile_rows = _TILE_ROWS.get(weight.device.type, _TILE_ROWS["cuda"])
         self._tiles = _tiles(weight, getattr(self._project, "bias", None))
-        self._tile_nll = _tile_nll
+        self._layers: CompiledLayers | None = None
+        self._tile_nll: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _tile_nll
 
-    def compile(self) -> None:
-        """Compiles the decoder, and fuses the operations after the matrix product."""
-        self.decoder = torch.compile(self.decoder, dynamic=True)
-        self._tile_nll = torch.compile(_tile_nll, dynamic=True)
+    def compile(self, backend: Backend = "inductor") -> None:
+        """Lets torch compile the decoder's layers, and fuse the operations after the matrix product.
+
+        The compilation begins with the first use and runs in the background (`compilation`).
+
+        Args:
+            backend: compiler of torch; "inductor" except in tests.
+        """
+        use_disk_cache()
+        if getattr(getattr(self.decoder, "config", None), "_attn_implementation", None) == "flex_attention":
+            return  # flex attention compiles itself, which must not happen while another thread compiles
+        unpack_linears(self.decoder)
+        self._layers = CompiledLayers(self.decoder, backend)
+        self._tile_nll = CompiledFunction(_tile_nll, "the output layer's log-softmax", backend)
 
     def hidden(self, input_BT: torch.Tensor) -> torch.Tensor:
         """Runs the decoder. Right padding needs no mask: the model is causal.
@@ -67,7 +80,8 @@ class Head:
         Returns:
             The last hidden states, shape (B, T, D), in the dtype and on the device of the output layer.
         """
-        hidden_BTD: torch.Tensor = self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc]
+        with self._layers.active() if self._layers is not None else contextlib.nullcontext():
+            hidden_BTD: torch.Tensor = self.decoder(input_ids=input_BT, use_cache=False)[0]  # type: ignore[misc]
         return hidden_BTD.to(self._device, self._dtype)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -102,12 +116,12 @@ class Head:
     def _rows_nll(self, hidden_nD: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         total_n = torch.full(target_n.shape, -torch.inf, dtype=torch.float32, device=target_n.device)
         picked_n = torch.zeros_like(total_n)
+        # Compiled code is for any number of rows but 1, which is rare and would need code of its own.
+        tile_nll = self._tile_nll if len(target_n) > 1 else _tile_nll
         first = 0
         for tile in self._tiles:
             logits_nv = tile(hidden_nD)
-            total_n, picked_n = self._tile_nll(
-                logits_nv, target_n - first, total_n, picked_n, self._scale, self._soft_cap
-            )
+            total_n, picked_n = tile_nll(logits_nv, target_n - first, total_n, picked_n, self._scale, self._soft_cap)
             first += logits_nv.shape[1]
             # Frees the tile's memory before the next tile is made.
             del logits_nv

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from miniplm_udf.scoring import compilation
 from miniplm_udf.scoring.batch_size import find_tokens_per_batch, place_of
 from miniplm_udf.scoring.batching import length_limit
 from miniplm_udf.scoring.description import ModelDescription
@@ -98,6 +99,10 @@ class Scorer(TextScorer):
             self._nll(input_BT, input_BT, np.ones(input_BT.shape, dtype=bool))
 
         return find_tokens_per_batch(description.model_id, run_pass, length, self._device, workers_per_gpu)
+
+    def finish_compiling(self) -> bool:
+        """See `TextScorer.finish_compiling`."""
+        return compilation.finish_compiling()
 
     def score_windows(self, jobs: list[WindowInput], texts: Slice) -> None:
         """Adds the nats of each window to the sum of its text; a window that does not fit in memory fails its text.

@@ -118,6 +118,15 @@ class TextScorer(abc.ABC):
             texts: the slice.
         """
 
+    def finish_compiling(self) -> bool:
+        """Waits until nothing is compiled in the background any more; for measurements and tests.
+
+        Returns:
+            Whether a compilation has begun since the last call. Score a batch again in this case: it may have layers of
+            another kind, whose compilation begins then.
+        """
+        return False
+
     def score(
         self,
         texts: Sequence[str | None],

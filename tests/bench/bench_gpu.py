@@ -7,9 +7,10 @@ SmolLM2; instances of 1,024 random tokens. Prints a row for each model and varia
 of large matrix products in the same run; writes `build/bench/gpu.json` after each row. After `--seconds`, the rows that
 are left are printed as skipped. Needs torch and transformers alone. On a CPU `--size tiny` tries the code, no more.
 
-Variants: the official loop (`plain_loops`); the scorer eager, and compiled, with the seconds to the first number from
-an empty and from a filled compilation cache; texts of 20 to 1,024 tokens; float8, and how far its scores are from
-bfloat16's. Means of random weights say little about a trained model: `bench_dtype` compares a real one.
+Variants: the official loop (`plain_loops`); the scorer eager, with the search for its token budget, and compiled, with
+the seconds to the first number and until all layers are compiled, from an empty and from a filled cache; texts of 20 to
+1,024 tokens; float8, and how far its scores are from bfloat16's. Means of random weights say little about a trained
+model: `bench_dtype` compares a real one.
 """
 
 import argparse
@@ -164,6 +165,7 @@ class Bench:
         self._means: np.ndarray | None = None
         self._float8: Any = None
         self._compiled: Scorer | None = None
+        self._tokens_per_batch: int | None = None
 
     def run(self, variant: str) -> dict[str, Any]:
         """One row of the table."""
@@ -182,10 +184,12 @@ class Bench:
         return self._rated(self._official_rate)
 
     def _eager(self) -> dict[str, Any]:
+        start = time.perf_counter()
         scorer = self._scorer(self._model, compiled=False)
+        found = {"tokens_per_batch": scorer.tokens_per_batch, "found_in_s": time.perf_counter() - start}
         self._score(scorer, self._ids[:_FEW])
         seconds, self._means = self._score(scorer, self._ids)
-        return self._rated(len(self._ids) * _TOKENS / seconds)
+        return self._rated(len(self._ids) * _TOKENS / seconds) | found
 
     def _float8_eager(self) -> dict[str, Any]:
         self._float8 = copy.deepcopy(self._model)
@@ -197,9 +201,9 @@ class Bench:
         return rated | ({} if self._means is None else spread(self._means, means))
 
     def _cold(self) -> dict[str, Any]:
-        first, rated = self._compile(self._model, self._rates.matmul)
-        self._full_rate = rated["tokens_per_s"]
-        return rated | {"first_number_s": first}
+        row = self._compile(self._model, self._rates.matmul)
+        self._full_rate = row["tokens_per_s"]
+        return row
 
     def _mixed_lengths(self) -> dict[str, Any]:
         if self._compiled is None:
@@ -215,29 +219,39 @@ class Bench:
     def _float8_compiled(self) -> dict[str, Any]:
         if self._float8 is None:
             raise RuntimeError("the eager variant did not end")
-        first, rated = self._compile(self._float8, self._rates.matmul_float8)
+        row = self._compile(self._float8, self._rates.matmul_float8)
         self._compiled = None
-        return rated | {"first_number_s": first, "vs_bfloat16": rated["tokens_per_s"] / self._full_rate}
+        return row | {"vs_bfloat16": row["tokens_per_s"] / self._full_rate}
 
     def _warm(self) -> dict[str, Any]:
-        """The first number after the compiled code is dropped from the process, with the cache on the disk."""
-        forget_compiled_code()
-        seconds, _ = self._score(self._scorer(self._model, compiled=True), self._ids[:_FEW])
-        return {"first_number_s": seconds}
+        """The start after the compiled code is dropped from the process, with the cache on the disk."""
+        return self._start(self._model)[1]
 
-    def _compile(self, model: Any, matmul: float) -> tuple[float, dict[str, Any]]:
-        """Seconds from the scorer to its first numbers, and its rate after that."""
-        forget_compiled_code()
-        scorers: list[Scorer] = []
-        made = seconds_of(lambda: scorers.append(self._scorer(model, compiled=True)))
-        self._compiled = scorers[0]
-        first, _ = self._score(self._compiled, self._ids[:_FEW])
-        self._score(self._compiled, self._ids[: 2 * _FEW])
+    def _compile(self, model: Any, matmul: float) -> dict[str, Any]:
+        """The start, and the rate of compiled layers after it."""
+        self._compiled, start = self._start(model)
         seconds, _ = self._score(self._compiled, self._ids)
-        return made + first, self._rated(len(self._ids) * _TOKENS / seconds, matmul)
+        return self._rated(len(self._ids) * _TOKENS / seconds, matmul) | start
+
+    def _start(self, model: Any) -> tuple[Scorer, dict[str, Any]]:
+        """A scorer without compiled code; seconds to its first numbers, and until all its layers are compiled."""
+        forget_compiled_code()
+        start = time.perf_counter()
+        scorer = self._scorer(model, compiled=True)
+        self._score(scorer, self._ids[:_FEW])
+        first = time.perf_counter() - start
+        while scorer.finish_compiling():
+            self._score(scorer, self._ids[:_FEW])
+        return scorer, {"first_number_s": first, "compiled_after_s": time.perf_counter() - start}
 
     def _scorer(self, model: Any, compiled: bool) -> Scorer:
-        return Scorer(model, Tokenizer(models.BPE()), describe(self.size), device=self._device, compiled=compiled)
+        """A scorer; the first one of the bench searches the token budget of all."""
+        scorer = Scorer(
+            model, Tokenizer(models.BPE()), describe(self.size), self._tokens_per_batch, self._device, compiled
+        )
+        if self._device != "cpu":
+            self._tokens_per_batch = scorer.tokens_per_batch
+        return scorer
 
     @staticmethod
     def _score(scorer: Scorer, rows: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:

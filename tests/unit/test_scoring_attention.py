@@ -1,4 +1,4 @@
-"""Our attention: equal to transformers' own, used where it is, and without a mask inside a compiled model."""
+"""Our attention: equal to transformers' own, used where it is, and without a mask in compiled layers."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from miniplm_udf.scoring import attention
+from miniplm_udf.scoring import attention, compilation
 from tests.support import tiny_models
 from tests.support.causal_types import tiny_config
 
@@ -62,24 +62,40 @@ def test_a_model_that_computes_with_the_mask_keeps_its_own() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_needs_no_mask(tmp_path: Path) -> None:
-    """Dynamo alone: what it would hand to a compiler, with no compiler behind it."""
-    seen: list[bool] = []
+def test_compiled_layers_need_no_mask(tmp_path: Path) -> None:
+    """Dynamo alone, with no compiler behind it. The mask is made outside of the layers, before torch traces them."""
 
-    def spy(*arguments: Any, **others: Any) -> tuple[torch.Tensor, None]:
-        seen.append(arguments[4] is None if len(arguments) > 4 else others["attention_mask"] is None)
+    def without_mask(*arguments: Any, **others: Any) -> tuple[torch.Tensor, None]:
+        if (arguments[4] if len(arguments) > 4 else others["attention_mask"]) is not None:
+            raise ValueError("a mask")
         return attention.blocked_attention(*arguments, **others)
 
     model = plain(tmp_path)
     attention.improve_attention(model)
     from transformers import AttentionInterface
 
-    AttentionInterface.register("miniplm_blocked", spy)
+    AttentionInterface.register("miniplm_blocked", without_mask)
     try:
-        compiled = torch.compile(model.base_model, backend="eager", dynamic=True)
-        with torch.inference_mode():
-            compiled(input_ids=torch.ones(2, 40, dtype=torch.long), use_cache=False)
+        layers = compilation.CompiledLayers(model.base_model, "eager")
+        with torch.inference_mode(), layers.active():
+            model.base_model(input_ids=torch.ones(2, 40, dtype=torch.long), use_cache=False)
+            assert compilation.finish_compiling()
+            model.base_model(input_ids=torch.ones(2, 40, dtype=torch.long), use_cache=False)
     finally:
         AttentionInterface.register("miniplm_blocked", attention.blocked_attention)
-    assert seen
-    assert all(seen)
+    assert layers._functions[0]._runs == len(model.base_model.layers)
+
+
+def test_a_mask_is_not_made_while_something_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says to all threads that it is compiling, and transformers then makes masks that may be left out."""
+    model = AutoModelForCausalLM.from_config(tiny_models.make_config("llama")).eval()
+    attention.improve_attention(model)
+    seen: list[Any] = []
+    layer = model.base_model.layers[0]
+    layer.register_forward_pre_hook(
+        lambda module, arguments, named: seen.append(named.get("attention_mask")), with_kwargs=True
+    )
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    with torch.inference_mode():
+        model.base_model(input_ids=torch.ones(2, 40, dtype=torch.long), use_cache=False)
+    assert seen == [None]
