@@ -127,16 +127,16 @@ def compilations(family: str, n_layers: int) -> int:
         ("qwen2", 2),
         ("gpt2", 2),
         ("mixtral", 2),
-        ("qwen3_moe", 2),
+        pytest.param("qwen3_moe", 2, marks=pytest.mark.long),
         # A short input, of several rows in SHAPES, needs no mask; a long one has the mask of the sliding window.
-        ("mistral", 3),
+        pytest.param("mistral", 3, marks=pytest.mark.long),
         # Two kinds of layers: with and without experts, with and without rotary positions (every fourth).
-        ("deepseek_v3", 4),
-        ("smollm3", 4),
+        pytest.param("deepseek_v3", 4, marks=pytest.mark.long),
+        pytest.param("smollm3", 4, marks=pytest.mark.long),
         # Masks and kinds of layers together, and attention next to a state space.
         ("gemma2", None),
-        ("gemma3_text", None),
-        ("olmo3", None),
+        pytest.param("gemma3_text", None, marks=pytest.mark.long),
+        pytest.param("olmo3", None, marks=pytest.mark.long),
         pytest.param("falcon_h1", None, marks=pytest.mark.long),
     ],
 )
@@ -191,7 +191,15 @@ def test_scores_are_equal(llama: Path, changes: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
-    ["gpt2", "qwen2", "gemma2", "gemma3_text", "mixtral", "mamba", pytest.param("falcon_h1", marks=pytest.mark.long)],
+    [
+        "gpt2",
+        "qwen2",
+        "gemma2",
+        "gemma3_text",
+        "mixtral",
+        pytest.param("mamba", marks=pytest.mark.long),
+        pytest.param("falcon_h1", marks=pytest.mark.long),
+    ],
 )
 def test_scores_of_other_families_are_equal(tmp_path: Path, family: str) -> None:
     folder = make_model_folder(tmp_path, family)
