@@ -28,16 +28,21 @@ def _versions(config: ExperimentConfig, names: Sequence[str]) -> list[int | None
     return [newest_version(config.layout.table(name)) for name in names]
 
 
+def _tokenizer_facts(model: ModelConfig) -> Json:
+    """The config of a model whose tokenizer is used: without where it runs."""
+    return {key: value for key, value in to_dict(model).items() if key not in ("backend", "server", "device_map")}
+
+
 def _model_facts(model: ModelConfig) -> Json:
-    """The config of a model without what changes no result: where it runs, and how its server is asked."""
-    facts = {key: value for key, value in to_dict(model).items() if key not in ("backend", "server", "device_map")}
-    return facts if model.server is None else facts | {"server": [model.server.model, model.server.revision]}
+    """The config of a model without what changes no score: where it runs, and how its server is asked."""
+    served = {} if model.server is None else {"server": [model.server.model, model.server.revision]}
+    return _tokenizer_facts(model) | served
 
 
 def ingest_inputs(config: ExperimentConfig) -> list[Any]:
     """The section `ingest`, and the model whose tokenizer cuts the text."""
     tokenizer_model = config.models.get(config.ingest.chunking.tokenizer)
-    return [to_dict(config.ingest), _model_facts(tokenizer_model) if tokenizer_model else None]
+    return [to_dict(config.ingest), _tokenizer_facts(tokenizer_model) if tokenizer_model else None]
 
 
 def ingest_files(spark: "SparkSession | None", config: ExperimentConfig) -> list[Any] | None:

@@ -171,9 +171,11 @@ class ExperimentConfig:
             )
         by_name: dict[tuple[str, str], str] = {}
         for alias, server in servers.items():
+            if alias not in self.scored_aliases:
+                continue
             first = by_name.setdefault((server.model, server.revision), alias)
             check(
-                servers[first].url == server.url,
+                servers[first].url.rstrip("/") == server.url.rstrip("/"),
                 f"models.{alias}.server.revision: expected another than models.{first}.server.revision, since scores "
                 f"are kept by the server's model and revision and these are two servers, found {server.revision!r} in "
                 "both",

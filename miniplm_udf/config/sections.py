@@ -8,6 +8,7 @@ evaluate.py and tracking.py. Imports nothing heavy.
 
 import dataclasses
 import re
+import urllib.parse
 from typing import Literal
 
 from miniplm_udf.errors import ConfigError
@@ -39,9 +40,9 @@ class ServerConfig:
         revision: what is known of the server's weights, such as a commit; a part of the model's revision.
         requests: requests at the same time, of each worker.
         windows: windows of text in one request.
-        timeout_seconds: time for the answer to one request.
-        retries: how often a request is repeated if the server cannot be reached, is busy or fails, after pauses that
-            grow to 8 s; the default waits about five minutes for a server that restarts.
+        timeout_seconds: time for the answer to one try of a request.
+        patience_seconds: for how long a request is repeated while the server cannot be reached, is busy or fails. The
+            first request, which asks whether the server can score, is repeated for 30 s at most.
     """
 
     url: str
@@ -50,22 +51,26 @@ class ServerConfig:
     requests: int = 8
     windows: int = 8
     timeout_seconds: float = 600.0
-    retries: int = 40
+    patience_seconds: float = 600.0
 
     def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url)
         check(
-            re.match(r"https?://[^/]", self.url) is not None, f"server.url: expected http(s)://..., found {self.url!r}"
+            "@" not in parts.netloc and not parts.query and not parts.fragment,
+            "server.url: expected no user, password, query or fragment, which records would show; the key is "
+            "OPENAI_API_KEY of the environment",
         )
         check(
-            "@" not in self.url.split("/")[2] and "?" not in self.url,
-            "server.url: expected no user, password or query, which records would show; the key is OPENAI_API_KEY of "
-            "the environment",
+            re.fullmatch(r"https?://[^/:]+(:\d+)?(/.*)?|https?://\[[^]]+\](:\d+)?(/.*)?", self.url) is not None,
+            f"server.url: expected http(s)://HOST[:PORT]/v1, found {self.url!r}",
         )
         check(bool(self.model), "server.model: expected the name of the model on the server, found nothing")
         for key in ("requests", "windows"):
             check(getattr(self, key) >= 1, f"server.{key}: expected at least 1, found {getattr(self, key)}")
         check(self.timeout_seconds > 0, f"server.timeout_seconds: expected more than 0, found {self.timeout_seconds}")
-        check(self.retries >= 0, f"server.retries: expected at least 0, found {self.retries}")
+        check(
+            self.patience_seconds >= 0, f"server.patience_seconds: expected at least 0, found {self.patience_seconds}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,11 @@ class ModelConfig:
             (self.backend == "openai") == (self.server is not None),
             f"server: expected together with `backend: openai`, found backend {self.backend} "
             f"{'without' if self.server is None else 'with'} a server",
+        )
+        check(
+            self.server is None or not str(self.path).endswith(".gguf"),
+            "path: expected a folder or hub name with config.json and the tokenizer of the server's model with "
+            f"`backend: openai`, found {self.path}, which would be converted with all its weights",
         )
         check(
             self.server is None or self.dtype == "auto",

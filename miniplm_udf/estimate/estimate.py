@@ -37,7 +37,7 @@ from miniplm_udf.ingestion.packed import packed_sample
 from miniplm_udf.ingestion.query import chunking_model, executor_tokenizer_hash
 from miniplm_udf.ingestion.splits import INSTANCE, REJECT, ChunkingSpec, make_ingest_function, output_spark_schema
 from miniplm_udf.schemas.types import TableRow
-from miniplm_udf.scoring.description import with_absolute_path
+from miniplm_udf.scoring.description import settled_dtype, with_absolute_path
 from miniplm_udf.workers.remote import run_over_rows
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _request(config: ExperimentConfig, alias: str) -> MeasureRequest:
     request = MeasureRequest(
         alias=alias,
         config=with_absolute_path(located),
-        dtype=record["dtype"] if record else None,
+        dtype=settled_dtype(record),
         score=config.score,
         seconds=MEASURE_SECONDS,
     )

@@ -17,7 +17,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import CorpusError, DamagedRecordError, ModelLoadError
 from miniplm_udf.layout import Root
-from miniplm_udf.scoring.description import ModelDescription, with_absolute_path
+from miniplm_udf.scoring.description import ModelDescription, settled_dtype, with_absolute_path
 from miniplm_udf.storage import Json
 from miniplm_udf.store import tables
 from miniplm_udf.workers.remote import model_errors, run_on_executor
@@ -192,10 +192,8 @@ def _settled_dtype(spark: "SparkSession", config: ExperimentConfig, alias: str) 
 
     if config.models[alias].dtype != "auto":
         return None
-    record = storage.read_json(config.layout.model_record(alias))
-    # A server says nothing of the dtype of the model's earlier scores, which were made here.
-    if record and record["dtype"] != "server":
-        return str(record["dtype"])
+    if settled := settled_dtype(storage.read_json(config.layout.model_record(alias))):
+        return settled
     if not tables.exists(spark, config.layout.table("scores")):
         return None
     is_local = (F.col("model_id") == alias) & (F.col("dtype") != "server")

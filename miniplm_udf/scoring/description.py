@@ -104,6 +104,18 @@ class ModelDescription:
         return cls(**{key: value for key, value in plain.items() if key in names})
 
 
+def settled_dtype(record: Json | None) -> str | None:
+    """Returns the dtype that a model's record settles for its later scores.
+
+    Args:
+        record: the model's record; None if it has none.
+
+    Returns:
+        The dtype; None without a record, or if a server made the scores, which says nothing of a dtype here.
+    """
+    return None if record is None or record["dtype"] == "server" else str(record["dtype"])
+
+
 def with_absolute_path(config: ModelConfig) -> ModelConfig:
     """Returns the config with a path that means the same in any working directory, to be sent to executors.
 

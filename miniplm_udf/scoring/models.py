@@ -85,7 +85,7 @@ def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> Model
         vocab_size=vocab_size,
         n_parameters=parameters,
         weights_hash=weights_hash(folder) if config.server is None else _served_hash(config.server),
-        path=storage.redact(str(config.path)) + (f"@{config.revision}" if config.revision else ""),
+        path=_place(config),
         warnings=warnings,
     )
 
@@ -110,6 +110,15 @@ def _n_parameters_of(architecture: Any, config: ModelConfig) -> int:
             model = kind.from_config(architecture, trust_remote_code=config.trust_remote_code)
             return sum(weight.numel() for weight in model.parameters())
     return 0
+
+
+def _place(config: ModelConfig) -> str:
+    """Where a model came from, without secrets."""
+    place = storage.redact(str(config.path)) + (f"@{config.revision}" if config.revision else "")
+    if config.server is None:
+        return place
+    server = config.server
+    return f"{place}, served as {server.model}" + (f"@{server.revision}" if server.revision else "")
 
 
 def _served_hash(server: ServerConfig) -> str:

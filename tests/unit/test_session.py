@@ -1,5 +1,6 @@
 """The session's settings: what conf/spark says and what the jobs set themselves must be one."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,11 @@ def test_cached_jars_are_used_without_resolving(tmp_path: Path, monkeypatch: pyt
     cached = session.delta_jars()
     assert cached["spark.jars"].count(str(jars)) == len(session.DELTA_JARS)
     assert "spark.jars.packages" not in cached
+
+
+@pytest.mark.parametrize("key", ["spark.executorEnv.OPENAI_API_KEY", "spark.hadoop.fs.s3a.access.key", "spark.x.token"])
+def test_sparks_pages_hide_keys(key: str) -> None:
+    assert re.search(session._defaults(1)["spark.redaction.regex"], key)
 
 
 def test_a_driver_without_deltas_jars_is_refused() -> None:
