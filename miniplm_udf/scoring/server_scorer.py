@@ -292,7 +292,7 @@ def _pause(state: Any) -> float:
     """Seconds before the next try: growing, or what the server asks for."""
     from tenacity import wait_exponential_jitter
 
-    growing = wait_exponential_jitter(initial=0.5, max=_LONGEST_PAUSE_SECONDS)(state)
+    growing = wait_exponential_jitter(initial=0.5, max=_LONGEST_PAUSE_SECONDS, jitter=0.25)(state)
     response = getattr(state.outcome.exception(), "response", None)
     asked = "" if response is None else response.headers.get("retry-after", "")
     return max(growing, float(asked)) if asked.replace(".", "", 1).isdigit() else growing
