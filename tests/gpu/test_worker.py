@@ -68,7 +68,7 @@ def make_factory(
 ) -> WatchedFactory:
     config = ModelConfig(path=str(folder), context_tokens=64, window_overlap_tokens=16)
     settings = ScoreConfig(tokens_per_batch=tokens, compile=False)
-    return WatchedFactory(config, describe(alias, config, dtype), settings, log, **options)
+    return WatchedFactory(config, describe(alias, config, dtype), settings, log=log, **options)
 
 
 def scored_here(factory: WatchedFactory, texts: Sequence[str]) -> list[Any]:

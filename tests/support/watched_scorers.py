@@ -23,7 +23,7 @@ from tests.support.tiny_models import decoder_of
 _OUT_OF_RANGE = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchedFactory(ModelScorerFactory):
     """Makes a real scorer, and logs the load and the warnings of the scorer.
 

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import re
 import sys
 from collections.abc import Iterable
@@ -87,3 +88,11 @@ def test_a_trainer_node_has_what_the_trainer_imports_of_the_library() -> None:
     assert ROOT / "miniplm_udf/scoring/gguf_models.py" in files
     # A function of `schemas` that the trainer does not call imports pyspark; `test_what_is_not_loaded` checks that.
     assert distributions(files) - declared("train", "tensorboard", "wandb", "eval") == {"pyspark"}
+
+
+@pytest.mark.parametrize("folder", ["bench", "cluster", "faults", "gpu", "support"])
+def test_modules_that_few_commands_run_can_be_imported(folder: str) -> None:
+    for path in sorted((ROOT / "tests" / folder).glob("[!_]*.py")):
+        # An engine's script runs in the engine's own environment.
+        if path.stem not in ("engine_vllm", "engine_llama_cpp", "conftest"):
+            importlib.import_module(f"tests.{folder}.{path.stem}")
