@@ -1,4 +1,4 @@
-"""Waits until GPUs have room for a model, names the processes that hold their memory, and refuses what cannot fit.
+"""Waits until GPUs have room for a model, and refuses a model that cannot fit.
 
 Other programs may have the GPU of a scorer process: another user's training holds its memory, or the GPU is in
 exclusive mode. Input: the free memory of the GPUs before a model is loaded, the bytes of its weights, and errors of
@@ -9,16 +9,14 @@ ends the task, not the process. Loads torch inside the functions. Executor side;
 import contextlib
 import dataclasses
 import gc
-import itertools
 import logging
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal, TypeVar
 
 from miniplm_udf.errors import ModelLoadError, ScoringError, first_line
 from miniplm_udf.scoring.device_maps import MARGIN_BYTES
+from miniplm_udf.workers.gpu_holders import holders
 from miniplm_udf.workers.gpu_slots import wanted
 
 LOGGER = logging.getLogger("miniplm.workers")
@@ -27,8 +25,6 @@ _LOG_EVERY_SECONDS = 60.0
 _CHECK_EVERY_SECONDS = 1.0
 # After an error of CUDA: each attempt may read the model's files again.
 _RETRY_SECONDS = 15.0
-_QUERY = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory,name", "--format=csv,noheader")
-_QUERY_SECONDS = 20.0
 _GIB = 1024**3
 
 T = TypeVar("T")
@@ -110,85 +106,6 @@ def is_taken(error: BaseException) -> bool:
     """
     message = str(error) if isinstance(error, RuntimeError | ModelLoadError) else ""
     return "CUDA" in message and ("out of memory" in message or "busy or unavailable" in message)
-
-
-# Who holds a GPU
-
-
-@dataclasses.dataclass(frozen=True)
-class GpuProcess:
-    """A process that computes on a GPU, as nvidia-smi lists it.
-
-    Attributes:
-        gpu: UUID of the GPU, without the prefix `GPU-`.
-        pid: process id.
-        used: memory in nvidia-smi's words, such as `1024 MiB`.
-        name: its program.
-    """
-
-    gpu: str
-    pid: int
-    used: str
-    name: str
-
-
-def parse_processes(text: str) -> list[GpuProcess]:
-    """Returns the processes that `nvidia-smi` lists, from the output of the command `_QUERY`.
-
-    Args:
-        text: the output; a line of another form, such as an error, is left out.
-    """
-    processes = []
-    for line in text.splitlines():
-        gpu, pid, used, name = ([part.strip() for part in line.split(",", 3)] + [""] * 4)[:4]
-        if pid.isdigit():
-            processes.append(GpuProcess(gpu.removeprefix("GPU-"), int(pid), used, name))
-    return processes
-
-
-def gpu_processes(names: Sequence[str]) -> list[GpuProcess] | None:
-    """The processes on GPUs; None where nvidia-smi is missing or fails.
-
-    Args:
-        names: UUIDs of the GPUs. Where nvidia-smi has other names for them (parts of a GPU), all processes are listed.
-    """
-    try:
-        run = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    processes = parse_processes(run.stdout)
-    return [process for process in processes if process.gpu in names] or processes
-
-
-def holders(names: Sequence[str]) -> str:
-    """Returns in words who holds GPUs: each process with its memory, and its user and command where they can be read.
-
-    Args:
-        names: UUIDs of the GPUs.
-    """
-    processes = gpu_processes(names)
-    if processes is None:
-        return "nvidia-smi cannot be run here, so the processes that hold it are unknown"
-    if not processes:
-        return "nvidia-smi lists no process (it does not see processes of other containers)"
-    return "it is held by " + ", ".join(_in_words(process) for process in processes)
-
-
-def _in_words(process: GpuProcess) -> str:
-    known = f"process {process.pid} ({process.name}"
-    with contextlib.suppress(ImportError):
-        # Imported here, so that tests/gpu runs where torch and transformers alone are installed.
-        import psutil
-
-        with contextlib.suppress(psutil.Error):
-            listed = psutil.Process(process.pid)
-            command = listed.cmdline()
-            # In a container another process may have this number.
-            if command and Path(command[0]).name == Path(process.name).name:
-                # Options are left out: they may hold a password.
-                words = itertools.takewhile(lambda word: not word.startswith("--"), command[:3])
-                known = f"process {process.pid} of {listed.username()} ({' '.join(words)}"
-    return f"{known}, {process.used})"
 
 
 # Loading

@@ -20,7 +20,8 @@ from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.workers import gpu_memory, gpu_slots
-from miniplm_udf.workers.gpu_memory import gpu_processes, held_by_others, load_when_free, measured, room
+from miniplm_udf.workers.gpu_holders import gpu_processes
+from miniplm_udf.workers.gpu_memory import held_by_others, load_when_free, measured, room
 from miniplm_udf.workers.model_scorers import ModelScorerFactory, assigned_device, visible_gpus
 from tests.support import tiny_models
 from tests.support.scoring_oracles import ROWS, score

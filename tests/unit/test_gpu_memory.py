@@ -7,27 +7,26 @@ No GPU is here: the memory of one is a number that a test says, or that depends 
 import getpass
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from miniplm_udf.errors import ModelLoadError, ScoringError
 from miniplm_udf.workers import gpu_memory
-from miniplm_udf.workers.gpu_memory import (
-    GpuMemory,
+from miniplm_udf.workers.gpu_holders import (
     GpuProcess,
+    free_memory,
     gpu_processes,
-    held_by_others,
     holders,
-    is_taken,
-    load_when_free,
     parse_processes,
-    room,
+    program_of,
 )
+from miniplm_udf.workers.gpu_memory import GpuMemory, held_by_others, is_taken, load_when_free, room
 
 GIB = 1024**3
 UUID = "8f6a7c3e-1234-5678-9abc-def012345678"
@@ -115,17 +114,29 @@ def write_smi(node: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
 
 
-def list_holder(node: Path, monkeypatch: pytest.MonkeyPatch, pid: int, name: str = sys.executable) -> None:
-    lines = f"GPU-{UUID}, {pid}, 70112 MiB, {name}\nGPU-another, 1, 1 MiB, init"
-    write_smi(node, monkeypatch, f"case \"$*\" in *gpu_uuid,pid,used_memory,name*csv,noheader*) echo '{lines}';; esac")
+def list_holders(node: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """An nvidia-smi that knows two GPUs and lists processes: `GPU, pid, memory, program`."""
+    script = (
+        'case "$*" in\n'
+        f"*query-compute-apps=gpu_uuid,pid,used_memory,name*csv,noheader*) echo '{chr(10).join(lines)}';;\n"
+        f"*query-gpu=uuid,memory.free*csv,noheader*) printf 'GPU-{UUID}, 10240 MiB\\nGPU-another, [N/A]\\n"
+        "GPU-free, 81000 MiB\\n';;\nesac"
+    )
+    write_smi(node, monkeypatch, script)
+
+
+def line(pid: int, name: str = sys.executable, gpu: str = UUID) -> str:
+    return f"GPU-{gpu}, {pid}, 70112 MiB, {name}"
 
 
 @pytest.fixture
-def holder(node: Path, monkeypatch: pytest.MonkeyPatch) -> "subprocess.Popen[bytes]":
+def holder(node: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["subprocess.Popen[bytes]"]:
     """A process of another program, which nvidia-smi lists."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "--password=secret"])
-    list_holder(node, monkeypatch, process.pid)
-    return process
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "--password=secret", "-pSECRET"])
+    list_holders(node, monkeypatch, line(process.pid), line(1, "init", "another"))
+    yield process
+    process.kill()
+    process.wait()
 
 
 def memory_of(process: "subprocess.Popen[bytes]") -> Callable[[], list[GpuMemory]]:
@@ -133,31 +144,95 @@ def memory_of(process: "subprocess.Popen[bytes]") -> Callable[[], list[GpuMemory
     return lambda: [gpu(10 if process.poll() is None else 80)]
 
 
-def test_the_holder_is_named_with_its_user_and_command(
+def test_the_holder_is_named_with_its_user_and_program(
     node: Path, monkeypatch: pytest.MonkeyPatch, holder: "subprocess.Popen[bytes]"
 ) -> None:
+    assert holders([UUID]) == (
+        f"it is held by process {holder.pid} of {getpass.getuser()} ({sys.executable} -c, 70112 MiB)"
+    )
+    # In a container the number may belong to another process.
+    list_holders(node, monkeypatch, line(holder.pid, "/usr/bin/trainer"))
+    assert holders([UUID]) == f"it is held by process {holder.pid} (/usr/bin/trainer, 70112 MiB)"
+    list_holders(node, monkeypatch, line(2**30, "[Not Found]"))
+    assert holders([UUID]) == f"it is held by process {2**30} ([Not Found], 70112 MiB)"
+
+
+def test_processes_of_other_gpus_and_this_process_are_not_named(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_holders(node, monkeypatch, line(os.getpid()), line(7), line(8, gpu="another"))
+    assert [process.pid for process in gpu_processes([UUID]) or ()] == [7]
+    assert [process.pid for process in gpu_processes([UUID, "another"]) or ()] == [7, 8]
+    # The holder is in another container.
+    list_holders(node, monkeypatch, line(os.getpid()), line(8, gpu="another"))
+    assert gpu_processes([UUID]) == []
+    assert "lists no other process" in holders([UUID])
+    # A part of a GPU has a name of its own, which nvidia-smi does not know.
+    assert [process.pid for process in gpu_processes(["a part of a GPU"]) or ()] == [8]
+
+
+def test_a_scorer_process_is_named_as_one(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "miniplm_udf.workers.scorer_process"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(node / "socket"))
+        listener.listen()
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            module,
+            "--listener",
+            str(listener.fileno()),
+            "--owner",
+            str(os.getpid()),
+        ]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()])
     try:
-        assert [process.pid for process in gpu_processes([UUID]) or ()] == [holder.pid]
-        assert [process.pid for process in gpu_processes(["a part of a GPU"]) or ()] == [holder.pid, 1]
-        text = holders([UUID])
-        assert f"process {holder.pid} of {getpass.getuser()} ({sys.executable} -c" in text
-        assert "70112 MiB" in text
-        assert "secret" not in text
-        # In a container the number may belong to another process.
-        list_holder(node, monkeypatch, holder.pid, "/usr/bin/trainer")
-        assert holders([UUID]) == f"it is held by process {holder.pid} (/usr/bin/trainer, 70112 MiB)"
-        list_holder(node, monkeypatch, 2**30, "[Not Found]")
-        assert holders([UUID]) == f"it is held by process {2**30} ([Not Found], 70112 MiB)"
+        list_holders(node, monkeypatch, line(process.pid))
+        user = getpass.getuser()
+        assert holders([UUID]) == (
+            f"it is held by scorer process {process.pid} of {user} ({sys.executable} -m {module}, 70112 MiB)"
+        )
     finally:
-        holder.kill()
-        holder.wait()
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("trainer", "trainer"),
+        ("trainer -pSECRET", "trainer"),
+        ("trainer SECRET", "trainer"),
+        ("/bin/python3", "/bin/python3"),
+        ("/bin/python3 -pSECRET", "/bin/python3"),
+        ("/bin/python3 -pmSECRET", "/bin/python3"),
+        ("/bin/python3 --password=SECRET", "/bin/python3"),
+        ("/bin/python3 train.py SECRET", "/bin/python3 train.py"),
+        ("/bin/python3 -u train.py --password SECRET", "/bin/python3 train.py"),
+        ("python -W error -Xdev -X utf8 train.py", "python train.py"),
+        ("python -P -m pkg.train SECRET", "python -m pkg.train"),
+        ("python -Im pkg.train SECRET", "python -m pkg.train"),
+        ("python -mpkg.train SECRET", "python -m pkg.train"),
+        ("python -c SECRET SECRET", "python -c"),
+        ("python -Ic SECRET", "python -c"),
+        ("python -cSECRET SECRET", "python -c"),
+        ("python -m", "python -m "),
+    ],
+)
+def test_a_command_is_shown_without_its_arguments(command: str, expected: str) -> None:
+    assert program_of(command.split()) == expected
+
+
+def test_the_free_memory_that_nvidia_smi_lists(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_holders(node, monkeypatch)
+    assert free_memory() == {UUID: 10 * GIB, "free": 81000 * 1024**2}
 
 
 def test_without_nvidia_smi_the_holders_are_unknown(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_smi(node, monkeypatch, "echo 'Failed to initialize NVML'; exit 9")
     assert gpu_processes([UUID]) is None
+    assert free_memory() == {}
     write_smi(node, monkeypatch, "exit 0")
-    assert "lists no process" in holders([UUID])
+    assert "lists no other process" in holders([UUID])
     monkeypatch.setenv("PATH", str(node))
     assert "cannot be run" in holders([UUID])
 
@@ -180,12 +255,8 @@ def test_a_gpu_that_is_held_is_waited_for(
 
 
 def test_a_gpu_that_stays_held_is_refused_by_name(node: Path, holder: "subprocess.Popen[bytes]") -> None:
-    try:
-        with pytest.raises(ScoringError, match=rf"process {holder.pid} of .* 70112 MiB.*CUDA_VISIBLE_DEVICES"):
-            load_when_free(time.monotonic, memory_of(holder), [UUID], 50 * GIB, "teacher", 0.2)
-    finally:
-        holder.kill()
-        holder.wait()
+    with pytest.raises(ScoringError, match=rf"process {holder.pid} of .* 70112 MiB.*CUDA_VISIBLE_DEVICES"):
+        load_when_free(time.monotonic, memory_of(holder), [UUID], 50 * GIB, "teacher", 0.2)
 
 
 def test_a_gpu_that_is_too_small_is_refused_at_once(node: Path) -> None:
