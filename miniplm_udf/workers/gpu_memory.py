@@ -11,13 +11,13 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeVar
 
 from miniplm_udf.errors import ModelLoadError, ScoringError, first_line
 from miniplm_udf.scoring.device_maps import MARGIN_BYTES
-from miniplm_udf.workers.gpu_holders import holders
-from miniplm_udf.workers.gpu_slots import wanted
+from miniplm_udf.workers.gpu_holders import gpu_processes, holders
+from miniplm_udf.workers.gpu_slots import note_memory, other_users, wanted
 
 LOGGER = logging.getLogger("miniplm.workers")
 
@@ -25,6 +25,8 @@ _LOG_EVERY_SECONDS = 60.0
 _CHECK_EVERY_SECONDS = 1.0
 # After an error of CUDA: each attempt may read the model's files again.
 _RETRY_SECONDS = 15.0
+# Idle scorer processes end within this time when another process waits for their GPU.
+_IDLE_SECONDS = 10.0
 _GIB = 1024**3
 
 T = TypeVar("T")
@@ -39,12 +41,15 @@ class GpuMemory:
         free: bytes that are free now.
         total: bytes of the GPU.
         own: bytes that the models of this process hold already.
+        siblings: bytes that the models of other scorer processes of this user hold or are about to hold. Such a
+            process ends when it is idle and another one waits for the GPU.
     """
 
     name: str
     free: int
     total: int
     own: int
+    siblings: int = 0
 
 
 def measured(devices: Sequence[str], names: Sequence[str]) -> list[GpuMemory]:
@@ -68,7 +73,8 @@ def measured(devices: Sequence[str], names: Sequence[str]) -> list[GpuMemory]:
     memory = []
     for device, name in zip(devices, names, strict=True):
         free, total = torch.cuda.mem_get_info(device)
-        memory.append(GpuMemory(name, free, total, torch.cuda.memory_reserved(device)))
+        own, siblings = torch.cuda.memory_reserved(device), sum(other_users(name).values())
+        memory.append(GpuMemory(name, free, total, own, siblings))
     return memory
 
 
@@ -80,22 +86,31 @@ def room(gpus: Sequence[GpuMemory], n_bytes: int) -> Literal["now", "later", "ne
         n_bytes: bytes of the weights.
 
     Returns:
-        now; later, if other processes hold what is missing; never, if the GPUs are too small for the weights and the
-        models that this process holds already.
+        now; later, if other processes hold what is missing or need it for a model that they load; never, if the GPUs
+        are too small for the weights and the models that this process holds already.
     """
-    if sum(max(0, gpu.free - MARGIN_BYTES) for gpu in gpus) >= n_bytes:
+    if _without_margins(min(gpu.free, _beside_siblings(gpu)) for gpu in gpus) >= n_bytes:
         return "now"
-    most = sum(max(0, gpu.total - gpu.own - MARGIN_BYTES) for gpu in gpus)
-    return "later" if most >= n_bytes else "never"
+    return "later" if _without_margins(gpu.total - gpu.own for gpu in gpus) >= n_bytes else "never"
+
+
+def _beside_siblings(gpu: GpuMemory) -> int:
+    """Bytes of a GPU that remain for this process if only its own models and those of its siblings are on the GPU."""
+    return gpu.total - gpu.own - gpu.siblings
+
+
+def _without_margins(n_bytes: Iterable[int]) -> int:
+    """Bytes for weights on several GPUs, of which each keeps a margin."""
+    return sum(max(0, number - MARGIN_BYTES) for number in n_bytes)
 
 
 def held_by_others(gpus: Sequence[GpuMemory]) -> bool:
-    """Whether other processes hold memory of GPUs: more than the context of this process alone explains.
+    """Whether other processes hold memory of GPUs, more than the context of this process explains, or will hold it.
 
     Args:
         gpus: the GPUs.
     """
-    return any(gpu.total - gpu.free - gpu.own > MARGIN_BYTES for gpu in gpus)
+    return any(gpu.siblings > 0 or gpu.total - gpu.free - gpu.own > MARGIN_BYTES for gpu in gpus)
 
 
 def is_taken(error: BaseException) -> bool:
@@ -133,10 +148,12 @@ def load_when_free(
         The result of `load`.
 
     Raises:
-        ModelLoadError: the GPUs are too small for the model.
+        ModelLoadError: the GPUs are too small for the model, or for the model and those of other scorer processes of
+            this user, which are at work.
         ScoringError: other processes have held the GPUs for `patience_seconds`.
     """
     start, logged = time.monotonic(), None
+    asked = start
     with contextlib.ExitStack() as waiting:
         while True:
             gpus: list[GpuMemory] = []
@@ -144,6 +161,7 @@ def load_when_free(
                 gpus = measure()
                 fits = room(gpus, n_bytes)
                 if fits == "now":
+                    note_memory({gpu.name: gpu.own + n_bytes // len(gpus) for gpu in gpus})
                     return load()
                 pause, problem = _CHECK_EVERY_SECONDS, f"{_free(gpus)} are free, expected {_needed(n_bytes)}"
             except Exception as error:
@@ -151,9 +169,14 @@ def load_when_free(
                     raise
                 fits, pause, problem = "later", _RETRY_SECONDS, first_line(error)
             # Outside the except block, whose traceback would keep the tensors of the failed attempt.
+            note_memory({gpu.name: gpu.own for gpu in gpus})
             if gpus and (fits == "never" or not _others_hold(measure)):
                 raise ModelLoadError(_too_large(alias, gpus, n_bytes, problem))
             now = time.monotonic()
+            if now - asked >= _IDLE_SECONDS:
+                asked = now
+                if pids := _busy_siblings(gpus, names, n_bytes):
+                    raise ModelLoadError(_shared(alias, names, problem, pids))
             if now - start >= patience_seconds:
                 raise ScoringError(
                     f"models.{alias}: GPU {', '.join(names)}: {problem}; {holders(names)}; waited {now - start:.0f} s: "
@@ -178,8 +201,26 @@ def _others_hold(measure: Callable[[], list[GpuMemory]]) -> bool:
         return True
 
 
+def _busy_siblings(gpus: Sequence[GpuMemory], names: Sequence[str], n_bytes: int) -> list[int]:
+    """Ids of other scorer processes of this user that hold what is missing; none if other programs may hold it."""
+    pids = sorted({pid for name in names for pid in other_users(name)})
+    if not pids or (gpus and _without_margins(_beside_siblings(gpu) for gpu in gpus) < n_bytes):
+        return pids
+    is_other = any(process.pid not in pids for process in gpu_processes(names) or ())
+    return [] if is_other else pids
+
+
 def _free(gpus: Sequence[GpuMemory]) -> str:
     return " + ".join(f"{gpu.free / _GIB:.1f}" for gpu in gpus) + " GiB"
+
+
+def _shared(alias: str, names: Sequence[str], problem: str, pids: Sequence[int]) -> str:
+    """The message for a model that no wait would help, because scorer processes share the GPU."""
+    return (
+        f"models.{alias}: GPU {', '.join(names)}: {problem}; the rest is held by scorer process "
+        f"{', '.join(map(str, pids))} of the same user, which is at work; lower score.workers_per_gpu, or run fewer "
+        f"tasks at the same time (score.workers; for `nll_udf` fewer cores, or one call in a query)"
+    )
 
 
 def _needed(n_bytes: int) -> str:

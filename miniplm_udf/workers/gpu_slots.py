@@ -13,7 +13,8 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 from miniplm_udf.errors import ScoringError
@@ -129,6 +130,43 @@ def _give_back(names: Sequence[str]) -> None:
         _KEPT.pop(name).close()
 
 
+def note_memory(n_bytes: Mapping[str, int]) -> None:
+    """Tells the other processes how much memory this process needs for its models, on GPUs of which it keeps a slot.
+
+    Args:
+        n_bytes: bytes of the models that are loaded or about to be loaded, by name of the GPU.
+    """
+    for name in n_bytes.keys() & _KEPT.keys():
+        _sign(_KEPT[name], n_bytes[name])
+
+
+def other_users(name: str) -> dict[int, int]:
+    """The other processes that keep a slot of a GPU, with the bytes that they noted for their models, by process id.
+
+    Args:
+        name: name of the GPU.
+    """
+    users = {}
+    for path in node_folder().glob(f"{name}-*"):
+        pid, n_bytes = _signature(path)
+        if pid in (None, os.getpid()) or not _is_alive(pid):
+            continue
+        # A process that has ended may have left its id here, and another process may have the id now.
+        if (file := locked(path)) is None:
+            users[pid] = n_bytes
+        else:
+            file.close()
+    return users
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
 def take_slot(names: Sequence[str], slots: int | None, patience_seconds: float = 600.0) -> tuple[str, IO[str]]:
     """Waits for a free slot of one of several GPUs that processes of this machine share.
 
@@ -175,19 +213,25 @@ def take_slot(names: Sequence[str], slots: int | None, patience_seconds: float =
     raise AssertionError("expected at least one GPU")
 
 
-def _sign(file: IO[str]) -> None:
-    """Writes this process's id into the file of its slot, for the messages of others."""
+def _sign(file: IO[str], n_bytes: int = 0) -> None:
+    """Writes this process's id and the bytes of its models into the file of its slot, for other processes."""
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(f"{os.getpid()} {n_bytes}")
     file.flush()
+
+
+def _signature(path: Path) -> tuple[int | None, int]:
+    """The process id and the bytes in the file of a slot; None and 0 where its process is about to write them."""
+    words = path.read_text().split()
+    return (int(words[0]), int(words[1])) if len(words) == 2 else (None, 0)
 
 
 def _holders(names: Sequence[str], slots: int) -> str:
     """Who has which GPU, in words."""
     folder, parts = node_folder(), []
     for name in names:
-        notes = [folder / f"{name}-{number}" for number in range(slots)]
-        parts.append(f"{name} by process {' and '.join(note.read_text() or '?' for note in notes)}")
+        pids = [_signature(folder / f"{name}-{number}")[0] for number in range(slots)]
+        parts.append(f"{name} by process {' and '.join(str(pid or '?') for pid in pids)}")
     return ", ".join(parts)
 
 

@@ -27,6 +27,7 @@ from miniplm_udf.workers.gpu_holders import (
     program_of,
 )
 from miniplm_udf.workers.gpu_memory import GpuMemory, held_by_others, is_taken, load_when_free, room
+from miniplm_udf.workers.gpu_slots import other_users
 
 GIB = 1024**3
 UUID = "8f6a7c3e-1234-5678-9abc-def012345678"
@@ -34,8 +35,8 @@ BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80.00 GiB"
 
 
-def gpu(free: float, total: float = 80, own: float = 0) -> GpuMemory:
-    return GpuMemory(UUID, int(free * GIB), int(total * GIB), int(own * GIB))
+def gpu(free: float, total: float = 80, own: float = 0, siblings: float = 0) -> GpuMemory:
+    return GpuMemory(UUID, int(free * GIB), int(total * GIB), int(own * GIB), int(siblings * GIB))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,12 @@ def gpu(free: float, total: float = 80, own: float = 0) -> GpuMemory:
         ([gpu(80), gpu(0.5)], 80, "later"),
         ([gpu(80), gpu(80)], 159, "never"),
         ([gpu(0.5)], 0, "now"),
+        ([gpu(80, siblings=50)], 29, "now"),  # the other scorer process is about to load its model
+        ([gpu(80, siblings=50)], 30, "later"),
+        ([gpu(30, siblings=40)], 29, "now"),
+        ([gpu(30, siblings=40)], 30, "later"),
+        ([gpu(80, siblings=50), gpu(80, siblings=50)], 58, "now"),
+        ([gpu(80, siblings=50), gpu(80, siblings=50)], 59, "later"),
     ],
 )
 def test_when_a_model_fits(gpus: list[GpuMemory], gib: float, expected: str) -> None:
@@ -61,6 +68,7 @@ def test_when_a_model_fits(gpus: list[GpuMemory], gib: float, expected: str) -> 
 def test_what_others_hold() -> None:
     assert not held_by_others([gpu(79.5), gpu(20, own=59.5)])
     assert held_by_others([gpu(79.5), gpu(50)])
+    assert held_by_others([gpu(79.5, siblings=1)])
 
 
 @pytest.mark.parametrize(
@@ -310,6 +318,89 @@ def test_a_gpu_in_exclusive_mode_is_waited_for_and_refused(node: Path, holder: "
     holder.kill()
     holder.wait()
     assert load_when_free(lambda: "loaded", measure, [UUID], GIB, "teacher", 0.2) == "loaded"
+
+
+# --- with another scorer process of the same user ---
+
+# Keeps a slot of a GPU for a model of 50 GiB, until it is killed, or idle until another process waits for the GPU.
+SIBLING = """
+import sys, tempfile, time
+tempfile.tempdir, uuid, state = sys.argv[1:]
+from miniplm_udf.workers.gpu_memory import GpuMemory, load_when_free
+from miniplm_udf.workers.gpu_slots import keep_gpus, kept_slot_is_wanted
+keep_gpus([uuid], [], 2, False)
+GIB = 1024**3
+measure = lambda: [GpuMemory(uuid, 80 * GIB, 80 * GIB, 0)]
+load_when_free(lambda: print("loaded", flush=True), measure, [uuid], 50 * GIB, "teacher")
+while state == "busy" or not kept_slot_is_wanted():
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def sibling(
+    node: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A scorer process on the GPU, with a model of 50 GiB: busy, or idle. nvidia-smi lists no process."""
+    monkeypatch.setattr(gpu_memory, "_IDLE_SECONDS", 0.2)
+    state = getattr(request, "param", "busy")
+    list_holders(node, monkeypatch)
+    process = subprocess.Popen([sys.executable, "-c", SIBLING, str(node), UUID, state], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"loaded\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_memory_of_other_scorer_processes_is_known_until_they_end(sibling: "subprocess.Popen[bytes]") -> None:
+    assert other_users(UUID) == {sibling.pid: 50 * GIB}
+    assert other_users("another") == {}
+    sibling.kill()
+    sibling.wait()
+    assert other_users(UUID) == {}
+
+
+def test_a_busy_scorer_process_on_the_same_gpu_is_not_waited_for(
+    node: Path, monkeypatch: pytest.MonkeyPatch, sibling: "subprocess.Popen[bytes]"
+) -> None:
+    def load(free: float, gib: float) -> str:
+        return load_when_free(lambda: "loaded", lambda: [gpu(free, siblings=50)], [UUID], int(gib * GIB), "m", 0.5)
+
+    shared = rf"models\.m: GPU {UUID}: .* by scorer process {sibling.pid} .*lower score\.workers_per_gpu"
+    with pytest.raises(ModelLoadError, match=shared):
+        load(29, 40)
+    # Its model leaves room for this one; its batches do not.
+    with pytest.raises(ModelLoadError, match=shared):
+        load(10, 20)
+    list_holders(node, monkeypatch, line(sibling.pid))
+    with pytest.raises(ModelLoadError, match=shared):
+        load(10, 20)
+    # Another program may hold what is missing, unless the two models need more than the GPU has.
+    list_holders(node, monkeypatch, line(sibling.pid), line(2**30, "trainer"))
+    with pytest.raises(ScoringError, match=rf"process {2**30} \(trainer"):
+        load(10, 20)
+    with pytest.raises(ModelLoadError, match=shared):
+        load(10, 40)
+
+
+def test_a_gpu_in_exclusive_mode_is_not_waited_for_if_a_scorer_process_has_it(
+    sibling: "subprocess.Popen[bytes]",
+) -> None:
+    def measure() -> list[GpuMemory]:
+        raise RuntimeError(BUSY)
+
+    with pytest.raises(ModelLoadError, match=rf"busy or unavailable; .* scorer process {sibling.pid}"):
+        load_when_free(time.monotonic, measure, [UUID], GIB, "m", 10.0)
+
+
+@pytest.mark.parametrize("sibling", ["idle"], indirect=True)
+def test_an_idle_scorer_process_ends_and_its_gpu_is_used(sibling: "subprocess.Popen[bytes]") -> None:
+    def measure() -> list[GpuMemory]:
+        users = other_users(UUID)
+        return [gpu(30 if users else 80, siblings=sum(users.values()) / GIB)]
+
+    assert load_when_free(sibling.poll, measure, [UUID], 50 * GIB, "m", 10.0) == 0
 
 
 def test_other_errors_are_raised_as_they_are(node: Path) -> None:
