@@ -342,8 +342,9 @@ def sibling(
     node: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """A scorer process on the GPU, with a model of 50 GiB: busy, or idle. nvidia-smi lists no process."""
-    monkeypatch.setattr(gpu_memory, "_IDLE_SECONDS", 0.2)
     state = getattr(request, "param", "busy")
+    if state == "busy":
+        monkeypatch.setattr(gpu_memory, "_IDLE_SECONDS", 0.1)
     list_holders(node, monkeypatch)
     process = subprocess.Popen([sys.executable, "-c", SIBLING, str(node), UUID, state], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -400,7 +401,7 @@ def test_an_idle_scorer_process_ends_and_its_gpu_is_used(sibling: "subprocess.Po
         users = other_users(UUID)
         return [gpu(30 if users else 80, siblings=sum(users.values()) / GIB)]
 
-    assert load_when_free(sibling.poll, measure, [UUID], 50 * GIB, "m", 10.0) == 0
+    assert load_when_free(sibling.wait, measure, [UUID], 50 * GIB, "m", 10.0) == 0
 
 
 def test_other_errors_are_raised_as_they_are(node: Path) -> None:
