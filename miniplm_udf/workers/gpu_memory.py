@@ -10,14 +10,15 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeVar
 
 from miniplm_udf.errors import ModelLoadError, ScoringError, first_line
 from miniplm_udf.scoring.device_maps import MARGIN_BYTES
-from miniplm_udf.workers.gpu_holders import gpu_processes, holders
-from miniplm_udf.workers.gpu_slots import note_memory, other_users, wanted
+from miniplm_udf.workers.gpu_holders import free_memory, gpu_processes, holders
+from miniplm_udf.workers.gpu_slots import PATIENCE_SECONDS, note_memory, other_users, wanted
 
 LOGGER = logging.getLogger("miniplm.workers")
 
@@ -104,6 +105,24 @@ def _without_margins(n_bytes: Iterable[int]) -> int:
     return sum(max(0, number - MARGIN_BYTES) for number in n_bytes)
 
 
+def by_room(names: Sequence[str], n_bytes: int) -> tuple[list[str], list[str]]:
+    """Divides GPUs into those that have room for a model now and the others, each with the most free memory first.
+
+    Takes no memory of the GPUs. Where their free memory is unknown, they count as free, in the order of `names`.
+
+    Args:
+        names: UUIDs of the GPUs.
+        n_bytes: bytes of the model's weights.
+
+    Returns:
+        The GPUs with room, and the others.
+    """
+    free = free_memory()
+    ordered = sorted(names, key=lambda name: free.get(name, math.inf), reverse=True)
+    has_room = {name for name in names if free.get(name, math.inf) - MARGIN_BYTES >= n_bytes}
+    return [name for name in ordered if name in has_room], [name for name in ordered if name not in has_room]
+
+
 def held_by_others(gpus: Sequence[GpuMemory]) -> bool:
     """Whether other processes hold memory of GPUs, more than the context of this process explains, or will hold it.
 
@@ -132,7 +151,7 @@ def load_when_free(
     names: Sequence[str],
     n_bytes: int,
     alias: str,
-    patience_seconds: float = 600.0,
+    patience_seconds: float = PATIENCE_SECONDS,
 ) -> T:
     """Loads a model as soon as GPUs have room for it. Logs every minute who holds them.
 
@@ -157,20 +176,24 @@ def load_when_free(
     with contextlib.ExitStack() as waiting:
         while True:
             gpus: list[GpuMemory] = []
+            is_held: bool | None
             try:
                 gpus = measure()
                 fits = room(gpus, n_bytes)
                 if fits == "now":
                     note_memory({gpu.name: gpu.own + n_bytes // len(gpus) for gpu in gpus})
                     return load()
+                is_held = held_by_others(gpus)
                 pause, problem = _CHECK_EVERY_SECONDS, f"{_free(gpus)} are free, expected {_needed(n_bytes)}"
             except Exception as error:
                 if not is_taken(error):
                     raise
-                fits, pause, problem = "later", _RETRY_SECONDS, first_line(error)
+                fits, is_held, pause, problem = "later", None, _RETRY_SECONDS, first_line(error)
             # Outside the except block, whose traceback would keep the tensors of the failed attempt.
             note_memory({gpu.name: gpu.own for gpu in gpus})
-            if gpus and (fits == "never" or not _others_hold(measure)):
+            if gpus and is_held is None:
+                is_held = _others_hold(measure)
+            if gpus and (fits == "never" or not is_held):
                 raise ModelLoadError(_too_large(alias, gpus, n_bytes, problem))
             now = time.monotonic()
             if now - asked >= _IDLE_SECONDS:

@@ -4,6 +4,7 @@ No GPU is here: the memory of one is a number that a test says, or that depends 
 `nvidia-smi` is a script on the PATH.
 """
 
+import contextlib
 import getpass
 import logging
 import os
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from miniplm_udf.config.sections import ScoreConfig
 from miniplm_udf.errors import ModelLoadError, ScoringError
-from miniplm_udf.workers import gpu_memory
+from miniplm_udf.workers import gpu_memory, gpu_slots, model_scorers
 from miniplm_udf.workers.gpu_holders import (
     GpuProcess,
     free_memory,
@@ -26,8 +28,8 @@ from miniplm_udf.workers.gpu_holders import (
     parse_processes,
     program_of,
 )
-from miniplm_udf.workers.gpu_memory import GpuMemory, held_by_others, is_taken, load_when_free, room
-from miniplm_udf.workers.gpu_slots import other_users
+from miniplm_udf.workers.gpu_memory import GpuMemory, by_room, held_by_others, is_taken, load_when_free, room
+from miniplm_udf.workers.gpu_slots import other_users, take_slot
 
 GIB = 1024**3
 UUID = "8f6a7c3e-1234-5678-9abc-def012345678"
@@ -262,6 +264,11 @@ def test_a_gpu_that_is_held_is_waited_for(
     assert f"process {holder.pid} of" in caplog.text
 
 
+def test_a_gpu_that_becomes_free_right_after_it_was_measured_is_used(node: Path) -> None:
+    free = iter([10, 80])
+    assert load_when_free(lambda: "loaded", lambda: [gpu(next(free))], [UUID], 50 * GIB, "teacher") == "loaded"
+
+
 def test_a_gpu_that_stays_held_is_refused_by_name(node: Path, holder: "subprocess.Popen[bytes]") -> None:
     with pytest.raises(ScoringError, match=rf"process {holder.pid} of .* 70112 MiB.*CUDA_VISIBLE_DEVICES"):
         load_when_free(time.monotonic, memory_of(holder), [UUID], 50 * GIB, "teacher", 0.2)
@@ -402,6 +409,57 @@ def test_an_idle_scorer_process_ends_and_its_gpu_is_used(sibling: "subprocess.Po
         return [gpu(30 if users else 80, siblings=sum(users.values()) / GIB)]
 
     assert load_when_free(sibling.wait, measure, [UUID], 50 * GIB, "m", 10.0) == 0
+
+
+# --- the choice of a GPU ---
+
+
+def test_a_process_takes_a_gpu_with_room(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(settings: ScoreConfig, gib: int) -> list[str]:
+        names = model_scorers._take_gpus([UUID, "free", "another"], settings, False, gib * GIB)[1]
+        gpu_slots.give_back(names)
+        return names
+
+    monkeypatch.setattr(gpu_slots, "_KEPT", {})
+    list_holders(node, monkeypatch)  # 10 GiB of the first GPU are free, 79 of the second
+    assert by_room([UUID, "free"], 9 * GIB) == (["free", UUID], [])
+    assert by_room([UUID, "free"], 10 * GIB) == (["free"], [UUID])
+    assert by_room([UUID, "free"], 90 * GIB) == ([], ["free", UUID])
+    assert by_room([UUID, "unknown"], 10 * GIB) == (["unknown"], [UUID])
+    settings = ScoreConfig(workers=3)
+    assert taken(settings, 5) == ["another"], "its free memory is unknown"
+    with contextlib.closing(take_slot(["another"], 1, 0.0)[1]):
+        assert taken(settings, 50) == ["free"]
+        with contextlib.closing(take_slot(["free"], 1, 0.0)[1]):
+            assert taken(settings, 50) == [UUID], "the last one, whose memory others hold"
+            assert taken(ScoreConfig(workers=3, workers_per_gpu=None), 50) == ["another"]
+    write_smi(node, monkeypatch, "exit 9")
+    assert by_room([UUID, "free"], 90 * GIB) == ([UUID, "free"], [])
+    assert taken(settings, 50) == [UUID]
+
+
+def test_a_process_without_a_model_gives_back_a_gpu_that_stays_held(
+    node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        """Has modules, as a model of torch."""
+
+        def modules(self) -> "list[Model]":
+            return [self]
+
+    def fail() -> list[int]:
+        gpu_slots.keep_gpus("ab", [], 1, False)
+        with pytest.raises(ScoringError, match="5 of 80 GiB"), model_scorers._given_back_on_error("a"):
+            raise ScoringError("5 of 80 GiB are free")
+        return gpu_slots.kept_gpus("ab")
+
+    monkeypatch.setattr(gpu_slots, "_KEPT", {})
+    assert fail() == []
+    model = Model()
+    model_scorers._ON_GPUS.update(model.modules())
+    assert fail() == [0], "the other models of the process are on this GPU"
+    del model
+    assert fail() == []
 
 
 def test_other_errors_are_raised_as_they_are(node: Path) -> None:

@@ -6,9 +6,11 @@ import logging
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -142,6 +144,44 @@ def test_a_process_that_does_not_get_all_gpus_keeps_none(node: Path) -> None:
         take_slot("a", 1, 0.0)[1].close()
 
 
+def test_a_process_prefers_the_gpus_that_are_named_first(node: Path) -> None:
+    def rank(names: Sequence[str]) -> tuple[list[str], list[str]]:
+        return ["c", "b"], [name for name in names if name not in "bc"]
+
+    with users(node, 3) as started:
+        assert [user.take("abc", 2) for user in started] == [[0], [1], [2]]
+        started[2].kill()
+        assert keep_gpus("abc", [], 1, False, 0.0, rank) == [2]
+        gpu_slots.give_back(["c", "not kept"])
+        assert gpu_slots.kept_gpus("abc") == []
+        with contextlib.closing(take_slot("c", 1, 0.0)[1]):
+            with pytest.raises(ScoringError, match=r"c by process \d+, b by process \d+, a by process"):
+                keep_gpus("abc", [], 1, False, 0.0, rank)
+            assert keep_gpus("abc", [], 2, False, 0.0, rank) == [2], "rather shared than the GPU that is named last"
+            gpu_slots.give_back("c")
+            started[0].kill()
+            assert keep_gpus("abc", [], 1, False, 0.0, rank) == [0]
+
+
+def test_the_wait_for_several_gpus_has_one_limit(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def noted(names: Sequence[str], slots: int | None, patience_seconds: float) -> tuple[str, IO[str]]:
+        limits.append(patience_seconds)
+        return take_slot(names, slots, patience_seconds)
+
+    monkeypatch.setattr(gpu_slots, "take_slot", noted)
+    monkeypatch.setattr(gpu_slots, "_CHECK_EVERY_SECONDS", 0.05)
+    with users(node, 1) as (user,):
+        assert user.take("a") == [0]
+        timer = threading.Timer(0.3, user.kill)
+        timer.start()
+        assert keep_gpus("ab", [], 1, True, 60.0) == [0, 1]
+        timer.join()
+    assert limits[0] == pytest.approx(60, abs=0.1)
+    assert limits[1] < 59.8
+
+
 @pytest.mark.parametrize(
     ("settings", "addresses", "warnings"),
     [
@@ -159,11 +199,10 @@ def test_fewer_workers_than_gpus_are_logged_once(
     addresses: list[str],
     warnings: int,
 ) -> None:
-    monkeypatch.setattr(model_scorers, "visible_gpus", lambda: ["a", "b"])
     monkeypatch.setattr(gpu_slots, "_ASSIGNED", addresses)
     with caplog.at_level(logging.WARNING, "miniplm.workers"):
         for _ in range(2):  # two models of one process
-            assert model_scorers._take_gpus(settings, False) == (["cuda:0"], ["a"])
+            assert model_scorers._take_gpus(["a", "b"], settings, False, 0) == (["cuda:0"], ["a"])
     assert [record.message.startswith("score.workers is 1") for record in caplog.records] == [True] * warnings
 
 
