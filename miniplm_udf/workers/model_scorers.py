@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniplm_udf.config.generate import GenerateConfig
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
+from miniplm_udf.errors import ConfigError
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.workers.gpu_memory import by_room, load_when_free, measured
 from miniplm_udf.workers.gpu_slots import (
@@ -189,12 +190,23 @@ def _given_back_on_error(names: Sequence[str]) -> Iterator[None]:
 def _take_gpus(
     names: list[str], settings: ScoreConfig, takes_all_gpus: bool, n_bytes: int
 ) -> tuple[list[str], list[str]]:
-    """The torch devices that this process keeps, and their UUIDs; without a GPU the CPU and no UUID."""
+    """The torch devices that this process keeps, and their UUIDs; without a GPU the CPU and no UUID.
+
+    Raises:
+        ConfigError: several processes would each take all GPUs of this machine.
+        ScoringError: other processes keep the slots.
+    """
     addresses = gpu_addresses()
     if not names:
         if addresses:
             LOGGER.warning("Spark assigned GPU %s, but torch finds none: scoring on the CPU", ", ".join(addresses))
         return ["cpu"], []
+    if takes_all_gpus and settings.workers > 1 and not addresses:
+        raise ConfigError(
+            f"score.workers: expected 1, because a process with a model with device_map: auto takes all GPUs that it "
+            f"sees, and Spark assigned none to this task; found {settings.workers}; set score.workers to 1, or let "
+            f"Spark assign the GPUs (spark.executor.resource.gpu.amount, docs/cluster.md)"
+        )
     is_first_model = not kept_gpus(names)
     numbers = keep_gpus(
         names, addresses, settings.workers_per_gpu, takes_all_gpus, rank=lambda own: by_room(own, n_bytes)

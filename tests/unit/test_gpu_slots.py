@@ -15,7 +15,7 @@ from typing import IO
 import pytest
 
 from miniplm_udf.config.sections import ScoreConfig
-from miniplm_udf.errors import ScoringError
+from miniplm_udf.errors import ConfigError, ScoringError
 from miniplm_udf.workers import gpu_slots, model_scorers
 from miniplm_udf.workers.gpu_slots import device_numbers, keep_gpus, take_slot, wanted
 
@@ -142,6 +142,21 @@ def test_a_process_that_does_not_get_all_gpus_keeps_none(node: Path) -> None:
             keep_gpus("ab", [], 1, True, 0.0)
         assert gpu_slots.kept_gpus("ab") == []
         take_slot("a", 1, 0.0)[1].close()
+
+
+@pytest.mark.parametrize("workers_per_gpu", [1, 2, None])
+def test_workers_that_would_each_take_all_gpus_of_a_machine_are_refused(
+    node: Path, monkeypatch: pytest.MonkeyPatch, workers_per_gpu: int | None
+) -> None:
+    settings = ScoreConfig(workers=2, workers_per_gpu=workers_per_gpu)
+    monkeypatch.setattr(gpu_slots, "_ASSIGNED", [])
+    with pytest.raises(ConfigError, match=r"score\.workers: expected 1, .*found 2; set score\.workers to 1"):
+        model_scorers._take_gpus(["a", "b"], settings, True, 0)
+    assert model_scorers._take_gpus([], settings, True, 0) == (["cpu"], []), "a machine without GPUs has no conflict"
+    one = ScoreConfig(workers=1, workers_per_gpu=workers_per_gpu)
+    assert model_scorers._take_gpus(["a", "b"], one, True, 0) == (["cuda:0", "cuda:1"], ["a", "b"])
+    monkeypatch.setattr(gpu_slots, "_ASSIGNED", ["1"])
+    assert model_scorers._take_gpus(["a", "b"], settings, True, 0) == (["cuda:1"], ["b"])
 
 
 def test_a_process_prefers_the_gpus_that_are_named_first(node: Path) -> None:
