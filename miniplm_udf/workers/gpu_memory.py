@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeVar
 
 from miniplm_udf.errors import ModelLoadError, ScoringError, first_line
-from miniplm_udf.scoring.device_maps import MARGIN_BYTES
+from miniplm_udf.scoring.device_maps import MARGIN_BYTES, SplitError
 from miniplm_udf.workers.gpu_holders import free_memory, gpu_processes, holders
 from miniplm_udf.workers.gpu_slots import PATIENCE_SECONDS, note_memory, other_users, wanted
 
@@ -186,7 +186,8 @@ def load_when_free(
                 is_held = held_by_others(gpus)
                 pause, problem = _CHECK_EVERY_SECONDS, f"{_free(gpus)} are free, expected {_needed(n_bytes)}"
             except Exception as error:
-                if not is_taken(error):
+                # Whole layers are placed on a GPU, so a split model may need more than the sum of its weights.
+                if not (is_taken(error) or isinstance(error, SplitError)):
                     raise
                 fits, is_held, pause, problem = "later", None, _RETRY_SECONDS, first_line(error)
             # Outside the except block, whose traceback would keep the tensors of the failed attempt.
