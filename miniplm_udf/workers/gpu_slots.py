@@ -276,11 +276,14 @@ def wanted(names: Sequence[str]) -> Iterator[None]:
 
 
 def kept_slot_is_wanted() -> bool:
-    """Whether another process waits for a slot that this process keeps."""
+    """Whether another process waits for a slot that this process keeps; may be False while others ask the same."""
+    folder = node_folder()
     for name in list(_KEPT):
-        with (node_folder() / f"{name}.wanted").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        # One process asks at a time, since its own lock looks like the lock of a process that waits.
+        if (asking := locked(folder / f"{name}.asking")) is None:
+            continue
+        with asking:
+            if (file := locked(folder / f"{name}.wanted")) is None:
                 return True
+            file.close()
     return False

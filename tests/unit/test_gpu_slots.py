@@ -240,6 +240,37 @@ def test_a_process_that_waits_makes_idle_processes_of_each_gpu_end(node: Path) -
                     time.sleep(0.05)
 
 
+# Asks again and again, as an idle process does, and prints how often another process seemed to wait.
+ASKING = """
+import sys, tempfile, time
+tempfile.tempdir = sys.argv[1]
+from miniplm_udf.workers.gpu_slots import keep_gpus, kept_slot_is_wanted
+keep_gpus(["a"], [], None, False)
+print("ready", flush=True)
+end = float(sys.stdin.readline())
+answers = [kept_slot_is_wanted() for _ in iter(lambda: time.monotonic() < end, False)]
+print(len(answers), sum(answers))
+"""
+
+
+def test_idle_processes_do_not_take_each_other_for_one_that_waits(node: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASKING, str(node)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    assert [process.stdout.readline() for process in processes if process.stdout] == ["ready\n"] * 3
+    end = time.monotonic() + 0.5
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(f"{end}\n")
+        process.stdin.flush()
+    answers = [process.communicate()[0].split() for process in processes]
+    assert [wanted for _, wanted in answers] == ["0"] * 3
+    assert all(int(number) > 10 for number, _ in answers)
+
+
 @pytest.mark.parametrize(
     ("addresses", "numbers"),
     [
