@@ -175,44 +175,66 @@ def load_when_free(
     asked = start
     with contextlib.ExitStack() as waiting:
         while True:
-            gpus: list[GpuMemory] = []
-            is_held: bool | None
-            try:
-                gpus = measure()
-                fits = room(gpus, n_bytes)
-                if fits == "now":
-                    note_memory({gpu.name: gpu.own + n_bytes // len(gpus) for gpu in gpus})
-                    return load()
-                is_held = held_by_others(gpus)
-                pause, problem = _CHECK_EVERY_SECONDS, f"{_free(gpus)} are free, expected {_needed(n_bytes)}"
-            except Exception as error:
-                # Whole layers are placed on a GPU, so a split model may need more than the sum of its weights.
-                if not (is_taken(error) or isinstance(error, SplitError)):
-                    raise
-                fits, is_held, pause, problem = "later", None, _RETRY_SECONDS, first_line(error)
-            # Outside the except block, whose traceback would keep the tensors of the failed attempt.
-            note_memory({gpu.name: gpu.own for gpu in gpus})
-            if gpus and is_held is None:
-                is_held = _others_hold(measure)
-            if gpus and (fits == "never" or not is_held):
-                raise ModelLoadError(_too_large(alias, gpus, n_bytes, problem))
+            result = _attempt(load, measure, n_bytes)
+            if not isinstance(result, _Obstacle):
+                return result
+            if not result.may_end:
+                raise ModelLoadError(_too_large(alias, result.gpus, n_bytes, result.problem))
+            problem = f"models.{alias}: GPU {', '.join(names)}: {result.problem}"
             now = time.monotonic()
             if now - asked >= _IDLE_SECONDS:
                 asked = now
-                if pids := _busy_siblings(gpus, names, n_bytes):
-                    raise ModelLoadError(_shared(alias, names, problem, pids))
+                if pids := _busy_siblings(result.gpus, names, n_bytes):
+                    raise ModelLoadError(f"{problem}; {_shared(pids)}")
             if now - start >= patience_seconds:
                 raise ScoringError(
-                    f"models.{alias}: GPU {', '.join(names)}: {problem}; {holders(names)}; waited {now - start:.0f} s: "
-                    f"end these processes, let this one use other GPUs (CUDA_VISIBLE_DEVICES), or run the same command "
-                    f"later"
+                    f"{problem}; {holders(names)}; waited {now - start:.0f} s: end these processes, let this one use "
+                    f"other GPUs (CUDA_VISIBLE_DEVICES), or run the same command later"
                 )
             if logged is None:
                 waiting.enter_context(wanted(names))
             if logged is None or now - logged >= _LOG_EVERY_SECONDS:
                 logged = now
-                LOGGER.warning("models.%s: waiting: GPU %s: %s; %s", alias, ", ".join(names), problem, holders(names))
-            time.sleep(min(pause, patience_seconds))
+                LOGGER.warning("waiting: %s; %s", problem, holders(names))
+            time.sleep(min(result.pause_seconds, patience_seconds))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Obstacle:
+    """Why a model could not be loaded.
+
+    Attributes:
+        problem: the reason, in words.
+        gpus: the memory of the GPUs before the attempt; empty where it cannot be measured.
+        may_end: whether a wait may help, because others hold memory.
+        pause_seconds: time until the next attempt.
+    """
+
+    problem: str
+    gpus: list[GpuMemory]
+    may_end: bool
+    pause_seconds: float
+
+
+def _attempt(load: Callable[[], T], measure: Callable[[], list[GpuMemory]], n_bytes: int) -> T | _Obstacle:
+    """Loads a model if GPUs have room for it now."""
+    gpus: list[GpuMemory] = []
+    try:
+        gpus = measure()
+        fits = room(gpus, n_bytes)
+        if fits != "now":
+            problem = f"{_free(gpus)} are free, expected {_needed(n_bytes)}"
+            return _Obstacle(problem, gpus, fits == "later" and held_by_others(gpus), _CHECK_EVERY_SECONDS)
+        note_memory({gpu.name: gpu.own + n_bytes // len(gpus) for gpu in gpus})
+        return load()
+    except Exception as error:
+        note_memory({gpu.name: gpu.own for gpu in gpus})
+        # Whole layers are placed on a GPU, so a split model may need more than the sum of its weights.
+        if not (is_taken(error) or isinstance(error, SplitError)):
+            raise
+        problem = first_line(error)
+    # Outside the except block, whose traceback would keep the tensors of the failed attempt.
+    return _Obstacle(problem, gpus, not gpus or _others_hold(measure), _RETRY_SECONDS)
 
 
 def _others_hold(measure: Callable[[], list[GpuMemory]]) -> bool:
@@ -238,12 +260,12 @@ def _free(gpus: Sequence[GpuMemory]) -> str:
     return " + ".join(f"{gpu.free / _GIB:.1f}" for gpu in gpus) + " GiB"
 
 
-def _shared(alias: str, names: Sequence[str], problem: str, pids: Sequence[int]) -> str:
-    """The message for a model that no wait would help, because scorer processes share the GPU."""
+def _shared(pids: Sequence[int]) -> str:
+    """Who holds the GPU and what to do, where no wait would help because busy scorer processes share it."""
     return (
-        f"models.{alias}: GPU {', '.join(names)}: {problem}; the rest is held by scorer process "
-        f"{', '.join(map(str, pids))} of the same user, which is at work; lower score.workers_per_gpu, or run fewer "
-        f"tasks at the same time (score.workers; for `nll_udf` fewer cores, or one call in a query)"
+        f"the rest is held by scorer process {', '.join(map(str, pids))} of the same user, which is at work; lower "
+        f"score.workers_per_gpu, or run fewer tasks at the same time (score.workers; for `nll_udf` fewer cores, or one "
+        f"call in a query)"
     )
 
 

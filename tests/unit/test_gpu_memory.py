@@ -259,7 +259,7 @@ def test_a_gpu_that_is_held_is_waited_for(
     with caplog.at_level(logging.WARNING, "miniplm.workers"):
         assert load_when_free(lambda: holder.poll(), measure, [UUID], 50 * GIB, "teacher") == -9
     assert len(caplog.records) == 1
-    assert "models.teacher: waiting" in caplog.text
+    assert f"waiting: models.teacher: GPU {UUID}" in caplog.text
     assert "10.0 GiB are free, expected 50.0 GiB" in caplog.text
     assert f"process {holder.pid} of" in caplog.text
 
@@ -367,6 +367,24 @@ def test_the_memory_of_other_scorer_processes_is_known_until_they_end(sibling: "
     sibling.kill()
     sibling.wait()
     assert other_users(UUID) == {}
+
+
+def test_a_process_that_could_not_load_its_model_or_gave_the_gpu_back_needs_no_memory(
+    node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:
+        raise ModelLoadError("3 missing tensors")
+
+    monkeypatch.setattr(gpu_slots, "_KEPT", {})
+    gpu_slots.keep_gpus([UUID], [], 1, False)
+    note = next(node.glob(f"*/{UUID}-0"))
+    assert load_when_free(note.read_text, lambda: [gpu(80)], [UUID], GIB, "m") == f"{os.getpid()} {GIB}"
+    assert load_when_free(note.read_text, lambda: [gpu(79, own=1)], [UUID], GIB, "m") == f"{os.getpid()} {2 * GIB}"
+    with pytest.raises(ModelLoadError, match="3 missing tensors"):
+        load_when_free(fail, lambda: [gpu(79, own=1)], [UUID], 9 * GIB, "m")
+    assert note.read_text() == f"{os.getpid()} {GIB}"
+    gpu_slots.give_back([UUID])
+    assert note.read_text() == ""
 
 
 def test_a_busy_scorer_process_on_the_same_gpu_is_not_waited_for(
