@@ -165,9 +165,10 @@ def other_users(name: str) -> dict[int, int]:
     users = {}
     for path in node_folder().glob(f"{name}-*"):
         pid, n_bytes = _signature(path)
+        # A process that has ended may have left its id here. Its slot is not locked for the check, which would make the
+        # slot look taken, unless another process has the id now.
         if pid in (None, os.getpid()) or not _is_alive(pid):
             continue
-        # A process that has ended may have left its id here, and another process may have the id now.
         if (file := locked(path)) is None:
             users[pid] = n_bytes
         else:

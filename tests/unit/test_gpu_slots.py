@@ -172,9 +172,9 @@ def test_a_process_prefers_the_gpus_that_are_named_first(node: Path) -> None:
         with contextlib.closing(take_slot("c", 1, 0.0)[1]):
             with pytest.raises(ScoringError, match=r"c by process \d+, b by process \d+, a by process"):
                 keep_gpus("abc", [], 1, False, 0.0, rank)
+            started[0].kill()
             assert keep_gpus("abc", [], 2, False, 0.0, rank) == [2], "rather shared than the GPU that is named last"
             gpu_slots.give_back("c")
-            started[0].kill()
             assert keep_gpus("abc", [], 1, False, 0.0, rank) == [0]
 
 
