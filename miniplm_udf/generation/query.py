@@ -162,7 +162,7 @@ class GenerationQuery(Query):
         generated = missing.select(*_REQUESTED, *_CARRIED).mapInArrow(
             score_arrow({plan.model.model_id: plan.factory}, _CARRIED, self._accumulator, GENERATED_SCHEMA),
             _GENERATED_DDL,
-            profile=scoring_profile(self._spark, plan.workers.workers, plan.workers.workers_per_gpu, plan.split_model),
+            profile=scoring_profile(self._spark, plan.workers.workers_per_gpu, plan.split_model),
         )
         rows = generated.where(F.col("reason").isNull()).withColumns(
             {

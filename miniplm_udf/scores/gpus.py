@@ -7,7 +7,8 @@ that run no model ask for no GPU, so that they use all cores: leave `spark.task.
     spark.miniplm.gpu.amount             (also discoveryScript, vendor) with dynamic allocation: executors with GPUs are
                                          started for scoring only and given back; the others have none
 
-A task gets the GPUs that it asks for: a share of one, or all GPUs of an executor if a model is split over them.
+A task gets the GPUs that it asks for: a share of one, or all GPUs of an executor if a model is split over them. Whether
+several tasks would wait for the GPUs of one machine is known on the executor (`workers.model_scorers`).
 
 Driver only. A retried micro-batch uses the same profile.
 """
@@ -28,13 +29,12 @@ _PROFILES: dict[tuple[str, float], "ResourceProfile"] = {}
 
 
 def scoring_profile(
-    spark: "SparkSession", workers: int, workers_per_gpu: int | None, split_model: str | None = None
+    spark: "SparkSession", workers_per_gpu: int | None, split_model: str | None = None
 ) -> "ResourceProfile | None":
     """The resource profile of scoring tasks: their GPUs, and with dynamic allocation executors with GPUs.
 
     Args:
         spark: a session; a micro-batch's own will do.
-        workers: concurrent tasks.
         workers_per_gpu: tasks that may share a GPU; None for any number.
         split_model: alias of a model that is split over all GPUs of its task; None if there is none.
 
@@ -45,14 +45,17 @@ def scoring_profile(
     Raises:
         ConfigError: dynamic allocation is on and every executor has GPUs (the executors that score would wait for ever
             for executors that hold shuffled rows), or it is off and scoring shall have executors of its own; or several
-            tasks shall share the GPUs of a split model.
+            tasks shall share GPUs that Spark assigns to a task of a split model.
     """
     context = spark.sparkContext
     conf = context.getConf()
     is_local = context.master.startswith("local")
     has_shared, has_own = (float(conf.get(f"{key}.amount", "0") or 0) > 0 for key in (_SHARED, _OWN))
-    if split_model is not None:
-        _check_split(split_model, workers, workers_per_gpu, is_local, has_shared or has_own)
+    if split_model is not None and (has_shared or has_own) and not is_local and (workers_per_gpu or 1) > 1:
+        raise ConfigError(
+            f"score.workers_per_gpu: expected 1, because Spark assigns whole GPUs to a task with several of them "
+            f"(models.{split_model} with device_map: auto), found {workers_per_gpu}"
+        )
     any_number = workers_per_gpu is None and split_model is None
     if not (has_shared or has_own) or any_number or is_local:
         return None
@@ -70,20 +73,6 @@ def scoring_profile(
     if key not in _PROFILES:
         _PROFILES[key] = _profile(conf, share, has_own)
     return _PROFILES[key]
-
-
-def _check_split(alias: str, workers: int, workers_per_gpu: int | None, is_local: bool, has_gpus: bool) -> None:
-    """Refuses tasks that would wait for the GPUs of a task that has all of them."""
-    if is_local and workers_per_gpu is not None and workers > workers_per_gpu:
-        raise ConfigError(
-            f"score.workers: expected at most {workers_per_gpu} (score.workers_per_gpu) on one machine, because "
-            f"models.{alias} with device_map: auto takes all of its GPUs, found {workers}"
-        )
-    if has_gpus and not is_local and (workers_per_gpu or 1) > 1:
-        raise ConfigError(
-            f"score.workers_per_gpu: expected 1, because Spark assigns whole GPUs to a task with several of them "
-            f"(models.{alias} with device_map: auto), found {workers_per_gpu}"
-        )
 
 
 def _profile(conf: "SparkConf", share: float, own_executors: bool) -> "ResourceProfile":

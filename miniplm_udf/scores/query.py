@@ -250,7 +250,7 @@ def _score(
     scored = _for_workers(plan, batch, known).mapInArrow(
         score_arrow(plan.factories, _CARRIED, accumulator),
         _SCORED_DDL,
-        profile=scoring_profile(batch.sparkSession, plan.workers, workers_per_gpu, plan.split_model),
+        profile=scoring_profile(batch.sparkSession, workers_per_gpu, plan.split_model),
     )
     rows = _score_rows(plan, scored.where(F.col("reason").isNull()), query_id, batch_id)
     tables.append(rows, plan.scores_uri, schemas.SCORES, query_id, batch_id)

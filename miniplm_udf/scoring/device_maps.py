@@ -16,6 +16,10 @@ from miniplm_udf.errors import ModelLoadError
 MARGIN_BYTES = 1024**3
 
 
+class SplitError(ModelLoadError):
+    """The layers of a split model do not fit on its devices now, even if the sum of the free memory is large enough."""
+
+
 class SplitOptions(TypedDict, total=False):
     """Arguments of `from_pretrained`. `max_memory` is in bytes by device number."""
 
@@ -57,14 +61,14 @@ def check_split(model: Any, devices: Sequence[str]) -> None:
         devices: torch devices.
 
     Raises:
-        ModelLoadError: some of its weights are on the CPU or on the disk.
+        SplitError: some of its weights are on the CPU or on the disk.
     """
     import torch
 
     expected = {torch.device(device) for device in devices}
     outside = [name for name, weight in model.named_parameters() if weight.device not in expected]
     if outside:
-        raise ModelLoadError(
+        raise SplitError(
             f"device_map: expected all weights on {', '.join(devices)}, found {len(outside)} that do not fit there and "
             f"would be on the CPU or the disk ({outside[0]}, ...), where scoring takes for ever; give the process more "
             f"GPUs, take a smaller dtype, or ask a server that holds the model (backend: openai)"

@@ -1,4 +1,4 @@
-"""Waits until GPUs have room for a model, names the processes that hold their memory, and refuses what cannot fit.
+"""Waits until GPUs have room for a model, and refuses a model that cannot fit.
 
 Other programs may have the GPU of a scorer process: another user's training holds its memory, or the GPU is in
 exclusive mode. Input: the free memory of the GPUs before a model is loaded, the bytes of its weights, and errors of
@@ -9,17 +9,16 @@ ends the task, not the process. Loads torch inside the functions. Executor side;
 import contextlib
 import dataclasses
 import gc
-import itertools
 import logging
-import subprocess
+import math
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeVar
 
 from miniplm_udf.errors import ModelLoadError, ScoringError, first_line
-from miniplm_udf.scoring.device_maps import MARGIN_BYTES
-from miniplm_udf.workers.gpu_slots import wanted
+from miniplm_udf.scoring.device_maps import MARGIN_BYTES, SplitError
+from miniplm_udf.workers.gpu_holders import free_memory, gpu_processes, holders
+from miniplm_udf.workers.gpu_slots import PATIENCE_SECONDS, note_memory, other_users, wanted
 
 LOGGER = logging.getLogger("miniplm.workers")
 
@@ -27,8 +26,8 @@ _LOG_EVERY_SECONDS = 60.0
 _CHECK_EVERY_SECONDS = 1.0
 # After an error of CUDA: each attempt may read the model's files again.
 _RETRY_SECONDS = 15.0
-_QUERY = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory,name", "--format=csv,noheader")
-_QUERY_SECONDS = 20.0
+# Idle scorer processes end within this time when another process waits for their GPU.
+_IDLE_SECONDS = 10.0
 _GIB = 1024**3
 
 T = TypeVar("T")
@@ -43,12 +42,15 @@ class GpuMemory:
         free: bytes that are free now.
         total: bytes of the GPU.
         own: bytes that the models of this process hold already.
+        siblings: bytes that the models of other scorer processes of this user hold or are about to hold. Such a
+            process ends when it is idle and another one waits for the GPU.
     """
 
     name: str
     free: int
     total: int
     own: int
+    siblings: int = 0
 
 
 def measured(devices: Sequence[str], names: Sequence[str]) -> list[GpuMemory]:
@@ -72,7 +74,8 @@ def measured(devices: Sequence[str], names: Sequence[str]) -> list[GpuMemory]:
     memory = []
     for device, name in zip(devices, names, strict=True):
         free, total = torch.cuda.mem_get_info(device)
-        memory.append(GpuMemory(name, free, total, torch.cuda.memory_reserved(device)))
+        own, siblings = torch.cuda.memory_reserved(device), sum(other_users(name).values())
+        memory.append(GpuMemory(name, free, total, own, siblings))
     return memory
 
 
@@ -84,22 +87,49 @@ def room(gpus: Sequence[GpuMemory], n_bytes: int) -> Literal["now", "later", "ne
         n_bytes: bytes of the weights.
 
     Returns:
-        now; later, if other processes hold what is missing; never, if the GPUs are too small for the weights and the
-        models that this process holds already.
+        now; later, if other processes hold what is missing or need it for a model that they load; never, if the GPUs
+        are too small for the weights and the models that this process holds already.
     """
-    if sum(max(0, gpu.free - MARGIN_BYTES) for gpu in gpus) >= n_bytes:
+    if _without_margins(min(gpu.free, _beside_siblings(gpu)) for gpu in gpus) >= n_bytes:
         return "now"
-    most = sum(max(0, gpu.total - gpu.own - MARGIN_BYTES) for gpu in gpus)
-    return "later" if most >= n_bytes else "never"
+    return "later" if _without_margins(gpu.total - gpu.own for gpu in gpus) >= n_bytes else "never"
+
+
+def _beside_siblings(gpu: GpuMemory) -> int:
+    """Bytes of a GPU that remain for this process if only its own models and those of its siblings are on the GPU."""
+    return gpu.total - gpu.own - gpu.siblings
+
+
+def _without_margins(n_bytes: Iterable[int]) -> int:
+    """Bytes for weights on several GPUs, of which each keeps a margin."""
+    return sum(max(0, number - MARGIN_BYTES) for number in n_bytes)
+
+
+def by_room(names: Sequence[str], n_bytes: int) -> tuple[list[str], list[str]]:
+    """Divides GPUs into those that have room for a model now and the others, each with the most free memory first.
+
+    Takes no memory of the GPUs. Where their free memory is unknown, they count as free, in the order of `names`.
+
+    Args:
+        names: UUIDs of the GPUs.
+        n_bytes: bytes of the model's weights.
+
+    Returns:
+        The GPUs with room, and the others.
+    """
+    free = free_memory()
+    ordered = sorted(names, key=lambda name: free.get(name, math.inf), reverse=True)
+    has_room = {name for name in names if free.get(name, math.inf) - MARGIN_BYTES >= n_bytes}
+    return [name for name in ordered if name in has_room], [name for name in ordered if name not in has_room]
 
 
 def held_by_others(gpus: Sequence[GpuMemory]) -> bool:
-    """Whether other processes hold memory of GPUs: more than the context of this process alone explains.
+    """Whether other processes hold memory of GPUs, more than the context of this process explains, or will hold it.
 
     Args:
         gpus: the GPUs.
     """
-    return any(gpu.total - gpu.free - gpu.own > MARGIN_BYTES for gpu in gpus)
+    return any(gpu.siblings > 0 or gpu.total - gpu.free - gpu.own > MARGIN_BYTES for gpu in gpus)
 
 
 def is_taken(error: BaseException) -> bool:
@@ -112,85 +142,6 @@ def is_taken(error: BaseException) -> bool:
     return "CUDA" in message and ("out of memory" in message or "busy or unavailable" in message)
 
 
-# Who holds a GPU
-
-
-@dataclasses.dataclass(frozen=True)
-class GpuProcess:
-    """A process that computes on a GPU, as nvidia-smi lists it.
-
-    Attributes:
-        gpu: UUID of the GPU, without the prefix `GPU-`.
-        pid: process id.
-        used: memory in nvidia-smi's words, such as `1024 MiB`.
-        name: its program.
-    """
-
-    gpu: str
-    pid: int
-    used: str
-    name: str
-
-
-def parse_processes(text: str) -> list[GpuProcess]:
-    """Returns the processes that `nvidia-smi` lists, from the output of the command `_QUERY`.
-
-    Args:
-        text: the output; a line of another form, such as an error, is left out.
-    """
-    processes = []
-    for line in text.splitlines():
-        gpu, pid, used, name = ([part.strip() for part in line.split(",", 3)] + [""] * 4)[:4]
-        if pid.isdigit():
-            processes.append(GpuProcess(gpu.removeprefix("GPU-"), int(pid), used, name))
-    return processes
-
-
-def gpu_processes(names: Sequence[str]) -> list[GpuProcess] | None:
-    """The processes on GPUs; None where nvidia-smi is missing or fails.
-
-    Args:
-        names: UUIDs of the GPUs. Where nvidia-smi has other names for them (parts of a GPU), all processes are listed.
-    """
-    try:
-        run = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    processes = parse_processes(run.stdout)
-    return [process for process in processes if process.gpu in names] or processes
-
-
-def holders(names: Sequence[str]) -> str:
-    """Returns in words who holds GPUs: each process with its memory, and its user and command where they can be read.
-
-    Args:
-        names: UUIDs of the GPUs.
-    """
-    processes = gpu_processes(names)
-    if processes is None:
-        return "nvidia-smi cannot be run here, so the processes that hold it are unknown"
-    if not processes:
-        return "nvidia-smi lists no process (it does not see processes of other containers)"
-    return "it is held by " + ", ".join(_in_words(process) for process in processes)
-
-
-def _in_words(process: GpuProcess) -> str:
-    known = f"process {process.pid} ({process.name}"
-    with contextlib.suppress(ImportError):
-        # Imported here, so that tests/gpu runs where torch and transformers alone are installed.
-        import psutil
-
-        with contextlib.suppress(psutil.Error):
-            listed = psutil.Process(process.pid)
-            command = listed.cmdline()
-            # In a container another process may have this number.
-            if command and Path(command[0]).name == Path(process.name).name:
-                # Options are left out: they may hold a password.
-                words = itertools.takewhile(lambda word: not word.startswith("--"), command[:3])
-                known = f"process {process.pid} of {listed.username()} ({' '.join(words)}"
-    return f"{known}, {process.used})"
-
-
 # Loading
 
 
@@ -200,7 +151,7 @@ def load_when_free(
     names: Sequence[str],
     n_bytes: int,
     alias: str,
-    patience_seconds: float = 600.0,
+    patience_seconds: float = PATIENCE_SECONDS,
 ) -> T:
     """Loads a model as soon as GPUs have room for it. Logs every minute who holds them.
 
@@ -216,39 +167,74 @@ def load_when_free(
         The result of `load`.
 
     Raises:
-        ModelLoadError: the GPUs are too small for the model.
+        ModelLoadError: the GPUs are too small for the model, or for the model and those of other scorer processes of
+            this user, which are at work.
         ScoringError: other processes have held the GPUs for `patience_seconds`.
     """
     start, logged = time.monotonic(), None
+    asked = start
     with contextlib.ExitStack() as waiting:
         while True:
-            gpus: list[GpuMemory] = []
-            try:
-                gpus = measure()
-                fits = room(gpus, n_bytes)
-                if fits == "now":
-                    return load()
-                pause, problem = _CHECK_EVERY_SECONDS, f"{_free(gpus)} are free, expected {_needed(n_bytes)}"
-            except Exception as error:
-                if not is_taken(error):
-                    raise
-                fits, pause, problem = "later", _RETRY_SECONDS, first_line(error)
-            # Outside the except block, whose traceback would keep the tensors of the failed attempt.
-            if gpus and (fits == "never" or not _others_hold(measure)):
-                raise ModelLoadError(_too_large(alias, gpus, n_bytes, problem))
+            result = _attempt(load, measure, n_bytes)
+            if not isinstance(result, _Obstacle):
+                return result
+            if not result.may_end:
+                raise ModelLoadError(_too_large(alias, result.gpus, n_bytes, result.problem))
+            problem = f"models.{alias}: GPU {', '.join(names)}: {result.problem}"
             now = time.monotonic()
+            if now - asked >= _IDLE_SECONDS:
+                asked = now
+                if pids := _busy_siblings(result.gpus, names, n_bytes):
+                    raise ModelLoadError(f"{problem}; {_shared(pids)}")
             if now - start >= patience_seconds:
                 raise ScoringError(
-                    f"models.{alias}: GPU {', '.join(names)}: {problem}; {holders(names)}; waited {now - start:.0f} s: "
-                    f"end these processes, let this one use other GPUs (CUDA_VISIBLE_DEVICES), or run the same command "
-                    f"later"
+                    f"{problem}; {holders(names)}; waited {now - start:.0f} s: end these processes, let this one use "
+                    f"other GPUs (CUDA_VISIBLE_DEVICES), or run the same command later"
                 )
             if logged is None:
                 waiting.enter_context(wanted(names))
             if logged is None or now - logged >= _LOG_EVERY_SECONDS:
                 logged = now
-                LOGGER.warning("models.%s: waiting: GPU %s: %s; %s", alias, ", ".join(names), problem, holders(names))
-            time.sleep(min(pause, patience_seconds))
+                LOGGER.warning("waiting: %s; %s", problem, holders(names))
+            time.sleep(min(result.pause_seconds, patience_seconds))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Obstacle:
+    """Why a model could not be loaded.
+
+    Attributes:
+        problem: the reason, in words.
+        gpus: the memory of the GPUs before the attempt; empty where it cannot be measured.
+        may_end: whether a wait may help, because others hold memory.
+        pause_seconds: time until the next attempt.
+    """
+
+    problem: str
+    gpus: list[GpuMemory]
+    may_end: bool
+    pause_seconds: float
+
+
+def _attempt(load: Callable[[], T], measure: Callable[[], list[GpuMemory]], n_bytes: int) -> T | _Obstacle:
+    """Loads a model if GPUs have room for it now."""
+    gpus: list[GpuMemory] = []
+    try:
+        gpus = measure()
+        fits = room(gpus, n_bytes)
+        if fits != "now":
+            problem = f"{_free(gpus)} are free, expected {_needed(n_bytes)}"
+            return _Obstacle(problem, gpus, fits == "later" and held_by_others(gpus), _CHECK_EVERY_SECONDS)
+        note_memory({gpu.name: gpu.own + n_bytes // len(gpus) for gpu in gpus})
+        return load()
+    except Exception as error:
+        note_memory({gpu.name: gpu.own for gpu in gpus})
+        # Whole layers are placed on a GPU, so a split model may need more than the sum of its weights.
+        if not (is_taken(error) or isinstance(error, SplitError)):
+            raise
+        problem = first_line(error)
+    # Outside the except block, whose traceback would keep the tensors of the failed attempt.
+    return _Obstacle(problem, gpus, not gpus or _others_hold(measure), _RETRY_SECONDS)
 
 
 def _others_hold(measure: Callable[[], list[GpuMemory]]) -> bool:
@@ -261,8 +247,26 @@ def _others_hold(measure: Callable[[], list[GpuMemory]]) -> bool:
         return True
 
 
+def _busy_siblings(gpus: Sequence[GpuMemory], names: Sequence[str], n_bytes: int) -> list[int]:
+    """Ids of other scorer processes of this user that hold what is missing; none if other programs may hold it."""
+    pids = sorted({pid for name in names for pid in other_users(name)})
+    if not pids or (gpus and _without_margins(_beside_siblings(gpu) for gpu in gpus) < n_bytes):
+        return pids
+    is_other = any(process.pid not in pids for process in gpu_processes(names) or ())
+    return [] if is_other else pids
+
+
 def _free(gpus: Sequence[GpuMemory]) -> str:
     return " + ".join(f"{gpu.free / _GIB:.1f}" for gpu in gpus) + " GiB"
+
+
+def _shared(pids: Sequence[int]) -> str:
+    """Who holds the GPU and what to do, where no wait would help because busy scorer processes share it."""
+    return (
+        f"the rest is held by scorer process {', '.join(map(str, pids))} of the same user, which is at work; lower "
+        f"score.workers_per_gpu, or run fewer tasks at the same time (score.workers; for `nll_udf` fewer cores, or one "
+        f"call in a query)"
+    )
 
 
 def _needed(n_bytes: int) -> str:

@@ -1,7 +1,8 @@
 """Which GPU of this machine a process uses: the GPU that Spark assigned to it, or a GPU with a free slot.
 
 Each GPU has `score.workers_per_gpu` slots. A process that holds a model on a GPU keeps a slot of that GPU until it
-ends, and uses the same GPU for all its models. A process whose models are split over several GPUs takes a slot of each.
+ends, and uses the same GPU for all its models. It gives the slot back if it cannot load a model and holds no other. A
+process whose models are split over several GPUs takes a slot of each.
 Input: names of the visible GPUs in the order of their device numbers, and the addresses that Spark assigned. Output:
 device numbers. Knows no models and no torch: a GPU is a name here, the same in all processes of the machine. Executor
 side; a retried task finds the slots that its process keeps.
@@ -13,7 +14,8 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 from miniplm_udf.errors import ScoringError
@@ -21,6 +23,8 @@ from miniplm_udf.workers.slot_files import locked, node_folder
 
 LOGGER = logging.getLogger("miniplm.workers")
 
+# Longest wait for a GPU: for its slot and for its memory together.
+PATIENCE_SECONDS = 600.0
 _LOG_EVERY_SECONDS = 60.0
 _CHECK_EVERY_SECONDS = 1.0
 # Slots that this process keeps until it ends, by the name of the GPU.
@@ -76,7 +80,8 @@ def keep_gpus(
     addresses: Sequence[str],
     slots: int | None,
     several: bool,
-    patience_seconds: float = 600.0,
+    patience_seconds: float = PATIENCE_SECONDS,
+    rank: Callable[[Sequence[str]], tuple[list[str], list[str]]] = lambda names: (list(names), []),
 ) -> list[int]:
     """Takes slots of GPUs and keeps them until this process ends; returns the same GPUs at the next call.
 
@@ -88,7 +93,9 @@ def keep_gpus(
         addresses: addresses of the GPUs that Spark assigned to this process; empty for none.
         slots: processes that may share a GPU; None for any number, so that no process waits.
         several: whether this process takes all of its GPUs; otherwise it takes one.
-        patience_seconds: longest wait for a slot.
+        patience_seconds: longest wait for the slots.
+        rank: of several GPUs, those that are preferred and those that are taken only if the others have no free slot,
+            each in the order of preference; called if the process takes one of several GPUs.
 
     Returns:
         Device numbers, ascending.
@@ -100,17 +107,19 @@ def keep_gpus(
     kept = [name for name in own if name in _KEPT]
     if not several:
         if not kept:
-            name, _KEPT[name] = take_slot(own, slots, patience_seconds)
+            first, last = rank(own) if len(own) > 1 else (own, [])
+            name, _KEPT[name] = take_slot(first, slots, patience_seconds, last)
             kept = [name]
-        _give_back(kept[1:])
+        give_back(kept[1:])
         return [names.index(kept[0])]
     if len(kept) < len(own):
-        _give_back(kept)
+        give_back(kept)
+        deadline = time.monotonic() + patience_seconds
         try:
             for name in sorted(own):
-                _KEPT[name] = take_slot([name], slots, patience_seconds)[1]
+                _KEPT[name] = take_slot([name], slots, max(0.0, deadline - time.monotonic()))[1]
         except ScoringError:
-            _give_back([name for name in own if name in _KEPT])
+            give_back(own)
             raise
     return [names.index(name) for name in own]
 
@@ -124,12 +133,60 @@ def kept_gpus(names: Sequence[str]) -> list[int]:
     return [number for number, name in enumerate(names) if name in _KEPT]
 
 
-def _give_back(names: Sequence[str]) -> None:
+def give_back(names: Sequence[str]) -> None:
+    """Frees the slots that this process keeps of GPUs, on which it must hold no model.
+
+    Args:
+        names: names of the GPUs; a GPU of which it keeps no slot is left out.
+    """
     for name in names:
-        _KEPT.pop(name).close()
+        if name in _KEPT:
+            with _KEPT.pop(name) as file:
+                # This process lives on, and its id in the file would name it as a user of the GPU.
+                file.truncate(0)
 
 
-def take_slot(names: Sequence[str], slots: int | None, patience_seconds: float = 600.0) -> tuple[str, IO[str]]:
+def note_memory(n_bytes: Mapping[str, int]) -> None:
+    """Tells the other processes how much memory this process needs for its models, on GPUs of which it keeps a slot.
+
+    Args:
+        n_bytes: bytes of the models that are loaded or about to be loaded, by name of the GPU.
+    """
+    for name in n_bytes.keys() & _KEPT.keys():
+        _sign(_KEPT[name], n_bytes[name])
+
+
+def other_users(name: str) -> dict[int, int]:
+    """The other processes that keep a slot of a GPU, with the bytes that they noted for their models, by process id.
+
+    Args:
+        name: name of the GPU.
+    """
+    users = {}
+    for path in node_folder().glob(f"{name}-*"):
+        pid, n_bytes = _signature(path)
+        # A process that has ended may have left its id here. Its slot is not locked for the check, which would make the
+        # slot look taken, unless another process has the id now.
+        if pid in (None, os.getpid()) or not _is_alive(pid):
+            continue
+        if (file := locked(path)) is None:
+            users[pid] = n_bytes
+        else:
+            file.close()
+    return users
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def take_slot(
+    names: Sequence[str], slots: int | None, patience_seconds: float = PATIENCE_SECONDS, last: Sequence[str] = ()
+) -> tuple[str, IO[str]]:
     """Waits for a free slot of one of several GPUs that processes of this machine share.
 
     Takes the GPU with the fewest processes, and among equals the first: so a second process shares a GPU only when all
@@ -139,6 +196,7 @@ def take_slot(names: Sequence[str], slots: int | None, patience_seconds: float =
         names: names of the GPUs, the same in all processes of this machine, in the order of preference.
         slots: processes that may share a GPU; None for any number.
         patience_seconds: longest wait.
+        last: names of further GPUs, which are taken only if no slot of the others is free.
 
     Returns:
         The GPU's name, and the open file: whoever holds its lock has the slot.
@@ -146,18 +204,15 @@ def take_slot(names: Sequence[str], slots: int | None, patience_seconds: float =
     Raises:
         ScoringError: other processes have kept all slots for `patience_seconds`.
     """
-    folder = node_folder()
     start = logged = time.monotonic()
+    every = [*names, *last]
     with contextlib.ExitStack() as waiting:
-        for name in itertools.cycle(names):
-            for number in itertools.count() if slots is None else range(slots):
-                for candidate in names:
-                    if (file := locked(folder / f"{candidate}-{number}")) is not None:
-                        _sign(file)
-                        return candidate, file
+        for name in itertools.cycle(every):
+            if (taken := _free_slot(names, slots) or _free_slot(last, slots)) is not None:
+                return taken
             assert slots is not None
             waited = time.monotonic() - start
-            problem = f"all GPUs have been taken for {waited:.0f} s: {_holders(names, slots)}"
+            problem = f"all GPUs have been taken for {waited:.0f} s: {_holders(every, slots)}"
             hint = (
                 "ask for a GPU a task (spark.task.resource.gpu.amount=1), let more processes share one "
                 "(score.workers_per_gpu), or have fewer of them (score.workers)"
@@ -168,26 +223,44 @@ def take_slot(names: Sequence[str], slots: int | None, patience_seconds: float =
                 logged = time.monotonic()
                 LOGGER.warning("%s; %s", problem, hint)
             # One GPU after the other, so that not all idle processes end when one of them would be enough.
-            last = waiting.pop_all()
+            previous = waiting.pop_all()
             waiting.enter_context(wanted([name]))
-            last.close()
+            previous.close()
             time.sleep(min(_CHECK_EVERY_SECONDS, patience_seconds))
     raise AssertionError("expected at least one GPU")
 
 
-def _sign(file: IO[str]) -> None:
-    """Writes this process's id into the file of its slot, for the messages of others."""
+def _free_slot(names: Sequence[str], slots: int | None) -> tuple[str, IO[str]] | None:
+    """Takes a slot of the GPU with the fewest processes; None where no slot is free."""
+    for number in itertools.count() if slots is None else range(slots):
+        for name in names:
+            if (file := locked(node_folder() / f"{name}-{number}")) is not None:
+                _sign(file)
+                return name, file
+        if not names:
+            break
+    return None
+
+
+def _sign(file: IO[str], n_bytes: int = 0) -> None:
+    """Writes this process's id and the bytes of its models into the file of its slot, for other processes."""
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(f"{os.getpid()} {n_bytes}")
     file.flush()
+
+
+def _signature(path: Path) -> tuple[int | None, int]:
+    """The process id and the bytes in the file of a slot; None and 0 where its process is about to write them."""
+    words = path.read_text().split()
+    return (int(words[0]), int(words[1])) if len(words) == 2 else (None, 0)
 
 
 def _holders(names: Sequence[str], slots: int) -> str:
     """Who has which GPU, in words."""
     folder, parts = node_folder(), []
     for name in names:
-        notes = [folder / f"{name}-{number}" for number in range(slots)]
-        parts.append(f"{name} by process {' and '.join(note.read_text() or '?' for note in notes)}")
+        pids = [_signature(folder / f"{name}-{number}")[0] for number in range(slots)]
+        parts.append(f"{name} by process {' and '.join(str(pid or '?') for pid in pids)}")
     return ", ".join(parts)
 
 
@@ -206,11 +279,14 @@ def wanted(names: Sequence[str]) -> Iterator[None]:
 
 
 def kept_slot_is_wanted() -> bool:
-    """Whether another process waits for a slot that this process keeps."""
+    """Whether another process waits for a slot that this process keeps; may be False while others ask the same."""
+    folder = node_folder()
     for name in list(_KEPT):
-        with (node_folder() / f"{name}.wanted").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        # One process asks at a time, since its own lock looks like the lock of a process that waits.
+        if (asking := locked(folder / f"{name}.asking")) is None:
+            continue
+        with asking:
+            if (file := locked(folder / f"{name}.wanted")) is None:
                 return True
+            file.close()
     return False

@@ -5,23 +5,37 @@ pyspark are loaded inside the functions. A retried task makes its scorer again, 
 kept.
 """
 
+import contextlib
 import dataclasses
+import gc
 import logging
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miniplm_udf.config.generate import GenerateConfig
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
+from miniplm_udf.errors import ConfigError
 from miniplm_udf.scoring.description import ModelDescription
-from miniplm_udf.workers.gpu_memory import load_when_free, measured
-from miniplm_udf.workers.gpu_slots import device_numbers, gpu_addresses, keep_gpus, kept_gpus
+from miniplm_udf.workers.gpu_memory import by_room, load_when_free, measured
+from miniplm_udf.workers.gpu_slots import (
+    PATIENCE_SECONDS,
+    device_numbers,
+    give_back,
+    gpu_addresses,
+    keep_gpus,
+    kept_gpus,
+)
 
 if TYPE_CHECKING:
     from miniplm_udf.scoring.generator import Generator
     from miniplm_udf.scoring.text_scorer import TextScorer
 
 LOGGER = logging.getLogger("miniplm.workers")
+
+# The modules of this process's models on GPUs.
+_ON_GPUS: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +152,22 @@ def _loaded(
 
     start = time.monotonic()
     attention = None if settings.attention == "auto" else settings.attention
-    devices, names = _take_gpus(settings, takes_all_gpus)
-    if config.device_map is None:
-        devices, names = devices[:1], names[:1]
+    gpus = visible_gpus()
+    n_bytes = weight_bytes(model_folder(config), 4 if description.dtype == "float32" else 2) if gpus else 0
+    devices, kept = _take_gpus(gpus, settings, takes_all_gpus, n_bytes)
+    devices, names = (devices[:1], kept[:1]) if config.device_map is None else (devices, kept)
 
     def load() -> Any:
         return load_model(config, description, devices[0] if config.device_map is None else devices, attention)
 
     if names:
-        n_bytes = weight_bytes(model_folder(config), 4 if description.dtype == "float32" else 2)
-        alias = description.model_id
-        model = load_when_free(load, lambda: measured(devices, names), names, n_bytes, alias)
+        patience = max(0.0, start + PATIENCE_SECONDS - time.monotonic())
+        with _given_back_on_error(kept):
+            model = load_when_free(
+                load, lambda: measured(devices, names), names, n_bytes, description.model_id, patience
+            )
+        # A scorer may keep modules of the model without the model.
+        _ON_GPUS.update(model.modules())
     else:
         model = load()
     seconds, places = time.monotonic() - start, " + ".join(devices)
@@ -156,18 +175,45 @@ def _loaded(
     return str(model.device), model
 
 
-def _take_gpus(settings: ScoreConfig, takes_all_gpus: bool) -> tuple[list[str], list[str]]:
-    """The torch devices that this process keeps, and their UUIDs; without a GPU the CPU and no UUID."""
-    addresses, names = gpu_addresses(), visible_gpus()
+@contextlib.contextmanager
+def _given_back_on_error(names: Sequence[str]) -> Iterator[None]:
+    """Gives the GPUs back if the block fails and this process holds no model, so that a retry may take other GPUs."""
+    try:
+        yield
+    except Exception:
+        gc.collect()
+        if not _ON_GPUS:
+            give_back(names)
+        raise
+
+
+def _take_gpus(
+    names: list[str], settings: ScoreConfig, takes_all_gpus: bool, n_bytes: int
+) -> tuple[list[str], list[str]]:
+    """The torch devices that this process keeps, and their UUIDs; without a GPU the CPU and no UUID.
+
+    Raises:
+        ConfigError: several processes would each take all GPUs of this machine.
+        ScoringError: other processes keep the slots.
+    """
+    addresses = gpu_addresses()
     if not names:
         if addresses:
             LOGGER.warning("Spark assigned GPU %s, but torch finds none: scoring on the CPU", ", ".join(addresses))
         return ["cpu"], []
+    if takes_all_gpus and settings.workers > 1 and not addresses:
+        raise ConfigError(
+            f"score.workers: expected 1, because a process with a model with device_map: auto takes all GPUs that it "
+            f"sees, and Spark assigned none to this task; found {settings.workers}; set score.workers to 1, or let "
+            f"Spark assign the GPUs (spark.executor.resource.gpu.amount, docs/cluster.md)"
+        )
     is_first_model = not kept_gpus(names)
-    numbers = keep_gpus(names, addresses, settings.workers_per_gpu, takes_all_gpus)
+    numbers = keep_gpus(
+        names, addresses, settings.workers_per_gpu, takes_all_gpus, rank=lambda own: by_room(own, n_bytes)
+    )
     # `nll_udf` has any number of workers for each GPU, and `workers` says nothing about them.
     is_counted = settings.workers_per_gpu is not None and not addresses
-    if is_first_model and is_counted and numbers == [0] and settings.workers < len(names):
+    if is_first_model and is_counted and len(numbers) == 1 and settings.workers < len(names):
         LOGGER.warning(
             "score.workers is %d, and this machine has %d GPUs: the other GPUs are not used; raise score.workers",
             settings.workers, len(names),

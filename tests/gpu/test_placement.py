@@ -20,7 +20,8 @@ from miniplm_udf.scoring.models import describe, load_model
 from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.workers import gpu_memory, gpu_slots
-from miniplm_udf.workers.gpu_memory import gpu_processes, held_by_others, load_when_free, measured, room
+from miniplm_udf.workers.gpu_holders import gpu_processes
+from miniplm_udf.workers.gpu_memory import held_by_others, load_when_free, measured, room
 from miniplm_udf.workers.model_scorers import ModelScorerFactory, assigned_device, visible_gpus
 from tests.support import tiny_models
 from tests.support.scoring_oracles import ROWS, score
@@ -117,23 +118,26 @@ def test_cudas_error_of_a_full_memory_is_known_and_refused() -> None:
         load_when_free(load, lambda: measured(["cuda:0"], names), names, 0, "m")
 
 
-def test_a_factory_keeps_the_first_gpu(tmp_path: Path) -> None:
+def test_a_factory_keeps_one_gpu(tmp_path: Path) -> None:
     config = config_of(tiny_models.make_model_folder(tmp_path))
     scorer: Any = ModelScorerFactory(config, describe("m", config), ScoreConfig(compile=False))()
-    assert assigned_device() == "cuda:0"
-    assert tiny_models.decoder_of(scorer).device == torch.device("cuda:0")
+    (number,) = gpu_slots.kept_gpus(visible_gpus())
+    assert assigned_device() == f"cuda:{number}"
+    assert tiny_models.decoder_of(scorer).device == torch.device("cuda", number)
     assert all(value is not None for value in nats(score(scorer, ROWS[:2])))
 
 
 @TWO_GPUS
-def test_a_factory_takes_the_next_gpu_if_another_process_has_the_first(tmp_path: Path) -> None:
+def test_a_factory_takes_another_gpu_if_another_process_has_the_first(tmp_path: Path) -> None:
     config = config_of(tiny_models.make_model_folder(tmp_path))
     file = gpu_slots.take_slot(visible_gpus()[:1], 1, 0.0)[1]
     scorer: Any = ModelScorerFactory(config, describe("m", config), ScoreConfig(compile=False))()
     file.close()
-    assert assigned_device() == "cuda:1"
-    assert torch.cuda.current_device() == 1
-    assert tiny_models.decoder_of(scorer).device == torch.device("cuda:1")
+    (number,) = gpu_slots.kept_gpus(visible_gpus())
+    assert number > 0
+    assert assigned_device() == f"cuda:{number}"
+    assert torch.cuda.current_device() == number
+    assert tiny_models.decoder_of(scorer).device == torch.device("cuda", number)
     assert all(value is not None for value in nats(score(scorer, ROWS[:2])))
 
 

@@ -20,12 +20,14 @@ from miniplm_udf.config.generate import GenerateConfig
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig, ServerConfig
 from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.scoring import batching
-from miniplm_udf.scoring.device_maps import check_split, split_options
+from miniplm_udf.scoring.device_maps import SplitError, check_split, split_options
 from miniplm_udf.scoring.head import Head
 from miniplm_udf.scoring.loading import load_causal_lm
 from miniplm_udf.scoring.models import check_head, describe
 from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.scoring.tokenizer import load_tokenizer
+from miniplm_udf.workers import gpu_memory
+from miniplm_udf.workers.gpu_memory import GpuMemory, load_when_free
 from miniplm_udf.workers.model_scorers import ModelGeneratorFactory, ModelScorerFactory
 from tests.support import tiny_models
 from tests.support.scoring_oracles import ROWS, score
@@ -95,12 +97,38 @@ def test_float8_layers_cannot_be_split(tmp_path: Path, dtype: Any, settled: str 
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = tiny_models.make_model_folder(tmp_path)
     with pytest.raises(
-        ModelLoadError, match=r"expected all weights on cpu, found \d+ that do not fit .*\(model\..*backend: openai"
+        SplitError, match=r"expected all weights on cpu, found \d+ that do not fit .*\(model\..*backend: openai"
     ):
         check_split(load_causal_lm(folder, dtype=torch.float32, **SPILLED), ["cpu"])
-    with pytest.raises(ModelLoadError, match="expected all weights on cuda:0, cuda:1, found 21"):
+    with pytest.raises(SplitError, match="expected all weights on cuda:0, cuda:1, found 21"):
         check_split(load_causal_lm(folder, dtype=torch.float32, **split_options(["cpu"])), ["cuda:0", "cuda:1"])
     check_split(load_causal_lm(folder, dtype=torch.float32, **split_options(["cpu"])), ["cpu"])
+
+
+def test_a_split_model_whose_layers_do_not_fit_is_waited_for_while_others_hold_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of the free memory is large enough, but accelerate places whole layers."""
+    folder = tiny_models.make_model_folder(tmp_path)
+    gib = 1024**3
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu_memory, "_RETRY_SECONDS", 0.05)
+    options = iter([SPILLED, SPILLED, split_options(["cpu"])])
+
+    def load() -> Any:
+        model = load_causal_lm(folder, dtype=torch.float32, **next(options))
+        check_split(model, ["cpu"])
+        return model
+
+    def measure(free: int) -> list[GpuMemory]:
+        return [GpuMemory(name, free * gib, 80 * gib, 0) for name in "ab"]
+
+    model = load_when_free(load, lambda: measure(40), ["a", "b"], 50 * gib, "m", 60.0)
+    assert next(options, None) is None
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+    options = iter([SPILLED])
+    with pytest.raises(ModelLoadError, match=r"models\.m: .* of 80\.0 \+ 80\.0 GiB \(device_map: expected all weights"):
+        load_when_free(load, lambda: measure(80), ["a", "b"], 50 * gib, "m", 60.0)
 
 
 @pytest.mark.parametrize("options", [split_options(["cpu"]), SPILLED], ids=["one device", "several"])

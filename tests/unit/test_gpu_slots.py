@@ -6,14 +6,16 @@ import logging
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from miniplm_udf.config.sections import ScoreConfig
-from miniplm_udf.errors import ScoringError
+from miniplm_udf.errors import ConfigError, ScoringError
 from miniplm_udf.workers import gpu_slots, model_scorers
 from miniplm_udf.workers.gpu_slots import device_numbers, keep_gpus, take_slot, wanted
 
@@ -142,6 +144,59 @@ def test_a_process_that_does_not_get_all_gpus_keeps_none(node: Path) -> None:
         take_slot("a", 1, 0.0)[1].close()
 
 
+@pytest.mark.parametrize("workers_per_gpu", [1, 2, None])
+def test_workers_that_would_each_take_all_gpus_of_a_machine_are_refused(
+    node: Path, monkeypatch: pytest.MonkeyPatch, workers_per_gpu: int | None
+) -> None:
+    settings = ScoreConfig(workers=2, workers_per_gpu=workers_per_gpu)
+    monkeypatch.setattr(gpu_slots, "_ASSIGNED", [])
+    with pytest.raises(ConfigError, match=r"score\.workers: expected 1, .*found 2; set score\.workers to 1"):
+        model_scorers._take_gpus(["a", "b"], settings, True, 0)
+    assert model_scorers._take_gpus([], settings, True, 0) == (["cpu"], []), "a machine without GPUs has no conflict"
+    one = ScoreConfig(workers=1, workers_per_gpu=workers_per_gpu)
+    assert model_scorers._take_gpus(["a", "b"], one, True, 0) == (["cuda:0", "cuda:1"], ["a", "b"])
+    monkeypatch.setattr(gpu_slots, "_ASSIGNED", ["1"])
+    assert model_scorers._take_gpus(["a", "b"], settings, True, 0) == (["cuda:1"], ["b"])
+
+
+def test_a_process_prefers_the_gpus_that_are_named_first(node: Path) -> None:
+    def rank(names: Sequence[str]) -> tuple[list[str], list[str]]:
+        return ["c", "b"], [name for name in names if name not in "bc"]
+
+    with users(node, 3) as started:
+        assert [user.take("abc", 2) for user in started] == [[0], [1], [2]]
+        started[2].kill()
+        assert keep_gpus("abc", [], 1, False, 0.0, rank) == [2]
+        gpu_slots.give_back(["c", "not kept"])
+        assert gpu_slots.kept_gpus("abc") == []
+        with contextlib.closing(take_slot("c", 1, 0.0)[1]):
+            with pytest.raises(ScoringError, match=r"c by process \d+, b by process \d+, a by process"):
+                keep_gpus("abc", [], 1, False, 0.0, rank)
+            started[0].kill()
+            assert keep_gpus("abc", [], 2, False, 0.0, rank) == [2], "rather shared than the GPU that is named last"
+            gpu_slots.give_back("c")
+            assert keep_gpus("abc", [], 1, False, 0.0, rank) == [0]
+
+
+def test_the_wait_for_several_gpus_has_one_limit(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def noted(names: Sequence[str], slots: int | None, patience_seconds: float) -> tuple[str, IO[str]]:
+        limits.append(patience_seconds)
+        return take_slot(names, slots, patience_seconds)
+
+    monkeypatch.setattr(gpu_slots, "take_slot", noted)
+    monkeypatch.setattr(gpu_slots, "_CHECK_EVERY_SECONDS", 0.05)
+    with users(node, 1) as (user,):
+        assert user.take("a") == [0]
+        timer = threading.Timer(0.3, user.kill)
+        timer.start()
+        assert keep_gpus("ab", [], 1, True, 60.0) == [0, 1]
+        timer.join()
+    assert limits[0] == pytest.approx(60, abs=0.1)
+    assert limits[1] < 59.8
+
+
 @pytest.mark.parametrize(
     ("settings", "addresses", "warnings"),
     [
@@ -159,11 +214,10 @@ def test_fewer_workers_than_gpus_are_logged_once(
     addresses: list[str],
     warnings: int,
 ) -> None:
-    monkeypatch.setattr(model_scorers, "visible_gpus", lambda: ["a", "b"])
     monkeypatch.setattr(gpu_slots, "_ASSIGNED", addresses)
     with caplog.at_level(logging.WARNING, "miniplm.workers"):
         for _ in range(2):  # two models of one process
-            assert model_scorers._take_gpus(settings, False) == (["cuda:0"], ["a"])
+            assert model_scorers._take_gpus(["a", "b"], settings, False, 0) == (["cuda:0"], ["a"])
     assert [record.message.startswith("score.workers is 1") for record in caplog.records] == [True] * warnings
 
 
@@ -184,6 +238,37 @@ def test_a_process_that_waits_makes_idle_processes_of_each_gpu_end(node: Path) -
                 while not gpu_slots.kept_slot_is_wanted():
                     assert time.monotonic() < deadline, f"nobody asks for {name}"
                     time.sleep(0.05)
+
+
+# Asks again and again, as an idle process does, and prints how often another process seemed to wait.
+ASKING = """
+import sys, tempfile, time
+tempfile.tempdir = sys.argv[1]
+from miniplm_udf.workers.gpu_slots import keep_gpus, kept_slot_is_wanted
+keep_gpus(["a"], [], None, False)
+print("ready", flush=True)
+end = float(sys.stdin.readline())
+answers = [kept_slot_is_wanted() for _ in iter(lambda: time.monotonic() < end, False)]
+print(len(answers), sum(answers))
+"""
+
+
+def test_idle_processes_do_not_take_each_other_for_one_that_waits(node: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASKING, str(node)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    assert [process.stdout.readline() for process in processes if process.stdout] == ["ready\n"] * 3
+    end = time.monotonic() + 0.5
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(f"{end}\n")
+        process.stdin.flush()
+    answers = [process.communicate()[0].split() for process in processes]
+    assert [wanted for _, wanted in answers] == ["0"] * 3
+    assert all(int(number) > 10 for number, _ in answers)
 
 
 @pytest.mark.parametrize(
