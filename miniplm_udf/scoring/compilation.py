@@ -177,7 +177,10 @@ class CompiledFunction:
             first = next(tensors, torch.empty(0))
             self._sample_shape = tuple(first.shape)
             if first.device.type == "cuda":
-                torch.cuda.set_device(first.device)  # of this thread, which has no CUDA context yet
+                # A new thread has no CUDA context, which the compiler needs. `set_device` alone returns at once where
+                # the device is the first one.
+                torch.cuda.set_device(first.device)
+                torch.zeros(1, device=first.device)
             with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
                 self._compiled(*arguments, **named)
             raise _Unsuitable("torch skips it")

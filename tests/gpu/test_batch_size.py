@@ -68,7 +68,7 @@ def test_a_budget_that_is_found_fits_and_changes_no_score(folder: Path, caplog: 
         assert abs(one.nll_sum_nats - other.nll_sum_nats) <= 0.1 * other.n_tokens
     usage = scorer.usage()
     assert usage.place == place_of(torch.device(DEVICE), "bfloat16")
-    assert usage.tokens_per_batch == budget
+    assert usage.found_tokens_per_batch in (budget, None), "None if free memory ended the search"
     assert usage.memory_total_bytes == total
     assert usage.memory_bytes <= 0.9 * total
     assert usage.model_flops > 0
