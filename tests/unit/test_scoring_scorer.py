@@ -123,7 +123,7 @@ def test_a_text_that_does_not_fit_alone_fails_alone(llama: Path) -> None:
 
 
 def test_a_batch_that_fails_makes_later_batches_half_as_large(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its parts that fail do not count again, and the size stays at least that of the longest window."""
+    """Parts that fail do not make them smaller again, and a batch never has less than the longest window."""
     scorer = make_scorer(llama, 64)
     texts: list[Row] = [("x" * 16, [], True)] * 4
     n_tokens = score(scorer, texts)[0].n_tokens

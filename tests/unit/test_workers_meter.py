@@ -159,16 +159,17 @@ def test_a_call_that_raises_took_time_and_was_no_wait(
     clock.steady = True
     timed = Meter("m", clock, lambda: None)
 
-    def work() -> None:
+    def work(error: Exception | None = None) -> None:
         now[0] += 2.0
         scorer.on_progress(10)
+        if error is not None:
+            raise error
 
     with timed.working(scorer, counts):
         work()
     now[0] += 1.0
     with pytest.raises(ValueError, match="a bad text"), timed.working(scorer, counts):
-        work()
-        raise ValueError("a bad text")
+        work(ValueError("a bad text"))
     assert (counts.of("m").seconds, counts.busy_seconds, counts.waited_seconds) == (4.0, 2.0, 1.0)
     assert clock.busy_seconds(now[0] + 50.0) == 2.0, "the call has ended"
     now[0] += 10.0
