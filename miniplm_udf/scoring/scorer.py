@@ -2,8 +2,9 @@
 
 Owns batches, the forward pass and the handling of a batch that does not fit in memory (`text_scorer` owns the way from
 texts to windows and back). Input: the windows of a slice; output: their nats. Never holds logits of batch x time x
-vocabulary (`head`). Executor side (and the trainer's evaluation). Deterministic up to floating-point addition: a retry
-gives the same numbers to about 1e-6.
+vocabulary (`head`). Executor side (and the trainer's evaluation). Deterministic up to rounding: in float32 without
+compilation a retry gives the same numbers to about 1e-6. Eager and compiled code round differently, and which batches
+run compiled differs from run to run, so in bfloat16 a retry may differ by as much as bfloat16 itself rounds.
 """
 
 import logging
