@@ -252,6 +252,7 @@ def _sizes(config: ModelConfig, description: ModelDescription) -> tuple[int, int
     from transformers import AutoConfig
 
     from miniplm_udf.scoring.model_files import model_folder
+    from miniplm_udf.scoring.model_flops import attention_layers
 
     whole: Any = AutoConfig.from_pretrained(model_folder(config), trust_remote_code=config.trust_remote_code)
     text = whole.get_text_config()
@@ -259,7 +260,7 @@ def _sizes(config: ModelConfig, description: ModelDescription) -> tuple[int, int
     width = heads * int(getattr(text, "head_dim", None) or (hidden // heads if heads else 0))
     # An embedding that is not tied to the output layer is a table of rows, not a factor of a product.
     embedding = 0 if text.tie_word_embeddings else int(text.vocab_size) * hidden
-    return max(0, description.n_parameters - embedding), int(text.num_hidden_layers), width
+    return max(0, description.n_parameters - embedding), attention_layers(text), width
 
 
 # --- timing ---

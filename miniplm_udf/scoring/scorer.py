@@ -144,7 +144,7 @@ class Scorer(TextScorer):
             out_of_memory = str(error) or type(error).__name__
         if out_of_memory is None:
             np.add.at(texts.sums, [job.text for job in jobs], nll)
-            self._model_flops += self._sizes.forward_flops([len(job) for job in jobs])
+            self._model_flops += self._sizes.forward_flops([len(job) for job in jobs], n_scored)
             if self.on_progress is not None:
                 self.on_progress(n_scored)
             return

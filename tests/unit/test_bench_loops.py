@@ -55,7 +55,7 @@ def test_the_gpu_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bench_runs_without_the_official_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eager row takes the attention of the scorer; a GPU that is not in the table of peaks has no share of it."""
+    """The eager row has the attention of the scorer. Without a known peak there is no share of it."""
     bench = bench_gpu.Bench("tiny", "cpu", 2, bench_gpu.Rates(matmul=1e12))
     assert bench._model.config._attn_implementation == "sdpa"
     row = bench.run(bench_gpu._EAGER)

@@ -14,6 +14,7 @@ import pytest
 
 from miniplm_udf.scoring.results import Score
 from miniplm_udf.scoring.usage import ScorerUsage
+from miniplm_udf.scoring.windows import windows
 from miniplm_udf.workers import meter
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.meter import Clock, Meter, WorkDone, log_line
@@ -193,6 +194,14 @@ def test_a_real_scorer_states_its_flops_and_memory(tmp_path: Path, monkeypatch: 
     sizes = scorer._sizes
     length = score.n_tokens
     expected = 2 * sizes.parameters * length + 2 * sizes.layers * sizes.width * length**2
-    assert sizes.parameters > sizes.layers > 0 < sizes.width
+    assert sizes.parameters > sizes.head_parameters > sizes.layers > 0 < sizes.width
     assert scorer.usage().model_flops == expected
     assert sum(tokens) == score.n_tokens
+    # Windows of a longer text overlap: the output layer does not compute these tokens again.
+    before = scorer.usage()
+    [score] = scorer.score(["x" * 70], [[]], [True])
+    lengths = [len(window) for window in windows(score.n_tokens, 24, 6)]
+    assert sum(lengths) > score.n_tokens
+    added = scorer.usage().model_flops - before.model_flops
+    assert added == pytest.approx(sizes.forward_flops(lengths, score.n_tokens), rel=1e-9)
+    assert added < 0.99 * sizes.forward_flops(lengths)
