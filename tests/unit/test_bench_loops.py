@@ -55,7 +55,7 @@ def test_the_gpu_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bench_runs_without_the_official_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eager row has the attention of the scorer. Without a known peak there is no share of it."""
+    """The eager row has the attention of the scorer. Without a known peak the row has no `of_peak`."""
     bench = bench_gpu.Bench("tiny", "cpu", 2, bench_gpu.Rates(matmul=1e12))
     assert bench._model.config._attn_implementation == "sdpa"
     row = bench.run(bench_gpu._EAGER)
