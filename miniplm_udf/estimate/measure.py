@@ -81,7 +81,8 @@ class Measured:
         forward_tokens: input tokens of all forward passes; more than `scored_tokens` where windows overlap.
         flops: model FLOPs to score the sample.
         rejects: instances that cannot be scored, by reason.
-        start_seconds: time to load the model, and the time that its first batch takes longer than later batches.
+        start_seconds: time to load the model, and the time that its first batch takes longer than later batches. The
+            time of compilation is not in it, because a job scores meanwhile, more slowly than at the measured rate.
         tokens_per_second: scored tokens per second after the start.
         timed_tokens: scored tokens that the rate was measured on.
         training_tokens_per_second: rate of an optimiser step; None for an existing model.
@@ -251,6 +252,7 @@ def _sizes(config: ModelConfig, description: ModelDescription) -> tuple[int, int
     from transformers import AutoConfig
 
     from miniplm_udf.scoring.model_files import model_folder
+    from miniplm_udf.scoring.model_flops import attention_layers
 
     whole: Any = AutoConfig.from_pretrained(model_folder(config), trust_remote_code=config.trust_remote_code)
     text = whole.get_text_config()
@@ -258,7 +260,7 @@ def _sizes(config: ModelConfig, description: ModelDescription) -> tuple[int, int
     width = heads * int(getattr(text, "head_dim", None) or (hidden // heads if heads else 0))
     # An embedding that is not tied to the output layer is a table of rows, not a factor of a product.
     embedding = 0 if text.tie_word_embeddings else int(text.vocab_size) * hidden
-    return max(0, description.n_parameters - embedding), int(text.num_hidden_layers), width
+    return max(0, description.n_parameters - embedding), attention_layers(text), width
 
 
 # --- timing ---
@@ -291,11 +293,9 @@ def _time(config: ModelConfig, description: ModelDescription, request: MeasureRe
     batch_bytes = scorer.tokens_per_batch * _BYTES_PER_TOKEN
     batch = _first_bytes(order, batch_bytes)
     warm_tokens, warm_seconds = _score(scorer, batch)
-    compiling = time.monotonic()
-    # The rate of the job is the rate of compiled code.
+    # The rate of the job is the rate of compiled code. A job does not wait for it, so this is no time of the start.
     while scorer.finish_compiling():
         _score(scorer, batch)
-    loading += time.monotonic() - compiling
     _, batch_seconds = _score(scorer, batch)
     # At least two batches, also of a model that is too slow for two batches in `seconds`.
     n_bytes = max(2 * batch_bytes, round(batch_bytes * request.seconds / batch_seconds))

@@ -79,7 +79,8 @@ class ModelEstimate:
         flops: model FLOPs of all forward passes.
         tokens_per_second: measured rate, in scored tokens.
         timed_tokens: scored tokens that the rate was measured on.
-        start_seconds: time to load the model, and the time that its first batch takes longer than later batches.
+        start_seconds: time to load the model, and the time that its first batch takes longer than later batches; a job
+            does not wait for compilation.
         seconds: duration with one scorer at the measured rate.
         gpu_seconds: duration on the GPUs of the estimate.
         prefix: what stands in front of each text and why, in words.

@@ -133,9 +133,7 @@ class ScoringQuery(Query):
         self._keep_budgets()
 
     def _keep_budgets(self) -> None:
-        """Writes the token budgets that workers found, or made smaller, into the models' records."""
-        if self._config.tokens_per_batch is not None:
-            return
+        """Writes the token budgets that workers found into the models' records."""
         for model in self._plan.models:
             counts = self._total.models.get(model.model_id)
             if counts is not None and counts.tokens_per_batch:

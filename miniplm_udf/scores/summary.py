@@ -29,7 +29,6 @@ class ScoreSummary:
         seconds: duration of the run.
         matrix_rows: rows of `score_matrix`.
         too_many_rejects: whether rejects exceed `score.max_reject_share`.
-        tokens_per_batch: token budget of a forward pass in this run, by alias, and by kind of device and dtype.
     """
 
     scored: dict[str, int]
@@ -41,7 +40,6 @@ class ScoreSummary:
     seconds: float
     matrix_rows: int
     too_many_rejects: bool
-    tokens_per_batch: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
 
 def summarize(
@@ -81,5 +79,4 @@ def summarize(
         seconds=round(seconds, 3),
         matrix_rows=tables.read(spark, matrix_uri).count() if tables.exists(spark, matrix_uri) else 0,
         too_many_rejects=rejected > config.score.max_reject_share * (rejected + sum(by_revision.values())),
-        tokens_per_batch={alias: counts[alias].tokens_per_batch for alias in scored},
     )

@@ -35,6 +35,20 @@ _KEPT_FREE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """The result of a search.
+
+    Attributes:
+        tokens: tokens of one pass.
+        is_general: whether the size depends on the kind of GPU and the model alone. False if the search ended because
+            of memory that other programs or models may have held.
+    """
+
+    tokens: int
+    is_general: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Measurement:
     """A batch size that was tried.
 
@@ -83,7 +97,7 @@ def still_rises(measurements: Sequence[Measurement]) -> bool:
 def find_tokens_per_batch(
     name: str, run_pass: Callable[[int], object], window_tokens: int, device: torch.device, workers_per_gpu: int = 1,
     seconds: float = _SECONDS,
-) -> int:  # fmt: skip
+) -> SearchResult:  # fmt: skip
     """Searches the token budget of a model that is loaded.
 
     On a GPU a size fits if the most memory that is allocated during its pass leaves a tenth of the process's part of
@@ -99,7 +113,7 @@ def find_tokens_per_batch(
         seconds: longest duration of the search, without its first pass; no pass is begun that would exceed it.
 
     Returns:
-        The tokens of one pass.
+        The tokens of one pass, and whether they are of use to other processes.
     """
     n_windows = math.ceil(_FIRST_TOKENS / window_tokens)
     _passes(run_pass, n_windows, device, 1)  # loads kernels, which take memory too
@@ -114,7 +128,8 @@ def find_tokens_per_batch(
             size = min(size, again, key=lambda one: one.seconds)
         measured.append(size)
         has_time = 2 * _takes(size) < end - time.perf_counter()
-        if not (still_rises(measured) and has_time and limit.has_room_for_twice()):
+        needs_room = not size.fits or (still_rises(measured) and not limit.has_room_for_twice())
+        if needs_room or not (still_rises(measured) and has_time):
             break
         n_windows *= 2
     limit.begin()
@@ -122,20 +137,28 @@ def find_tokens_per_batch(
     rates = ", ".join(f"{one.tokens:,}: {one.rate:,.0f}" if one.fits else f"{one.tokens:,}: no" for one in measured)
     took = time.perf_counter() - end + seconds
     LOGGER.info("%s: batches of %s tokens, found in %.1f s; tokens/s by size: %s", name, f"{tokens:,}", took, rates)
-    return tokens
+    # Where a pass ran out of memory, the limit was wrong: something else took the memory meanwhile.
+    is_general = not needs_room or (limit.is_own_part and math.isfinite(size.seconds))
+    return SearchResult(tokens, is_general)
 
 
 class _MemoryLimit:
-    """How much memory a pass may take; without a limit on a device other than a GPU."""
+    """How much memory a pass may take; without a limit on a device other than a GPU.
+
+    Attributes:
+        is_own_part: whether the limit is the process's part of the GPU, so that it does not depend on free memory.
+    """
 
     def __init__(self, device: torch.device, workers_per_gpu: int) -> None:
         self._device = device
         self._before = self._bytes = 0
+        self.is_own_part = True
         if self._is_gpu():
             self.begin()
             free, total = torch.cuda.mem_get_info(device)
             self._before = torch.cuda.memory_allocated(device)
-            self._bytes = min(int((1 - _KEPT_FREE) * total / workers_per_gpu), self._before + free // 2)
+            own_part, available = int((1 - _KEPT_FREE) * total / workers_per_gpu), self._before + free // 2
+            self._bytes, self.is_own_part = min(own_part, available), own_part <= available
 
     def begin(self) -> None:
         """Called before the passes of a size, and after the search: the log shall show the peak of scoring."""
@@ -188,18 +211,18 @@ def _passes(run_pass: Callable[[int], object], n_windows: int, device: torch.dev
     return shortest
 
 
-def place_of(device: torch.device, dtype: str, workers_per_gpu: int = 1) -> str:
-    """Names the kind of device that a size was found on; a size holds for all devices of one name.
+def place_of(device: torch.device, dtype: str, workers_per_gpu: int = 1, attention: str = "auto") -> str:
+    """Names the kind of device that a size was found on, and how the model runs there; a size holds for the name.
 
     Args:
         device: where the model is.
         dtype: dtype of the forward pass.
         workers_per_gpu: processes that share the GPU.
+        attention: `score.attention`.
 
     Returns:
-        `NVIDIA H200/bfloat16`, `NVIDIA H200/bfloat16/2 workers` or `cpu/float32`.
+        `NVIDIA H200/bfloat16`, `NVIDIA H200/bfloat16/2 workers`, `NVIDIA H200/bfloat16/eager` or `cpu/float32`.
     """
-    if device.type != "cuda":
-        return f"{device.type}/{dtype}"
-    shared = "" if workers_per_gpu == 1 else f"/{workers_per_gpu} workers"
-    return f"{torch.cuda.get_device_name(device)}/{dtype}{shared}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    shared = "" if device.type != "cuda" or workers_per_gpu == 1 else f"/{workers_per_gpu} workers"
+    return f"{name}/{dtype}{shared}{'' if attention == 'auto' else f'/{attention}'}"

@@ -19,9 +19,7 @@ import ctypes
 import functools
 import itertools
 import logging
-import os
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -32,7 +30,6 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from miniplm_udf import storage
 from miniplm_udf.errors import first_line
 from miniplm_udf.scoring.memory import is_out_of_memory
 
@@ -59,19 +56,6 @@ class _CompiledOnly(Exception):
 
 class _Unsuitable(Exception):
     """Torch could compile the function, but the code would be of no use."""
-
-
-def use_disk_cache() -> None:
-    """Makes torch and Triton keep compiled code in this node's cache, unless their environment variables say where.
-
-    Sets `TORCHINDUCTOR_CACHE_DIR` and `TRITON_CACHE_DIR`, which processes started from here inherit.
-    """
-    folder = storage.cache_folder().absolute() / "compiled" / f"torch-{torch.__version__}"
-    # Torch sets the variable to its default, /tmp/torchinductor_USER, when transformers imports it.
-    default = os.path.join(tempfile.gettempdir(), "torchinductor_")
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default).startswith(default):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def finish_compiling() -> bool:
@@ -109,6 +93,8 @@ class CompiledFunction:
         self._eager, self._name, self._inner_backend = function, name, backend
         self._compiled: Callable[..., Any] | None = None
         self._variants, self._runs = 0, 0
+        # The compiled code of each graph.
+        self._codes: list[Callable[..., Any]] = []
         self._has_failed = self._is_final = False
         # Sizes of the first tensor argument of the call that is being compiled.
         self._sample_shape: tuple[int, ...] = ()
@@ -171,13 +157,16 @@ class CompiledFunction:
             _stop_at_exit()
             _keep_traces_apart()
             if self._compiled is None:
-                self._compiled = torch.compile(_own_copy(self._eager), backend=self._backend, fullgraph=True)
+                self._compiled = torch.compile(_own_copy(self._eager), backend=_backend_of(self), fullgraph=True)
             arguments, named = tree_map(_with_dynamic_sizes, sample)
             tensors = (value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor))
             first = next(tensors, torch.empty(0))
             self._sample_shape = tuple(first.shape)
             if first.device.type == "cuda":
-                torch.cuda.set_device(first.device)  # of this thread, which has no CUDA context yet
+                # A new thread has no CUDA context, which the compiler needs. `set_device` alone returns at once where
+                # the device is the first one.
+                torch.cuda.set_device(first.device)
+                torch.zeros(1, device=first.device)
             with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
                 self._compiled(*arguments, **named)
             raise _Unsuitable("torch skips it")
@@ -192,21 +181,37 @@ class CompiledFunction:
         finally:
             sys.setswitchinterval(interval)
 
-    def _backend(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compiled_graph(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compiles a graph as torch's own backend does; the result counts its runs, and none is in the background."""
         from torch._dynamo.backends.registry import lookup_backend
 
         _check_sizes(graph, self._sample_shape)
         backend = self._inner_backend
-        run = (lookup_backend(backend) if isinstance(backend, str) else backend)(graph, inputs)
+        number = len(self._codes)
+        self._codes.append((lookup_backend(backend) if isinstance(backend, str) else backend)(graph, inputs))
+        reference = weakref.ref(self)
 
         def counted_run(*arguments: Any) -> Any:
             if threading.current_thread() is _thread:
                 raise _CompiledOnly
-            self._runs += 1
-            return run(*arguments)
+            function = reference()
+            assert function is not None, "its caller holds it"
+            function._runs += 1
+            return function._codes[number](*arguments)
 
         return counted_run
+
+
+def _backend_of(function: CompiledFunction) -> Backend:
+    """The backend of a function. Both it and its results hold no reference: torch keeps them until the process ends."""
+    reference = weakref.ref(function)
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        owner = reference()
+        assert owner is not None, "the thread that compiles holds it"
+        return owner._compiled_graph(graph, inputs)
+
+    return compile_graph
 
 
 class _LayerForward:
@@ -231,7 +236,8 @@ class CompiledLayers:
 
     def __init__(self, decoder: torch.nn.Module, backend: Backend = "inductor") -> None:
         by_class: dict[type, CompiledFunction] = {}
-        for layer in _layers(decoder):
+        layers = _layers(decoder)
+        for layer in layers:
             kind = type(layer)
             own = vars(layer).get("forward")
             if isinstance(own, _LayerForward):
@@ -246,8 +252,10 @@ class CompiledLayers:
         for function in self._functions:
             function.enabled = False
         if not self._functions:
-            name = type(decoder).__name__
-            LOGGER.warning("%s: runs without compilation, which is slower: it has no list of layers", name)
+            reason = (
+                "another library has replaced the `forward` of its layers" if layers else "it has no list of layers"
+            )
+            LOGGER.warning("%s: runs without compilation, which is slower: %s", type(decoder).__name__, reason)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

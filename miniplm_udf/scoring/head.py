@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from miniplm_udf.errors import ModelLoadError
-from miniplm_udf.scoring.compilation import Backend, CompiledFunction, CompiledLayers, use_disk_cache
+from miniplm_udf.scoring.compilation import Backend, CompiledFunction, CompiledLayers
+from miniplm_udf.scoring.compiler_settings import limit_processes, use_disk_cache
 from miniplm_udf.scoring.cpu import PackedLinear, can_pack, unpack_linears
 
 # On a CPU 4 MiB of float32 logits, which stay in the cache (docs/scoring.md); on a GPU 128 MiB.
@@ -65,6 +66,7 @@ class Head:
             backend: compiler of torch; "inductor" except in tests.
         """
         use_disk_cache()
+        limit_processes()
         if getattr(getattr(self.decoder, "config", None), "_attn_implementation", None) == "flex_attention":
             return  # flex attention compiles itself, which must not happen while another thread compiles
         unpack_linears(self.decoder)

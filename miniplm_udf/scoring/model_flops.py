@@ -12,6 +12,9 @@ import torch
 
 from miniplm_udf.scoring.flops import forward_flops
 
+# Kinds of layers of transformers whose tokens do not attend to each other: products of a fixed size for each token.
+_NO_ATTENTION = frozenset({"linear_attention", "mamba", "conv", "moe", "mlp"})
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
@@ -19,23 +22,31 @@ class ModelSizes:
 
     Attributes:
         parameters: weights in matrix products.
+        head_parameters: those of the output layer, if the model has one.
         layers: layers with attention; 0 for a model without attention.
         width: heads times the size of a head.
         has_experts: whether a token passes through a part of the weights only (a mixture of experts).
     """
 
     parameters: int
+    head_parameters: int
     layers: int
     width: int
     has_experts: bool
 
-    def forward_flops(self, windows: Sequence[int]) -> float:
+    def forward_flops(self, windows: Sequence[int], n_scored: int | None = None) -> float:
         """Returns the model FLOPs of forward passes; all experts count, although a token uses a few.
+
+        A layer with a sliding window counts as full attention. Of a layer without attention, such as a state space,
+        only the products of its weights count.
 
         Args:
             windows: tokens of each window.
+            n_scored: positions that the output layer computes; None stands for all.
         """
-        return forward_flops(self.parameters, self.layers, self.width, windows)
+        left_out = 0 if n_scored is None else sum(windows) - n_scored
+        whole = forward_flops(self.parameters, self.layers, self.width, windows)
+        return whole - forward_flops(self.head_parameters, 0, 0, [left_out])
 
 
 def model_sizes(model: Any) -> ModelSizes:
@@ -46,11 +57,29 @@ def model_sizes(model: Any) -> ModelSizes:
     """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads, layers, hidden = (
-        _number(config, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")
-    )
+    heads, hidden = _number(config, "num_attention_heads"), _number(config, "hidden_size")
     head_size = _number(config, "head_dim") or (hidden // heads if heads else 0)
-    return ModelSizes(matrix_parameters(model), layers if heads else 0, heads * head_size, _has_experts(config))
+    output_layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return ModelSizes(
+        parameters=matrix_parameters(model),
+        head_parameters=0 if output_layer is None else output_layer.weight.numel(),
+        layers=attention_layers(config),
+        width=heads * head_size,
+        has_experts=_has_experts(config),
+    )
+
+
+def attention_layers(config: Any) -> int:
+    """Returns the number of layers with attention: those of `layer_types` if the config has this list, otherwise all.
+
+    Args:
+        config: a text config of transformers; None for a model without a config.
+    """
+    if not _number(config, "num_attention_heads"):
+        return 0
+    layers = _number(config, "num_hidden_layers")
+    kinds = (getattr(config, "layer_types", None) or [])[:layers]
+    return sum(kind not in _NO_ATTENTION for kind in kinds) if kinds else layers
 
 
 def matrix_parameters(model: torch.nn.Module) -> int:

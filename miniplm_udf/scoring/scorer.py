@@ -2,8 +2,9 @@
 
 Owns batches, the forward pass and the handling of a batch that does not fit in memory (`text_scorer` owns the way from
 texts to windows and back). Input: the windows of a slice; output: their nats. Never holds logits of batch x time x
-vocabulary (`head`). Executor side (and the trainer's evaluation). Deterministic up to floating-point addition: a retry
-gives the same numbers to about 1e-6.
+vocabulary (`head`). Executor side (and the trainer's evaluation). Deterministic up to rounding: in float32 without
+compilation a retry gives the same numbers to about 1e-6. Eager and compiled code round differently, and which batches
+run compiled differs from run to run, so in bfloat16 a retry may differ by as much as bfloat16 itself rounds.
 """
 
 import logging
@@ -14,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from miniplm_udf.scoring import compilation
-from miniplm_udf.scoring.batch_size import find_tokens_per_batch, place_of
+from miniplm_udf.scoring.batch_size import SearchResult, find_tokens_per_batch, place_of
 from miniplm_udf.scoring.batching import length_limit
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.device_maps import is_split
@@ -47,6 +48,7 @@ class Scorer(TextScorer):
         device: str | torch.device = "cpu",
         compiled: bool | None = None,
         workers_per_gpu: int = 1,
+        attention: str = "auto",
     ) -> None:
         """Prepares a loaded model for scoring.
 
@@ -59,12 +61,13 @@ class Scorer(TextScorer):
             device: a torch device.
             compiled: whether to use `torch.compile`; None uses it on a GPU. A split model is never compiled.
             workers_per_gpu: processes that share the GPU.
+            attention: `score.attention`, with which the model was loaded; a part of the name of the place.
 
         Raises:
             ModelLoadError: the model's scores would depend on the batch (`length_limit`), or it has no output layer.
         """
         self._device = torch.device(device)
-        self._place = place_of(self._device, description.dtype, workers_per_gpu)
+        self._place = place_of(self._device, description.dtype, workers_per_gpu, attention)
         self._sizes, self._model_flops = model_sizes(model), 0.0
         spread = is_split(model)
         # Of the GPUs of a split model one works at a time, and the search would see the memory of one only.
@@ -76,10 +79,15 @@ class Scorer(TextScorer):
         # Before the model is compiled: a compilation would take far longer than the search.
         if tokens_per_batch is None and (spread or self._device.type == "cpu"):
             tokens_per_batch = _SPLIT_TOKENS_PER_BATCH if spread else _CPU_TOKENS_PER_BATCH
+        self._found_tokens: int | None = None
         if tokens_per_batch is None:
-            tokens_per_batch = self._search_tokens_per_batch(description, workers_per_gpu)
+            result = self._search_tokens_per_batch(description, workers_per_gpu)
+            tokens_per_batch = result.tokens
+            self._found_tokens = tokens_per_batch if result.is_general else None
         super().__init__(tokenizer, description, tokens_per_batch)
         self._fitting_tokens = tokens_per_batch
+        # One window of the longest length: a smaller budget would not make the largest pass smaller.
+        self._least_tokens = min(tokens_per_batch, description.longest_input_tokens)
         # The hooks that move a split model's tensors between its GPUs cannot be compiled into one graph.
         if not spread and (compiled if compiled is not None else self._device.type == "cuda"):
             self._head.compile()
@@ -88,9 +96,9 @@ class Scorer(TextScorer):
         """Returns the state of the scorer, for the log and for the model's record on the driver."""
         memory = memory_in_use(self._device) or (None, None)
         flops = None if self._sizes.has_experts else self._model_flops
-        return ScorerUsage(self._place, self._fitting_tokens, flops, self._peak, *memory)
+        return ScorerUsage(self._place, self._found_tokens, flops, self._peak, *memory)
 
-    def _search_tokens_per_batch(self, description: ModelDescription, workers_per_gpu: int) -> int:
+    def _search_tokens_per_batch(self, description: ModelDescription, workers_per_gpu: int) -> SearchResult:
         """Searches the token budget with passes over windows of the longest length, which score all positions."""
         length, ids = description.longest_input_tokens, np.random.default_rng(0)
 
@@ -115,8 +123,14 @@ class Scorer(TextScorer):
         for indices in batches([len(job) for job in jobs], budget, self._at_least, self._length_limit):
             self._score_batch([jobs[index] for index in indices], texts)
 
-    def _score_batch(self, jobs: list[WindowInput], texts: Slice) -> None:
-        """Adds the sums of a batch. Halves a batch that does not fit in memory; a single window then fails its text."""
+    def _score_batch(self, jobs: list[WindowInput], texts: Slice, is_part: bool = False) -> None:
+        """Adds the sums of a batch. Halves a batch that does not fit in memory; a single window then fails its text.
+
+        Args:
+            jobs: the windows of the batch.
+            texts: the slice.
+            is_part: whether the batch is a part of one that did not fit.
+        """
         # Skips the remaining windows of a text that failed in an earlier batch.
         jobs = [job for job in jobs if texts.failures[job.text] is None]
         if not jobs:
@@ -130,7 +144,7 @@ class Scorer(TextScorer):
             out_of_memory = str(error) or type(error).__name__
         if out_of_memory is None:
             np.add.at(texts.sums, [job.text for job in jobs], nll)
-            self._model_flops += self._sizes.forward_flops([len(job) for job in jobs])
+            self._model_flops += self._sizes.forward_flops([len(job) for job in jobs], n_scored)
             if self.on_progress is not None:
                 self.on_progress(n_scored)
             return
@@ -140,15 +154,20 @@ class Scorer(TextScorer):
             detail = f"a window of {len(jobs[0])} tokens does not fit in memory: {out_of_memory[:500]}"
             texts.failures[jobs[0].text] = Failure("out_of_memory", detail)
             return
-        half, self._at_least = len(jobs) // 2, 1
-        # Smaller batches from now on, so that later slices do not fail and get halved again.
-        self._fitting_tokens = min(self._fitting_tokens, (len(jobs) - half) * max(len(job) for job in jobs))
+        half = len(jobs) // 2
+        if not is_part:
+            self._use_smaller_batches(len(jobs), (len(jobs) - half) * max(len(job) for job in jobs))
+        self._score_batch(jobs[:half], texts, is_part=True)
+        self._score_batch(jobs[half:], texts, is_part=True)
+
+    def _use_smaller_batches(self, n_windows: int, tokens: int) -> None:
+        """Makes later slices take batches of half the size of one that did not fit."""
+        self._at_least = 1
+        self._fitting_tokens = min(self._fitting_tokens, max(tokens, self._least_tokens))
         LOGGER.warning(
             "a batch of %d windows does not fit in memory: halved; batches of %d tokens from the next slice on",
-            len(jobs), self._fitting_tokens,
+            n_windows, self._fitting_tokens,
         )  # fmt: skip
-        self._score_batch(jobs[:half], texts)
-        self._score_batch(jobs[half:], texts)
 
     def _forward(self, jobs: list[WindowInput], texts: Slice) -> tuple[np.ndarray, int]:
         """Runs one forward pass; returns the nats of each window (float64) and the number of scored predictions."""

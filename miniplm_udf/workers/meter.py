@@ -57,6 +57,8 @@ class Clock:
     def working(self, alias: str, counts: ScoreCounts) -> Iterator[float]:
         """Counts the time that a scorer works, and the time since the last slice. Gives the time of the start.
 
+        The time of a call that raises counts too.
+
         Args:
             alias: the model's alias.
             counts: gets the times.
@@ -66,14 +68,16 @@ class Clock:
             self._busy_since = start
             self.waited_seconds += start - self._idle_since
             counts.waited_seconds += start - self._idle_since
-        yield start
-        self._idle_since = time.monotonic()
-        seconds = self._idle_since - start
-        counts.of(alias).seconds += seconds
-        if self._busy_since is not None:
-            self._busy_seconds += seconds
-            counts.busy_seconds += seconds
-            self._busy_since = None
+        try:
+            yield start
+        finally:
+            self._idle_since = time.monotonic()
+            seconds = self._idle_since - start
+            counts.of(alias).seconds += seconds
+            if self._busy_since is not None:
+                self._busy_seconds += seconds
+                counts.busy_seconds += seconds
+                self._busy_since = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +156,11 @@ class Meter:
 
     @contextlib.contextmanager
     def working(self, scorer: Any, counts: ScoreCounts) -> Iterator[None]:
-        """Measures a call of the scorer, which runs in the block.
+        """Measures a call of the scorer, which runs in the block, also if it raises.
 
         Args:
             scorer: the scorer; its `on_progress` is set if it has this attribute.
-            counts: gets the seconds of the block and the scorer's token budget, for the model's alias.
+            counts: gets the seconds of the block and the token budget that the scorer found, for the model's alias.
         """
         self._scorer = scorer
         if hasattr(scorer, "on_progress"):
@@ -164,10 +168,13 @@ class Meter:
         with self._clock.working(self._alias, counts) as self._since:
             if self._logged is None:
                 self._logged = self._work_done(self._since, self._usage())
-            yield
-        self._seconds += time.monotonic() - self._since
-        if (usage := self._usage()) is not None:
-            counts.of(self._alias).tokens_per_batch[usage.place] = usage.tokens_per_batch
+            try:
+                yield
+            finally:
+                self._seconds += time.monotonic() - self._since
+        usage = self._usage()
+        if usage is not None and usage.found_tokens_per_batch is not None:
+            counts.of(self._alias).tokens_per_batch[usage.place] = usage.found_tokens_per_batch
 
     def _usage(self) -> ScorerUsage | None:
         usage: ScorerUsage | None = self._scorer.usage() if hasattr(self._scorer, "usage") else None

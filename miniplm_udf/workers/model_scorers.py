@@ -47,8 +47,8 @@ class ModelScorerFactory:
         description: the model as `scoring.models.describe` found it.
         settings: token budget, compilation and attention.
         takes_all_gpus: whether the process takes all of its GPUs: another model of the run is split over them.
-        kept: token budgets of earlier jobs, by kind of device and dtype (`batch_size.place_of`). On a GPU of another
-            kind the scorer searches its own. A CPU does not use them.
+        kept: token budgets that earlier jobs found, by place (`batch_size.place_of`). At another place the scorer
+            searches its own. A CPU does not use them.
     """
 
     config: ModelConfig
@@ -86,7 +86,7 @@ class ModelScorerFactory:
         workers = self.settings.workers_per_gpu or 1
         scorer = Scorer(
             model, tokenizer, self.description, self._tokens_per_batch(device, workers), device, self.settings.compile,
-            workers,
+            workers, self.settings.attention,
         )  # fmt: skip
         scorer.warnings = prefix_warnings(model, tokenizer, self.description, folder, device)
         for warning in scorer.warnings:
@@ -102,7 +102,8 @@ class ModelScorerFactory:
         is_searched = device != "cpu" and self.config.device_map is None
         if self.settings.tokens_per_batch is not None or not is_searched:
             return self.settings.tokens_per_batch
-        return self.kept.get(place_of(torch.device(device), self.description.dtype, workers))
+        place = place_of(torch.device(device), self.description.dtype, workers, self.settings.attention)
+        return self.kept.get(place)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ class ModelCounts:
         n_failed: texts without a score.
         n_tokens: scored tokens.
         seconds: time that workers spent in the scorer, without loading the model.
-        tokens_per_batch: the smallest token budget of a forward pass that a worker had, by kind of device and dtype.
+        tokens_per_batch: the smallest token budget of a forward pass that a worker's search found, by place
+            (`batch_size.place_of`).
     """
 
     n_scored: int = 0
@@ -43,7 +44,7 @@ class ModelCounts:
         self.n_tokens += other.n_tokens
         self.seconds += other.seconds
         for place, tokens in other.tokens_per_batch.items():
-            # The smallest: the budget of a worker becomes smaller when a pass did not fit.
+            # The smallest: searches on GPUs of one kind may end at neighbouring sizes.
             self.tokens_per_batch[place] = min(tokens, self.tokens_per_batch.get(place, tokens))
 
     @property

@@ -1,16 +1,18 @@
 """How much of a GPU scoring uses: model FLOPs per second over the chip's peak, next to the official loop.
 
-    python -m tests.bench.bench_gpu [--peak-tflops 989] [--seconds 230] [--size 1.8B 135M]
+    python -m tests.bench.bench_gpu [--seconds 230] [--size 1.8B 135M]
 
 Two models with random weights, in bfloat16 on CUDA: 1.8B parameters in the shape of Qwen1.5 and 135M in the shape of
 SmolLM2; instances of 1,024 random tokens. Prints a row for each model and variant as it is measured, next to the rate
 of large matrix products in the same run; writes `build/bench/gpu.json` after each row. After `--seconds`, the rows that
-are left are printed as skipped. Needs torch and transformers alone. On a CPU `--size tiny` tries the code, no more.
+are left are printed as skipped. `of_peak` compares with the peak of the GPU in the row's dtype (`scoring.peaks`); it is
+missing for a GPU that the table does not have. Needs torch and transformers alone. On a CPU `--size tiny` tries the
+code, no more.
 
 Variants: the official loop (`plain_loops`); the scorer eager, with the search for its token budget, and compiled, with
 the seconds to the first number and until all layers are compiled, from an empty and from a filled cache; texts of 20 to
-1,024 tokens; float8, and how far its scores are from bfloat16's. Means of random weights say little about a trained
-model: `bench_dtype` compares a real one.
+1,024 tokens; float8. Compiled and float8 rows say how far their scores are from those of the eager row in bfloat16.
+Means of random weights say little about a trained model: `bench_dtype` compares a real one.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from miniplm_udf.scoring.attention import improve_attention
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.float8 import quantised, use_float8
 from miniplm_udf.scoring.inputs import EncodedPiece, Tokenized
+from miniplm_udf.scoring.peaks import peak_flops_per_second
 from miniplm_udf.scoring.results import Score
 from miniplm_udf.scoring.scorer import Scorer
 from tests.support import bench_results as results
@@ -142,9 +145,10 @@ _GROUPS: tuple[tuple[str, ...], ...] = ((_OFFICIAL, _EAGER, _FLOAT8_EAGER), (_CO
 
 @dataclasses.dataclass
 class Rates:
-    """Rates of matrix products of the run, in FLOP/s."""
+    """Rates of matrix products, in FLOP/s: the peaks of the GPU, None if they are not known, and rates of the run."""
 
-    peak: float
+    peak: float | None = None
+    peak_float8: float | None = None
     matmul: float = float("nan")
     matmul_float8: float = float("nan")
 
@@ -176,14 +180,14 @@ class Bench:
         return work[variant]()
 
     def _official(self) -> dict[str, Any]:
-        # Before the other variants: they change the model's attention.
+        # Before the eager variant, which changes the model's attention.
         few = [[int(token) for token in row] for row in self._ids[:_FEW]]
         seconds_of(lambda: plain_loops.official(self._model, few))
         self._official_rate = len(few) * _TOKENS / seconds_of(lambda: plain_loops.official(self._model, few))
-        improve_attention(self._model)
         return self._rated(self._official_rate)
 
     def _eager(self) -> dict[str, Any]:
+        improve_attention(self._model)
         start = time.perf_counter()
         scorer = self._scorer(self._model, compiled=False)
         found = {"tokens_per_batch": scorer.tokens_per_batch, "found_in_s": time.perf_counter() - start}
@@ -197,11 +201,10 @@ class Bench:
         scorer = self._scorer(self._float8, compiled=False)
         self._score(scorer, self._ids[:_FEW])
         seconds, means = self._score(scorer, self._ids)
-        rated = self._rated(len(self._ids) * _TOKENS / seconds, self._rates.matmul_float8)
-        return rated | ({} if self._means is None else spread(self._means, means))
+        return self._rated(len(self._ids) * _TOKENS / seconds, is_float8=True) | self._spread(means)
 
     def _cold(self) -> dict[str, Any]:
-        row = self._compile(self._model, self._rates.matmul)
+        row = self._compile(self._model)
         self._full_rate = row["tokens_per_s"]
         return row
 
@@ -219,7 +222,7 @@ class Bench:
     def _float8_compiled(self) -> dict[str, Any]:
         if self._float8 is None:
             raise RuntimeError("the eager variant did not end")
-        row = self._compile(self._float8, self._rates.matmul_float8)
+        row = self._compile(self._float8, is_float8=True)
         self._compiled = None
         return row | {"vs_bfloat16": row["tokens_per_s"] / self._full_rate}
 
@@ -227,15 +230,15 @@ class Bench:
         """The start after the compiled code is dropped from the process, with the cache on the disk."""
         return self._start(self._model)[1]
 
-    def _compile(self, model: Any, matmul: float) -> dict[str, Any]:
-        """The start, and the rate of compiled layers after it."""
+    def _compile(self, model: Any, is_float8: bool = False) -> dict[str, Any]:
+        """The start, the rate of compiled layers after it, and how far their scores are from eager ones in bfloat16."""
         self._compiled, start = self._start(model)
-        seconds, _ = self._score(self._compiled, self._ids)
-        return self._rated(len(self._ids) * _TOKENS / seconds, matmul) | start
+        seconds, means = self._score(self._compiled, self._ids)
+        return self._rated(len(self._ids) * _TOKENS / seconds, is_float8) | start | self._spread(means)
 
     def _start(self, model: Any) -> tuple[Scorer, dict[str, Any]]:
         """A scorer without compiled code; seconds to its first numbers, and until all its layers are compiled."""
-        forget_compiled_code()
+        forget_compiled_code(model)
         start = time.perf_counter()
         scorer = self._scorer(model, compiled=True)
         self._score(scorer, self._ids[:_FEW])
@@ -264,13 +267,20 @@ class Bench:
                 raise RuntimeError(f"expected a score of {len(row) - 1} tokens, found {score}")
         return seconds, np.array([score.nll_sum_nats / score.n_tokens for score in scores])
 
-    def _rated(self, tokens_per_second: float, matmul: float | None = None) -> dict[str, Any]:
-        flops = tokens_per_second / _TOKENS * self._flops
+    def _spread(self, means: np.ndarray) -> dict[str, Any]:
+        return {} if self._means is None else spread(self._means, means)
+
+    def _rated(self, tokens_per_second: float, is_float8: bool = False) -> dict[str, Any]:
+        flops, rates = tokens_per_second / _TOKENS * self._flops, self._rates
+        matmul, peak = (rates.matmul_float8, rates.peak_float8) if is_float8 else (rates.matmul, rates.peak)
         return {
-            "tokens_per_s": tokens_per_second, "tflop_per_s": flops / 1e12, "of_peak": flops / self._rates.peak,
-            "of_matmul": flops / (matmul or self._rates.matmul),
-            "vs_official": tokens_per_second / self._official_rate,
+            "tokens_per_s": tokens_per_second, "tflop_per_s": flops / 1e12, **of_peak(flops, peak),
+            "of_matmul": flops / matmul, "vs_official": tokens_per_second / self._official_rate,
         }  # fmt: skip
+
+
+def of_peak(flops_per_second: float, peak: float | None) -> dict[str, float]:
+    return {} if peak is None else {"of_peak": flops_per_second / peak}
 
 
 def make_model(size: str, device: str) -> Any:
@@ -305,11 +315,14 @@ def spread(exact: np.ndarray, rounded: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def forget_compiled_code() -> None:
+def forget_compiled_code(model: torch.nn.Module) -> None:
     """Drops compiled code from this process; the cache on the disk stays."""
     from torch._inductor import utils
 
     torch._dynamo.reset()
+    for module in model.modules():
+        # The next scorer makes new functions, with no variants yet.
+        vars(module).pop("forward", None)
     for name in ("clear_caches", "clear_inductor_caches"):
         if hasattr(utils, name):
             getattr(utils, name)()
@@ -358,11 +371,13 @@ def run(sizes: Sequence[str], device: str, n_instances: int, table: Table, rates
 
     def products() -> dict[str, Any]:
         rates.matmul = matmul_flops_per_second(device, n)
-        return {"tflop_per_s": rates.matmul / 1e12, "of_peak": rates.matmul / rates.peak}
+        return {"tflop_per_s": rates.matmul / 1e12, **of_peak(rates.matmul, rates.peak)}
 
     def float8_products() -> dict[str, Any]:
         rates.matmul_float8 = float8_flops_per_second(device, n)
-        return {"tflop_per_s": rates.matmul_float8 / 1e12, "of_matmul": rates.matmul_float8 / rates.matmul}
+        of_matmul = rates.matmul_float8 / rates.matmul
+        return {"tflop_per_s": rates.matmul_float8 / 1e12, **of_peak(rates.matmul_float8, rates.peak_float8),
+                "of_matmul": of_matmul}  # fmt: skip
 
     table.measure("-", f"bfloat16 products of {n}", products)
     table.measure("-", f"float8 products of {n}", float8_products)
@@ -383,7 +398,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=sorted(_SIZES), default=["1.8B", "135M"])
     parser.add_argument("--instances", type=int, default=256, help="of 1,024 tokens")
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="bfloat16, without sparsity; 989: H100, H200")
     parser.add_argument("--seconds", type=float, default=230.0, help="rows that do not end by then are skipped")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="where gpu.json goes")
     given = parser.parse_args(argv)
@@ -393,10 +407,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.record("gpu", {}, [where], key="environment", folder=given.results)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
-        changed_environment(TORCHINDUCTOR_CACHE_DIR=cache),
+        changed_environment(TORCHINDUCTOR_CACHE_DIR=f"{cache}/inductor", TRITON_CACHE_DIR=f"{cache}/triton"),
     ):
         table = Table(given.seconds, given.results)
-        run(given.size, device, given.instances, table, Rates(given.peak_tflops * 1e12))
+        peaks = (peak_flops_per_second(torch.device(device), dtype) for dtype in ("bfloat16", "float8"))
+        run(given.size, device, given.instances, table, Rates(*peaks))
     return 1 if table.n_failed else 0
 
 

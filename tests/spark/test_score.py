@@ -367,18 +367,23 @@ class LenientFactory(FakeFactory):
 
 @dataclasses.dataclass(frozen=True)
 class StatingFactory(FakeFactory):
-    """Makes a scorer that states a token budget, which becomes smaller with the sixth text."""
+    """Makes a scorer that states a token budget.
+
+    Attributes:
+        budget: the budget that its search found; None if it did not search.
+    """
+
+    budget: int | None = None
 
     @property
     def key(self) -> str:
-        return f"stating/{self.log}"
+        return f"stating/{self.log}/{self.budget}"
 
     def __call__(self) -> FakeScorer:
         scorer = FakeScorer(self.scale, self.log)
 
         def usage() -> ScorerUsage:
-            budget = 1000 if len(scored_texts(scorer.log, scorer.scale)) < 6 else 500
-            return ScorerUsage("chip/float32", budget, None, None, None, None)
+            return ScorerUsage("chip/float32", self.budget, None, None, None, None)
 
         scorer.usage = usage  # type: ignore[attr-defined]
         return scorer
@@ -386,24 +391,23 @@ class StatingFactory(FakeFactory):
 
 def test_token_budgets_are_kept_in_the_models_records(scored: Scored) -> None:
     config = scored.config
-    free = dataclasses.replace(config, score=dataclasses.replace(config.score, tokens_per_batch=None))
-    factories = {
-        "teacher": StatingFactory(1.0, str(scored.log)), "reference": FakeFactory(2.0, str(scored.log)),
-    }  # fmt: skip
     record = config.layout.model_record
 
-    def budgets(of: ExperimentConfig) -> Any:
-        summary = score.run(scored.spark, of, factories)
-        return summary.tokens_per_batch, storage.read_json(record("teacher")).get("tokens_per_batch")
+    def kept_after(budget: int | None) -> Any:
+        factories = {
+            "teacher": StatingFactory(1.0, str(scored.log), budget), "reference": FakeFactory(2.0, str(scored.log)),
+        }  # fmt: skip
+        score.run(scored.spark, config, factories)
+        return storage.read_json(record("teacher")).get("tokens_per_batch")
 
     write_instances(scored.spark, config, texts(3))
-    assert budgets(config) == ({"teacher": {"chip/float32": 1000}, "reference": {}}, None), "the config's own"
+    assert kept_after(None) is None
     write_instances(scored.spark, config, texts(2, start=3))
-    assert budgets(free) == ({"teacher": {"chip/float32": 1000}, "reference": {}}, {"chip/float32": 1000})
+    assert kept_after(1000) == {"chip/float32": 1000}
+    # The next jobs describe the model again and keep what was found.
     write_instances(scored.spark, config, texts(2, start=5))
-    assert budgets(free) == ({"teacher": {"chip/float32": 500}, "reference": {}}, {"chip/float32": 500})
-    # The next job describes the model again and finds what was kept.
-    assert budgets(free) == ({"teacher": {}, "reference": {}}, {"chip/float32": 500})
+    assert kept_after(None) == {"chip/float32": 1000}
+    assert kept_after(500) == {"chip/float32": 1000}, "nothing was scored"
     assert "tokens_per_batch" not in storage.read_json(record("reference"))
 
 

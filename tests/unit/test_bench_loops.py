@@ -40,13 +40,37 @@ def test_a_plain_loop_scores_as_the_scorer(tmp_path: Path, loop: Callable[[Any, 
 def test_the_gpu_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its eager rows, on the CPU: the numbers of a model this small say nothing, and compilation takes a minute."""
     monkeypatch.setattr(bench_gpu, "_GROUPS", bench_gpu._GROUPS[:1])
+    peaks = {"bfloat16": 1e12, "float8": 2e12}
+    monkeypatch.setattr(bench_gpu, "peak_flops_per_second", lambda device, dtype: peaks[dtype])
     assert bench_gpu.main(["--size", "tiny", "--instances", "3", "--results", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert [row["variant"] for row in written["rows"][2:]] == ["official loop", "eager", "float8, eager"]
     assert all(row["of_matmul"] > 0 and row["vs_official"] > 0 for row in written["rows"][2:])
+    for row in written["rows"]:
+        peak = 2.0 if "float8" in row["variant"] else 1.0
+        assert row["of_peak"] == pytest.approx(row["tflop_per_s"] / peak)
     assert 0 < written["rows"][-1]["largest_difference"] < 0.1
     assert written["environment"][0].keys() == {"device", "torch", "transformers"}
     assert "utilisation, tiny, eager" in written["ratios"]
+
+
+def test_a_bench_runs_without_the_official_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager row has the attention of the scorer. Without a known peak the row has no `of_peak`."""
+    bench = bench_gpu.Bench("tiny", "cpu", 2, bench_gpu.Rates(matmul=1e12))
+    assert bench._model.config._attn_implementation == "sdpa"
+    row = bench.run(bench_gpu._EAGER)
+    assert bench._model.config._attn_implementation != "sdpa"
+    assert "of_peak" not in row
+    assert row["of_matmul"] > 0
+
+
+def test_a_new_start_has_new_functions() -> None:
+    from miniplm_udf.scoring.compilation import CompiledLayers
+
+    model = bench_gpu.make_model("tiny", "cpu")
+    first = CompiledLayers(model.model)
+    bench_gpu.forget_compiled_code(model)
+    assert set(first._functions).isdisjoint(CompiledLayers(model.model)._functions)
 
 
 def test_rows_without_time_or_with_an_error_are_printed(

@@ -4,6 +4,7 @@ Most tests give torch a compiler that returns the traced graph, which takes no t
 again and which code runs are the same. The tests with torch's own compiler are slow.
 """
 
+import functools
 import gc
 import logging
 import os
@@ -21,6 +22,7 @@ from torch._dynamo.testing import CompileCounter
 
 from miniplm_udf.scoring import compilation
 from miniplm_udf.scoring.attention import improve_attention
+from miniplm_udf.scoring.compiler_settings import limit_processes, use_disk_cache
 from miniplm_udf.scoring.head import Head
 from miniplm_udf.scoring.results import Score
 from tests.support import tiny_models
@@ -35,7 +37,7 @@ SHAPES = [(3, 9), (2, 5), (4, 20), (2, 70), (1, 8), (1, 50), (6, 2)]
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIPLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS"):
             patch.setenv(name, "")  # the patch restores them, whatever a test sets
             patch.delenv(name)
         yield
@@ -334,6 +336,28 @@ def test_a_compiled_model_is_freed_at_once(llama: Path) -> None:
         gc.enable()
 
 
+def test_compiled_code_is_freed_with_its_function() -> None:
+    """torch keeps backends in a table of its own."""
+    alive: list[weakref.ref[Any]] = []
+
+    def noting(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            return graph.forward(*arguments)
+
+        alive.append(weakref.ref(run))
+        return run
+
+    function = compilation.CompiledFunction(_doubled, "doubled", noting)
+    for value in (torch.ones(3, 4), torch.ones(1, 4), torch.ones(1, 4)):
+        function(value)
+        compilation.finish_compiling()
+    assert (function._variants, function._runs) == (2, 1)
+    alive.append(weakref.ref(function))
+    del function
+    gc.collect()
+    assert [reference() is None for reference in alive] == [True] * 3
+
+
 # --- failures ---
 
 
@@ -407,6 +431,16 @@ def test_a_module_without_layers_stays_eager(caplog: pytest.LogCaptureFixture) -
     assert "Linear: runs without compilation, which is slower: it has no list of layers" in caplog.text
 
 
+def test_layers_of_another_library_stay_eager(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = tiny_models.make_model("llama").model
+    for layer in decoder.layers:
+        layer.forward = functools.partial(type(layer).forward, layer)
+    compilation.CompiledLayers(decoder)
+    reason = "another library has replaced the `forward` of its layers"
+    assert f"LlamaModel: runs without compilation, which is slower: {reason}" in caplog.text
+    assert all(isinstance(layer.forward, functools.partial) for layer in decoder.layers)
+
+
 # --- the disk, torch's own compiler, and the end of the process ---
 
 
@@ -418,7 +452,7 @@ def test_the_cache_is_in_this_nodes_folder(tmp_path: Path, monkeypatch: pytest.M
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    compilation.use_disk_cache()
+    use_disk_cache()
     folder = f"{tmp_path}/compiled/torch-{torch.__version__}"
     assert cache_dir() == f"{folder}/inductor"
     assert os.environ["TRITON_CACHE_DIR"] == f"{folder}/triton"
@@ -427,9 +461,25 @@ def test_the_cache_is_in_this_nodes_folder(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_that_the_user_has_set_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    compilation.use_disk_cache()
+    use_disk_cache()
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         assert os.environ[name] == str(tmp_path / name)
+
+
+def test_torch_starts_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+    from torch._inductor.async_compile import get_compile_threads
+
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    for cores, expected in ((32, 4), (2, 2)):
+        monkeypatch.delenv(name, raising=False)
+        with config.patch(compile_threads=cores):
+            limit_processes()
+            assert (get_compile_threads(), os.environ[name]) == (expected, str(expected))
+    monkeypatch.setenv(name, "16")
+    with config.patch(compile_threads=16):
+        limit_processes()
+        assert (get_compile_threads(), os.environ[name]) == (16, "16")
 
 
 SCORES = """

@@ -23,6 +23,7 @@ from miniplm_udf.estimate.table_bytes import table_bytes
 from miniplm_udf.ingestion.inputs import Inputs
 from miniplm_udf.ingestion.listing import InputFile
 from miniplm_udf.scoring import prefix_probe
+from miniplm_udf.scoring.results import Score
 from tests.support import tiny_models
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -155,6 +156,42 @@ def test_tokens_are_those_that_scoring_counts(folder: Path) -> None:
     assert found.tokens_per_second > 0
     assert found.start_seconds > 0
     assert found.training_tokens_per_second is None
+
+
+def test_a_job_does_not_wait_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(measure.time, name, lambda: now[0])
+
+    class CompilingScorer:
+        """Loads in 3 s, compiles in 50 s, and scores a text in a tenth of a second, the first batch in 2 s more."""
+
+        tokens_per_batch = 64
+        warnings: tuple[str, ...] = ()
+
+        def __init__(self, *_: Any) -> None:
+            self.n_calls = self.n_waits = 0
+
+        def __call__(self) -> Any:
+            now[0] += 3.0
+            return self
+
+        def score(self, texts: list[str], *_: Any) -> list[Score]:
+            now[0] += len(texts) / 10 + (2.0 if self.n_calls == 0 else 0.0)
+            self.n_calls += 1
+            return [Score(1.0, 10, 1) for _ in texts]
+
+        def finish_compiling(self) -> bool:
+            self.n_waits += 1
+            now[0] += 50.0 if self.n_waits == 1 else 0.0
+            return self.n_waits == 1
+
+    monkeypatch.setattr(measure, "ModelScorerFactory", CompilingScorer)
+    described: Any = None
+    rows = [{"text": text, "segment_ends": [], "ends_document": True} for text in TEXTS]
+    timing = measure._time(ModelConfig(path="p"), described, request(None), rows)
+    assert timing.start_seconds == pytest.approx(5.0)
+    assert timing.tokens_per_second == pytest.approx(100.0)
 
 
 def test_the_token_in_front_and_the_warning_about_it_are_reported(

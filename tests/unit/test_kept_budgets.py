@@ -11,8 +11,10 @@ from miniplm_udf import storage
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.layout import Root
 from miniplm_udf.scores.models import keep_tokens_per_batch, kept_tokens_per_batch
+from miniplm_udf.scoring.batch_size import SearchResult
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.scoring.models import describe
+from miniplm_udf.scoring.scorer import Scorer
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
 from tests.support import tiny_models
 
@@ -42,7 +44,7 @@ def test_budgets_are_kept_by_place(layout: Root, description: ModelDescription) 
     keep_tokens_per_batch(layout, description, {H200: 131_072})
     keep_tokens_per_batch(layout, description, {"NVIDIA L4/bfloat16": 16_384})
     assert kept_tokens_per_batch(layout, description) == {H200: 131_072, "NVIDIA L4/bfloat16": 16_384}
-    # A pass that did not fit made it smaller.
+    # A newer search replaces it.
     keep_tokens_per_batch(layout, description, {H200: 65_536})
     assert kept_tokens_per_batch(layout, description)[H200] == 65_536
     assert ModelDescription.from_dict(storage.read_json(uri)) == description
@@ -90,6 +92,9 @@ def test_a_scorer_on_a_gpu_takes_the_budget_of_its_place(
     factory = ModelScorerFactory(ModelConfig(path="p"), description, ScoreConfig(), kept={H200: 64, "cpu/bfloat16": 7})
     assert factory._tokens_per_batch("cuda:0", 1) == 64
     assert factory._tokens_per_batch("cuda:0", 2) is None, "two processes share it"
+    eager = dataclasses.replace(factory, settings=ScoreConfig(attention="eager"))
+    assert eager._tokens_per_batch("cuda:0", 1) is None, "other attention needs other memory"
+    assert dataclasses.replace(eager, kept={f"{H200}/eager": 32})._tokens_per_batch("cuda:0", 1) == 32
     assert factory._tokens_per_batch("cpu", 1) is None
     assert dataclasses.replace(factory, settings=ScoreConfig(tokens_per_batch=5))._tokens_per_batch("cuda:0", 1) == 5
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
@@ -102,21 +107,23 @@ def test_a_cpu_takes_the_measured_size(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
     config = ModelConfig(path=str(tiny_models.make_model_folder(tmp_path)), context_tokens=64, window_overlap_tokens=8)
     made = describe("teacher", config, "float32")
-    scorer: Any = ModelScorerFactory(config, made, ScoreConfig(), kept={"cpu/float32": 7})()
-    assert scorer.tokens_per_batch == scorer.usage().tokens_per_batch == 1024
+    scorer: Any = ModelScorerFactory(config, made, ScoreConfig(attention="eager"), kept={"cpu/float32/eager": 7})()
+    assert scorer.tokens_per_batch == 1024
+    usage = scorer.usage()
+    assert (usage.place, usage.found_tokens_per_batch) == ("cpu/float32/eager", None), "nothing was searched"
 
 
-def test_a_pass_that_does_not_fit_lowers_the_budget_that_the_scorer_states(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_general", [True, False])
+def test_a_scorer_states_the_budget_that_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_general: bool
 ) -> None:
+    """Also after passes that did not fit, because other programs may have held the memory then."""
     monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
-    scorer = tiny_models.make_scorer(tiny_models.make_model_folder(tmp_path), 10_000)
-
-    def check(module: Any, arguments: Any, named: dict[str, Any]) -> None:
-        if named["input_ids"].numel() > 100:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with tiny_models.decoder_of(scorer).register_forward_pre_hook(check, with_kwargs=True):
-        scorer.score(["some words of a text"] * 12, [[]] * 12, [True] * 12)
+    monkeypatch.setattr(Scorer, "_search_tokens_per_batch", lambda self, *_: SearchResult(10_000, is_general))
+    made = tiny_models.make_scorer(tiny_models.make_model_folder(tmp_path))
+    model = tiny_models.make_model("llama")
+    # A kind of device for which a budget is searched; the model is on the CPU.
+    scorer = Scorer(model, tiny_models.make_tokenizer(), made.description, None, "xpu")
     assert scorer.tokens_per_batch == 10_000
-    assert scorer.usage().tokens_per_batch <= 100
+    scorer._use_smaller_batches(8, 5000)
+    assert scorer.usage().found_tokens_per_batch == (10_000 if is_general else None)

@@ -11,6 +11,7 @@ import torch
 
 from miniplm_udf.scoring.batch_size import (
     Measurement,
+    SearchResult,
     find_tokens_per_batch,
     largest_not_slower,
     place_of,
@@ -87,23 +88,24 @@ class Passes:
 def test_it_doubles_until_a_pass_does_not_fit(error: Callable[[], Exception]) -> None:
     passes = Passes(100, error)
     # 4,096 tokens are 5 windows of 1,000 tokens.
-    assert find_tokens_per_batch("m", passes, 1000, CPU) == 80_000
+    result = find_tokens_per_batch("m", passes, 1000, CPU)
+    assert result == SearchResult(80_000, is_general=False), "something else may have held the memory"
     assert sorted(set(passes.windows)) == [5, 10, 20, 40, 80, 160]
 
 
 def test_windows_that_are_longer_than_the_first_size_are_tried_alone() -> None:
     passes = Passes(2)
-    assert find_tokens_per_batch("m", passes, 10_000, CPU) == 20_000
+    assert find_tokens_per_batch("m", passes, 10_000, CPU).tokens == 20_000
     assert sorted(set(passes.windows)) == [1, 2, 4]
 
 
 def test_if_not_even_the_first_size_fits_scoring_begins_with_it() -> None:
-    assert find_tokens_per_batch("m", Passes(0), 1000, CPU) == 5000
+    assert find_tokens_per_batch("m", Passes(0), 1000, CPU) == SearchResult(5000, is_general=False)
 
 
 def test_no_size_is_begun_without_time_for_it() -> None:
     passes = Passes()
-    assert find_tokens_per_batch("m", passes, 1000, CPU, seconds=0.0) == 5000
+    assert find_tokens_per_batch("m", passes, 1000, CPU, seconds=0.0) == SearchResult(5000, is_general=True)
     assert set(passes.windows) == {5}
 
 
@@ -115,7 +117,9 @@ def test_it_ends_when_the_rate_does_not_rise(caplog: pytest.LogCaptureFixture) -
         time.sleep(0.002 * n_windows)
 
     caplog.set_level("INFO", "miniplm.scorer")
-    budget = find_tokens_per_batch("teacher", run_pass, 1000, CPU)
+    result = find_tokens_per_batch("teacher", run_pass, 1000, CPU)
+    budget = result.tokens
+    assert result.is_general
     assert budget in (5000, 10_000, 20_000)
     assert max(windows) <= 40
     assert f"teacher: batches of {budget:,} tokens, found in" in caplog.text
@@ -149,22 +153,43 @@ class CountedMemory(Passes):
 
 
 @pytest.mark.parametrize(
-    ("free", "workers", "expected"),
+    ("free", "workers", "expected", "is_general"),
     [
         # Half of the free memory is for others: at most 55 GB. 40 windows have a peak of 50 GB.
-        (90, 1, 40),
-        # A tenth of the process's half stays free: at most 45 GB.
-        (90, 2, 20),
+        (90, 1, 40, False),
+        # A tenth of the process's half stays free: at most 45 GB, which does not depend on others.
+        (90, 2, 20, True),
         # Another process has the most: at most 20 GB.
-        (20, 1, 10),
+        (20, 1, 10, False),
         # Nothing is left, but no pass is shorter than this.
-        (2, 1, 5),
+        (2, 1, 5, False),
     ],
 )
-def test_memory_stays_free(free: int, workers: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_stays_free(
+    free: int, workers: int, expected: int, is_general: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     passes = CountedMemory(monkeypatch, free)
-    assert find_tokens_per_batch("m", passes, 1000, torch.device("cuda", 0), workers) == 1000 * expected
+    result = find_tokens_per_batch("m", passes, 1000, torch.device("cuda", 0), workers)
+    assert result == SearchResult(1000 * expected, is_general)
     assert max(passes.windows) == expected, "no pass over more is tried"
+
+
+def test_a_pass_that_fails_within_the_own_part_was_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = CountedMemory(monkeypatch, 90)
+    passes.largest = 10
+    result = find_tokens_per_batch("m", passes, 1000, torch.device("cuda", 0), 2)
+    assert result == SearchResult(10_000, is_general=False)
+
+
+def test_a_search_that_the_rate_ends_does_not_depend_on_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = CountedMemory(monkeypatch, 90)
+
+    def run_pass(n_windows: int) -> None:
+        time.sleep(0.01 * n_windows)
+        passes(n_windows)
+
+    assert find_tokens_per_batch("m", run_pass, 1000, torch.device("cuda", 0)).is_general
+    assert max(passes.windows) < 40
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,17 +210,18 @@ def test_a_real_model_is_searched_with_full_windows(tmp_path: Path) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with decoder_of(scorer).register_forward_pre_hook(check, with_kwargs=True):
-        budget = scorer._search_tokens_per_batch(scorer.description, 1)
+        budget = scorer._search_tokens_per_batch(scorer.description, 1).tokens
     assert {length for _, length in shapes} == {24}
     # 4,096 tokens are 171 windows of 24.
     assert budget in {n * 24 for n, _ in shapes if n * 24 <= 20_000}
     assert budget in (171 * 24, 2 * 171 * 24, 4 * 171 * 24)
     # It changes no score and no budget of the scorer.
-    assert scorer.tokens_per_batch == scorer.usage().tokens_per_batch == 64
+    assert (scorer.tokens_per_batch, scorer.usage().found_tokens_per_batch) == (64, None)
 
 
 def test_places() -> None:
-    assert place_of(CPU, "float32") == "cpu/float32"
+    assert place_of(CPU, "float32") == place_of(CPU, "float32", 2) == "cpu/float32"
+    assert place_of(CPU, "float32", 1, "eager") == "cpu/float32/eager"
 
 
 def test_places_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,3 +229,4 @@ def test_places_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     assert place_of(gpu, "bfloat16") == "NVIDIA H200/bfloat16"
     assert place_of(gpu, "bfloat16", 2) == "NVIDIA H200/bfloat16/2 workers"
+    assert place_of(gpu, "bfloat16", 2, "sdpa") == "NVIDIA H200/bfloat16/2 workers/sdpa"

@@ -122,6 +122,27 @@ def test_a_text_that_does_not_fit_alone_fails_alone(llama: Path) -> None:
     check_equal(score(scorer, rows), expected)
 
 
+def test_a_batch_that_fails_makes_later_batches_half_as_large(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Parts that fail do not make them smaller again, and a batch never has less than the longest window."""
+    scorer = make_scorer(llama, 48)
+    texts: list[Row] = [("x" * 16, [], True)] * 3
+    n_tokens = score(scorer, texts)[0].n_tokens
+    assert n_tokens == 16
+    budgets = []
+    with fail_above(scorer, n_tokens, torch.OutOfMemoryError("CUDA out of memory")):
+        for _ in range(3):
+            score(scorer, texts)
+            budgets.append(scorer._fitting_tokens)
+    assert budgets == [32, 24, 24]
+    assert scorer.description.longest_input_tokens == 24
+    # A batch of 3 windows, whose half of 2 fails too, and one of 2; then windows are alone.
+    assert caplog.text.count("does not fit in memory") == 2
+    # The setting may be smaller; then it is the least size.
+    small = make_scorer(llama, 20)
+    small._use_smaller_batches(2, 10)
+    assert small._fitting_tokens == 20
+
+
 def test_other_errors_are_raised(llama: Path) -> None:
     scorer = make_scorer(llama)
     with (

@@ -1,13 +1,15 @@
 """Model FLOPs by hand for tied and untied models, and the peaks of chips by the names that CUDA reports."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from miniplm_udf.scoring.cpu import pack_linears
-from miniplm_udf.scoring.model_flops import matrix_parameters, model_sizes
+from miniplm_udf.scoring.model_flops import attention_layers, matrix_parameters, model_sizes
 from miniplm_udf.scoring.peaks import peak_flops_per_second, peak_of_gpu
+from tests.support import tiny_models
 from tests.support.trainer_roots import FAMILIES, LLAMA
 from trainer.models.flops import equal_compute_steps, training_flops_per_token
 from trainer.models.model import build_model, model_config
@@ -53,7 +55,38 @@ def test_sizes_of_a_mixture_of_experts_and_of_a_model_without_attention() -> Non
     assert model_sizes(build({**LLAMA, **small, "model_type": "qwen3_moe"})).has_experts
     sizes = model_sizes(torch.nn.Linear(3, 5))
     assert (sizes.parameters, sizes.layers, sizes.width, sizes.has_experts) == (15, 0, 0, False)
-    assert sizes.forward_flops([10, 20]) == 2 * 15 * 30
+    assert sizes.forward_flops([10, 20]) == sizes.forward_flops([10, 20], 5) == 2 * 15 * 30
+
+
+def test_the_output_layer_counts_for_scored_positions() -> None:
+    sizes = model_sizes(build(LLAMA | {"num_hidden_layers": 2}))
+    attention = 2 * 2 * 16 * (10**2 + 20**2)
+    assert sizes.forward_flops([10, 20]) == sizes.forward_flops([10, 20], 30)
+    assert sizes.forward_flops([10, 20], 12) == 2 * (2 * BLOCK * 30 + HEAD * 12) + attention
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (None, 4),
+        (["full_attention", "sliding_attention", "hybrid", "chunked_attention"], 4),
+        (["linear_attention", "full_attention", "mamba", "conv"], 1),
+        (["linear_attention"] * 4, 0),
+        # More than the model has.
+        (["full_attention"] * 6, 4),
+    ],
+)
+def test_layers_with_attention(kinds: list[str] | None, expected: int) -> None:
+    config = SimpleNamespace(num_attention_heads=2, num_hidden_layers=4, hidden_size=16, layer_types=kinds)
+    assert attention_layers(config) == expected
+    config.num_attention_heads = None
+    assert attention_layers(config) == 0
+
+
+def test_a_hybrid_counts_its_attention_alone() -> None:
+    config = tiny_models.make_model("bamba").config
+    n_attention = sum(kind == "full_attention" for kind in config.layer_types)
+    assert 0 < attention_layers(config) == n_attention < config.num_hidden_layers
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The line about a model in the log, the counts of its time, and the token budget that a scorer states."""
 
 import dataclasses
+import functools
 import pickle
 import re
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from miniplm_udf.scoring.results import Score
 from miniplm_udf.scoring.usage import ScorerUsage
+from miniplm_udf.scoring.windows import windows
 from miniplm_udf.workers import meter
 from miniplm_udf.workers.arrow import score_arrow
 from miniplm_udf.workers.meter import Clock, Meter, WorkDone, log_line
@@ -61,17 +63,17 @@ def test_totals_since_an_earlier_state() -> None:
 
 
 class StatingScorer:
-    """Scores two texts a step, and states a budget that becomes smaller with the third text."""
+    """Scores two texts a step, and states a budget."""
 
     slice_bytes = 40
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int | None = 1000) -> None:
         self.on_progress: Any = None
         self.n_scored = 0
+        self.budget = budget
 
     def usage(self) -> ScorerUsage:
-        budget = 1000 if self.n_scored < 3 else 500
-        return ScorerUsage("chip/float32", budget, 1e9 * self.n_scored, 1e12, GIB, None)
+        return ScorerUsage("chip/float32", self.budget, 1e9 * self.n_scored, 1e12, GIB, None)
 
     def score(self, texts: Sequence[str | None], *_: Any) -> list[Any]:
         for start in range(0, len(texts), 2):
@@ -82,10 +84,11 @@ class StatingScorer:
         return [Score(1.0, 10, 1) for _ in texts]
 
 
-def run(n_texts: int) -> ScoreCounts:
+def run(n_texts: int, budget: int | None = 1000) -> ScoreCounts:
     totals: list[ScoreCounts] = []
     batch = request(texts_of(n_texts))
-    list(score_arrow({"teacher": StatingScorer}, sink=SimpleNamespace(add=totals.append))(iter([batch])))
+    factory = functools.partial(StatingScorer, budget)
+    list(score_arrow({"teacher": factory}, sink=SimpleNamespace(add=totals.append))(iter([batch])))
     return totals[0]
 
 
@@ -115,10 +118,10 @@ def test_the_first_line_is_early_and_the_next_ones_are_not(
     assert caplog.text.count("tokens/s") == 1
 
 
-def test_the_smallest_budget_comes_to_the_driver() -> None:
+def test_a_budget_that_was_found_comes_to_the_driver() -> None:
     total = run(12)
-    assert total.models["teacher"].tokens_per_batch == {"chip/float32": 500}
-    assert run(2).models["teacher"].tokens_per_batch == {"chip/float32": 1000}
+    assert total.models["teacher"].tokens_per_batch == {"chip/float32": 1000}
+    assert run(12, None).models["teacher"].tokens_per_batch == {}
     assert pickle.loads(pickle.dumps(total)) == total
 
 
@@ -147,11 +150,41 @@ def test_time_in_a_scorer_and_between_two_slices() -> None:
     assert clock.waited_seconds == counts.waited_seconds
 
 
+def test_a_call_that_raises_took_time_and_was_no_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "miniplm.workers")
+    now = [100.0]
+    monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
+    clock, counts, scorer = Clock(), ScoreCounts(), StatingScorer()
+    clock.steady = True
+    timed = Meter("m", clock, lambda: None)
+
+    def work(error: Exception | None = None) -> None:
+        now[0] += 2.0
+        scorer.on_progress(10)
+        if error is not None:
+            raise error
+
+    with timed.working(scorer, counts):
+        work()
+    now[0] += 1.0
+    with pytest.raises(ValueError, match="a bad text"), timed.working(scorer, counts):
+        work(ValueError("a bad text"))
+    assert (counts.of("m").seconds, counts.busy_seconds, counts.waited_seconds) == (4.0, 2.0, 1.0)
+    assert clock.busy_seconds(now[0] + 50.0) == 2.0, "the call has ended"
+    now[0] += 10.0
+    with timed.working(scorer, counts):
+        work()
+    assert (counts.of("m").seconds, counts.busy_seconds, counts.waited_seconds) == (6.0, 4.0, 11.0)
+    assert "m: 30 tokens, 5 tokens/s, 0.00 of the peak (1 TFLOP/s), waited 73.3 % of the time" in caplog.text
+
+
 def test_a_real_scorer_states_its_flops_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "cache"))
     scorer = tiny_models.make_scorer(tiny_models.make_model_folder(tmp_path, "llama"))
     before = scorer.usage()
-    assert (before.place, before.tokens_per_batch, before.model_flops) == ("cpu/float32", 64, 0.0)
+    assert (before.place, before.found_tokens_per_batch, before.model_flops) == ("cpu/float32", None, 0.0)
     assert (before.peak_flops_per_second, before.memory_total_bytes) == (None, None)
     assert before.memory_bytes > 2**20
     tokens: list[int] = []
@@ -161,6 +194,14 @@ def test_a_real_scorer_states_its_flops_and_memory(tmp_path: Path, monkeypatch: 
     sizes = scorer._sizes
     length = score.n_tokens
     expected = 2 * sizes.parameters * length + 2 * sizes.layers * sizes.width * length**2
-    assert sizes.parameters > sizes.layers > 0 < sizes.width
+    assert sizes.parameters > sizes.head_parameters > sizes.layers > 0 < sizes.width
     assert scorer.usage().model_flops == expected
     assert sum(tokens) == score.n_tokens
+    # Windows of a longer text overlap: the output layer does not compute these tokens again.
+    before = scorer.usage()
+    [score] = scorer.score(["x" * 70], [[]], [True])
+    lengths = [len(window) for window in windows(score.n_tokens, 24, 6)]
+    assert sum(lengths) > score.n_tokens
+    added = scorer.usage().model_flops - before.model_flops
+    assert added == pytest.approx(sizes.forward_flops(lengths, score.n_tokens), rel=1e-9)
+    assert added < 0.99 * sizes.forward_flops(lengths)
