@@ -459,7 +459,7 @@ def test_a_process_takes_a_gpu_with_room(node: Path, monkeypatch: pytest.MonkeyP
 def test_a_process_without_a_model_gives_back_a_gpu_that_stays_held(
     node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Model:
+    class HeldModel:
         """Has modules, as a model of torch."""
 
         def modules(self) -> "list[Model]":
@@ -473,7 +473,7 @@ def test_a_process_without_a_model_gives_back_a_gpu_that_stays_held(
 
     monkeypatch.setattr(gpu_slots, "_KEPT", {})
     assert fail() == []
-    model = Model()
+    model = HeldModel()
     model_scorers._ON_GPUS.update(model.modules())
     assert fail() == [0], "the other models of the process are on this GPU"
     del model
