@@ -462,7 +462,7 @@ def test_a_process_without_a_model_gives_back_a_gpu_that_stays_held(
     class HeldModel:
         """Has modules, as a model of torch."""
 
-        def modules(self) -> "list[Model]":
+        def modules(self) -> "list[HeldModel]":
             return [self]
 
     def fail() -> list[int]:
