@@ -524,7 +524,7 @@ def test_a_second_process_finds_the_code_on_the_disk(llama: Path, tmp_path: Path
         assert last.split() == [hits, misses]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_may_end_while_it_compiles(llama: Path, tmp_path: Path) -> None:
     still = (
         "from miniplm_udf.scoring import compilation; import time; time.sleep(2); print(compilation._is_compiling())"
