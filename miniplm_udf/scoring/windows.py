@@ -1,11 +1,13 @@
 """Windows over a long input and batches of windows: index arithmetic only, no text and no torch.
 
 Owns the two invariants of every score: each token is predicted exactly once, and each window is in exactly one batch.
-Inputs are counts of tokens, outputs are index ranges. Driver or executor; pure generators, so a retry gives the same.
+Inputs are counts of tokens, outputs are index ranges. Driver or executor; pure, so a retry gives the same.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +51,58 @@ def windows(n_tokens: int, context: int, overlap: int) -> Iterator[Window]:
 
 
 def batches(
-    lengths: Sequence[int], tokens_per_batch: int, at_least: int = 1, limit: int | None = None
+    lengths: Sequence[int], tokens_per_batch: int, pass_tokens: int, at_least: int = 1, limit: int | None = None
 ) -> Iterator[list[int]]:
     """Groups the indices of windows of similar length, so that rows times the longest stays within a token budget.
 
-    The longest windows come first, so that a batch that does not fit in memory shows at once. Windows of equal length
-    keep their order.
+    Of all groupings of the windows in the order of their lengths it takes the fastest: the one with the fewest tokens,
+    padding among them, and `pass_tokens` for each batch. The longest windows come first, so that a batch that does not
+    fit in memory shows at once. Windows of equal length keep their order.
 
     Args:
         lengths: tokens of each window.
         tokens_per_batch: the budget; a window above it is alone in its batch.
-        at_least: fewest windows in a batch, whatever the budget.
+        pass_tokens: tokens that could be scored in the time that a forward pass takes whatever its size.
+        at_least: windows that may share a batch whatever the budget; with 2 or more a batch of one window takes
+            `pass_tokens` longer than its tokens and others do.
         limit: windows of at most this length do not share a batch with longer windows (`batching.length_limit`).
 
     Yields:
         Lists of indices into `lengths`; each index once.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    batch: list[int] = []
-    for index in order:
-        is_full = len(batch) >= at_least and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch
-        crosses_limit = limit is not None and batch and lengths[batch[0]] > limit >= lengths[index]
-        if is_full or crosses_limit:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    n_long = 0 if limit is None else sum(length > limit for length in lengths)
+    for group in (order[:n_long], order[n_long:]):
+        sizes = [lengths[index] for index in group]
+        start = 0
+        for end in _ends(sizes, tokens_per_batch, pass_tokens, at_least):
+            yield group[start:end]
+            start = end
+
+
+def _ends(sizes: list[int], tokens_per_batch: int, pass_tokens: int, at_least: int) -> list[int]:
+    """Where the batches of the fastest grouping end.
+
+    Args:
+        sizes: tokens of each window, descending.
+        tokens_per_batch: see `batches`.
+        pass_tokens: see `batches`.
+        at_least: see `batches`.
+    """
+    # cost[n]: the least tokens of a grouping of the first n windows, whose last batch starts at begin[n].
+    cost, begin = np.full(len(sizes) + 1, np.inf), np.zeros(len(sizes) + 1, dtype=np.int64)
+    cost[0] = 0.0
+    for start, size in enumerate(sizes):
+        most = min(max(1, at_least, tokens_per_batch // max(1, size)), len(sizes) - start)
+        costs = cost[start] + pass_tokens + size * np.arange(1, most + 1, dtype=np.float64)
+        if at_least > 1:
+            costs[0] += pass_tokens
+        reached = slice(start + 1, start + most + 1)
+        # Of equal groupings the one with the larger batches, which starts earlier.
+        better = costs < cost[reached]
+        cost[reached][better] = costs[better]
+        begin[reached][better] = start
+    ends = [len(sizes)] if sizes else []
+    while ends and (start := int(begin[ends[-1]])) > 0:
+        ends.append(start)
+    return ends[::-1]
