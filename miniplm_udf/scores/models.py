@@ -117,20 +117,20 @@ def kept_tokens_per_batch(layout: Root, description: ModelDescription) -> dict[s
         Tokens of a forward pass by kind of device and dtype; empty if there is no record, if it cannot be read, or if
         it describes another revision of the model.
     """
-    budgets = _record(layout, description).get(_BUDGETS)
-    if not isinstance(budgets, dict):
-        return {}
-    return {place: tokens for place, tokens in budgets.items() if type(tokens) is int and tokens >= 1}
+    return _record_and_budgets(layout, description)[1]
 
 
-def _record(layout: Root, description: ModelDescription) -> Json:
-    """The record of a model; empty if there is none that can be read, or if it has another revision."""
+def _record_and_budgets(layout: Root, description: ModelDescription) -> tuple[Json, dict[str, int]]:
+    """The record of a model and its budgets; empty if no record can be read, or if it has another revision."""
     try:
         record = storage.read_json(layout.model_record(description.model_id))
     except DamagedRecordError:
-        return {}
-    is_own = isinstance(record, dict) and record.get("model_revision") == description.model_revision
-    return dict(record) if is_own else {}
+        return {}, {}
+    if not isinstance(record, dict) or record.get("model_revision") != description.model_revision:
+        return {}, {}
+    budgets = record.get(_BUDGETS)
+    pairs = budgets.items() if isinstance(budgets, dict) else ()
+    return record, {place: tokens for place, tokens in pairs if type(tokens) is int and tokens >= 1}
 
 
 def keep_tokens_per_batch(layout: Root, description: ModelDescription, budgets: Mapping[str, int]) -> None:
@@ -141,7 +141,7 @@ def keep_tokens_per_batch(layout: Root, description: ModelDescription, budgets: 
         description: the model as it scores; nothing is written without a record of its revision.
         budgets: tokens of a forward pass by kind of device and dtype.
     """
-    record, kept = _record(layout, description), kept_tokens_per_batch(layout, description)
+    record, kept = _record_and_budgets(layout, description)
     updated = {**kept, **budgets}
     if record and updated != kept:
         storage.write_json(layout.model_record(description.model_id), record | {_BUDGETS: updated})

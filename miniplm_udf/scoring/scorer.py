@@ -35,7 +35,7 @@ _CPU_TOKENS_PER_BATCH = 1024
 # Tokens that are scored in the time that a pass takes whatever its size. On a CPU measured: SmolLM2-135M on two cores,
 # 2 x 128 tokens in 434 ms, 8 x 128 in 1,517 ms. On a GPU not measured: 3 ms at 170,000 tokens/s.
 _CPU_PASS_TOKENS, _GPU_PASS_TOKENS = 50, 512
-# What the memory that `device_maps` leaves free on each GPU holds: 0.7 GiB of activations for a model of 70B.
+# A model of 70B parameters has 0.7 GiB of activations for so many tokens; `device_maps` leaves 1 GiB free on each GPU.
 _SPLIT_TOKENS_PER_BATCH = 4096
 
 
@@ -73,7 +73,8 @@ class Scorer(TextScorer):
         self._place = place_of(self._device, description.dtype, workers_per_gpu, attention)
         self._sizes, self._model_flops = model_sizes(model), 0.0
         spread = is_split(model)
-        # Of the GPUs of a split model one works at a time, and the search would see the memory of one only.
+        # The GPUs of a split model work one after the other, so the peak of one GPU says nothing. The search would
+        # measure the memory of the first GPU only.
         self._peak = None if spread else peak_flops_per_second(self._device, description.dtype)
         # Two windows spread the attention heads evenly over the cores: measured, 5 % at 1,024 tokens a window.
         self._at_least = 2 if tokens_per_batch is None and self._device.type == "cpu" else 1

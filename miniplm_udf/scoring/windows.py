@@ -98,7 +98,7 @@ def _ends(sizes: list[int], tokens_per_batch: int, pass_tokens: int, at_least: i
         if at_least > 1:
             costs[0] += pass_tokens
         reached = slice(start + 1, start + most + 1)
-        # Of equal groupings the one with the larger batches, which starts earlier.
+        # If two groupings cost the same, the one whose last batch is larger stays: it was found first.
         better = costs < cost[reached]
         cost[reached][better] = costs[better]
         begin[reached][better] = start

