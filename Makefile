@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader format constraints clean
+.PHONY: help setup java demo lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader s3-jar format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -92,6 +92,9 @@ bench-loader: setup ## compare the trainer's loader with a memory-mapped file, o
 
 bench-annotate: setup ## measure the recall of near-duplicates and the cost of each group of columns (3 minutes); writes build/bench/annotate.json
 	python -m tests.bench.bench_annotate
+
+s3-jar: setup ## compile miniplm_udf/s3_commits/*.java again; needs a JDK, and a session with an S3 root before it
+	conf/build_s3_jar.sh
 
 format: setup ## format the code
 	ruff check --fix .

@@ -1,8 +1,8 @@
 """The Spark session of a command: Delta's jars and the settings that every job needs. Driver only.
 
-Input: the section `spark` of the config; output: a session. Delta's jars come from this node's cache if all are there,
-else by Maven coordinates, without those that pyspark contains. Under spark-submit, the properties given there win over
-the config's, and these over the defaults here. Reads and writes no table.
+Input: the sections `spark` and `storage` of the config; output: a session. The jars (spark_jars.py) for S3 are there if
+the root or the input is on S3. Under spark-submit, the properties given there win over the config's, and these over the
+defaults here. Reads and writes no table.
 """
 
 import contextlib
@@ -14,58 +14,16 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jobs import java
-from miniplm_udf import stopping, storage
+from jobs import java, spark_jars
+from miniplm_udf import object_storage, stopping, storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import ConfigError
 from miniplm_udf.upkeep import preflight
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-DELTA_PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
-# Dependencies of Delta's coordinates that pyspark contains already, or that only other storages need.
-DELTA_EXCLUDES = (
-    "org.apache.hadoop:hadoop-client-api",
-    "org.apache.hadoop:hadoop-client-runtime",
-    "org.apache.hadoop:hadoop-aws",
-    "org.apache.parquet:parquet-hadoop",
-    "org.apache.parquet:parquet-column",
-    "com.fasterxml.jackson.core:*",
-    "com.fasterxml.jackson.datatype:*",
-    "com.fasterxml.jackson.module:*",
-    "io.unitycatalog:*",
-    "org.apache.logging.log4j:*",
-    "org.slf4j:*",
-    "org.locationtech.jts:*",
-    "org.roaringbitmap:*",
-    "com.github.luben:*",
-)
-
 # The master that spark-submit sets where none is given.
 _NO_MASTER = "local[*]"
-
-DELTA_JARS = (
-    "io.delta_delta-spark_4.2_2.13-4.4.0.jar",
-    "io.delta_delta-storage-4.4.0.jar",
-    "io.delta_delta-kernel-api-4.4.0.jar",
-    "io.delta_delta-kernel-defaults-4.4.0.jar",
-    "io.delta_delta-kernel-unitycatalog-4.4.0.jar",
-    "com.google.code.findbugs_jsr305-3.0.2.jar",
-)
-
-
-def delta_jars() -> dict[str, str]:
-    """The properties with Delta's jars: this node's cache if all are there (no network), else Maven coordinates."""
-    ivy = storage.cache_folder() / "ivy"
-    cached = [ivy / "jars" / name for name in DELTA_JARS]
-    if all(path.exists() for path in cached):
-        return {"spark.jars": ",".join(map(str, cached))}
-    return {
-        "spark.jars.ivy": str(ivy),
-        "spark.jars.packages": DELTA_PACKAGE,
-        "spark.jars.excludes": ",".join(DELTA_EXCLUDES),
-    }
 
 
 def _cores() -> int:
@@ -96,7 +54,7 @@ def _defaults(cores: int) -> dict[str, str]:
         "spark.sql.warehouse.dir": str(storage.cache_folder() / "warehouse"),
         "spark.log.level": "ERROR",
         # Spark's own default does not know API_KEY, so that its pages would show OPENAI_API_KEY of the executors.
-        "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|api[._]?key",
+        "spark.redaction.regex": "(?i)secret|password|token|access[._]?key|api[._]?key",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.debug.maxToStringFields": "100",
@@ -115,7 +73,7 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         The session.
 
     Raises:
-        ConfigError: spark-submit has started the driver without Delta's jars.
+        ConfigError: spark-submit has started the driver without the jars of Delta or of S3.
     """
     from pyspark import SparkConf, SparkContext
     from pyspark.logger import PySparkLogger
@@ -134,8 +92,11 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         SparkContext._ensure_initialized()
     submitted = SparkConf(loadDefaults=is_submitted)
     builder = SparkSession.builder.appName(name)
-    jars = {} if submitted.contains("spark.jars.packages") or submitted.contains("spark.jars") else delta_jars()
-    for key, value in {**jars, **_defaults(cores), **config.spark.conf}.items():
+    service = object_storage.use(config.storage, [config.root, *config.ingest.inputs])
+    for_s3 = service.spark_properties() if service else {}
+    has_jars = submitted.contains("spark.jars.packages") or submitted.contains("spark.jars")
+    jars = {} if has_jars else spark_jars.jar_properties(service is not None, config.spark.conf)
+    for key, value in {**_defaults(cores), **for_s3, **config.spark.conf, **jars}.items():
         if not submitted.contains(key):
             builder = builder.config(key, value)
     if submitted.get("spark.master", _NO_MASTER) == _NO_MASTER:
@@ -145,25 +106,13 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         builder = builder.master(master)
     before = signal.getsignal(signal.SIGINT)
     session = builder.getOrCreate()
-    _require_delta(session)
+    spark_jars.require_classes(session, with_s3=service is not None)
     java.leave_signals_to_python(session)
     if stopping.is_taken(before):
         signal.signal(signal.SIGINT, before)  # a new context replaces the handler of SIGINT
     if level := os.environ.get("MINIPLM_SPARK_LOG_LEVEL"):
         session.sparkContext.setLogLevel(level)
     return session
-
-
-def _require_delta(session: "SparkSession") -> None:
-    """Raises a ConfigError if spark-submit has started the driver without Delta's jars, which it alone can add."""
-    from py4j.java_gateway import JavaPackage
-
-    if isinstance(session._jvm.io.delta.tables.DeltaTable, JavaPackage):
-        session.stop()
-        raise ConfigError(
-            f"spark.jars.packages: expected Delta's jars on the driver, found none; submit with --packages "
-            f"{DELTA_PACKAGE}, or with a --properties-file of conf/spark/, which names them"
-        )
 
 
 @contextlib.contextmanager

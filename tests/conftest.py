@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import s3_server
 from tests.support.short_lived import JAVA_OPTIONS
 from tests.support.tracking_store import own_tracking_store
 
@@ -24,3 +25,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def tracking_store() -> Iterator[None]:
     with own_tracking_store():
         yield
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[s3_server.S3Server]:
+    """An S3 server on loopback with the bucket `s3_server.BUCKET`, which this process and its children reach."""
+    with s3_server.running() as server:
+        yield server

@@ -24,6 +24,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.annotate import AnnotateConfig
 from miniplm_udf.config.evaluate import EvaluateConfig
 from miniplm_udf.config.generate import GENERATED, GenerateConfig
+from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.config.overrides import apply_override
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig
 from miniplm_udf.config.rules import DEFAULT, load_rules, resolve
@@ -61,6 +62,7 @@ class ExperimentConfig:
 
     root: str
     models: dict[str, ModelConfig] = dataclasses.field(default_factory=dict)
+    storage: StorageConfig = dataclasses.field(default_factory=StorageConfig)
     spark: SparkConfig = dataclasses.field(default_factory=SparkConfig)
     ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
     annotate: AnnotateConfig | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyspark
 import pytest
 
-from jobs.session import delta_jars
+from jobs.spark_jars import jar_properties
 from tests.support.faults.check import rows
 from tests.support.faults.drivers import REPOSITORY
 from tests.support.standalone import StandaloneCluster, die_with_parent
@@ -73,7 +73,7 @@ def test_workers_without_the_clone_score(tmp_path: Path, wheel: Path, worker_pyt
     shutil.copytree(Path(pyspark.__file__).parent, spark_home, copy_function=linked_or_copied)
     with StandaloneCluster(tmp_path / "cluster", workers=2, gpus=1, spark_home=spark_home) as cluster:
         properties = {**cluster.driver_conf(), "spark.pyspark.python": worker_python}
-        properties |= {"spark.pyspark.driver.python": sys.executable, **delta_jars()}
+        properties |= {"spark.pyspark.driver.python": sys.executable, **jar_properties(with_s3=False, given={})}
         conf = tmp_path / "cluster.conf"
         conf.write_text("".join(f"{key} {value}\n" for key, value in properties.items()))
         run(

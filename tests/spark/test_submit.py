@@ -9,7 +9,7 @@ from pathlib import Path
 import pyspark
 import pytest
 
-from jobs.session import delta_jars
+from jobs.spark_jars import jar_properties
 from tests.support.short_lived import JAVA_OPTIONS
 from tests.support.spark_session import REPOSITORY
 
@@ -18,7 +18,7 @@ from tests.support.spark_session import REPOSITORY
 def test_master_and_properties_of_spark_submit_win(tmp_path: Path, options: list[str], master: str) -> None:
     """Without --master, spark-submit sets `local[*]`, which counts as not given."""
     submitted = {"spark.sql.shuffle.partitions": "7", "spark.log.level": "WARN"}
-    properties = submitted | {"spark.driver.extraJavaOptions": JAVA_OPTIONS, **delta_jars()}
+    properties = submitted | {"spark.driver.extraJavaOptions": JAVA_OPTIONS, **jar_properties(with_s3=False, given={})}
     expected = submitted | {
         "spark.master": master,
         "spark.sql.autoBroadcastJoinThreshold": "5",  # of the config

@@ -1,13 +1,14 @@
 """The session's settings: what conf/spark says and what the jobs set themselves must be one."""
 
 import re
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from py4j.java_gateway import JavaPackage
 
-from jobs import session
+from jobs import session, spark_jars
 from miniplm_udf.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "spark"
@@ -21,25 +22,51 @@ def properties(path: Path) -> dict[str, str]:
 def test_the_property_files_name_deltas_jars_as_the_session_does() -> None:
     for path in CONF.glob("*.conf"):
         found = properties(path)
-        assert found["spark.jars.packages"] == session.DELTA_PACKAGE
-        assert found["spark.jars.excludes"] == ",".join(session.DELTA_EXCLUDES)
+        assert found["spark.jars.packages"] == spark_jars.DELTA_PACKAGES[0]
+        assert found["spark.jars.excludes"] == ",".join([*spark_jars.EXCLUDES, "org.apache.hadoop:hadoop-aws"])
 
 
-def test_cached_jars_are_used_without_resolving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_s3", [False, True])
+def test_cached_jars_are_used_without_resolving(with_s3: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path))
-    assert session.delta_jars()["spark.jars.packages"] == session.DELTA_PACKAGE
+    packages = spark_jars.DELTA_PACKAGES + (spark_jars.S3_PACKAGES if with_s3 else ())
+    assert spark_jars.jar_properties(with_s3, {})["spark.jars.packages"] == ",".join(packages)
     jars = tmp_path / "ivy" / "jars"
     jars.mkdir(parents=True)
-    for name in session.DELTA_JARS[:-1]:
+    names = spark_jars._DELTA_JARS + (spark_jars._S3_JARS if with_s3 else ())
+    for name in names[:-1]:
         (jars / name).touch()
-    assert "spark.jars" not in session.delta_jars(), "a cache that lacks a jar is no cache"
-    (jars / session.DELTA_JARS[-1]).touch()
-    cached = session.delta_jars()
-    assert cached["spark.jars"].count(str(jars)) == len(session.DELTA_JARS)
+    assert "spark.jars.packages" in spark_jars.jar_properties(with_s3, {}), "a cache that lacks a jar is no cache"
+    (jars / names[-1]).touch()
+    cached = spark_jars.jar_properties(with_s3, {})
+    assert cached["spark.jars"].count(str(jars)) == len(names)
+    assert ("miniplm-s3.jar" in cached["spark.jars"]) == with_s3
     assert "spark.jars.packages" not in cached
 
 
-@pytest.mark.parametrize("key", ["spark.executorEnv.OPENAI_API_KEY", "spark.hadoop.fs.s3a.access.key", "spark.x.token"])
+def test_jars_of_the_user_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path))
+    given = {"spark.jars.packages": "org.apache.hadoop:hadoop-azure:3.5.0", "spark.jars": "/a.jar, /b.jar"}
+    found = spark_jars.jar_properties(False, given)
+    assert found["spark.jars.packages"] == f"{spark_jars.DELTA_PACKAGES[0]},{given['spark.jars.packages']}"
+    assert found["spark.jars"] == "/a.jar,/b.jar"
+
+
+def test_the_jar_for_s3_is_made_from_the_sources_next_to_it() -> None:
+    jar = Path(spark_jars.s3_commits_jar())
+    sources = sorted(jar.parent.glob("*.java"))
+    with zipfile.ZipFile(jar) as archive:
+        assert [f"miniplm/s3/{source.name}" for source in sources] == sorted(
+            name for name in archive.namelist() if name.endswith(".java")
+        )
+        for source in sources:
+            assert archive.read(f"miniplm/s3/{source.name}") == source.read_bytes(), "run: make s3-jar"
+            assert f"miniplm/s3/{source.stem}.class" in archive.namelist()
+
+
+@pytest.mark.parametrize(
+    "key", ["spark.executorEnv.OPENAI_API_KEY", "spark.hadoop.fs.s3a.access.key", "spark.x.token", "AWS_ACCESS_KEY_ID"]
+)
 def test_sparks_pages_hide_keys(key: str) -> None:
     assert re.search(session._defaults(1)["spark.redaction.regex"], key)
 
@@ -50,5 +77,5 @@ def test_a_driver_without_deltas_jars_is_refused() -> None:
     delta = SimpleNamespace(delta=SimpleNamespace(tables=SimpleNamespace(DeltaTable=package)))
     without = SimpleNamespace(_jvm=SimpleNamespace(io=delta), stop=lambda: stopped.append(True))
     with pytest.raises(ConfigError, match=r"^spark\.jars\.packages: expected Delta's jars .* --properties-file"):
-        session._require_delta(without)  # type: ignore[arg-type]
+        spark_jars.require_classes(without, with_s3=False)  # type: ignore[arg-type]
     assert stopped == [True]

@@ -1,0 +1,133 @@
+"""How this process, Spark and its workers reach S3: one description for the three clients that read and write a root.
+
+Input: the section `storage` of the config and the usual variables (`AWS_ENDPOINT_URL`, `AWS_REGION`). Output:
+environment variables for delta-rs and fsspec, and properties for Spark (s3a). Handles no credentials: each client finds
+them by itself, in the environment, in `~/.aws` or in the machine's role. Other storages (`gs:`, `abfss:`, `hdfs:`) are
+configured by their own clients. On the driver and in the trainer; imports no Spark.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+
+import fsspec
+
+from miniplm_udf.config.object_storage import StorageConfig
+from miniplm_udf.storage import Json
+
+SCHEMES = ("s3a", "s3")
+_DEFAULT_REGION = "us-east-1"
+# s3fs has this key in fsspec's configuration for both schemes.
+_FSSPEC_KEY = "s3"
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Service:
+    """An S3 service.
+
+    Attributes:
+        endpoint: its URL; None is AWS.
+        region: region of the buckets; None lets each client find it.
+        path_style: whether requests name the bucket in the path of the URL.
+    """
+
+    endpoint: str | None
+    region: str | None
+    path_style: bool
+
+    def environment(self) -> dict[str, str]:
+        """The variables that delta-rs, s3fs and boto3 read, in this process and in Spark's workers."""
+        variables = {"FSSPEC_S3": json.dumps(self._s3fs_options(), sort_keys=True)}
+        if self.endpoint is not None:
+            variables |= {"AWS_ENDPOINT_URL": self.endpoint, "AWS_ENDPOINT_URL_S3": self.endpoint}
+            variables["AWS_ALLOW_HTTP"] = str(self.endpoint.startswith("http:")).lower()
+        if self.region is not None:
+            variables |= {"AWS_REGION": self.region, "AWS_DEFAULT_REGION": self.region}
+        variables["AWS_VIRTUAL_HOSTED_STYLE_REQUEST"] = str(not self.path_style).lower()
+        return variables
+
+    def _s3fs_options(self) -> Json:
+        options: Json = {"config_kwargs": {"s3": {"addressing_style": "path"}}} if self.path_style else {}
+        if self.endpoint is not None:
+            options["endpoint_url"] = self.endpoint
+        if self.region is not None:
+            options["client_kwargs"] = {"region_name": self.region}
+        return options
+
+    def spark_properties(self) -> dict[str, str]:
+        """The properties of a Spark session that reads and writes `s3a:` and `s3:` URIs."""
+        s3a = {
+            "path.style.access": str(self.path_style).lower(),
+            # Hadoop's own chain does not read the files in ~/.aws.
+            "aws.credentials.provider": ",".join(
+                [
+                    "org.apache.hadoop.fs.s3a.TemporaryAWSCredentialsProvider",
+                    "org.apache.hadoop.fs.s3a.SimpleAWSCredentialsProvider",
+                    "software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider",
+                ]
+            ),
+            # No requests that look for a folder of the same name, or for parents. Commits do not depend on them.
+            "performance.flags": "create,mkdir,delete",
+        }
+        if self.endpoint is not None:
+            s3a |= {
+                "endpoint": self.endpoint,
+                "connection.ssl.enabled": str(self.endpoint.startswith("https:")).lower(),
+            }
+        if self.region is not None:
+            s3a["endpoint.region"] = self.region
+        log_stores = {f"spark.delta.logStore.{scheme}.impl": "miniplm.s3.ConditionalPutLogStore" for scheme in SCHEMES}
+        return {
+            **{f"spark.hadoop.fs.s3a.{key}": value for key, value in s3a.items()},
+            "spark.hadoop.fs.s3.impl": "org.apache.hadoop.fs.s3a.S3AFileSystem",
+            "spark.hadoop.fs.AbstractFileSystem.s3.impl": "org.apache.hadoop.fs.s3a.S3A",
+            **log_stores,
+            "spark.sql.streaming.checkpointFileManagerClass": "miniplm.s3.ConditionalPutFileManager",
+            **{f"spark.executorEnv.{name}": value for name, value in self.environment().items()},
+        }
+
+
+def is_s3(uri: str) -> bool:
+    """Whether a URI is of S3.
+
+    Args:
+        uri: a path or URI.
+    """
+    return uri.partition("://")[0] in SCHEMES and "://" in uri
+
+
+def service(config: StorageConfig, environment: Mapping[str, str]) -> S3Service:
+    """Returns the service that the config names, or else the environment.
+
+    Args:
+        config: the section `storage`.
+        environment: `os.environ`.
+    """
+    endpoint = config.endpoint or environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or None
+    region = config.region or environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or None
+    return S3Service(
+        endpoint=endpoint.rstrip("/") if endpoint else None,
+        region=region or (_DEFAULT_REGION if endpoint else None),
+        path_style=bool(endpoint) if config.path_style is None else config.path_style,
+    )
+
+
+def use(config: StorageConfig, uris: Iterable[str]) -> S3Service | None:
+    """Makes delta-rs and fsspec reach the service in this process and in the processes that it starts.
+
+    Args:
+        config: the section `storage`.
+        uris: the places that the process will read and write.
+
+    Returns:
+        The service; None if no place is on S3, and then nothing is changed.
+    """
+    if not any(map(is_s3, uris)):
+        return None
+    found = service(config, os.environ)
+    variables = found.environment()
+    os.environ.update(variables)
+    # fsspec reads its variable when it is imported, which was earlier.
+    fsspec.config.conf[_FSSPEC_KEY] = json.loads(variables["FSSPEC_S3"])
+    return found
