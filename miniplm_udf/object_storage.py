@@ -48,7 +48,10 @@ class S3Service:
         return variables
 
     def _s3fs_options(self) -> Json:
-        options: Json = {"config_kwargs": {"s3": {"addressing_style": "path"}}} if self.path_style else {}
+        # Spark writes too, so a listing of a moment ago says nothing.
+        options: Json = {"use_listings_cache": False}
+        if self.path_style:
+            options["config_kwargs"] = {"s3": {"addressing_style": "path"}}
         if self.endpoint is not None:
             options["endpoint_url"] = self.endpoint
         if self.region is not None:

@@ -143,8 +143,8 @@ def read_text(uri: str) -> str:
     Raises:
         FileNotFoundError: there is no file.
     """
-    with fsspec.open(uri, "r", encoding="utf-8") as handle:
-        return str(handle.read())
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return str(filesystem.cat_file(path), encoding="utf-8")  # one request, where opening a file takes two
 
 
 def write_text(uri: str, text: str) -> None:
@@ -183,10 +183,10 @@ def read_json(uri: str) -> Any:
     Raises:
         DamagedRecordError: the file is not JSON.
     """
-    if not exists(uri):
-        return None
     try:
         return json.loads(read_text(uri))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except ValueError as error:
         raise DamagedRecordError(
             f"record {redact(uri)}: expected JSON, found a file that is empty, cut off or not JSON ({error}); restore "
