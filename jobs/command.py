@@ -16,9 +16,9 @@ from typing import Any
 
 from jobs import java
 from jobs.text import as_json
-from miniplm_udf import progress, stopping, storage
+from miniplm_udf import object_storage, progress, stopping, storage, storage_errors
 from miniplm_udf.config.experiment import ExperimentConfig, load_config, printable, to_dict
-from miniplm_udf.errors import EXIT_DONE, EXIT_TOO_MANY_REJECTS, ConfigError, MiniplmError
+from miniplm_udf.errors import EXIT_DONE, EXIT_FAILED, EXIT_TOO_MANY_REJECTS, ConfigError, MiniplmError
 
 LOGGER = logging.getLogger("miniplm.jobs")
 
@@ -121,7 +121,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, takes_root: bool = Fal
 
 
 def read_config(name: str, arguments: argparse.Namespace) -> ExperimentConfig:
-    """Returns the config that the options name; with `--root`, the defaults on that root.
+    """Returns the config that the options name; with `--root`, the defaults on that root. From here on, this process
+    reaches the storage that the config describes.
 
     Args:
         name: name of the command, for messages.
@@ -133,10 +134,11 @@ def read_config(name: str, arguments: argparse.Namespace) -> ExperimentConfig:
     root: str | None = getattr(arguments, "root", None)
     if (arguments.config is None) == (root is None):
         raise ConfigError(f"{name}: expected either -c CONFIG or --root ROOT")
-    if root is None:
-        return load_config(arguments.config, arguments.overrides)
-    storage.check_location("--root", storage.to_uri(root))
-    return ExperimentConfig(root=root)
+    if root is not None:
+        storage.check_location("--root", storage.to_uri(root))
+    config = load_config(arguments.config, arguments.overrides) if root is None else ExperimentConfig(root=root)
+    object_storage.use(config.storage)
+    return config
 
 
 def print_plan(config: ExperimentConfig, plan: str) -> None:
@@ -166,8 +168,9 @@ def guarded(body: Callable[[], int]) -> int:
         body: the command; returns its exit code.
 
     Returns:
-        The exit code of `body`. A MiniplmError is printed as one line on stderr and gives its own exit code; a signal
-        is printed as one line and gives 128 + its number. Any other error keeps its traceback.
+        The exit code of `body`. A MiniplmError is printed as one line on stderr and gives its own exit code; an error of
+        an object storage is printed as one line and gives 1; a signal is printed as one line and gives 128 + its
+        number. Any other error keeps its traceback.
     """
     progress.configure_logging()
     with stopping.stops_on_signals(java.waits_for_java, java.end_java):
@@ -182,11 +185,16 @@ def guarded(body: Callable[[], int]) -> int:
                 LOGGER.exception("failed")
             print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
             return error.exit_code
-        except Exception:
+        except Exception as error:
             # Calls to Java fail when a signal has ended the JVM.
             if stopped_error := stopping.received():
                 return _end(stopped_error)
-            raise
+            if (sentence := storage_errors.explain(error)) is None:
+                raise
+            if os.environ.get("MINIPLM_LOG_LEVEL") == "DEBUG":
+                LOGGER.exception("failed")
+            print(f"miniplm: {sentence}", file=sys.stderr)
+            return EXIT_FAILED
 
 
 def _end(stopped: stopping.Stopped) -> int:

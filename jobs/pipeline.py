@@ -39,13 +39,11 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
         The highest exit code of the stages; a skipped stage has the exit code of its last run.
 
     Raises:
-        ConfigError: the root cannot be written.
         CorpusError: a table of the root is gone, or ingest has left no held-out documents to evaluate on.
     """
     highest = EXIT_DONE
     applicable = [stage for stage in STAGES if stage.applies(config)]
     with spark_session(config, "miniplm") as spark:
-        preflight.require_writable(config.root)
         preflight.check(spark, config, NEEDED)
         for stage in applicable:
             if not must_run(stage, spark, config, options, is_named=False):
@@ -84,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))
             return EXIT_DONE
         config.report_folder()  # refuses a config that names no local folder for the summary
+        preflight.require_writable(config.root)
         with Lease(config.layout.lease("run"), "miniplm run", what="pipeline"):
             code = run_stages(config, options)
         summary = build_summary(config)

@@ -92,10 +92,11 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         SparkContext._ensure_initialized()
     submitted = SparkConf(loadDefaults=is_submitted)
     builder = SparkSession.builder.appName(name)
-    service = object_storage.use(config.storage, [config.root, *config.ingest.inputs])
-    for_s3 = service.spark_properties() if service else {}
+    with_s3 = any(map(object_storage.is_s3, [config.root, *config.ingest.inputs]))
+    service = object_storage.use(config.storage)
+    for_s3 = service.spark_properties() if with_s3 else {}
     has_jars = submitted.contains("spark.jars.packages") or submitted.contains("spark.jars")
-    jars = {} if has_jars else spark_jars.jar_properties(service is not None, config.spark.conf)
+    jars = {} if has_jars else spark_jars.jar_properties(with_s3, config.spark.conf)
     for key, value in {**_defaults(cores), **for_s3, **config.spark.conf, **jars}.items():
         if not submitted.contains(key):
             builder = builder.config(key, value)
@@ -106,7 +107,7 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         builder = builder.master(master)
     before = signal.getsignal(signal.SIGINT)
     session = builder.getOrCreate()
-    spark_jars.require_classes(session, with_s3=service is not None)
+    spark_jars.require_classes(session, with_s3)
     java.leave_signals_to_python(session)
     if stopping.is_taken(before):
         signal.signal(signal.SIGINT, before)  # a new context replaces the handler of SIGINT

@@ -74,11 +74,9 @@ def execute(
         The summary, as the stage's `run` returns it.
 
     Raises:
-        ConfigError: the root cannot be written.
         CorpusError: a table that the stage continues from is gone; `spark.schema` has the tables of another root.
     """
     options = options or Options()
-    preflight.require_writable(config.root)
     if spark is None:
         preflight.check_files(config.root, stage.needed_tables)
     else:
@@ -129,6 +127,7 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
         if not stage.applies(config):
             raise ConfigError(f"{name}: the config has nothing for this stage; expected {stage.needs}, found none")
         stage.check(config)
+        preflight.require_writable(config.root)  # before Spark starts
         session = spark_session(config, f"miniplm {name}") if stage.needs_spark else contextlib.nullcontext()
         with session as spark:
             if must_run(stage, spark, config, options, is_named=True):

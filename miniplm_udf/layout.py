@@ -142,6 +142,14 @@ class Root:
         """
         return storage.join(self.uri, "_leases", f"{name}.json")
 
+    def probe(self, name: str) -> str:
+        """Returns the URI of an object that tries whether the storage can be written.
+
+        Args:
+            name: name of the object, which no other process uses.
+        """
+        return storage.join(self.uri, "_probe", name)
+
     def status(self, *lease: str) -> str:
         """URI of the status file of the query that holds a lease; without a name, of the folder of all status files."""
         return storage.join(self.uri, "_status", *(f"{name}.json" for name in lease))

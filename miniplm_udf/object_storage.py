@@ -9,7 +9,7 @@ configured by their own clients. On the driver and in the trainer; imports no Sp
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import fsspec
 
@@ -116,18 +116,15 @@ def service(config: StorageConfig, environment: Mapping[str, str]) -> S3Service:
     )
 
 
-def use(config: StorageConfig, uris: Iterable[str]) -> S3Service | None:
+def use(config: StorageConfig) -> S3Service:
     """Makes delta-rs and fsspec reach the service in this process and in the processes that it starts.
 
     Args:
         config: the section `storage`.
-        uris: the places that the process will read and write.
 
     Returns:
-        The service; None if no place is on S3, and then nothing is changed.
+        The service.
     """
-    if not any(map(is_s3, uris)):
-        return None
     found = service(config, os.environ)
     variables = found.environment()
     os.environ.update(variables)

@@ -26,6 +26,7 @@ from miniplm_udf.store.delta_log import has_commits
 from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams.checkpoints import Checkpoint
 from miniplm_udf.streams.offsets import end_offset
+from miniplm_udf.upkeep import storage_probe
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -159,14 +160,15 @@ def _named_by_files(root: str) -> dict[str, str]:
 
 
 def require_writable(root: str) -> None:
-    """Refuses a local root that cannot be made or written, with the reason that the operating system gives.
+    """Refuses a root that cannot be made or written, with the reason that the operating system or the service gives.
 
     Args:
-        root: path or URI of the root; a remote root passes.
+        root: path or URI of the root; only local ones and those on S3 are checked.
 
     Raises:
         ConfigError: it cannot be written.
     """
+    storage_probe.probe(root)
     if not storage.is_local(root):
         return
     path = Path(storage.local_path(root))

@@ -116,7 +116,7 @@ def running() -> Iterator[S3Server]:
     process = subprocess.Popen([sys.executable, "-m", "tests.support.s3_server", str(port)], cwd=REPOSITORY)
     try:
         os.environ.update(environment(url))
-        object_storage.use(StorageConfig(), [f"s3a://{BUCKET}"])
+        object_storage.use(StorageConfig())
         server = S3Server(url, process)
         _wait(server)
         server.create_bucket()

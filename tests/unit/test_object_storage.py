@@ -7,7 +7,6 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from miniplm_udf import object_storage
 from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.object_storage import service
@@ -40,10 +39,6 @@ def test_a_wrong_endpoint_is_refused(endpoint: str) -> None:
 def test_no_credentials_are_in_the_properties(s3: S3Server) -> None:
     found = service(StorageConfig(), {"AWS_ACCESS_KEY_ID": "key-1", "AWS_SECRET_ACCESS_KEY": "secret-1"})
     assert not {"key-1", "secret-1"} & {*found.spark_properties().values(), *found.environment().values()}
-
-
-def test_local_places_change_nothing() -> None:
-    assert object_storage.use(StorageConfig(endpoint="http://nowhere:1"), ["file:///data", "gs://bucket/x"]) is None
 
 
 def test_delta_rs_and_fsspec_reach_the_server(s3: S3Server) -> None:
