@@ -168,8 +168,8 @@ def guarded(body: Callable[[], int]) -> int:
         body: the command; returns its exit code.
 
     Returns:
-        The exit code of `body`. A MiniplmError is printed as one line on stderr and gives its own exit code; an error of
-        an object storage is printed as one line and gives 1; a signal is printed as one line and gives 128 + its
+        The exit code of `body`. A MiniplmError is printed as one line on stderr and gives its own exit code; an error
+        of an object storage is printed as one line and gives 1; a signal is printed as one line and gives 128 + its
         number. Any other error keeps its traceback.
     """
     progress.configure_logging()

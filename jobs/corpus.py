@@ -9,7 +9,6 @@ rows of every table and records them in `takedowns`. A retry of any of them find
 """
 
 import argparse
-import contextlib
 import getpass
 import socket
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import corpus_text
 from jobs.command import Command, make_parser
 from jobs.session import command_session
+from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.corpora import listing
 from miniplm_udf.errors import ConfigError
@@ -80,9 +80,8 @@ def _take_down(spark: "SparkSession", config: ExperimentConfig, arguments: argpa
         return takedown.preview(spark, config.root, ids)
     command = f"miniplm corpus take-down, by {getpass.getuser()} on {socket.gethostname()}"
     result = takedown.take_down(spark, config, ids, Takedown(command, arguments.reason))
-    with contextlib.suppress(ConfigError):  # no local folder, so no report
-        # The report shows texts. `miniplm report` makes it again.
-        (config.report_folder() / "report.html").unlink(missing_ok=True)
+    # The report shows texts. `miniplm report` makes it again.
+    storage.remove_folder(config.report_file("report.html"))
     return result
 
 

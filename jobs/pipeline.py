@@ -81,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))
             return EXIT_DONE
-        config.report_folder()  # refuses a config that names no local folder for the summary
         preflight.require_writable(config.root)
         with Lease(config.layout.lease("run"), "miniplm run", what="pipeline"):
             code = run_stages(config, options)

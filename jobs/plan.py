@@ -13,7 +13,7 @@ from jobs.stage import Options, Stage
 from jobs.text import table
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.errors import CorpusError
 
 
 class _Outcome(enum.Enum):
@@ -58,10 +58,6 @@ def _outcome(
     """Whether a stage would run, and the reason; `changing` are outputs of stages before it that may run."""
     if not stage.applies(config):
         return _Outcome.ABSENT, f": it needs {stage.needs}"
-    try:
-        stage.check(config)
-    except ConfigError as error:
-        return _Outcome.REFUSED, f": {error}"
     if stage.is_service(options):
         return _Outcome.RUNS, " as a service, until it is stopped or has read all its input (stream.trigger)"
     missing, record = stage.missing(config), stage.record(config)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from jobs.stage_runner import stage_main
 from jobs.summary import build_summary, write_summary
+from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.lease import Lease
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportSummary:
-    """The result of `miniplm report`: the path of the HTML file, and the seconds that it took."""
+    """The result of `miniplm report`: the place of the HTML file (a path or URI), and the seconds that it took."""
 
     report: str
     seconds: float
@@ -43,8 +44,8 @@ def run(spark: "SparkSession", config: ExperimentConfig) -> ReportSummary:
     summary = build_summary(config)
     write_summary(config, summary)
     with Lease(config.layout.lease("report"), "report", waits=True):
-        path = build_report(spark, config, summary)
-    return ReportSummary(report=str(path), seconds=time.monotonic() - started)
+        place = build_report(spark, config, summary)
+    return ReportSummary(report=storage.redact(place), seconds=time.monotonic() - started)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -121,7 +121,6 @@ class Stage:
         numbers: the part of `summary.json` that comes from the summary; `rejected` is added up over all stages.
         rates: tokens per second by model, for the table that ends `miniplm run`.
         last_line: text for stderr after the summary, or "".
-        check: raises a ConfigError for a config that the stage cannot finish with, before any work.
         check_result: raises a CorpusError for a summary that later stages of `miniplm run` cannot work with.
         add_arguments: adds options of its own.
     """
@@ -147,7 +146,6 @@ class Stage:
     numbers: Callable[[ExperimentConfig, Any], PipelineSummary] = lambda config, summary: {}
     rates: Callable[[ExperimentConfig, PipelineSummary], Mapping[str, float]] = lambda config, summary: {}
     last_line: Callable[[Any], str] = lambda summary: ""
-    check: Callable[[ExperimentConfig], object] = lambda config: None
     check_result: Callable[[ExperimentConfig, Any], None] = lambda config, summary: None
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 

@@ -126,7 +126,6 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
             return EXIT_DONE
         if not stage.applies(config):
             raise ConfigError(f"{name}: the config has nothing for this stage; expected {stage.needs}, found none")
-        stage.check(config)
         preflight.require_writable(config.root)  # before Spark starts
         session = spark_session(config, f"miniplm {name}") if stage.needs_spark else contextlib.nullcontext()
         with session as spark:

@@ -171,7 +171,6 @@ STAGES = (
         ),
         rates=stage_results.reference_rates,
         add_arguments=_add_retrain_argument,
-        check=lambda config: config.mlflow_uri(),
     ),
     Stage(
         name="score",
@@ -252,7 +251,6 @@ STAGES = (
         needs="at least one student under `students`",
         rates=stage_results.student_rates,
         is_partial=lambda options: bool(options.students),
-        check=lambda config: config.mlflow_uri(),
         add_arguments=_adds_student_argument(
             "train only this student; may be repeated; default: all students"
         ),
@@ -271,7 +269,6 @@ STAGES = (
         is_partial=lambda options: bool(options.students),
         needs_spark=False,
         last_line=lambda summary: evaluation_text(summary.students),
-        check=lambda config: config.mlflow_uri(),
         add_arguments=_adds_student_argument(
             "evaluate only this student; may be repeated; default: all students, and the reference"
         ),
@@ -283,8 +280,7 @@ STAGES = (
         needed_tables=_REPORT_TABLES,
         inputs=_report_inputs,
         reads=_report_reads,
-        outputs=lambda config: Outputs(files=[str(config.report_folder() / "report.html")]),
-        check=lambda config: config.report_folder(),
+        outputs=lambda config: Outputs(files=[config.report_file("report.html")]),
     ),
 )  # fmt: skip
 

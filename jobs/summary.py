@@ -52,10 +52,10 @@ def write_summary(config: ExperimentConfig, summary: PipelineSummary) -> None:
     """Writes the summary as `summary.json` in the report folder.
 
     Args:
-        config: the experiment, whose report folder is local.
+        config: the experiment.
         summary: the result of `build_summary`.
     """
-    storage.write_json(str(config.report_folder() / "summary.json"), summary)
+    storage.write_json(config.report_file("summary.json"), summary)
 
 
 def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
@@ -82,16 +82,16 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         (name, config.students[name].corpus, *map(decimal, losses.values()))
         for name, losses in summary["students"].items()
     ]
-    folder = config.report_folder()
     places = {
         "tables": storage.redact(config.layout.table("{instances,scores,score_matrix,rejects,corpora}")),
         **{
             f"corpus {name}": f"{corpus['path']} (version {corpus['version']})"
             for name, corpus in summary["refined"].items()
         },
-        "summary": str(folder / "summary.json"),
-        "report": str(folder / "report.html"),
+        "summary": storage.redact(config.report_file("summary.json")),
+        "report": storage.redact(config.report_file("report.html")),
         "MLflow": mlflow_command(config),
+        **_local_store(config),
     }
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
     if students:
@@ -105,6 +105,13 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
 def mlflow_command(config: ExperimentConfig) -> str:
     """The shell command that shows the experiment's runs, quoted so that it can be pasted into a terminal."""
     return shlex.join(["mlflow", "ui", "--backend-store-uri", storage.redact(config.mlflow_uri())])
+
+
+def _local_store(config: ExperimentConfig) -> dict[str, str]:
+    """The folder of MLflow's default store, if it is not next to the tables."""
+    if storage.is_local(config.root) or config.artifact_uri() is None:
+        return {}
+    return {"on this machine": f"{config.local_folder()} (runs of MLflow; mlflow.tracking_uri can name a server)"}
 
 
 def _heldout(evaluation: Evaluation | None) -> dict[str, float | None] | None:

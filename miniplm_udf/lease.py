@@ -2,10 +2,11 @@
 
 Input: the URI of one small JSON file per lease, under `<root>/_leases/`. The holder renews its lease every few seconds
 by increasing a counter. Another process takes the lease if the holder has ended (on this machine) or its counter has
-not moved for 30 s on the other process's clock; otherwise it is refused with the holder's name. A holder that lost its
-lease learns it from `check`, before its next micro-batch or checkpoint. Exactly-once does not depend on leases, because
-commits carry (query_id, batch_id); leases keep two processes from doing the same work, and the second one gets an
-error. On the driver and in the trainer; imports no Spark.
+not moved for 30 s on the other process's clock; otherwise it is refused with the holder's name. A lease is taken and
+renewed by conditional writes (conditional_files.py), so that of two that take it on S3 at the same moment one wins. A
+holder that lost its lease learns it from `check`, before its next micro-batch or checkpoint. Exactly-once does not
+depend on leases, because commits carry (query_id, batch_id); leases keep two processes from doing the same work, and
+the second one gets an error. On the driver and in the trainer; imports no Spark.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from types import TracebackType
 
 import fsspec
 
-from miniplm_udf import storage
+from miniplm_udf import conditional_files, storage
 from miniplm_udf.errors import CorpusError, MiniplmError, reason
 
 LOGGER = logging.getLogger("miniplm.lease")
@@ -30,7 +31,7 @@ LOGGER = logging.getLogger("miniplm.lease")
 _RENEW_SECONDS = 5.0
 # A holder on another machine that has not renewed for this long is considered dead.
 _PATIENCE_SECONDS = 30.0
-# If two processes take the lease of a dead holder at once, both read it again after this time: the later writer has it.
+# Where two processes may both write the lease, both read it again after this time: the later writer has it.
 _SETTLE_SECONDS = 0.3
 _POLL_SECONDS = 0.5
 _LOG_SECONDS = 60.0
@@ -78,6 +79,7 @@ class Lease:
         self._uri, self._name, self._waits, self._what = uri, name, waits, what
         self._token = uuid.uuid4().hex
         self._renewals = 0
+        self._tag = ""
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease {name}", daemon=True)
 
@@ -102,19 +104,27 @@ class Lease:
         if record is not None and record.token == self._token:
             filesystem, path = fsspec.core.url_to_fs(self._uri)
             with contextlib.suppress(FileNotFoundError):
-                filesystem.rm(path)
+                filesystem.rm_file(path)
 
     def _take(self) -> bool:
         """Waits for the holder, if there is one, and takes the lease; False if another process was faster."""
         left = self._wait_for_holder()
-        if left is None and storage.is_local(self._uri):
-            if _create(Path(storage.local_path(self._uri)), json.dumps(dataclasses.asdict(self._record()))):
-                return True
-            if read(self._uri) is not None:
-                return False
-        self._write()
-        time.sleep(_SETTLE_SECONDS)
-        self.check()
+        text = self._text()
+        if left is not None:
+            tag = conditional_files.replace(self._uri, text, left)
+            is_safe = conditional_files.replaces_in_one_step(self._uri)
+        else:
+            tag = conditional_files.create(self._uri, text)
+            is_safe = conditional_files.creates_in_one_step(self._uri)
+            if tag is None and storage.is_local(self._uri) and conditional_files.read(self._uri) is None:
+                storage.write_text(self._uri, text)  # a disk without hard links
+                tag, is_safe = text, False
+        if tag is None:
+            return False
+        self._tag = tag
+        if not is_safe:
+            time.sleep(_SETTLE_SECONDS)
+            self.check()
         return True
 
     def check(self) -> None:
@@ -131,9 +141,9 @@ class Lease:
                 "commits are kept."
             )
 
-    def _wait_for_holder(self) -> LeaseRecord | None:
-        """Returns once there is no holder: None, or the record that a holder left when it died."""
-        record = read(self._uri)
+    def _wait_for_holder(self) -> str | None:
+        """Returns once there is no holder: None, or the tag of the file that a dead holder left."""
+        record, tag = _read(self._uri)
         last_beat, since, next_log = _beat(record), time.monotonic(), time.monotonic()
         while record is not None and not _has_ended_here(record):
             if _beat(record) != last_beat:
@@ -141,13 +151,13 @@ class Lease:
                 last_beat, since = _beat(record), time.monotonic()
             if time.monotonic() - since >= _PATIENCE_SECONDS:
                 LOGGER.warning("%s: taking over from %s, which has not renewed its lease", self._name, record.holder)
-                return record
+                return tag
             if next_log <= time.monotonic():
                 LOGGER.info("%s: waiting for %s, which holds its lease", self._name, record.holder)
                 next_log = time.monotonic() + _LOG_SECONDS
             time.sleep(_POLL_SECONDS)
-            record = read(self._uri)
-        return record
+            record, tag = _read(self._uri)
+        return tag
 
     def _refuse(self, record: LeaseRecord) -> None:
         if not self._waits:
@@ -159,19 +169,28 @@ class Lease:
     def _record(self) -> LeaseRecord:
         return LeaseRecord(self._token, self._renewals, os.getpid(), socket.gethostname(), _machine())
 
-    def _write(self) -> None:
-        storage.write_json(self._uri, dataclasses.asdict(self._record()))
+    def _text(self) -> str:
+        return json.dumps(dataclasses.asdict(self._record()), indent=2, sort_keys=True) + "\n"
 
     def _renew_for_ever(self) -> None:
         while not self._released.wait(_RENEW_SECONDS):
             try:
-                record = read(self._uri)
-                if record is None or record.token != self._token:
+                if not self._renew():
                     return  # `check` reports it before the next micro-batch
-                self._renewals += 1
-                self._write()
             except OSError as error:  # the storage may be unreachable for a moment
                 LOGGER.warning("%s: its lease cannot be renewed: %s", self._name, error)
+
+    def _renew(self) -> bool:
+        """Renews the lease; False if another process has it."""
+        self._renewals += 1
+        tag = conditional_files.replace(self._uri, self._text(), self._tag)
+        if tag is None:
+            # An earlier renewal may have been written although its answer was lost.
+            record, tag = _read(self._uri)
+            if record is None or tag is None or record.token != self._token:
+                return False
+        self._tag = tag
+        return True
 
 
 def read(uri: str) -> LeaseRecord | None:
@@ -183,27 +202,22 @@ def read(uri: str) -> LeaseRecord | None:
     Returns:
         The record; None if nobody holds the lease, or its file is damaged.
     """
-    try:
-        record = storage.read_json(uri) or {}
-        return LeaseRecord(**{field.name: record[field.name] for field in dataclasses.fields(LeaseRecord)})
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        # Released since it was listed, half written on a storage without renaming, or damaged.
-        return None
+    return _read(uri)[0]
 
 
-def _create(path: Path, text: str) -> bool:
-    """Creates the file with its text in one step; False if the file exists, or the filesystem cannot do this."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def _read(uri: str) -> tuple[LeaseRecord | None, str | None]:
+    """The record of a lease, None if it is damaged, and the tag of its file, None if there is no file."""
     try:
-        draft.write_text(text, encoding="utf-8")
-        try:
-            os.link(draft, path)
-        except OSError:  # FileExistsError, or a filesystem without hard links
-            return False
-    finally:
-        draft.unlink(missing_ok=True)
-    return True
+        file = conditional_files.read(uri)
+    except UnicodeDecodeError:
+        return None, None
+    if file is None:
+        return None, None
+    try:
+        record = json.loads(file.text)
+        return LeaseRecord(**{field.name: record[field.name] for field in dataclasses.fields(LeaseRecord)}), file.tag
+    except (ValueError, KeyError, TypeError):  # half written on a storage without renaming, or damaged
+        return None, file.tag
 
 
 def _beat(record: LeaseRecord | None) -> tuple[str, int] | None:

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miniplm_udf import stopping
+from miniplm_udf import object_storage, stopping, storage_errors
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.refine import parse_tokens
-from miniplm_udf.errors import EXIT_DONE, MiniplmError
+from miniplm_udf.errors import EXIT_DONE, EXIT_FAILED, MiniplmError
 from miniplm_udf.progress import configure_logging
 from miniplm_udf.storage import Json
 
@@ -154,6 +154,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> tuple[Json, list[str]]:
     """Runs the command; returns the JSON object for stdout, and lines for people, which follow it on stderr."""
     config: ExperimentConfig = load_config(arguments.config, arguments.overrides)
+    object_storage.use(config.storage)
     # Imported here, so that --help and config errors come at once: torch and transformers take seconds to import.
     if arguments.command == "train":
         from trainer import targets
@@ -241,6 +242,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except MiniplmError as error:
             print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
             return error.exit_code
+        except Exception as error:
+            if (sentence := storage_errors.explain(error)) is None:
+                raise
+            print(f"miniplm: {sentence}", file=sys.stderr)
+            return EXIT_FAILED
         stopped_training = stopping.received()
     if _is_first_rank():
         print(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False), flush=True)

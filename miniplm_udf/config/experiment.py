@@ -1,7 +1,7 @@
 """Reads one experiment, a YAML file, into an `ExperimentConfig` of sections (sections.py), and checks it.
 
 Input: a YAML file and dotted overrides (`ingest.input=/texts/*.jsonl`). Output: an `ExperimentConfig`. jsonargparse
-makes the dataclasses and checks types; this module refuses unknown keys and checks the links between sections;
+makes the dataclasses and checks types; this module checks the links between sections; keys.py refuses unknown keys, and
 student_models.py fills in the keys that models inherit. Other functions take these dataclasses, never a dict. The
 library reads four environment variables: MLFLOW_TRACKING_URI (`mlflow_uri`), MINIPLM_CACHE (storage.py),
 MINIPLM_LOG_LEVEL (progress.py) and MINIPLM_SPARK_LOG_LEVEL (streams/spark_log.py). Imports nothing heavy at module
@@ -9,14 +9,12 @@ level, and jsonargparse only inside `load_config`.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
 import re
-import types
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.annotate import AnnotateConfig
 from miniplm_udf.config.evaluate import EvaluateConfig
 from miniplm_udf.config.generate import GENERATED, GenerateConfig
+from miniplm_udf.config.keys import check_keys, nearest
 from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.config.overrides import apply_override
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig
@@ -133,7 +132,7 @@ class ExperimentConfig:
         if self.generate:
             links += [("generate.model", self.generate.model, self.models)]
         for key, found, known in links:
-            check(found in known, f"{key}: expected one of {sorted(known)}, found {found!r}{_nearest(found, known)}")
+            check(found in known, f"{key}: expected one of {sorted(known)}, found {found!r}{nearest(found, known)}")
         for name, student in self.students.items():
             check(
                 student.train.kd_ratio == 0 or self.tokenizers[student.tokenizer].path is not None,
@@ -215,7 +214,7 @@ class ExperimentConfig:
         rules = load_rules()
         check(
             corpus.rule in rules,
-            f"{place}.rule: expected one of {sorted(rules)}, found {corpus.rule!r}{_nearest(corpus.rule, rules)}",
+            f"{place}.rule: expected one of {sorted(rules)}, found {corpus.rule!r}{nearest(corpus.rule, rules)}",
         )
         # A resolved corpus, read from a version's provenance, has both a rule and a score.
         without_score = dataclasses.replace(corpus, score=None)
@@ -245,71 +244,46 @@ class ExperimentConfig:
         """The places of everything under `root`."""
         return Root(self.root)
 
-    def report_folder(self) -> Path:
-        """The local folder of `summary.json`, `report.html` and, by default, `mlflow.db`.
+    def report_file(self, name: str) -> str:
+        """Returns the place of a file of the report: a plain path, or a URI if `report.folder` or `root` is not local.
 
-        Raises:
-            ConfigError: `root` is not local and `report.folder` is not set.
+        Args:
+            name: `summary.json` or `report.html`.
         """
-        if self.report.folder is not None:
-            return Path(self.report.folder).expanduser().absolute()
-        check(
-            storage.is_local(self.root),
-            f"report.folder: root {storage.redact(self.root)} is not local; set report.folder to a local folder",
-        )
-        return Path(storage.local_path(self.root))
+        return storage.join(self._report_folder(), name)
+
+    def _report_folder(self) -> str:
+        uri = storage.to_uri(self.report.folder or self.root)
+        return storage.local_path(uri) if storage.is_local(uri) else uri
+
+    def local_folder(self) -> Path:
+        """The folder on this machine for what cannot be elsewhere: MLflow's default store, TensorBoard, W&B.
+
+        It is the report's folder; if that is not local, `root`; and if `root` is not local either, a folder in this
+        node's cache, with a name made from `root`.
+        """
+        for place in (self._report_folder(), self.root):
+            if storage.is_local(place):
+                return Path(storage.local_path(place))
+        root = storage.redact(self.root)
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", root.partition("://")[2]).strip("-")[-60:]
+        return storage.cache_folder().absolute() / "runs" / f"{readable}-{fingerprint(root)[:12]}"
 
     def mlflow_uri(self) -> str:
-        """URI of MLflow's store: `mlflow.tracking_uri`, else `MLFLOW_TRACKING_URI`, else SQLite in the report folder.
+        """URI of MLflow's store: `mlflow.tracking_uri`, else `MLFLOW_TRACKING_URI`, else SQLite in the local folder.
 
         Pass it to `MlflowClient(tracking_uri=...)`: `mlflow.set_tracking_uri` would also set that environment variable,
         for every later experiment of the process.
         """
         uri = self.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        return uri or f"sqlite:///{self.report_folder()}/mlflow.db"
+        return uri or f"sqlite:///{self.local_folder()}/mlflow.db"
 
     def artifact_uri(self) -> str | None:
-        """Where a new MLflow experiment keeps its artifacts: in the report folder; None lets an MLflow server decide.
+        """Where a new MLflow experiment keeps its artifacts: in the local folder; None lets an MLflow server decide.
 
         With SQLite, MLflow would otherwise keep them in the current folder.
         """
-        return (self.report_folder() / "mlartifacts").as_uri() if self.mlflow_uri().startswith("sqlite:") else None
-
-
-def _nearest(found: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _dataclass_in(annotation: Any) -> tuple[type | None, bool]:
-    """The dataclass in a type annotation, or None; and whether it is the type of a dict's values."""
-    if dataclasses.is_dataclass(annotation):
-        return typing.cast(type, annotation), False
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    in_dict = origin is dict
-    candidates = arguments[1:] if in_dict else arguments if origin in (types.UnionType, typing.Union) else ()
-    sections = [argument for argument in candidates if dataclasses.is_dataclass(argument)]
-    return (typing.cast(type, sections[0]), in_dict) if sections else (None, False)
-
-
-def _check_keys(raw: Any, owner: type, prefix: str = "") -> None:
-    """Refuses keys that their section does not have, and names the nearest key. jsonargparse checks the values."""
-    if raw is None:
-        return
-    check(isinstance(raw, dict), f"{prefix.rstrip('.') or 'config'}: expected a mapping, found {type(raw).__name__}")
-    hints = typing.get_type_hints(owner)
-    known = [field.name for field in dataclasses.fields(owner)]
-    for key, value in raw.items():
-        check(
-            key in known,
-            f"unknown key {prefix}{key}{_nearest(str(key), known)} (known here: {', '.join(known)})",
-        )
-        inner, in_dict = _dataclass_in(hints[key])
-        if inner and in_dict and isinstance(value, dict):
-            for name, item in value.items():
-                _check_keys(item, inner, f"{prefix}{key}.{name}.")
-        elif inner:
-            _check_keys(value, inner, f"{prefix}{key}.")
+        return (self.local_folder() / "mlartifacts").as_uri() if self.mlflow_uri().startswith("sqlite:") else None
 
 
 def _unshared(value: Any) -> Any:
@@ -344,7 +318,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     for override in overrides:
         apply_override(raw, override, ExperimentConfig)
     raw = {key: value for key, value in raw.items() if value is not None}
-    _check_keys(raw, ExperimentConfig)
+    check_keys(raw, ExperimentConfig)
     check(bool(raw.get("root")), "root: where the tables go; set it in the file or as root=PATH")
     fill_in(raw)
     parser = ArgumentParser(exit_on_error=False)

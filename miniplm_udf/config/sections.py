@@ -377,7 +377,7 @@ class PackConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """The report and its local `folder` (null: `root`, which must be local), with `examples` texts of each kind."""
+    """The report and its `folder`, a path or URI (null: `root`), with `examples` texts of each kind."""
 
     folder: str | None = None
     examples: int = 5

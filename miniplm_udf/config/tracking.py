@@ -45,7 +45,7 @@ class MlflowConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorboardConfig:
-    """TensorBoard: each training writes its curve into `folder`; null: `tensorboard` in the report folder."""
+    """TensorBoard: each training writes its curve into `folder`; null: `tensorboard` next to MLflow's default store."""
 
     folder: str | None = None
 

@@ -1,7 +1,7 @@
 """Writes `report.html`: one page, no network, no other file. Driver only.
 
 Inputs: the experiment's tables and model folders (queries.py, students.py) and the pipeline's summary. Outputs:
-`<report folder>/report.html`, replaced by a rename, and the same page with summary.json in MLflow. Every text, name and
+`<report folder>/report.html`, replaced whole, and the same page with summary.json in MLflow. Every text, name and
 number goes through jinja2 with autoescape, because the corpus's text is not trusted. Owns the words and formats of the
 page; the numbers come from the other modules. A retry writes the page again and uses the same MLflow run.
 """
@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import logging
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -31,7 +30,7 @@ LOGGER = logging.getLogger("miniplm.report")
 _NONE = "–"
 
 
-def build_report(spark: "SparkSession", config: ExperimentConfig, summary: PipelineSummary) -> Path:
+def build_report(spark: "SparkSession", config: ExperimentConfig, summary: PipelineSummary) -> str:
     """Writes the report of an experiment and logs it to MLflow.
 
     Args:
@@ -41,20 +40,20 @@ def build_report(spark: "SparkSession", config: ExperimentConfig, summary: Pipel
             all counts come from the tables. May be empty.
 
     Returns:
-        The path of report.html.
+        The place of report.html: a plain path, or a URI.
 
     Raises:
         CorpusError: nothing was ingested yet.
-        ConfigError: the root is not local and `report.folder` is not set.
     """
-    path = config.report_folder() / "report.html"
+    place = config.report_file("report.html")
     overview = queries.overview(spark, config)
     corpora = queries.corpora(spark, config)
     students = students_module.students(config)
-    storage.write_text(str(path), render(config, summary, overview, corpora, students))
-    LOGGER.info("report: %s (%s bytes)", path, f"{path.stat().st_size:,}")
-    students_module.log_comparison(config, path, summary)
-    return path
+    page = render(config, summary, overview, corpora, students)
+    storage.write_text(place, page)
+    LOGGER.info("report: %s (%s bytes)", storage.redact(place), f"{len(page.encode()):,}")
+    students_module.log_comparison(config, page, summary)
+    return place
 
 
 def render(

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
@@ -209,7 +208,7 @@ def _client(config: ExperimentConfig) -> "MlflowClient":
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = config.mlflow_uri()
     if uri.startswith("sqlite:"):
-        config.report_folder().mkdir(parents=True, exist_ok=True)
+        config.local_folder().mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -225,12 +224,12 @@ def _curve(config: ExperimentConfig, run_id: str | None) -> list[tuple[int, floa
     return sorted({point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}.items())
 
 
-def log_comparison(config: ExperimentConfig, report: Path, summary: PipelineSummary) -> str | None:
+def log_comparison(config: ExperimentConfig, page: str, summary: PipelineSummary) -> str | None:
     """Puts the report and the summary into MLflow, as artifacts of the run "comparison" of this root.
 
     Args:
         config: the experiment.
-        report: path of report.html.
+        page: the text of report.html.
         summary: summary of the pipeline.
 
     Returns:
@@ -239,7 +238,7 @@ def log_comparison(config: ExperimentConfig, report: Path, summary: PipelineSumm
     try:
         client = _client(config)
         run_id = _comparison_run(client, config)
-        client.log_artifact(run_id, str(report))
+        client.log_text(run_id, page, "report.html")
         client.log_dict(run_id, summary, "summary.json")
         client.set_terminated(run_id)
     except mlflow_errors() as error:

@@ -72,8 +72,8 @@ def built(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buil
 @pytest.fixture(scope="module")
 def html(spark: Any, built: Built) -> str:
     path = build_report(spark, built.config, SUMMARY)
-    assert path == built.config.report_folder() / "report.html"
-    return path.read_text(encoding="utf-8")
+    assert path == built.config.report_file("report.html")
+    return Path(path).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_mlflow_holds_one_comparison_run_with_the_newest_report(spark: Any, buil
     assert len(runs) == 1
     assert runs[0].info.status == "FINISHED"
     logged = Path(unquote(storage.local_path(runs[0].info.artifact_uri)))  # MLflow percent-encodes it
-    assert logged.is_relative_to(built.config.report_folder() / "mlartifacts")
+    assert logged.is_relative_to(built.config.local_folder() / "mlartifacts")
     assert sorted(path.name for path in logged.iterdir()) == ["report.html", "summary.json"]
     assert (logged / "report.html").read_text() == Path(result.report).read_text()
 

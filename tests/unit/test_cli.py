@@ -162,8 +162,6 @@ def test_a_stage_that_the_config_lacks_is_refused_before_spark_starts(
     given = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root"]
     assert cli.main(["proxy", *given]) == 2
     assert "proxy: the config has nothing for this stage; expected the section `proxy`" in capsys.readouterr().err
-    assert cli.main(["report", "-c", str(CONF / "demo.yaml"), "root=s3://bucket/root"]) == 2
-    assert "report.folder" in capsys.readouterr().err
     assert not (tmp_path / "root").exists()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint, load_config, printable, to_dict, to_yaml
+from miniplm_udf.config.sections import ReportConfig
 from miniplm_udf.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -157,12 +158,34 @@ def test_no_file_and_no_mapping(tmp_path: Path) -> None:
         load_config(tmp_path / "list.yaml")
 
 
-def test_report_folder_of_a_remote_root_must_be_named() -> None:
-    with pytest.raises(ConfigError, match=r"report\.folder"):
-        ExperimentConfig(root="s3a://key:secret@bucket/x").report_folder()
-    with pytest.raises(ConfigError) as caught:
-        ExperimentConfig(root="s3a://key:secret@bucket/x").report_folder()
-    assert "secret" not in str(caught.value)
+def test_the_report_of_a_remote_root_is_there_and_mlflow_in_this_nodes_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    remote = ExperimentConfig(root="s3a://bucket/team/run 1/")
+    assert remote.report_file("report.html") == "s3a://bucket/team/run 1/report.html"
+    folder = remote.local_folder()
+    assert folder.parent == tmp_path / "runs"
+    assert folder.name.startswith("bucket-team-run-1-")
+    assert remote.mlflow_uri() == f"sqlite:///{folder}/mlflow.db"
+    assert remote.artifact_uri() == (folder / "mlartifacts").as_uri()
+    # Each root has a folder of its own, and no secret is in its name.
+    assert ExperimentConfig(root="s3a://bucket/team-run/1").local_folder() != folder
+    assert "secret" not in str(ExperimentConfig(root="s3a://key:secret@bucket/x").local_folder())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert (remote.mlflow_uri(), remote.artifact_uri()) == ("http://mlflow:5000", None)
+
+
+def test_the_local_place_is_the_report_folder_else_the_root(tmp_path: Path) -> None:
+    for report, root, local in (
+        (None, str(tmp_path), tmp_path),
+        (str(tmp_path / "r"), "s3a://bucket/x", tmp_path / "r"),
+        ("s3a://bucket/r", str(tmp_path), tmp_path),
+    ):
+        config = ExperimentConfig(root=root, report=ReportConfig(folder=report))
+        assert config.local_folder() == local
+        assert config.report_file("summary.json") == f"{report or root}/summary.json"
 
 
 def test_fingerprint_is_of_the_content() -> None:

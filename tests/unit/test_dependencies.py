@@ -75,7 +75,7 @@ def with_imported_files(files: Iterable[Path]) -> set[Path]:
         ("miniplm_udf/corpora", ("spark",)),
         ("miniplm_udf/scoring", ("score", "server")),
         ("miniplm_udf/workers", ("spark", "score")),
-        ("tests", (*LIBRARY, "tensorboard", "wandb", "eval", "notebooks", "dev")),
+        ("tests", (*LIBRARY, "tensorboard", "wandb", "eval", "notebooks", "s3", "dev")),
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...]) -> None:

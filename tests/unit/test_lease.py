@@ -1,6 +1,6 @@
 """The lease: one driver at a time; a dead driver is taken over; a driver that lost its lease is told. In processes."""
 
-import json
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from miniplm_udf import lease
+from miniplm_udf import lease, storage
 from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease, is_held
 from tests.support.full_disk import largest_file
+from tests.support.s3_server import BUCKET, S3Server
 
 HOLD = """
 import sys, time
@@ -26,12 +27,15 @@ with lease.Lease(sys.argv[1], "score"):
 """
 
 
-@pytest.fixture
-def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["local", "s3"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(lease, "_POLL_SECONDS", 0.05)
     monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.05)
     monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.1)
-    return Root(f"file://{tmp_path}").lease("score")
+    if request.param == "local":
+        return Root(f"file://{tmp_path}").lease("score")
+    request.getfixturevalue("s3")
+    return Root(f"s3a://{BUCKET}/{tmp_path.name}").lease("score")
 
 
 @pytest.fixture
@@ -77,9 +81,8 @@ def test_a_silent_driver_of_another_machine_is_taken_over_and_finds_out(
     monkeypatch.setattr(lease, "_PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(lease, "_RENEW_SECONDS", 60.0)  # as silent as one that hangs
     with Lease(uri, "score") as first:
-        path = Path(uri.removeprefix("file://"))
-        record = json.loads(path.read_text())
-        path.write_text(json.dumps({**record, "machine": "elsewhere", "host": "elsewhere"}))
+        record = storage.read_json(uri)
+        storage.write_json(uri, {**record, "machine": "elsewhere", "host": "elsewhere"})
         with Lease(uri, "score") as second:
             second.check()
             with pytest.raises(
@@ -93,9 +96,7 @@ def test_a_silent_driver_of_another_machine_is_taken_over_and_finds_out(
 
 @pytest.mark.parametrize("text", ["", "\0\0", "[1]", '{"token": "a"}'])
 def test_a_damaged_file_is_no_lease(uri: str, text: str) -> None:
-    path = Path(uri.removeprefix("file://"))
-    path.parent.mkdir()
-    path.write_text(text)
+    storage.write_text(uri, text)
     assert not is_held(uri)
     with Lease(uri, "score") as mine:
         mine.check()
@@ -149,6 +150,37 @@ def test_a_second_run_of_a_root_is_refused_by_name(tmp_path: Path, capfd: pytest
         held.wait()
 
 
+def test_one_of_many_takes_over_a_dead_holders_lease(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On S3, at the same moment, without a wait in which the others could find out."""
+    monkeypatch.setattr(lease, "_POLL_SECONDS", 0.01)
+    for trial in range(4):
+        uri = Root(f"s3a://{BUCKET}/{trial}").lease("score")
+        dead = lease.LeaseRecord("dead", 3, 2**22 + 1, "here", lease._machine())
+        storage.write_json(uri, dataclasses.asdict(dead))
+        start, events = threading.Barrier(4), list[str]()
+
+        def take(uri: str = uri, start: threading.Barrier = start, events: list[str] = events) -> None:
+            start.wait()
+            try:
+                with Lease(uri, "score") as mine:
+                    events.append("takes")
+                    time.sleep(0.05)
+                    mine.check()
+                    events.append("leaves")
+            except CorpusError:
+                events.append("refused")
+
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        held = [event for event in events if event != "refused"]
+        assert held
+        assert held == ["takes", "leaves"] * (len(held) // 2), "two at the same time"
+
+
+@pytest.mark.parametrize("uri", ["local"], indirect=True)
 def test_a_lease_on_a_full_disk_is_one_line_and_leaves_no_file(uri: str, tmp_path: Path) -> None:
     with largest_file(10), pytest.raises(MiniplmError, match="the lease of the training small cannot be written"):
         Lease(uri, "small", what="training").__enter__()

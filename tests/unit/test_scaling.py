@@ -329,7 +329,7 @@ def test_the_trainers_own_runs_are_read(config: ExperimentConfig, tmp_path: Path
 
 def students(config: ExperimentConfig, **changes: dict[str, Any]) -> ExperimentConfig:
     """The config with the students `difference` and `random`, each with its corpus; and with their runs in MLflow."""
-    path = Path(config.report_folder()).parent / "experiment.yaml"
+    path = config.local_folder().parent / "experiment.yaml"
     raw = json.loads(path.read_text())
     raw["refine"]["corpora"]["random"] = {"select": {"rule": "random", "ratio": 0.5}}
     raw["students"] = {
@@ -392,7 +392,7 @@ def test_an_undetermined_law_is_neither_extrapolated_nor_compared(
     config = students(config)
     for steps in (20, 40, 80, 160, 320, 640):
         log_run(config, "flat", 3.0 + steps % 7 / 50, train={"steps": steps})
-    path = Path(config.report_folder()).parent / "experiment.yaml"
+    path = config.local_folder().parent / "experiment.yaml"
     raw = json.loads(path.read_text())
     raw["students"]["flat"] = raw["students"]["difference"]
     path.write_text(json.dumps(raw))

@@ -1,4 +1,4 @@
-"""A root on S3 is tried before any work, and each fault of its service is one sentence. Against a server on loopback."""
+"""A root on S3 is tried before any work, and each fault of its service is one sentence. The server is on loopback."""
 
 import os
 from collections.abc import Iterator

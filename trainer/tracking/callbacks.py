@@ -200,7 +200,7 @@ def callbacks_of(config: ExperimentConfig, name: str, tracking_id: str | None, s
     if tracking_id is None:
         return Callbacks()
     if config.tensorboard is not None:
-        base = storage.to_uri(config.tensorboard.folder or str(config.report_folder() / "tensorboard"))
+        base = storage.to_uri(config.tensorboard.folder or str(config.local_folder() / "tensorboard"))
         folder = storage.join(storage.local_path(base) if storage.is_local(base) else base, name, tracking_id[:8])
         callbacks.append(TensorBoard(folder, steps_done))
     if config.wandb is not None:
@@ -209,7 +209,7 @@ def callbacks_of(config: ExperimentConfig, name: str, tracking_id: str | None, s
                 config.wandb,
                 name=name,
                 group=config.mlflow.experiment,
-                folder=config.report_folder(),
+                folder=config.local_folder(),
                 run_id=tracking_id,
             )
         )

@@ -1,7 +1,7 @@
 """The connection to MLflow's store, and the runs that are in it.
 
-Input: the store of the config, else MLFLOW_TRACKING_URI, else SQLite next to the report. `connect` selects the
-experiment. The rest finds runs again, and tells the store's errors from ours.
+Input: the store of the config, else MLFLOW_TRACKING_URI, else SQLite in the config's local folder. `connect` selects
+the experiment. The rest finds runs again, and tells the store's errors from ours.
 """
 
 import logging
@@ -48,7 +48,7 @@ def connect(config: ExperimentConfig) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = config.mlflow_uri()
     if uri.startswith("sqlite:"):
-        config.report_folder().mkdir(parents=True, exist_ok=True)
+        config.local_folder().mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     mlflow.disable_system_metrics_logging()
     if mlflow.get_experiment_by_name(config.mlflow.experiment) is None:

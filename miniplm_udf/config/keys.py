@@ -1,0 +1,65 @@
+"""Refuses keys that a section of the config does not have. Imports nothing heavy.
+
+Input: plain data as it is read from YAML, and the dataclass that it is meant for. Output: nothing, or a ConfigError
+that names the nearest key. The values are checked by jsonargparse and by the sections themselves (sections.py).
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from miniplm_udf.config.sections import check
+
+
+def nearest(found: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean NAME?` for the known name that is most like `found`; empty if none is like it.
+
+    Args:
+        found: the unknown name.
+        known: the known names.
+    """
+    close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _dataclass_in(annotation: Any) -> tuple[type | None, bool]:
+    """The dataclass in a type annotation, or None; and whether it is the type of a dict's values."""
+    if dataclasses.is_dataclass(annotation):
+        return typing.cast(type, annotation), False
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    in_dict = origin is dict
+    candidates = arguments[1:] if in_dict else arguments if origin in (types.UnionType, typing.Union) else ()
+    sections = [argument for argument in candidates if dataclasses.is_dataclass(argument)]
+    return (typing.cast(type, sections[0]), in_dict) if sections else (None, False)
+
+
+def check_keys(raw: Any, owner: type, prefix: str = "") -> None:
+    """Refuses keys that their section does not have.
+
+    Args:
+        raw: the section, as plain data.
+        owner: the dataclass of the section.
+        prefix: dotted keys up to the section, for messages.
+
+    Raises:
+        ConfigError: a key is unknown; the message has the nearest key.
+    """
+    if raw is None:
+        return
+    check(isinstance(raw, dict), f"{prefix.rstrip('.') or 'config'}: expected a mapping, found {type(raw).__name__}")
+    hints = typing.get_type_hints(owner)
+    known = [field.name for field in dataclasses.fields(owner)]
+    for key, value in raw.items():
+        check(
+            key in known,
+            f"unknown key {prefix}{key}{nearest(str(key), known)} (known here: {', '.join(known)})",
+        )
+        inner, in_dict = _dataclass_in(hints[key])
+        if inner and in_dict and isinstance(value, dict):
+            for name, item in value.items():
+                check_keys(item, inner, f"{prefix}{key}.{name}.")
+        elif inner:
+            check_keys(value, inner, f"{prefix}{key}.")
