@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -15,7 +16,6 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from miniplm_udf import layout
-
 from tests.support.faults.experiment import CORPUS, RATIO, SCALES
 
 _SCORE_KEY = ("instance_id", "model_revision")
@@ -52,15 +52,15 @@ class Root:
     keys: list[dict[str, Any]]
 
 
-def read_root(root: str) -> Root:
+def read_root(root: str | Path) -> Root:
     """Reads the tables of the root at a path or URI."""
     names = ("instances", "rejects", "scores", "score_matrix", f"refined/{CORPUS}", "corpora", "document_keys")
     return Root(*(rows(root, name) for name in names))
 
 
-def rows(root: str, name: str) -> list[dict[str, Any]]:
+def rows(root: str | Path, name: str) -> list[dict[str, Any]]:
     """The rows of a table; none where there is no table."""
-    place = layout.Root(root).table(name)
+    place = layout.Root(str(root)).table(name)
     if not DeltaTable.is_deltatable(place):
         return []
     return [row for uri in DeltaTable(place).file_uris() for row in _file_rows(uri)]

@@ -1,9 +1,10 @@
 """A Spark driver that can be stopped at a fault point: `python -m tests.support.faults.driver MASTER`.
 
-Input: a root (its storage) and the section `spark` as JSON in the arguments, then one JSON command a line on stdin. Output: one JSON event a
-line on stdout (Spark's own output goes to stderr). It runs ingest, score (with the matrix) and refine through the
-jobs' `run`, with stand-ins for what loads models (`experiment`). It keeps nothing between commands but its session, so
-that one that was started earlier can take over from one that was killed. A failed run is an event; the process stays.
+Input: as JSON in the arguments, the section `spark` and a place on the storage of the roots; then one JSON command a
+line on stdin. Output: one JSON event a line on stdout (Spark's own output goes to stderr). It runs ingest, score (with
+the matrix) and refine through the jobs' `run`, with stand-ins for what loads models (`experiment`). It keeps nothing
+between commands but its session, so that one that was started earlier can take over from one that was killed. A failed
+run is an event; the process stays.
 
     {"root": ..., "input": ..., "stages": [...], "models": [...], "mode": "document" | "packed", "varying": bool,
      "keyed": bool, "stop": Point | null}

@@ -122,7 +122,9 @@ def pack_function(ingest: IngestConfig, model: ModelConfig, spec: Any) -> Callab
     return pack
 
 
-def config(root: str, input_folder: Path, models: Sequence[str] = (), mode: Mode = "document") -> ExperimentConfig:
+def config(
+    root: str | Path, input_folder: Path, models: Sequence[str] = (), mode: Mode = "document"
+) -> ExperimentConfig:
     """The experiment in a root: one file a micro-batch of ingest, and one of its commits a micro-batch of score.
 
     Args:
@@ -131,7 +133,7 @@ def config(root: str, input_folder: Path, models: Sequence[str] = (), mode: Mode
     """
     best = CorpusConfig(where="teacher_n_tokens > 0", select=SelectConfig(ratio=RATIO))
     return ExperimentConfig(
-        root=root,
+        root=str(root),
         models={alias: ModelConfig(path="fake", document_separator="<s>") for alias in SCALES},
         ingest=IngestConfig(
             input=f"{input_folder}/*.jsonl*",

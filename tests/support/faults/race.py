@@ -110,7 +110,8 @@ def _rows(table: str, committed: Sequence[int]) -> tuple[int, int, int]:
 def _gaps(table: str) -> int:
     filesystem, path = fsspec.core.url_to_fs(f"{table}/_delta_log")
     filesystem.invalidate_cache()
-    versions = {int(Path(name).stem) for name in filesystem.ls(path, detail=False) if re.search(r"/\d{20}\.json$", name)}
+    names = (Path(name).name for name in filesystem.ls(path, detail=False))
+    versions = {int(name[:20]) for name in names if re.fullmatch(r"\d{20}\.json", name)}
     return max(versions) + 1 - len(versions)
 
 
