@@ -193,7 +193,7 @@ def test_odd_deliveries(case: Case) -> None:
 @contextlib.contextmanager
 def driver(folder: Path, name: str) -> Iterator[Driver]:
     """Another driver, on one core of this machine."""
-    made = Driver("local[1]", {"spark.driver.memory": "1g"}, folder / f"{name}.log")
+    made = Driver("local[1]", {"spark.driver.memory": "1g"}, str(folder), folder / f"{name}.log")
     try:
         yield made
     finally:

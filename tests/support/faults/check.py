@@ -11,9 +11,11 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
+from miniplm_udf import layout
 from tests.support.faults.experiment import CORPUS, RATIO, SCALES
 
 _SCORE_KEY = ("instance_id", "model_revision")
@@ -50,18 +52,23 @@ class Root:
     keys: list[dict[str, Any]]
 
 
-def read_root(root: Path) -> Root:
+def read_root(root: str | Path) -> Root:
+    """Reads the tables of the root at a path or URI."""
     names = ("instances", "rejects", "scores", "score_matrix", f"refined/{CORPUS}", "corpora", "document_keys")
     return Root(*(rows(root, name) for name in names))
 
 
-def rows(root: Path, name: str) -> list[dict[str, Any]]:
+def rows(root: str | Path, name: str) -> list[dict[str, Any]]:
     """The rows of a table; none where there is no table."""
-    place = root / "tables" / name
-    if not DeltaTable.is_deltatable(str(place)):
+    place = layout.Root(str(root)).table(name)
+    if not DeltaTable.is_deltatable(place):
         return []
-    uris = DeltaTable(str(place)).file_uris()
-    return [row for uri in uris for row in pq.read_table(uri.removeprefix("file://")).to_pylist()]
+    return [row for uri in DeltaTable(place).file_uris() for row in _file_rows(uri)]
+
+
+def _file_rows(uri: str) -> list[dict[str, Any]]:
+    with fsspec.open(uri) as file:
+        return list(pq.ParquetFile(file).read().to_pylist())
 
 
 def compare(found: Root, expected: Root, varying: bool) -> Differences:

@@ -1,9 +1,10 @@
 """A Spark driver that can be stopped at a fault point: `python -m tests.support.faults.driver MASTER`.
 
-Input: the session's config as JSON in the arguments, then one JSON command a line on stdin. Output: one JSON event a
-line on stdout (Spark's own output goes to stderr). It runs ingest, score (with the matrix) and refine through the
-jobs' `run`, with stand-ins for what loads models (`experiment`). It keeps nothing between commands but its session, so
-that one that was started earlier can take over from one that was killed. A failed run is an event; the process stays.
+Input: as JSON in the arguments, the section `spark` and a place on the storage of the roots; then one JSON command a
+line on stdin. Output: one JSON event a line on stdout (Spark's own output goes to stderr). It runs ingest, score (with
+the matrix) and refine through the jobs' `run`, with stand-ins for what loads models (`experiment`). It keeps nothing
+between commands but its session, so that one that was started earlier can take over from one that was killed. A failed
+run is an event; the process stays.
 
     {"root": ..., "input": ..., "stages": [...], "models": [...], "mode": "document" | "packed", "varying": bool,
      "keyed": bool, "stop": Point | null}
@@ -75,7 +76,7 @@ def stand_ins() -> Iterator[None]:
 
 def run_stages(spark: Any, command: dict[str, Any], channel: Channel) -> None:
     """Runs the stages of a command, one after the other. `score` keeps the matrix as well; queries tell their start."""
-    root, input_folder = Path(command["root"]), Path(command["input"])
+    root, input_folder = command["root"], Path(command["input"])
     config = experiment.config(root, input_folder, command.get("models", ()), command["mode"])
     factories = experiment.factories(command["varying"], command["keyed"])
     runs: dict[str, Callable[[], Any]] = {
@@ -100,7 +101,7 @@ def warm(spark: Any) -> None:
 def main() -> None:
     channel, given = Channel(), json.loads(sys.argv[1])
     configure_logging("WARNING")
-    spark = make_session(ExperimentConfig(root="/unused", spark=SparkConfig(**given)), "fault trial")
+    spark = make_session(ExperimentConfig(root=given["root"], spark=SparkConfig(**given["spark"])), "fault trial")
     stops = Stops(lambda point: stop_at(channel, point), lambda stage: channel.send("stage", stage=stage))
     with stand_ins(), installed(stops):
         warm(spark)

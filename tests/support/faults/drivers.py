@@ -35,12 +35,13 @@ class Driver:
     Args:
         master: of its session.
         conf: of its session.
+        root: a place on the storage of the roots that it will work on.
         log: takes what Spark and Python say.
     """
 
-    def __init__(self, master: str, conf: Mapping[str, str], log: Path) -> None:
+    def __init__(self, master: str, conf: Mapping[str, str], root: str, log: Path) -> None:
         self.log, self.app_id = log, ""
-        given = json.dumps({"master": master, "conf": dict(conf)})
+        given = json.dumps({"root": root, "spark": {"master": master, "conf": dict(conf)}})
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.faults.driver", given],
@@ -114,8 +115,8 @@ def release(next_stop: Point | None) -> dict[str, Any]:
 class DriverPool:
     """Always a driver at hand. A `with` block around it ends them all."""
 
-    def __init__(self, master: str, conf: Mapping[str, str], folder: Path) -> None:
-        self._master, self._conf, self._folder = master, conf, folder
+    def __init__(self, master: str, conf: Mapping[str, str], root: str, folder: Path) -> None:
+        self._master, self._conf, self._root, self._folder = master, conf, root, folder
         self._n_started = 0
         self._current = self._start()
         self._spare = self._start()
@@ -131,7 +132,7 @@ class DriverPool:
 
     def _start(self) -> Driver:
         self._n_started += 1
-        return Driver(self._master, self._conf, self._folder / f"driver-{self._n_started}.log")
+        return Driver(self._master, self._conf, self._root, self._folder / f"driver-{self._n_started}.log")
 
     def current(self) -> Driver:
         """The driver at work. One that is dead is replaced by the spare, and a new spare is started."""

@@ -122,7 +122,9 @@ def pack_function(ingest: IngestConfig, model: ModelConfig, spec: Any) -> Callab
     return pack
 
 
-def config(root: Path, input_folder: Path, models: Sequence[str] = (), mode: Mode = "document") -> ExperimentConfig:
+def config(
+    root: str | Path, input_folder: Path, models: Sequence[str] = (), mode: Mode = "document"
+) -> ExperimentConfig:
     """The experiment in a root: one file a micro-batch of ingest, and one of its commits a micro-batch of score.
 
     Args:

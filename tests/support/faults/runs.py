@@ -7,6 +7,7 @@ and which kills were delivered where. Keeps all logs in the folder. `tests.fault
 import collections
 import dataclasses
 import logging
+import os
 import random
 import shutil
 import time
@@ -18,6 +19,7 @@ from tests.support.faults.check import Root, read_root
 from tests.support.faults.drivers import REPOSITORY, DriverPool
 from tests.support.faults.experiment import Mode
 from tests.support.faults.points import POINTS
+from tests.support.faults.roots import copy_root
 from tests.support.faults.trials import Outcome, Trial, TrialBench, run_trial
 from tests.support.standalone import StandaloneCluster
 
@@ -42,22 +44,26 @@ class Results:
         return sum(getattr(outcome.differences, name) for outcome in self.outcomes)
 
 
-def run(trials: Sequence[Trial], folder: Path, seed: int, seconds: float, mode: Mode) -> Results:
+def run(
+    trials: Sequence[Trial], folder: Path, seed: int, seconds: float, mode: Mode, roots: str | None = None
+) -> Results:
     """Runs the trials, as many as can be begun in the time.
 
     Args:
         folder: emptied first; keeps all logs, and the roots of the trials that found something.
         seconds: from the start of the cluster on.
         mode: of chunking.
+        roots: URI of the folder of all roots on S3, whose server this process reaches; None: in `folder`.
     """
     start = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     outcomes: list[Outcome] = []
     # GPUs to spare: an executor that is dying and the one in its place have one each, for two drivers.
     with StandaloneCluster(folder / "cluster", workers=2, cores=8, gpus=6) as cluster:
-        conf = {**cluster.driver_conf(), "spark.executorEnv.PYTHONPATH": str(REPOSITORY)}
-        with DriverPool(cluster.url, conf, folder) as drivers:
-            bench = prepare(cluster, drivers, folder, random.Random(seed), mode)
+        conf = {**cluster.driver_conf(), **_credentials(), "spark.executorEnv.PYTHONPATH": str(REPOSITORY)}
+        roots = roots or str(folder)
+        with DriverPool(cluster.url, conf, roots, folder) as drivers:
+            bench = prepare(cluster, drivers, folder, roots, random.Random(seed), mode)
             LOGGER.info("prepared in %.0f s", time.monotonic() - start)
             for number, trial in enumerate(trials):
                 if time.monotonic() - start > seconds:
@@ -68,43 +74,45 @@ def run(trials: Sequence[Trial], folder: Path, seed: int, seconds: float, mode: 
     return Results(outcomes, bench.landed, time.monotonic() - start)
 
 
+def _credentials() -> dict[str, str]:
+    """The cluster's daemons have none of this process's variables, so the session gives them to the executors."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    return {f"spark.executorEnv.{name}": os.environ[name] for name in names if name in os.environ}
+
+
 def prepare(
-    cluster: StandaloneCluster, drivers: DriverPool, folder: Path, chosen: random.Random, mode: Mode
+    cluster: StandaloneCluster, drivers: DriverPool, folder: Path, roots: str, chosen: random.Random, mode: Mode
 ) -> TrialBench:
     """Runs the experiment undisturbed, and keeps what it had left before each stage."""
     experiment.write_input(folder / "input")
     seconds: dict[str, float] = {}
-    ingested, whole = folder / "ingested", folder / "whole"
+    ingested, whole = f"{roots}/ingested", f"{roots}/whole"
     _undisturbed(drivers, folder, ingested, ["ingest"], mode, seconds)
-    shutil.copytree(ingested, whole)
+    copy_root(ingested, whole)
     _undisturbed(drivers, folder, whole, ["score", "refine"], mode, seconds)
     expected = read_root(whole)
     _check_is_worth_it(expected, mode)
     prepared = {
         "ingest": None,
         "score": ingested,
-        "matrix": _without(whole, "scored", "_checkpoints/score_matrix-*", "tables/score_matrix"),
-        "refine": _without(whole, "in-matrix"),
+        "matrix": _without(whole, f"{roots}/scored", "_checkpoints/score_matrix-*", "tables/score_matrix/*"),
+        "refine": _without(whole, f"{roots}/in-matrix"),
     }
-    return TrialBench(cluster, drivers, folder, folder / "input", mode, prepared, expected, seconds, chosen)
+    return TrialBench(cluster, drivers, roots, folder / "input", mode, prepared, expected, seconds, chosen)
 
 
-def _without(whole: Path, name: str, *patterns: str) -> Path:
-    """A copy of a root without its refined corpora, and without what fits the patterns."""
-    copy = whole.parent / name
-    shutil.copytree(whole, copy)
-    for pattern in (*patterns, "tables/refined", "tables/corpora"):
-        for place in copy.glob(pattern):
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
+def _without(whole: str, copy: str, *patterns: str) -> str:
+    """A copy of a root without its refined corpora, and without the files that fit the patterns."""
+    copy_root(whole, copy, without=(*patterns, "tables/refined/*", "tables/corpora/*"))
     return copy
 
 
 def _undisturbed(
-    drivers: DriverPool, folder: Path, root: Path, stages: list[str], mode: Mode, seconds: dict[str, float]
+    drivers: DriverPool, folder: Path, root: str, stages: list[str], mode: Mode, seconds: dict[str, float]
 ) -> None:
     """Runs stages to their end, and notes how long each took."""
     driver = drivers.current()
-    command = {"root": str(root), "input": str(folder / "input"), "stages": stages, "mode": mode}
+    command = {"root": root, "input": str(folder / "input"), "stages": stages, "mode": mode}
     driver.send({**command, "varying": False, "keyed": False, "stop": None})
     stage, since = "", time.monotonic()
     while True:

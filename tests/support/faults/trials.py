@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import queue
 import random
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.support.faults.check import Differences, Root, compare, read_root
 from tests.support.faults.drivers import Driver, DriverLost, DriverPool, release
 from tests.support.faults.experiment import Mode
 from tests.support.faults.points import POINTS, Point
+from tests.support.faults.roots import copy_root, remove_root
 from tests.support.standalone import StandaloneCluster
 
 LOGGER = logging.getLogger("miniplm.faults")
@@ -149,6 +149,7 @@ class TrialBench:
     """The cluster and the inputs that trials share.
 
     Attributes:
+        roots: path or URI of the folder of all roots.
         mode: of chunking, in all trials.
         prepared: roots as they are before each stage; None before the first.
         expected: what an undisturbed run leaves.
@@ -158,10 +159,10 @@ class TrialBench:
 
     cluster: StandaloneCluster
     drivers: DriverPool
-    folder: Path
+    roots: str
     input: Path
     mode: Mode
-    prepared: Mapping[str, Path | None]
+    prepared: Mapping[str, str | None]
     expected: Root
     seconds: Mapping[str, float]
     chosen: random.Random
@@ -172,19 +173,19 @@ def run_trial(bench: TrialBench, trial: Trial, number: int) -> Outcome:
     """Runs a trial, again where a kill was not delivered; its root stays where rows are lost, doubled or differ."""
     for attempt in range(_ATTEMPTS):
         start = time.monotonic()
-        root = bench.folder / f"trial-{number}-{attempt}"
+        root = f"{bench.roots}/trial-{number}-{attempt}"
         source = bench.prepared[trial.start]
         if source is not None:
-            shutil.copytree(source, root)
+            copy_root(source, root)
         run = _Run(bench, trial, root)
         with contextlib.suppress(NotDelivered):
             restarts = run.to_the_end()
             differences = compare(read_root(root), bench.expected, trial.varying)
             bench.landed.update(run.landed)
             if not differences.lines:
-                shutil.rmtree(root)
+                remove_root(root)
             return Outcome(trial, differences, restarts, time.monotonic() - start)
-        shutil.rmtree(root, ignore_errors=True)
+        remove_root(root)
         LOGGER.info("trial %d: a kill was not delivered; again", number)
     raise RuntimeError(f"trial {number}: no kill was delivered in {_ATTEMPTS} attempts: {trial}")
 
@@ -195,10 +196,10 @@ class _Run:
     A random kill counts in its own stage alone: once the run has told of the next one, it is too late.
     """
 
-    def __init__(self, bench: TrialBench, trial: Trial, root: Path) -> None:
+    def __init__(self, bench: TrialBench, trial: Trial, root: str) -> None:
         self._bench, self._trial = bench, trial
         self._command = {
-            "root": str(root), "input": str(bench.input), "stages": COMMANDS[trial.start],
+            "root": root, "input": str(bench.input), "stages": COMMANDS[trial.start],
             "mode": bench.mode,            "varying": trial.varying, "keyed": trial.keyed,
         }  # fmt: skip
         self._left = list(trial.kills)
