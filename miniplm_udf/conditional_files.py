@@ -68,11 +68,11 @@ def read(uri: str) -> TaggedText | None:
     Returns:
         The text and the tag; None if there is no file.
     """
+    filesystem, path = fsspec.core.url_to_fs(uri)
     try:
         if _scheme(uri) not in _S3:
-            text = storage.read_text(uri)
+            text = filesystem.cat_file(path).decode("utf-8", errors="replace")
             return TaggedText(text, text)
-        filesystem, path = fsspec.core.url_to_fs(uri)
         # The tag comes first: if the file changes in between, a replacement with this tag is refused.
         tag = str(filesystem.info(path)["ETag"])
         return TaggedText(filesystem.cat_file(path).decode("utf-8", errors="replace"), tag)

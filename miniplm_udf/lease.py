@@ -207,10 +207,7 @@ def read(uri: str) -> LeaseRecord | None:
 
 def _read(uri: str) -> tuple[LeaseRecord | None, str | None]:
     """The record of a lease, None if it is damaged, and the tag of its file, None if there is no file."""
-    try:
-        file = conditional_files.read(uri)
-    except UnicodeDecodeError:
-        return None, None
+    file = conditional_files.read(uri)
     if file is None:
         return None, None
     try:

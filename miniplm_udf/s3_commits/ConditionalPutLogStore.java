@@ -55,13 +55,15 @@ public class ConditionalPutLogStore extends HadoopFileSystemLogStore {
   @Override
   public Iterator<FileStatus> listFrom(Path path, Configuration hadoopConf) throws IOException {
     FileSystem fs = path.getFileSystem(hadoopConf);
-    if (!(fs instanceof S3AFileSystem)) {
-      return super.listFrom(path, hadoopConf);
-    }
     Path qualified = fs.makeQualified(path);
     Path folder = qualified.getParent();
-    String prefix = folder.toUri().getPath().substring(1) + "/";
     String first = qualified.getName();
+    // A vacuum also lists folders of data, from the name NUL on, and needs the folders in them.
+    boolean isOfLog = folder.getName().equals("_delta_log") && !first.isEmpty() && Character.isDigit(first.charAt(0));
+    if (!(fs instanceof S3AFileSystem) || !isOfLog) {
+      return super.listFrom(path, hadoopConf);
+    }
+    String prefix = folder.toUri().getPath().substring(1) + "/";
     // S3 lists names after a given one; the log has no name between the first one and this.
     String before = first.substring(0, first.length() - 1) + (char) (first.charAt(first.length() - 1) - 1);
     S3Client client = ((S3AFileSystem) fs).getS3AInternals().getAmazonS3Client("list the Delta log");

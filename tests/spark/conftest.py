@@ -8,6 +8,7 @@ from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from tests.support.ingest_roots import make as make
 from tests.support.ingest_roots import tokenizer_folder as tokenizer_folder
 from tests.support.spark_session import REPOSITORY
+from tests.support.spark_session import s3_spark as s3_spark
 from tests.support.spark_session import spark as spark
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from miniplm_udf import lease, storage
@@ -94,9 +95,11 @@ def test_a_silent_driver_of_another_machine_is_taken_over_and_finds_out(
         assert lease.read(uri) is None
 
 
-@pytest.mark.parametrize("text", ["", "\0\0", "[1]", '{"token": "a"}'])
-def test_a_damaged_file_is_no_lease(uri: str, text: str) -> None:
-    storage.write_text(uri, text)
+@pytest.mark.parametrize("text", [b"", b"\0\0", b"[1]", b'{"token": "a"}', b"\xff\xfe"])
+def test_a_damaged_file_is_no_lease(uri: str, text: bytes) -> None:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+    filesystem.pipe_file(path, text)
     assert not is_held(uri)
     with Lease(uri, "score") as mine:
         mine.check()
