@@ -9,6 +9,13 @@ from typing import Any
 
 from jobs.text import plain, table
 
+_REMEDY = "docs/storage.md has the rule of the bucket that removes them"
+_EARLIER_OBJECTS = {
+    "kept": f"the bucket keeps earlier versions of objects, which still hold the removed text; {_REMEDY}",
+    "unknown": "it is not known whether the storage keeps earlier versions of objects or deleted objects, which would "
+    f"still hold the removed text; {_REMEDY}",
+}
+
 
 def listing(versions: Sequence[Mapping[str, Any]]) -> str:
     """Returns a table with one row per version.
@@ -147,4 +154,6 @@ def taken_down(result: Any) -> str:
         lines.append(f"models trained on the removed text (not changed): {', '.join(counts['students'])}")
     if counts["exports"]:
         lines.append(f"exports that may hold the removed text (not changed): {', '.join(counts['exports'])}")
+    if counts["earlier_objects"] != "none":
+        lines.append(_EARLIER_OBJECTS[counts["earlier_objects"]])
     return "\n".join(lines)

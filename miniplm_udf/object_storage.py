@@ -8,15 +8,21 @@ configured by their own clients. On the driver and in the trainer; imports no Sp
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Mapping
+from typing import Literal
 
 import fsspec
 
+from miniplm_udf import storage
 from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.storage import Json
 
+LOGGER = logging.getLogger("miniplm.storage")
+
 SCHEMES = ("s3a", "s3")
+EarlierObjects = Literal["none", "kept", "unknown"]
 _DEFAULT_REGION = "us-east-1"
 # s3fs has this key in fsspec's configuration for both schemes.
 _FSSPEC_KEY = "s3"
@@ -70,6 +76,13 @@ class S3Service:
                     "software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider",
                 ]
             ),
+            # A service that is away or busy is asked again for about two minutes in all; then the command ends.
+            "attempts.maximum": "3",
+            "retry.limit": "6",
+            "retry.interval": "500ms",
+            "retry.throttle.limit": "12",
+            "connection.establish.timeout": "10s",
+            "connection.timeout": "60s",
             # No requests that look for a folder of the same name, or for parents. Commits do not depend on them.
             "performance.flags": "create,mkdir,delete",
         }
@@ -98,6 +111,29 @@ def is_s3(uri: str) -> bool:
         uri: a path or URI.
     """
     return uri.partition("://")[0] in SCHEMES and "://" in uri
+
+
+def earlier_objects(uri: str) -> EarlierObjects:
+    """Whether the storage keeps earlier versions of objects that are removed or replaced.
+
+    Args:
+        uri: a path or URI.
+
+    Returns:
+        none: it is a local disk, or a bucket of S3 without versions. kept: a bucket that has or had versions. unknown:
+        the service did not say, or it is another storage.
+    """
+    if storage.is_local(uri):
+        return "none"
+    if not is_s3(uri):
+        return "unknown"
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        answer = filesystem.call_s3("get_bucket_versioning", Bucket=path.partition("/")[0])
+    except Exception as error:  # without the permission s3:GetBucketVersioning, or a service that has no versions
+        LOGGER.warning("%s: it is not known whether the bucket keeps versions: %s", storage.redact(uri), error)
+        return "unknown"
+    return "kept" if answer.get("Status") else "none"
 
 
 def service(config: StorageConfig, environment: Mapping[str, str]) -> S3Service:

@@ -18,6 +18,7 @@ from miniplm_udf.errors import CorpusError
 from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.store.model_records import TokenizerRecord, TrainingRecord, read_training
 from trainer.checkpoints.checkpoint import Checkpoints, SavedState, checkpoint_folder
+from trainer.checkpoints.mirror import Mirror
 from trainer.evaluation.during_training import TrainingEvaluation
 from trainer.loader.data import PackedSequences, read_tokenizer
 from trainer.loader.order import ORDER_VERSION
@@ -165,13 +166,7 @@ def prepare(config: ExperimentConfig, target: Target, inputs: TrainingInputs, wo
     model = whole.model
     finished = world.together(lambda: read_training(config, target.name))
     checkpoints = _checkpoints(config, target, inputs, finished)
-    if world.is_first and not storage.is_local(config.root):
-        LOGGER.warning(
-            "%s: the checkpoints are in %s on this machine (MINIPLM_CACHE), because root is an object store: a "
-            "training that goes on elsewhere needs that folder",
-            target.name,
-            checkpoints.folder,
-        )
+    world.first_decides(checkpoints.fetch)
     replaced = None if finished is None else str(finished.tracking_id)
     files = world.together(lambda: read_tokenizer_files(config.layout.tokenizer(target.tokenizer)))
     evaluation = world.together(
@@ -265,10 +260,12 @@ def _checkpoints(
     config: ExperimentConfig, target: Target, inputs: TrainingInputs, finished: TrainingRecord | None
 ) -> Checkpoints:
     """The checkpoints of the training; checkpoints of the finished model may be replaced."""
+    uri = config.layout.training(target.name)
     return Checkpoints(
-        checkpoint_folder(config.layout.training(target.name)),
+        checkpoint_folder(uri),
         inputs.fingerprint,
         target.train.keep_checkpoints,
         inputs.settings,
         replaceable=() if finished is None else (finished.fingerprint,),
+        mirror=None if storage.is_local(uri) else Mirror(uri),
     )

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from miniplm_udf import storage
+from miniplm_udf import object_storage, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.corpora import versions
 from miniplm_udf.errors import ConfigError, CorpusError
@@ -62,6 +62,7 @@ class TakedownSummary(DocumentCounts):
         begun_anew: checkpoints of queries that start again from the beginning.
         students: models that were trained on packed sequences of removed rows; they are not changed.
         exports: exports under the root, which may hold the removed text and are not changed.
+        earlier_objects: whether the storage may keep earlier versions of the removed files: none, kept, or unknown.
     """
 
     takedown_id: str
@@ -69,6 +70,7 @@ class TakedownSummary(DocumentCounts):
     begun_anew: list[str]
     students: list[str]
     exports: list[str]
+    earlier_objects: object_storage.EarlierObjects
 
 
 def preview(spark: "SparkSession", root: str, ids: Sequence[str]) -> DocumentCounts:
@@ -137,6 +139,7 @@ def take_down(
         begun_anew=removal.begun_anew,
         students=removal.students(),
         exports=storage.list_folder(config.layout.exports()),
+        earlier_objects=object_storage.earlier_objects(config.root),
     )
 
 

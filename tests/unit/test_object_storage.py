@@ -1,16 +1,18 @@
 """One description of an S3 service for delta-rs, fsspec and Spark, against a server on loopback."""
 
 import json
+from pathlib import Path
 
 import deltalake
 import fsspec
 import pyarrow as pa
 import pytest
 
+from miniplm_udf import object_storage
 from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.object_storage import service
-from tests.support.s3_server import BUCKET, S3Server
+from tests.support.s3_server import BUCKET, RequestFault, S3Server
 
 
 def test_the_config_wins_over_the_environment() -> None:
@@ -48,3 +50,21 @@ def test_delta_rs_and_fsspec_reach_the_server(s3: S3Server) -> None:
     with fsspec.open(f"s3a://{BUCKET}/file", "w") as file:
         file.write("text")
     assert fsspec.open(f"s3://{BUCKET}/file", "r").open().read() == "text"
+
+
+@pytest.mark.parametrize(("status", "expected"), [(None, "none"), ("Enabled", "kept"), ("Suspended", "kept")])
+def test_buckets_that_keep_versions_are_known(s3: S3Server, status: str | None, expected: str) -> None:
+    bucket = s3.create_bucket(f"versions-{status}".lower())
+    if status:
+        filesystem = fsspec.filesystem("s3")
+        filesystem.call_s3("put_bucket_versioning", Bucket=bucket, VersioningConfiguration={"Status": status})
+    assert object_storage.earlier_objects(f"s3a://{bucket}/run") == expected
+
+
+def test_an_unknown_state_of_versions_is_said(s3: S3Server, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    s3.add_fault(RequestFault("denied", path="versioning"))
+    assert object_storage.earlier_objects(f"s3a://{BUCKET}/run") == "unknown"
+    assert "it is not known whether the bucket keeps versions" in caplog.text
+    assert object_storage.earlier_objects("gs://bucket/run") == "unknown"
+    assert object_storage.earlier_objects(str(tmp_path)) == "none"
+    s3.reset()

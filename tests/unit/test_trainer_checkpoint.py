@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError, MiniplmError
 from tests.support.full_disk import largest_file
+from tests.support.s3_server import BUCKET, RequestFault, S3Server
 from tests.support.trainer_roots import LLAMA
 from trainer.checkpoints.checkpoint import Checkpoints, SavedState
 from trainer.checkpoints.checkpoint_writer import CheckpointWriter
+from trainer.checkpoints.mirror import Mirror
 from trainer.models.model import build_model, model_config
 from trainer.ranks.state import Tensors, gather, gather_weights
 
@@ -236,3 +239,81 @@ def test_tied_weights_are_one_tensor_in_the_file(tmp_path: Path) -> None:
     assert weights is not None
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
     assert weights["lm_head.weight"].data_ptr() != model.lm_head.weight.data_ptr()
+
+
+def mirrored(folder: Path, uri: str, keep: int = 2) -> Checkpoints:
+    return Checkpoints(folder, "f", keep=keep, mirror=Mirror(uri))
+
+
+@pytest.fixture
+def remote(s3: S3Server, tmp_path: Path) -> str:
+    s3.reset()
+    return f"s3a://{BUCKET}/{tmp_path.name}/train"
+
+
+def test_another_machine_goes_on_from_the_copy_on_the_root(remote: str, tmp_path: Path) -> None:
+    model, optimizer = trained()
+    first = mirrored(tmp_path / "a", remote)
+    first.fetch()
+    training = first.tracking_id()
+    for step in (2, 4, 6):
+        first.save(SavedState(step, loss=float(step)), tensors_of(model, optimizer))
+    assert storage.list_folder(remote) == ["run.json", "step-4", "step-6"]
+    second = mirrored(tmp_path / "b", remote)
+    second.fetch()
+    assert second.newest_whole(trained()[0]) == 6
+    assert second.tracking_id() == training
+    state, tensors = second.load(6)
+    assert state == SavedState(6, loss=6.0)
+    assert torch.equal(tensors["model"]["weight"], model.weight)
+    second.save(SavedState(8), tensors_of(model, optimizer))
+    # The first machine has steps of its own, older than those of the second.
+    first.fetch()
+    assert first.newest_whole(trained()[0]) == 8
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.json"])
+def test_a_step_that_was_not_copied_whole_is_passed_over(remote: str, s3: S3Server, tmp_path: Path, name: str) -> None:
+    model, optimizer = trained()
+    first = mirrored(tmp_path / "a", remote)
+    first.tracking_id()
+    first.save(SavedState(2), tensors_of(model, optimizer))
+    s3.add_fault(RequestFault("denied", method="PUT|POST", path=f"step-4/{name}"))
+    with pytest.raises(MiniplmError, match=rf"^{remote}: the checkpoints cannot be written: object storage: .* lack a"):
+        first.save(SavedState(4), tensors_of(model, optimizer))
+    second = mirrored(tmp_path / "b", remote)
+    second.fetch()
+    assert second.newest_whole(trained()[0]) == 2
+    # On the first machine the step is whole.
+    s3.reset()
+    first.fetch()
+    assert first.newest_whole(trained()[0]) == 4
+    second.save(SavedState(3), tensors_of(model, optimizer))
+    assert storage.list_folder(remote) == ["run.json", "step-2", "step-3"]
+
+
+def test_a_damaged_copy_is_passed_over(remote: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = trained()
+    first = mirrored(tmp_path / "a", remote)
+    first.tracking_id()
+    for step in (2, 4):
+        first.save(SavedState(step), tensors_of(model, optimizer))
+    storage.write_text(f"{remote}/step-4/state.pt", "cut")
+    second = mirrored(tmp_path / "b", remote)
+    second.fetch()
+    assert second.newest_whole(trained()[0]) == 2
+    assert "step-4 is damaged" in caplog.text
+
+
+def test_a_training_that_began_again_elsewhere_replaces_local_steps(remote: str, tmp_path: Path) -> None:
+    model, optimizer = trained()
+    first, second = mirrored(tmp_path / "a", remote), mirrored(tmp_path / "b", remote)
+    first.tracking_id()
+    first.save(SavedState(40), tensors_of(model, optimizer))
+    second.fetch()
+    second.replace("old model")
+    second.tracking_id()
+    second.save(SavedState(2), tensors_of(model, optimizer))
+    assert storage.list_folder(remote) == ["run.json", "step-2"]
+    first.fetch()
+    assert first.newest_whole(trained()[0]) == 2

@@ -13,6 +13,7 @@ from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.store.model_records import TokenizerRecord
 from tests.support.packed_tables import packed_batch, write_rows
+from tests.support.s3_server import BUCKET, S3Server
 from tests.support.trainer_roots import LENGTH, write_packed
 from trainer.loader import data, order
 from trainer.loader.data import PackedSequences, read_tokenizer, user_metadata
@@ -255,6 +256,18 @@ def test_files_of_an_object_store_are_read(tmp_path: Path) -> None:
     (group,) = list_row_groups(["memory://packed/part-0.parquet"])
     for read, expected in zip(RowGroupReader(LENGTH, 3000).read(group), (tokens, mask), strict=True):
         assert np.array_equal(read, expected)
+
+
+def test_a_row_group_on_s3_is_one_request(s3: S3Server, tmp_path: Path) -> None:
+    write_packed(tmp_path, *sequences(50), METADATA)
+    filesystem, place = fsspec.core.url_to_fs(f"s3a://{BUCKET}/part-0.parquet")
+    filesystem.pipe_file(place, data_file(tmp_path).read_bytes())
+    (group,) = list_row_groups([f"s3a://{BUCKET}/part-0.parquet"])
+    reader = RowGroupReader(LENGTH, 3000)
+    reader.read(group)  # opens the file
+    s3.reset()
+    reader.read(group)
+    assert s3.requests() == {"get 206": 1}
 
 
 def test_a_damaged_file_is_named_when_the_table_is_opened(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from miniplm_udf.store.model_records import read_training
 from tests.support.full_disk import largest_file
 from tests.support.killed_training import Killed
+from tests.support.s3_server import BUCKET, S3Server
 from tests.support.trainer_roots import (
     FAMILIES,
     make_root,
@@ -328,3 +330,35 @@ def test_wrong_usage_is_exit_2(tmp_path: Path) -> None:
 def test_no_reference_section(config: ExperimentConfig) -> None:
     with pytest.raises(ConfigError, match="no such section"):
         reference_target(load_config(write_config_without_reference(config)))
+
+
+@pytest.mark.slow
+def test_a_training_on_s3_goes_on_on_another_machine(
+    config: ExperimentConfig, fresh: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root is on S3. After a kill, a machine whose cache is empty resumes to the weights of a local training."""
+    student(config)
+    filesystem, place = fsspec.core.url_to_fs(f"s3a://{BUCKET}/run")
+    filesystem.put(f"{fresh}/root/", f"{place}/", recursive=True)
+    remote = dataclasses.replace(config, root=f"s3a://{BUCKET}/run")
+    original = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, state: SavedState, *arguments: Any) -> Path:
+        path = original(self, state, *arguments)
+        if state.steps_done == 4:
+            raise Killed
+        return path
+
+    monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "first machine"))
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(Killed):
+        student(remote)
+    monkeypatch.setattr(Checkpoints, "save", original)
+    monkeypatch.setenv("MINIPLM_CACHE", str(tmp_path / "second machine"))
+    student(remote)
+    fetched = storage.local_folder(remote.layout.model("small"))
+    assert same_weights(folder(config, "small"), fetched)
+    assert sorted(path.name for path in fetched.iterdir()) == sorted(
+        path.name for path in folder(config, "small").iterdir()
+    )
+    assert remote.local_folder().is_relative_to(tmp_path / "second machine")

@@ -1,14 +1,13 @@
 """Checkpoints of a training: everything that a killed run needs to reach the same weights.
 
-Owns the folder `<root>/_checkpoints/train/<name>/`, or a folder in this node's model cache if `root` is not local:
-`run.json` (fingerprint, MLflow run id, id of the training, the model that it replaces) and one `step-<N>/` per
-checkpoint, with `state.pt` (`trainer.ranks.state.Tensors`) and `state.json` (steps done, seconds, last loss, points
-that MLflow lacks, fingerprint and the values behind it, SHA-256 of `state.pt`). The data order is a function of the
-step and needs no state. A `step-<N>` appears by one rename after its files are on the disk, so a kill or a full disk
-leaves the previous checkpoint; older checkpoints are removed afterwards. A damaged checkpoint is found by its checksum
-and skipped with a warning.
-Rank 0 writes, in a thread (checkpoint_writer.py); all ranks compare what they read: ranks on several nodes must share
-the folder.
+Owns the folder `<root>/_checkpoints/train/<name>/`; if `root` is not local, a folder in this node's model cache that is
+copied there after each save (mirror.py). It has `run.json` (fingerprint, MLflow run id, id of the training, the model
+that it replaces) and one `step-<N>/` per checkpoint, with `state.pt` (`trainer.ranks.state.Tensors`) and `state.json`
+(steps done, seconds, last loss, points that MLflow lacks, fingerprint and the values behind it, SHA-256 of `state.pt`).
+The data order is a function of the step and needs no state. A `step-<N>` appears by one rename after its files are on
+the disk, so a kill or a full disk leaves the previous checkpoint; older checkpoints are removed afterwards. A damaged
+checkpoint is found by its checksum and skipped with a warning. Rank 0 writes, in a thread (checkpoint_writer.py); all
+ranks compare what they read: ranks on several nodes must share the folder.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ import torch
 from miniplm_udf import storage
 from miniplm_udf.errors import CorpusError, MiniplmError, reason
 from miniplm_udf.storage import Json
+from trainer.checkpoints.mirror import Mirror
 from trainer.ranks.state import Tensors
 from trainer.tracking.outbox import Point
 
@@ -72,14 +72,26 @@ class Checkpoints:
         keep: number of newest checkpoints to keep, at least 1.
         settings: the values behind the fingerprint, as text by name, for messages.
         replaceable: fingerprints of finished trainings, whose checkpoints are removed at the first save.
+        mirror: the copy under a root that is not local.
     """
 
     def __init__(
         self, folder: Path, fingerprint: str, keep: int, settings: Mapping[str, str] | None = None,
-        replaceable: Collection[str] = (),
+        replaceable: Collection[str] = (), mirror: Mirror | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.fingerprint, self.keep, self.replaceable = folder, fingerprint, keep, replaceable
-        self.settings = dict(settings or {})
+        self.settings, self._mirror = dict(settings or {}), mirror
+        # For messages: what the user would delete.
+        self._place = str(folder) if mirror is None else mirror.place
+
+    def fetch(self) -> None:
+        """Fetches the newest checkpoint of a root that is not local; call it on rank 0 before anything else.
+
+        Raises:
+            MiniplmError: the storage cannot be read.
+        """
+        if self._mirror is not None:
+            self._mirror.fetch(self.folder)
 
     def _steps(self) -> list[tuple[int, Path]]:
         """(step, folder) of each checkpoint, the newest first."""
@@ -135,6 +147,8 @@ class Checkpoints:
         """
         shutil.rmtree(self.folder, ignore_errors=True)
         self._write_run({"replaces": model_id})
+        if self._mirror is not None:
+            self._mirror.keep_only(())
 
     def _run(self) -> Json:
         """The content of `run.json`; empty if it belongs to a training with another fingerprint."""
@@ -146,6 +160,8 @@ class Checkpoints:
             storage.write_json(str(self.folder / "run.json"), {**content, "fingerprint": self.fingerprint})
         except OSError as error:
             raise MiniplmError(self._cannot_write(self.folder / "run.json", error)) from error
+        if self._mirror is not None:
+            self._mirror.write_run(self.folder)
 
     def newest_whole(self, model: torch.nn.Module) -> int | None:
         """Finds the newest usable checkpoint: same fingerprint, undamaged, same shapes. Warns about each damaged one.
@@ -174,14 +190,14 @@ class Checkpoints:
             LOGGER.warning("%s is damaged (%s): resuming from an older checkpoint", path, problem)
         if damaged:
             raise CorpusError(
-                f"{self.folder}: expected an undamaged checkpoint to resume from, found none ({'; '.join(damaged)}); "
+                f"{self._place}: expected an undamaged checkpoint to resume from, found none ({'; '.join(damaged)}); "
                 "restore the folder, or delete it to train from the first step"
             )
         if foreign:
             path, recorded = foreign[0]
             raise CorpusError(
                 f"{path} is the checkpoint of another, unfinished training: {self._differences(recorded)}; go back to "
-                f"these values to resume it, or delete {self.folder} to give it up"
+                f"these values to resume it, or delete {self._place} to give it up"
             )
         return None
 
@@ -252,7 +268,11 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if a file cannot be written
             shutil.rmtree(staging, ignore_errors=True)
             raise MiniplmError(self._cannot_write(target, error)) from error
+        if self._mirror is not None:
+            self._mirror.publish(target)
         self._remove_old(state.steps_done)
+        if self._mirror is not None:
+            self._mirror.keep_only([path.name for _, path in self._steps()])
         return target
 
     def _write(self, staging: Path, state: SavedState, tensors: Tensors) -> None:
