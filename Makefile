@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader s3-jar format constraints clean
+.PHONY: help setup java demo lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader bench-storage s3-jar format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -89,6 +89,9 @@ bench-refine: setup ## compare a selection from 10^8 rows with a sort, a quantil
 
 bench-loader: setup ## compare the trainer's loader with a memory-mapped file, on a table of 5 GB (needs 18 GB of disk); writes build/bench/loader.json
 	python -m tests.bench.bench_loader
+
+bench-storage: setup ## compare a root on an S3 server on loopback with a local one: seconds, and requests by command (15 minutes on 2 cores); writes build/bench/storage.json
+	python -m tests.bench.bench_storage
 
 bench-annotate: setup ## measure the recall of near-duplicates and the cost of each group of columns (3 minutes); writes build/bench/annotate.json
 	python -m tests.bench.bench_annotate

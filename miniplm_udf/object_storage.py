@@ -24,6 +24,8 @@ LOGGER = logging.getLogger("miniplm.storage")
 SCHEMES = ("s3a", "s3")
 EarlierObjects = Literal["none", "kept", "unknown"]
 _DEFAULT_REGION = "us-east-1"
+# A service that is away or busy is asked again for about half a minute; s3fs then repeats some requests five times.
+_RETRIES = {"mode": "standard", "max_attempts": 8}
 # s3fs has this key in fsspec's configuration for both schemes.
 _FSSPEC_KEY = "s3"
 
@@ -55,9 +57,9 @@ class S3Service:
 
     def _s3fs_options(self) -> Json:
         # Spark writes too, so a listing of a moment ago says nothing.
-        options: Json = {"use_listings_cache": False}
+        options: Json = {"use_listings_cache": False, "config_kwargs": {"retries": _RETRIES}}
         if self.path_style:
-            options["config_kwargs"] = {"s3": {"addressing_style": "path"}}
+            options["config_kwargs"]["s3"] = {"addressing_style": "path"}
         if self.endpoint is not None:
             options["endpoint_url"] = self.endpoint
         if self.region is not None:

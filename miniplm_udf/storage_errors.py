@@ -47,7 +47,7 @@ _SENTENCES = (
         "the TLS connection failed; check http or https in storage.endpoint, and the service's certificate",
     ),
     (
-        r"SlowDown|Throttl|TooManyRequests|[Ss]tatus [Cc]ode: 503|ServiceUnavailable",
+        r"SlowDown|Throttl|TooManyRequests|[Ss]tatus [Cc]ode: 503|\(503\)|Service ?Unavailable",
         "the service asked to slow down for as long as requests are repeated; run again later, or with fewer tasks",
     ),
     (
@@ -58,7 +58,7 @@ _SENTENCES = (
         "what is committed is kept",
     ),
     (
-        r"InternalError|[Ss]tatus [Cc]ode: 50\d|AWSStatus500",
+        r"InternalError|[Ss]tatus [Cc]ode: 50\d|\(50\d\)|AWSStatus500",
         "the service failed for as long as requests are repeated; run again: what is committed is kept",
     ),
 )
@@ -107,5 +107,5 @@ def _missing_package(chain: list[BaseException]) -> str | None:
 
 def _detail(text: str, match: re.Match[str], innermost: BaseException) -> str:
     """The line of the message that shows the reason, without the client's internal address of the object."""
-    line = text[text.rfind("\n", 0, match.start()) + 1 :].partition("\n")[0]
+    line = text[text.rfind("\n", 0, match.start()) + 1 :].partition("\n")[0].removeprefix("builtins.")
     return (line if len(line) <= _LONGEST else f"{first_line(innermost)[:_LONGEST]} ...").strip()

@@ -5,20 +5,26 @@ storage must refuse, and deletes it. A storage that ignores `If-None-Match` is r
 replace each other's commits. Owns no table. A kill leaves an object of a few bytes.
 """
 
+import os
+import socket
+import ssl
+import urllib.parse
 import uuid
 
 import fsspec
 
 from miniplm_udf import object_storage, storage
+from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.errors import ConfigError, first_line
 from miniplm_udf.layout import Root
 from miniplm_udf.storage_errors import explain
 
 _CONTENT = b"probe"
+_CONNECT_SECONDS = 10.0
 
 
 def probe(root: str) -> None:
-    """Checks a root on S3, with four requests; does nothing for any other root.
+    """Checks a root on S3, with three requests; does nothing for any other root.
 
     Args:
         root: URI of the root.
@@ -30,6 +36,7 @@ def probe(root: str) -> None:
         return
     step = "be reached"
     try:
+        _connect()
         filesystem, path = fsspec.core.url_to_fs(Root(root).probe(uuid.uuid4().hex))
         step = "be written"
         _create(filesystem, path)
@@ -45,6 +52,30 @@ def probe(root: str) -> None:
             "an object which it was asked only to create: two drivers could replace each other's commits without an "
             "error. Use AWS S3, MinIO, Cloudflare R2, Ceph or another service that honours it"
         )
+
+
+def _connect() -> None:
+    """Connects to the service once, because its client tries for half a minute to reach one that is not there."""
+    endpoint = object_storage.service(StorageConfig(), os.environ).endpoint
+    if endpoint is None or any(os.environ.get(name) for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")):
+        return
+    parts = urllib.parse.urlsplit(endpoint)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        with socket.create_connection((parts.hostname, port), _CONNECT_SECONDS) as connection:
+            if parts.scheme == "https":
+                context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
+                context.wrap_socket(connection, server_hostname=parts.hostname).close()
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"the TLS connection to {endpoint} failed ({error.reason}); check https in storage.endpoint, "
+            "and the service's certificate (AWS_CA_BUNDLE)"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{endpoint} does not answer ({error.strerror or error}); check storage.endpoint (or "
+            "AWS_ENDPOINT_URL) and the network"
+        ) from error
 
 
 def _create(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:

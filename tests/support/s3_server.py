@@ -98,6 +98,7 @@ def environment(url: str) -> dict[str, str]:
     """The variables with which a process reaches the server."""
     return {
         "AWS_ENDPOINT_URL": url,
+        "AWS_ENDPOINT_URL_S3": url,
         "AWS_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "test-key",
         "AWS_SECRET_ACCESS_KEY": "test-secret",

@@ -80,17 +80,21 @@ def test_without_credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> N
         probe(ROOT)
 
 
-@pytest.mark.slow
 def test_a_service_that_cannot_be_reached(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     reach(monkeypatch, AWS_ENDPOINT_URL="http://127.0.0.1:1")
-    with pytest.raises(ConfigError, match=r"the service cannot be reached; check storage.endpoint"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reached: http://127\.0\.0\.1:1 does not answer .Connection refused.; check sto",
+    ):
         probe(ROOT)
 
 
-@pytest.mark.slow
 def test_a_service_without_tls(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     reach(monkeypatch, AWS_ENDPOINT_URL=s3.url.replace("http:", "https:"))
-    with pytest.raises(ConfigError, match=r"the TLS connection failed; check http or https in storage.endpoint"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reached: the TLS connection to https://.* failed .*; check https in sto",
+    ):
         probe(ROOT)
 
 

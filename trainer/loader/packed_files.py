@@ -115,8 +115,8 @@ def _open(path: str) -> pq.ParquetFile:
     if storage.is_local(path):  # pyarrow reads it without Python's lock
         return pq.ParquetFile(pa.OSFile(path))
     filesystem, inner = fsspec.core.url_to_fs(path)
-    # Without a cache, which would read several row groups ahead in the file; the order asks for others. One request reads
-    # the columns of a row group.
+    # Without a cache, which would read several row groups ahead in the file; the order asks for others. One request
+    # reads the columns of a row group.
     return pq.ParquetFile(filesystem.open(inner, "rb", cache_type="none"), pre_buffer=True)
 
 
