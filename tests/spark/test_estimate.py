@@ -95,6 +95,7 @@ def test_of_a_corpus_that_is_read_whole_every_count_is_exact(spark: Any, tmp_pat
     assert run(spark, config)["corpus"] == corpus
 
 
+@pytest.mark.long
 def test_a_reference_that_is_not_trained_is_measured_too(spark: Any, tmp_path: Path, teacher: ModelConfig) -> None:
     plain = config_of(tmp_path / "root", teacher, jsonl(tmp_path / "texts"))
     config = ExperimentConfig(

@@ -336,6 +336,7 @@ def test_buckets_never_fall_as_scores_rise(spark: Any) -> None:
     assert all(abs(cuts.lower_edge(of[edge]) - edge) <= 1.1 * abs(edge) / 1000 + 1e-6 for edge in edges)
 
 
+@pytest.mark.long
 def test_of_two_writers_on_one_version_one_is_told(spark: Any, tmp_path: Path) -> None:
     world = FollowedRoot(spark, tmp_path / "root")
     world.score(300)

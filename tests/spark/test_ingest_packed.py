@@ -55,6 +55,7 @@ def check_root(spark: Any, config: Any) -> None:
     assert [check for check in verify(spark, config.root) if not check.ok] == []
 
 
+@pytest.mark.long
 def test_copies_are_packed_once(spark: Any, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one micro-batch, over several, and after a lost checkpoint; the earliest file's copy is kept."""
     # The earlier file is the later one by name.

@@ -215,7 +215,7 @@ def test_report_of_instances_alone_and_of_nothing(spark: Any, tmp_path: Path, mo
     with pytest.raises(CorpusError, match="instances"):
         build_report(spark, config, {})
     report_root.write(config, schemas.INSTANCES, report_root.instance_rows()[:3])
-    html = build_report(spark, config, {}).read_text()
+    html = Path(build_report(spark, config, {})).read_text()
     for said in (
         "No row was rejected",
         "No model has scored yet",

@@ -87,6 +87,7 @@ def pairs(of: list[str], aliases: tuple[str, ...] = ("teacher", "reference")) ->
     return sorted((instance_id(text), alias) for text in of for alias in aliases)
 
 
+@pytest.mark.long
 def test_a_model_on_a_server_scores_beside_a_local_one(
     spark: Any, tmp_path: Path, models: dict[str, ModelConfig]
 ) -> None:
@@ -389,6 +390,7 @@ class StatingFactory(FakeFactory):
         return scorer
 
 
+@pytest.mark.long
 def test_token_budgets_are_kept_in_the_models_records(scored: Scored) -> None:
     config = scored.config
     record = config.layout.model_record
