@@ -121,25 +121,29 @@ def replace(uri: str, text: str, tag: str) -> str | None:
     return text
 
 
+def is_refusal(error: OSError) -> bool:
+    """Whether a storage has refused a put because of its condition.
+
+    Args:
+        error: what the put raised.
+    """
+    if isinstance(error, FileExistsError | FileNotFoundError):
+        return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") != "NoSuchBucket"
+    # s3fs raises FileExistsError only for services that name the condition in their answer.
+    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") in _REFUSALS
+
+
 def _put(uri: str, text: str, **condition: Any) -> str | None:
     """Puts a file under a condition; None if it was refused and the file has another text."""
     filesystem, path = fsspec.core.url_to_fs(uri)
     try:
         answer = filesystem.pipe_file(path, text.encode("utf-8"), **condition)
     except OSError as error:
-        if not _is_refusal(error):
+        if not is_refusal(error):
             raise
         present = read(uri)
         return present.tag if present is not None and present.text == text else None
     return str(answer["ETag"]) if replaces_in_one_step(uri) else text
-
-
-def _is_refusal(error: OSError) -> bool:
-    """Whether the storage has refused a put because of its condition."""
-    if isinstance(error, FileExistsError | FileNotFoundError):
-        return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") != "NoSuchBucket"
-    # s3fs raises FileExistsError only for services that name the condition in their answer.
-    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") in _REFUSALS
 
 
 def _scheme(uri: str) -> str:

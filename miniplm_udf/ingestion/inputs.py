@@ -11,6 +11,7 @@ append-only: commits that change rows are skipped.
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.ingest")
 
 _NAMES_SHOWN = 5
+# The text form of Hadoop's FileStatus.
+_STATUS = re.compile(r"isDirectory=false; length=(\d+); replication=\d+; blocksize=\d+; modification_time=(\d+);")
+# Files that Spark lists and does not read: `_metadata` and `_common_metadata` of Parquet.
+_BOOKKEEPING = re.compile(r"/_[^/=]*$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +229,14 @@ def list_files(spark: "SparkSession", path: str) -> list[InputFile]:
         if error.getCondition() == "PATH_NOT_FOUND":
             return []
         raise
-    rows = frame.selectExpr(
-        "_metadata.file_path", "unix_micros(_metadata.file_modification_time)", "_metadata.file_size"
-    ).collect()
-    return [InputFile(*row) for row in rows]
+    # Spark's index has listed the files. Its reader of `binaryFile` would ask the storage for each of them again.
+    index = frame._jdf.queryExecution().analyzed().relation().location()
+    uris = [re.sub(r"^file:/+", "file:/", uri) for uri in index.inputFiles()]
+    states = _STATUS.findall(index.allFiles().mkString("\n"))
+    files = [
+        InputFile(uri, 1000 * int(millis), int(n_bytes)) for uri, (n_bytes, millis) in zip(uris, states, strict=True)
+    ]
+    return [file for file in files if file.n_bytes and not _BOOKKEEPING.search(file.path)]
 
 
 def warn_of_left_out(names: tuple[str, ...], key: str) -> None:

@@ -127,7 +127,7 @@ class Quarantine:
 
     def _survey_again(self) -> bool:
         """Reads the footers of new files; returns whether the stream has to be made again for them."""
-        self._taken = taken_files(self._spark, self._checkpoint_uri)
+        self._taken = taken_files(self._checkpoint_uri)
         listed = tuple(list_files(self._spark, self.inputs.path))
         files = tuple(file for file in listed if not self.inputs.by_name or file.path.lower().endswith(".parquet"))
         survey = survey_parquet(self._spark, self._waiting(files), self._config.ingest.fields)

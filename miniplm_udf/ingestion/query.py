@@ -96,7 +96,7 @@ def find_new_inputs(spark: "SparkSession", config: ExperimentConfig) -> tuple[In
         ConfigError: the input does not fit the config (see `find_inputs`).
     """
     # Called with the format, which `find_inputs` finds out by the names of the files.
-    taken = functools.cache(lambda kind: taken_files(spark, _checkpoint(config, kind)))
+    taken = functools.cache(lambda kind: taken_files(_checkpoint(config, kind)))
 
     def ingested(kind: str) -> set[str]:
         finished = finished_batch(_checkpoint(config, kind))
@@ -271,7 +271,7 @@ class IngestQuery(Query):
         if self._inputs.format == "delta":
             return rows_behind(self._spark, self._inputs.path, offset)
         # Before its first micro-batch is finished, a query has a log of files but no offset.
-        files = [] if offset is None else taken_files(self._spark, self.checkpoint_uri)
+        files = [] if offset is None else taken_files(self.checkpoint_uri)
         taken = {plain_path(file.path) for file in files}
         return sum(plain_path(file.path) not in taken for file in list_files(self._spark, self._inputs.path))
 

@@ -10,6 +10,7 @@ number holds. Ten files are merged to one, ten merged files again, and so on: a 
 files.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _THREADS = 16
 _MERGED = 10
+# The suffix of the merged files of the source's log.
+_MERGED_NAME = ".compact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +49,18 @@ class TakenFile:
     n_bytes: int | None = None
 
 
-def taken_files(spark: "SparkSession", checkpoint_uri: str) -> list[TakenFile]:
+def taken_files(checkpoint_uri: str) -> list[TakenFile]:
     """Lists all files that the source has taken, including files of an unfinished micro-batch.
 
     Args:
-        spark: any session.
         checkpoint_uri: checkpoint folder of a query over files.
 
     Returns:
         The files; empty if the query has taken none.
     """
-    log = _source_log(checkpoint_uri)
-    if not storage.exists(log):
-        return []
-    # Spark merges the files of its log and removes old ones, also while they are read here.
-    lines = [row[0] for row in spark.read.option("ignoreMissingFiles", "true").text(log).collect()]
-    sizes = recorded_sizes(checkpoint_uri)
-    return [dataclasses.replace(file, n_bytes=sizes.get(plain_path(file.path))) for file in _parsed(lines)]
+    taken = _parsed(_all_lines(_source_log(checkpoint_uri)))
+    sizes = recorded_sizes(checkpoint_uri) if taken else {}
+    return [dataclasses.replace(file, n_bytes=sizes.get(plain_path(file.path))) for file in taken]
 
 
 def batch_files(spark: "SparkSession", checkpoint_uri: str, batch_id: int) -> list[InputFile]:
@@ -74,8 +72,9 @@ def batch_files(spark: "SparkSession", checkpoint_uri: str, batch_id: int) -> li
         batch_id: number of the micro-batch, from 0.
     """
     first, last = (_source_batch(checkpoint_uri, number) for number in (batch_id - 1, batch_id))
-    lines = [line for number in range(first + 1, last + 1) for line in _lines_of(spark, checkpoint_uri, number)]
-    return _states(spark, [file.path for file in _parsed(lines)])
+    numbers = range(first + 1, last + 1)
+    batches = {number: _parsed(_lines_of(checkpoint_uri, number)) for number in numbers}
+    return _states(spark, [f.path for number, files in batches.items() for f in files if f.batch_id == number])
 
 
 def finished_batch(checkpoint_uri: str) -> int:
@@ -161,16 +160,24 @@ def _source_batch(checkpoint_uri: str, batch_id: int) -> int:
     return -1 if offset is None else int(offset["logOffset"])
 
 
-def _lines_of(spark: "SparkSession", checkpoint_uri: str, number: int) -> list[str]:
-    """The lines of one batch in the source's log. Every tenth file of the log holds all earlier batches too."""
-    from pyspark.sql import functions as F
-
+def _lines_of(checkpoint_uri: str, number: int) -> list[str]:
+    """The lines of the source's log that hold one batch. Every tenth file of the log holds all earlier batches too."""
     log = _source_log(checkpoint_uri)
     place = storage.join(log, str(number))
-    if storage.exists(place):
-        return storage.read_text(place).splitlines()
-    lines = spark.read.option("ignoreMissingFiles", "true").text(log)
-    return [row[0] for row in lines.where(F.get_json_object("value", "$.batchId") == str(number)).distinct().collect()]
+    return storage.read_text(place).split("\n") if storage.exists(place) else _all_lines(log)
+
+
+def _all_lines(log: str) -> list[str]:
+    """The lines of the newest merged file of the source's log, and of all files after it."""
+    while True:
+        names = storage.list_folder(log)
+        merged = [int(name.removesuffix(_MERGED_NAME)) for name in names if name.endswith(_MERGED_NAME)]
+        newest = max(merged, default=-1)
+        after = sorted(int(name) for name in names if name.isdigit() and int(name) > newest)
+        wanted = [f"{newest}{_MERGED_NAME}"] * bool(merged) + [str(number) for number in after]
+        # Spark merges the files of its log and removes old ones, also while they are read here.
+        with contextlib.suppress(FileNotFoundError):
+            return [line for name in wanted for line in storage.read_text(storage.join(log, name)).split("\n")]
 
 
 def _parsed(lines: Iterable[str]) -> list[TakenFile]:

@@ -13,7 +13,7 @@ import uuid
 
 import fsspec
 
-from miniplm_udf import object_storage, storage
+from miniplm_udf import conditional_files, object_storage, storage
 from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.errors import ConfigError, first_line
 from miniplm_udf.layout import Root
@@ -82,6 +82,8 @@ def _create(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
     """Creates the object; False if there is one."""
     try:
         filesystem.pipe_file(path, _CONTENT, mode="create")
-    except FileExistsError:
+    except OSError as error:
+        if not conditional_files.is_refusal(error):
+            raise
         return False
     return True

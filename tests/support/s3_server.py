@@ -29,7 +29,7 @@ from miniplm_udf.config.object_storage import StorageConfig
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUCKET = "test-bucket"
 _START_SECONDS = 60.0
-FaultKind = Literal["slow_down", "error", "denied", "expired", "drop", "drop_after", "unconditional", "hang"]
+FaultKind = Literal["slow_down", "error", "denied", "expired", "drop", "drop_after", "unconditional", "unnamed", "hang"]
 
 
 @dataclasses.dataclass
@@ -39,7 +39,8 @@ class RequestFault:
     Attributes:
         kind: slow_down, error, denied and expired answer 503, 500, 403 AccessDenied and 400 ExpiredToken; drop closes
             the connection before the request is done, drop_after when it is done; hang waits for `seconds` and then
-            does as drop_after; unconditional does the request without its If-None-Match.
+            does as drop_after; unconditional does the request without its If-None-Match; unnamed leaves the name of the
+            condition out of the answer, as MinIO does.
         method: HTTP method, a regular expression.
         path: path of the URL with its query, a regular expression that is searched.
         times: number of requests; -1 is all.
@@ -172,6 +173,9 @@ class _Watched:
 
         body = b"".join(self._inner(environ, keep))
         status, headers = statuses[-1]
+        if fault is not None and fault.kind == "unnamed":
+            body = re.sub(rb"<Condition>.*?</Condition>", b"", body)
+            headers = [(name, str(len(body)) if name == "Content-Length" else value) for name, value in headers]
         self._note(environ["REQUEST_METHOD"], path, status.split()[0])
         if fault is not None and fault.kind in ("drop_after", "hang"):
             time.sleep(fault.seconds if fault.kind == "hang" else 0)

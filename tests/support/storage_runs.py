@@ -5,6 +5,7 @@ and by the benchmark of storages.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,13 +63,14 @@ def _verified(spark: Any, root: str) -> None:
 
 def commands(spark: Any, config: ExperimentConfig, folder: Path) -> dict[str, Callable[[], Any]]:
     """The commands by name, in an order in which they can run."""
+    tags = (f"pin-{number}" for number in itertools.count())
     request = ExportRequest(to="jsonl.zst", out=f"{config.root}/exports/{CORPUS}", overwrite=True)
     return {
         "ingest": lambda: ingest.run(spark, config),
         "score": lambda: score.run(spark, config, factories(folder)),
         "refine": lambda: refine.run(spark, config),
         "corpus list": lambda: listing.listing(config.root),
-        "corpus pin": lambda: versions.pin(spark, config.root, CORPUS, "paper"),
+        "corpus pin": lambda: versions.pin(spark, config.root, CORPUS, next(tags)),
         "maintain": lambda: maintain(spark, config, retain_hours=0.0, abandoned_days=7.0, dry_run=False),
         "verify": lambda: _verified(spark, config.root),
         "export": lambda: export(spark, config, CORPUS, request),

@@ -46,6 +46,13 @@ def test_a_storage_that_ignores_the_condition_is_refused(s3: S3Server) -> None:
         probe(ROOT)
 
 
+def test_a_service_that_does_not_name_the_condition_is_understood(s3: S3Server) -> None:
+    """MinIO's refusal of a put; s3fs raises no FileExistsError for it."""
+    s3.add_fault(RequestFault("unnamed", method="PUT"))
+    probe(ROOT)
+    assert s3.requests()["put 412"] == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "method", "message"),
     [
