@@ -53,6 +53,10 @@ def build(site: Path) -> int:
     shutil.rmtree(site, ignore_errors=True)
     settings = (REPOSITORY / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
     config = project / "mkdocs.yml"
-    config.write_text(f"{settings}docs_dir: docs\nsite_dir: ../{site.name}\n", encoding="utf-8")
+    # Zensical writes only below the folder of its config.
+    config.write_text(f"{settings}docs_dir: docs\nsite_dir: site\n", encoding="utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
-    return subprocess.run(command, check=False).returncode
+    exit_code = subprocess.run(command, check=False).returncode
+    if exit_code == 0:
+        shutil.move(project / "site", site)
+    return exit_code
