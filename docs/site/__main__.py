@@ -1,4 +1,4 @@
-"""`python -m docs.site`: builds the site into build/site, strictly. A broken link or anchor ends it with exit code 1."""
+"""`python -m docs.site`: builds the site into build/site, strictly. A broken link ends it with exit code 1."""
 
 import sys
 

@@ -7,7 +7,7 @@ import argparse
 import re
 
 from docs.site import parsers
-from docs.site.markdown import code, table
+from docs.site.markdown import cell, code, table
 from jobs.cli import COMMANDS
 
 _HEAD = """# Commands
@@ -66,6 +66,5 @@ def page() -> str:
                 parts.append(_entry(title, f"{inner.description or ''}.", inner, level=3))
     parts.append("## The trainer\n\nThe stages `reference`, `train` and `evaluate` start it; it needs no JVM.\n")
     for action, parser in parsers.trainer_parsers().items():
-        title = f"python -m trainer {action}"
-        parts.append(_entry(title, " ".join((parser.description or "").split()), parser, level=3))
+        parts.append(_entry(f"python -m trainer {action}", cell(parser.description or ""), parser, level=3))
     return "\n".join(parts)

@@ -21,9 +21,9 @@ from miniplm_udf.config.training import TrainConfig
 
 _HEAD = """# Configuration
 
-An experiment is one YAML file. Every key can also be set on the command line, `score.workers=8`; for a mistyped key the
-error suggests the most similar one. `--dry-run` of a command prints the resolved config. This page is generated from the
-dataclasses in `miniplm_udf/config`, so it has every key of this version. In place of NAME stands a name of your choice.
+An experiment is one YAML file. Every key can also be set on the command line, `score.workers=8`; for a mistyped key
+the error suggests the most similar one. `--dry-run` of a command prints the resolved config. This page is generated
+from the dataclasses in `miniplm_udf/config`, so it has every key of this version. NAME stands for your own name.
 A key without a default must be set. `null` in a file takes the default that the meaning describes.
 """
 
@@ -109,7 +109,8 @@ def section_in(annotation: Any) -> tuple[type | None, bool]:
     if dataclasses.is_dataclass(annotation):
         return typing.cast(type, annotation), False
     arguments = [each for each in typing.get_args(annotation) if dataclasses.is_dataclass(each)]
-    return (arguments[0], typing.get_origin(annotation) is dict) if arguments else (None, False)
+    inner = typing.cast(type, arguments[0]) if arguments else None
+    return inner, inner is not None and typing.get_origin(annotation) is dict
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -164,7 +165,13 @@ def page() -> str:
             parts.append(f"{title}\n\nThe keys of [`{section.same_as}`](#{section.same_as}).\n")
             continue
         rows = [
-            (code(key.name), key.type, code(key.default) if key.default != "required" else "required", key.unit, key.meaning)
+            (
+                code(key.name),
+                key.type,
+                code(key.default) if key.default != "required" else "required",
+                key.unit,
+                key.meaning,
+            )
             for key in section.keys
         ]
         absence = " Without this section, its part is left out." if section.is_optional else ""

@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[ \t]*(?P<rest>[^\n]*)\n(?P<text>.*?)^(?P=indent)```\s*$", re.M | re.S)
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)[ \t]*(?P<rest>[^\n]*)\n(?P<text>.*?)^(?P=indent)```\s*$", re.M | re.S
+)
 
 
 @dataclasses.dataclass(frozen=True)

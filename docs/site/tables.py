@@ -62,7 +62,7 @@ def page() -> str:
     parts = [_HEAD]
     for kind in KINDS:
         if kind.name == table_names.PINNED:
-            parts.append("## `pinned/CORPUS/VERSION`\n\nThe rows of a pinned version, with the columns of its `refined/CORPUS`.\n")
+            parts.append("## `pinned/CORPUS/VERSION`\n\nThe rows of a pinned version, as in `refined/CORPUS`.\n")
         else:
             parts.append(_entry(kind, tables[kind.name]))
     return "\n".join(parts)

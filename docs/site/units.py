@@ -4,6 +4,7 @@ import re
 
 # The first pattern that a name matches gives the unit.
 _UNITS = (
+    (r"_word_ratio$", "for each word"),
     (r"_seconds$", "seconds"),
     (r"_bytes$|^split_bytes$", "bytes"),
     (r"(^|_)bytes_per_trigger$", "bytes, as 64m or 1g"),
