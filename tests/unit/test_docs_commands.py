@@ -91,6 +91,15 @@ def test_a_wrong_command_is_seen(command: str, mistake: str) -> None:
     assert any(mistake in message for message in messages), messages
 
 
+def test_a_block_for_a_cluster_says_so() -> None:
+    elsewhere = re.compile(r"\btorchrun\b|--master (spark:|k8s:|yarn)|spark\.master=")
+    assert [
+        f"{block.page}:{block.line}"
+        for block in blocks("bash")
+        if elsewhere.search(block.text) and not block.title.startswith("Needs ")
+    ] == []
+
+
 def test_commands_in_the_text_exist_and_have_the_options() -> None:
     wrong = []
     for page in PAGES:
