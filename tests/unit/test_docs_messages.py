@@ -40,7 +40,7 @@ def quoted_messages(page: str) -> list[str]:
 def is_in(message: str, text: str) -> bool:
     """Whether the fixed parts of a message stand in a text, in order."""
     parts = [part for part in message.split(REST) if part.strip(" :,;.()")]
-    return re.search(".*?".join(map(re.escape, parts)), text, re.S) is not None
+    return all(part in text for part in parts) and bool(re.search(".*?".join(map(re.escape, parts)), text, re.S))
 
 
 def test_every_message_of_the_page_is_one_of_the_code() -> None:

@@ -14,7 +14,7 @@ from docs.site.build import REPOSITORY, build
 from jobs.cli import COMMANDS
 from miniplm_udf.schemas.table_kinds import KINDS
 
-# What a browser fetches by itself; a link that a reader follows is none of these.
+# Attributes whose address a browser fetches by itself; a link that a reader follows is not among them.
 FETCHED = {
     "script": ("src",),
     "img": ("src", "srcset"),
@@ -31,8 +31,8 @@ FETCHED = {
 # Relations of <link> that fetch nothing.
 NOT_FETCHED = {"canonical", "next", "prev", "alternate"}
 OUTSIDE = re.compile(r"^\s*(https?:)?//", re.I)
-# Classes for which the theme's script loads a program from another server.
-LOADED_BY_SCRIPT = re.compile(r'class="[^"]*\b(mermaid|glightbox|pyodide)\b')
+# Marks for which the theme's script asks another server: for a program, or for the numbers of a repository.
+LOADED_BY_SCRIPT = re.compile(r'class="[^"]*\b(mermaid|glightbox|pyodide)\b|data-md-component="source"')
 
 
 class Resources(HTMLParser):
@@ -121,6 +121,13 @@ def test_a_broken_link_ends_the_build(tmp_path: Path, link: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "1 issue found" in result.stderr + result.stdout
+
+
+def test_the_links_of_the_readme_exist() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
+    assert len(links) > 5
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
 
 
 def test_every_key_of_the_config_has_a_meaning() -> None:
