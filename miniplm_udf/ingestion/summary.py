@@ -8,6 +8,7 @@ the input unchanged; any other reject counts as one row. Driver only. Writes not
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -266,7 +267,8 @@ def _sentence(summary: IngestSummary, n_bad: int, limit: float) -> str:
 
 def _names(names: list[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(name.rsplit("/", 1)[-1] for name in names[:_NAMES_SHOWN]) + more
+    shown = (re.sub(r"^.*/(?=[^/]+)", "", name.replace("/ (", " (")) for name in names[:_NAMES_SHOWN])
+    return ", ".join(shown) + more
 
 
 def warn_of_empty_splits(config: ExperimentConfig, summary: IngestSummary) -> None:

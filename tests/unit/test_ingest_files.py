@@ -42,7 +42,7 @@ FRAMES = zstandard.compress(TEXT[:1000]) + b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc
 )
 def test_packed_files(tmp_path: Path, name: str, data: bytes, problem: str | None) -> None:
     (tmp_path / name).write_bytes(data)
-    _, found, n_rows, unchecked = check_file(f"file:{tmp_path}/{name}", None)
+    _, found, n_rows, unchecked = check_file(f"file:{tmp_path}/{name}", "jsonl", FieldsConfig())
     assert unchecked is None
     assert (found is None) == (problem is None)
     if problem is not None and found is not None:
@@ -52,7 +52,7 @@ def test_packed_files(tmp_path: Path, name: str, data: bytes, problem: str | Non
 
 
 def test_a_storage_that_python_does_not_know_is_left_to_the_query() -> None:
-    _, found, _, unchecked = check_file("nosuchstorage://x/a.gz", None)
+    _, found, _, unchecked = check_file("nosuchstorage://x/a.gz", "jsonl", FieldsConfig())
     assert found is None
     assert unchecked is not None
 
