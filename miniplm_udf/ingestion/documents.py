@@ -206,7 +206,7 @@ def find_field(row: Json, name: str) -> Any:
 
 
 def object_in(value: Any) -> Json | None:
-    """A JSON object, or the object that a string holds as JSON; None for other values.
+    """Returns a JSON object, or the object that a string holds as JSON; None for other values.
 
     Args:
         value: the value of a field, parsed.

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 import pyarrow as pa
 
 from miniplm_udf.ingestion.documents import field_names
-from miniplm_udf.ingestion.json_arrays import begins_array, json_rows
+from miniplm_udf.ingestion.json_arrays import is_array, json_rows
 from miniplm_udf.ingestion.parquet_columns import open_file
 from miniplm_udf.ingestion.unpacking import DamagedDataError, unpacked_chunks
 from miniplm_udf.ingestion.whole_files import arrow_schema
@@ -69,7 +69,7 @@ def arrow_types(spark: "SparkSession", files: "Sequence[InputFile]") -> dict[str
 
 
 def field_names_in(line: bytes) -> list[str]:
-    """Lists the names of the fields of a JSON object; empty if the bytes are no object.
+    """Returns the names of the fields of a JSON object; empty if the bytes are no object.
 
     Args:
         line: the bytes of an object as JSON.
@@ -122,7 +122,7 @@ def _result(path: str, read: Callable[[str, IO[bytes]], bytes]) -> bytes:
 
 
 def _array_mark(path: str, handle: IO[bytes]) -> bytes:
-    return b"[" if begins_array(next(unpacked_chunks(path, handle), b"")) else b""
+    return b"[" if is_array(unpacked_chunks(path, handle)) else b""
 
 
 def _names_in_array(path: str, handle: IO[bytes]) -> bytes:

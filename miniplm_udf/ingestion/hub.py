@@ -34,7 +34,7 @@ def is_on_hub(path: str) -> bool:
 
 
 def folder() -> str:
-    """The folder of the hub's cache on this machine."""
+    """Returns the folder of the hub's cache on this machine."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return str(HF_HUB_CACHE)
@@ -60,7 +60,7 @@ def local_copy(path: str) -> str:
     LOGGER.info("ingest: fetching %s from the hub, as far as it is not on this machine", path)
     folder = _fetched(path, repo, revision, inner)
     if not any(file.is_file() for file in folder.rglob("*")) or not (_GLOB.search(inner) or (folder / inner).exists()):
-        raise ConfigError(f"ingest.input: {path} has no file that ingest reads; {_names_there(repo, revision)}")
+        raise ConfigError(f"ingest.input: {path} has no file that ingest reads; {_names_there(repo, revision, inner)}")
     return f"{folder}/{inner}".rstrip("/")
 
 
@@ -96,7 +96,7 @@ def _fetched(path: str, repo: str, revision: str | None, inner: str) -> Path:
         ) from error
 
 
-def _names_there(repo: str, revision: str | None) -> str:
+def _names_there(repo: str, revision: str | None, inner: str) -> str:
     from huggingface_hub import HfApi
 
     from miniplm_udf.ingestion.file_format import csv_hint
@@ -105,5 +105,6 @@ def _names_there(repo: str, revision: str | None) -> str:
         names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
     except Exception as error:
         return f"its files cannot be listed ({type(error).__name__})"
-    hint = csv_hint(names)
-    return f"it has {', '.join(names[:_NAMES_SHOWN])}" + (f"; {hint}" if hint else "")
+    below = [name for name in names if name == inner or name.startswith(f"{inner}/".lstrip("/"))]
+    hint = csv_hint(below)
+    return f"it has {', '.join((below or names)[:_NAMES_SHOWN])}" + (f"; {hint}" if hint else "")

@@ -30,24 +30,28 @@ def json_rows(chunks: Iterable[bytes]) -> Iterator[bytes]:
         DamagedDataError: an array does not end, or there is something behind its end.
     """
     head, rest = _with_head(chunks)
-    return _elements(head, rest) if begins_array(head) else _lines(itertools.chain([head], rest))
+    return _elements(head, rest) if _begins_array(head) else _lines(itertools.chain([head], rest))
 
 
-def begins_array(head: bytes) -> bool:
-    """Whether the first bytes of a file begin a JSON array.
+def is_array(chunks: Iterable[bytes]) -> bool:
+    """Whether a file is a JSON array, by its first bytes.
 
     Args:
-        head: the first bytes.
+        chunks: the content of the file, of which no more than needed is read.
     """
+    return _begins_array(_with_head(chunks)[0])
+
+
+def _begins_array(head: bytes) -> bool:
     return head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
 def _with_head(chunks: Iterable[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """The content up to the first chunk that is not blank, and the chunks after it."""
+    """The content up to the first chunk that is not blank, more than the mark, and the chunks after it."""
     rest, head = iter(chunks), b""
     for chunk in rest:
         head += chunk
-        if head.removeprefix(_BYTE_ORDER_MARK).strip():
+        if len(head) > len(_BYTE_ORDER_MARK) and head.removeprefix(_BYTE_ORDER_MARK).strip():
             break
     return head, rest
 

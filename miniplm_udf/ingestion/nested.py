@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyspark.sql.types import DataType
 
 
-class Place(NamedTuple):
+class ColumnPlace(NamedTuple):
     """Where a named value is.
 
     Attributes:
@@ -42,7 +42,7 @@ class NestedSql(NamedTuple):
 
 
 def columns_for(name: str) -> list[str]:
-    """Lists the columns that may hold the value of a name: the name itself, then the parts before its dots.
+    """Returns the columns that may hold the value of a name: the name itself, then the parts before its dots.
 
     Args:
         name: name of a field in the config.
@@ -50,7 +50,7 @@ def columns_for(name: str) -> list[str]:
     return [name, *(name[: match.start()] for match in reversed(list(re.finditer(r"\.", name))))]
 
 
-def place_of(name: str, columns: Sequence[str]) -> Place | None:
+def place_of(name: str, columns: Sequence[str]) -> ColumnPlace | None:
     """Finds the column that holds the value of a name. As in Spark, upper and lower case may differ.
 
     Args:
@@ -63,7 +63,7 @@ def place_of(name: str, columns: Sequence[str]) -> Place | None:
     for column in columns_for(name):
         stored = same_name(column, columns)
         if stored is not None:
-            return Place(stored, name[len(column) + 1 :])
+            return ColumnPlace(stored, name[len(column) + 1 :])
     return None
 
 
@@ -117,7 +117,7 @@ def sql_of(path: str, outer: NestedSql) -> NestedSql | None:
 
 
 def quoted(column: str) -> str:
-    """The name of a column as it stands in SQL.
+    """Returns the name of a column as it stands in SQL.
 
     Args:
         column: the name.

@@ -17,7 +17,7 @@ import pyarrow as pa
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.ingestion.footers import Damage
 from miniplm_udf.ingestion.formats import COMPRESSED
-from miniplm_udf.ingestion.json_arrays import begins_array, json_rows
+from miniplm_udf.ingestion.json_arrays import is_array, json_rows
 from miniplm_udf.ingestion.listing import is_datasets_cache
 from miniplm_udf.ingestion.nested import place_of, same_name
 from miniplm_udf.ingestion.parquet_columns import open_file, wanted_columns
@@ -124,14 +124,12 @@ def _check_lines(path: str, handle: IO[bytes]) -> tuple[str | None, int | None]:
     before the damage.
     """
     n_lines, n_good, size = 0, 0, _size(handle)
-    is_json = bool(_JSON.search(path))
     try:
-        for number, chunk in enumerate(unpacked_chunks(path, handle)):
-            if number == 0 and is_json and begins_array(chunk):
-                return "it holds a JSON array, and other files hold JSON lines; ingest them one after the other", None
+        if _JSON.search(path) and is_array(unpacked_chunks(path, handle)):
+            return "it holds a JSON array, and other files hold JSON lines; ingest them one after the other", None
+        handle.seek(0)
+        for chunk in unpacked_chunks(path, handle) if path.endswith(COMPRESSED) else ():
             n_lines, n_good = n_lines + chunk.count(b"\n"), handle.tell()
-            if not path.endswith(COMPRESSED):
-                break
     except DamagedDataError as error:
         return f"{error}, at about byte {handle.tell()} of {size}", round(n_lines * size / max(1, n_good)) or None
     return None, None

@@ -46,7 +46,7 @@ def batch_columns(input_schema: "StructType | None", fields: FieldsConfig) -> li
 
 
 def read_schema(input_schema: "StructType | None", fields: FieldsConfig) -> "StructType":
-    """The input's schema; if no file has one, a schema with the text column alone.
+    """Returns the input's schema; if no file has one, a schema with the text column alone.
 
     Args:
         input_schema: as for `batch_columns`.

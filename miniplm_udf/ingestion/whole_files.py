@@ -156,7 +156,7 @@ def _selected(batch: "pa.RecordBatch", wanted: Sequence[str]) -> "pa.RecordBatch
 
 
 def arrow_schema(handle: IO[bytes]) -> "pa.Schema":
-    """Reads the schema at the start of an Arrow file or stream.
+    """Returns the schema of an Arrow file or stream.
 
     Args:
         handle: the file, at its start.
