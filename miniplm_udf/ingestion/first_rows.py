@@ -98,7 +98,7 @@ def _spark_type(kind: pa.DataType) -> str:
 def _results(
     spark: "SparkSession", files: "Sequence[InputFile]", read: Callable[[str, IO[bytes]], bytes]
 ) -> list[bytes]:
-    """What a function reads in the first files, without empty results and files that cannot be read."""
+    """Returns the results of a function for the first files, without empty results and files that cannot be read."""
 
     def read_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
