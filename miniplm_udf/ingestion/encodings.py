@@ -14,8 +14,8 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16BE"),
 )
 _EXAMINED_BYTES = 4096
-# A letter with an accent, next to an ASCII letter. In Cyrillic or Asian encodings, such bytes come in runs.
-_LATIN = re.compile(rb"(?<=[A-Za-z])[\xc0-\xff](?![\x80-\xff])|(?<![\x80-\xff])[\xc0-\xff](?=[A-Za-z])")
+# One or two letters with accents (Größe), next to an ASCII letter. In Cyrillic or Asian encodings, the runs are longer.
+_LATIN = re.compile(rb"(?<=[A-Za-z])[\xc0-\xff]{1,2}(?![\x80-\xff])|(?<![\x80-\xff])[\xc0-\xff]{1,2}(?=[A-Za-z])")
 _HIGH = re.compile(rb"[\x80-\xff]+")
 _LATIN_SHARE = 0.7
 
@@ -63,7 +63,7 @@ def _latin_encoding(data: bytes) -> str | None:
     runs = _HIGH.findall(data)
     if not runs or _has_utf8(data):
         return None
-    n_letters = len(_LATIN.findall(data))
+    n_letters = sum(map(len, _LATIN.findall(data)))
     return "WINDOWS-1252" if n_letters and n_letters >= _LATIN_SHARE * sum(map(len, runs)) else None
 
 

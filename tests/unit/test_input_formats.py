@@ -130,6 +130,7 @@ TEXT = "Die Größe der Straße wäre schön, très élégant; 5 €?"
         (b"\0" + TEXT.encode("utf-16-le"), "UTF-16"),  # a line after a line break in UTF-16
         (TEXT.encode("utf-32-le"), "UTF-32"),
         (TEXT[:-3].encode("latin-1", "ignore"), "WINDOWS-1252"),
+        ('{"text": "Größe"}'.encode("latin-1"), "WINDOWS-1252"),
         (TEXT.encode() + b"\xe4", None),
         ("Привет, мир: это текст.".encode("cp1251"), None),
         ("日本語の文章です。".encode("shift-jis"), None),
