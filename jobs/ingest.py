@@ -1,6 +1,6 @@
 """Ingests files or a Delta table into `instances` and `rejects`, as a stream that ends with the input.
 
-Reads `ingest.input`: JSONL (plain, .gz, .zst), Parquet or a Delta table. Writes `<root>/tables/instances` and
+Reads `ingest.input`: files of one format (docs/ingest.md) or a Delta table. Writes `<root>/tables/instances` and
 `rejects`. A rerun ingests only new files and rows; a file that is delivered twice changes nothing. Driver only; the
 work is in `miniplm_udf.ingestion.splits` (executors) and `miniplm_udf.ingestion.query` (driver).
 

@@ -225,8 +225,8 @@ class IngestConfig:
     """Where the input is and how it is read.
 
     Attributes:
-        input: paths, folders or globs of files of one format, or the location of one Delta table.
-        format: auto tells the format from the file names (.jsonl[.gz|.zst], .parquet) or from a `_delta_log`.
+        input: paths, folders or globs of files of one format, the location of one Delta table, or hf://datasets/NAME.
+        format: auto tells the format from the file names (docs/ingest.md) or from a `_delta_log`.
         fields: names of the input's fields.
         default_source: source of documents whose input has none.
         chunking: how documents become instances.
@@ -237,7 +237,7 @@ class IngestConfig:
     """
 
     input: list[str] | str = dataclasses.field(default_factory=list)
-    format: Literal["auto", "jsonl", "parquet", "delta"] = "auto"
+    format: Literal["auto", "jsonl", "parquet", "text", "json", "arrow", "delta"] = "auto"
     fields: FieldsConfig = dataclasses.field(default_factory=FieldsConfig)
     default_source: str = "unknown"
     chunking: ChunkingConfig = dataclasses.field(default_factory=ChunkingConfig)

@@ -3,8 +3,8 @@
 Input: the `Inputs` that ingest would read, and a number of bytes. Output: a `Sample`: an Arrow table of the columns
 that `inputs.stream` selects, and the bytes that it was read from. Owns the choice of the places: at most STRATA, evenly
 spread over the input's bytes (in a plain file at the place itself, in a compressed file at its start, in Parquet at the
-first rows of the file). Driver only; JSONL is read through fsspec, Parquet and Delta by Spark. Writes nothing; the same
-files give the same sample.
+first rows of the file, and in the other formats too). Driver only; Spark reads Parquet and Delta, fsspec all others.
+Writes nothing; the same files give the same sample.
 """
 
 import dataclasses
@@ -17,8 +17,12 @@ from urllib.parse import unquote
 
 from miniplm_udf.config.sections import IngestConfig
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.ingestion.inputs import Inputs, batch_columns
+from miniplm_udf.ingestion.formats import WHOLE_FILES
+from miniplm_udf.ingestion.inputs import Inputs
 from miniplm_udf.ingestion.listing import InputFile, escape_glob
+from miniplm_udf.ingestion.parquet_columns import open_file, with_place
+from miniplm_udf.ingestion.row_sql import batch_columns
+from miniplm_udf.ingestion.whole_files import FileReader
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("miniplm.estimate")
 
 STRATA = 16
-_CODECS = {".gz": "gzip", ".zst": "zstd"}
+_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 # Bytes of text in a byte of a compressed file or of Parquet; decides how much is read, and enters no estimate.
 _TEXT_PER_COMPRESSED_BYTE = 3
 
@@ -74,6 +78,8 @@ def take_sample(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, sam
         sample = _sample_table(spark, inputs, ingest, sample_bytes)
     elif inputs.format == "parquet":
         sample = _sample_parquet(spark, inputs, ingest, sample_bytes)
+    elif inputs.format in WHOLE_FILES:
+        sample = _sample_whole_files(inputs, ingest, sample_bytes)
     else:
         sample = _sample_lines(inputs, sample_bytes)
     if not sample.rows.num_rows:
@@ -178,6 +184,40 @@ def _until(handle: IO[bytes], limit: int) -> Iterator[bytes]:
         yield line
 
 
+# --- text, JSON arrays and Arrow ---
+
+
+def _sample_whole_files(inputs: Inputs, ingest: IngestConfig, sample_bytes: int) -> Sample:
+    import pyarrow as pa
+
+    reader, files = inputs.file_reader(ingest.fields), {place.file for place in _places(inputs.files, sample_bytes)}
+    limit = max(1, sample_bytes // max(1, min(STRATA, len(files))))
+    batches, read_bytes, unreadable = [], 0, {}
+    for file in sorted(files, key=lambda file: file.path):
+        try:
+            rows, n_bytes = _first_rows(reader, file, limit)
+        except Exception as error:  # whatever the storage's or the codec's library raises
+            unreadable[file.path] = f"{type(error).__name__}: {error}"
+            continue
+        batches += [with_place(batch, {"source_file": file.path, "block_start": 0}) for batch in rows]
+        read_bytes += n_bytes
+    total = sum(file.n_bytes for file in inputs.files)
+    table = pa.Table.from_batches(batches) if batches else pa.table({})
+    return Sample(table, total, max(1, read_bytes), len(inputs.files), len(files), unreadable)
+
+
+def _first_rows(reader: FileReader, file: InputFile, limit: int) -> "tuple[list[pa.RecordBatch], int]":
+    """Reads the first batches of a file, about `limit` bytes; returns them and the stored bytes that they take."""
+    rows, n_bytes = [], 0
+    with open_file(file.path) as handle:
+        for batch in reader.rows(file.path, handle):
+            rows.append(batch)
+            n_bytes += batch.nbytes
+            if n_bytes >= limit:
+                return rows, min(file.n_bytes, max(1, handle.tell()))
+    return rows, file.n_bytes
+
+
 # --- Parquet and Delta ---
 
 
@@ -229,5 +269,5 @@ def _sample_table(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, s
 def _collected(frame: "DataFrame", inputs: Inputs, ingest: IngestConfig, path: str, n_rows: int) -> "pa.Table":
     from pyspark.sql import functions as F
 
-    rows: Any = frame.selectExpr(*batch_columns(inputs, ingest.fields)).limit(n_rows)
+    rows: Any = frame.selectExpr(*batch_columns(inputs.schema, ingest.fields)).limit(n_rows)
     return rows.withColumns({"source_file": F.lit(path), "block_start": F.lit(0).cast("bigint")}).toArrow()

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from miniplm_udf.config.sections import FieldsConfig, SplitConfig
+from miniplm_udf.ingestion.encodings import encoding_hint
 from miniplm_udf.storage import Json
 
 REJECT_REASONS = (
@@ -188,7 +189,7 @@ def find_field(row: Json, name: str) -> Any:
     """The value of a field of a JSON object, or ABSENT.
 
     A key that is spelled like the name comes first. Otherwise dots in the name go into nested objects: `meta.set` is
-    the field `set` of `meta`.
+    the field `set` of `meta`, which is an object or a string that holds an object as JSON.
 
     Args:
         row: the object, parsed.
@@ -197,11 +198,28 @@ def find_field(row: Json, name: str) -> Any:
     if name in row:
         return row[name]
     for dot in (match.start() for match in re.finditer(r"\.", name)):
-        inner = row.get(name[:dot])
-        value = find_field(inner, name[dot + 1 :]) if isinstance(inner, dict) else ABSENT
+        inner = object_in(row.get(name[:dot]))
+        value = find_field(inner, name[dot + 1 :]) if inner is not None else ABSENT
         if value is not ABSENT:
             return value
     return ABSENT
+
+
+def object_in(value: Any) -> Json | None:
+    """Returns a JSON object, or the object that a string holds as JSON; None for other values.
+
+    Args:
+        value: the value of a field, parsed.
+    """
+    if not isinstance(value, str):
+        return value if isinstance(value, dict) else None
+    if not value.lstrip().startswith("{"):
+        return None
+    try:
+        parsed = _PARSER.decode(value)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def field_names(row: Json) -> Iterator[str]:
@@ -218,8 +236,8 @@ def field_names(row: Json) -> Iterator[str]:
         prefix, values = waiting.pop()
         for key, value in values.items():
             yield prefix + key
-            if isinstance(value, dict):
-                waiting.append((f"{prefix}{key}.", value))
+            if (inner := object_in(value)) is not None:
+                waiting.append((f"{prefix}{key}.", inner))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,11 +267,12 @@ class DocumentReader:
         if not line.strip():
             return None
         if b"\0" in line:
-            return Reject("nul_byte", f"expected JSON, found a NUL at byte {line.index(0)} of the line", line)
+            detail = f"expected JSON, found a NUL at byte {line.index(0)} of the line{encoding_hint(line)}"
+            return Reject("nul_byte", detail, line)
         try:
             row = _PARSER.decode(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            return Reject("invalid_utf8", f"byte {error.start} of the line: {error.reason}", line)
+            return Reject("invalid_utf8", f"byte {error.start} of the line: {error.reason}{encoding_hint(line)}", line)
         except (ValueError, RecursionError) as error:
             return Reject("invalid_json", f"{type(error).__name__}: {error}", line)
         if not isinstance(row, dict):
@@ -283,7 +302,8 @@ class DocumentReader:
             decoded = text.decode("utf-8")
             names = [None if value is None else value.decode("utf-8") for value in (id, source)]
         except UnicodeDecodeError as error:
-            return Reject("invalid_utf8", f"byte {error.start} of a column: {error.reason}", text)
+            detail = f"byte {error.start} of a column: {error.reason}{encoding_hint(text)}"
+            return Reject("invalid_utf8", detail, text)
         return self._document(decoded, names[0], names[1], metadata if self.fields.metadata else None, text)
 
     def _from_row(self, row: Json, line: bytes) -> Document | Reject:
@@ -307,7 +327,7 @@ class DocumentReader:
             return Reject("empty_text", "expected a text, found one of no characters", raw)
         for value in (text, id, source):
             if value is not None and "\0" in value:
-                return Reject("nul_byte", f"found a NUL at character {value.index(chr(0))}", raw)
+                return Reject("nul_byte", f"found a NUL at character {value.index(chr(0))}{encoding_hint(raw)}", raw)
         try:
             for value in (text, id, source, metadata):
                 (value or "").encode("utf-8")

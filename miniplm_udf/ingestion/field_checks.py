@@ -1,11 +1,10 @@
 """Checks before the stream starts that the input has the fields that the config names. Driver only.
 
-Input: the types of a table's columns, or files of JSON lines; and `FieldsConfig`. Output: nothing, or a ConfigError
-with the nearest name. Spark reads the first lines of the first JSONL files. Writes nothing; a retry checks again.
+Input: the types of a table's columns, or files; and `FieldsConfig`. Output: nothing, or a ConfigError with the nearest
+name. Executors read the first rows of the first files. Writes nothing; a retry checks again.
 """
 
 import difflib
-import json
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -15,8 +14,9 @@ import pyarrow as pa
 from miniplm_udf import storage
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.ingestion.documents import field_names
+from miniplm_udf.ingestion.first_rows import array_keys, field_names_in
 from miniplm_udf.ingestion.listing import escape_glob
+from miniplm_udf.ingestion.nested import NestedSql, place_of, sql_of
 from miniplm_udf.streams.spark_log import TASK_LOGGERS, silenced
 from miniplm_udf.workers.messages import ddl
 
@@ -43,21 +43,53 @@ def check_columns(path: str, types: dict[str, str], fields: FieldsConfig) -> Non
     if not types:
         return
     for key, name in _required(fields):
-        if name not in types:
+        if _type_of(name, types) is None:
             raise ConfigError(_no_field(key, name, types, storage.redact(path)))
-    if not types[fields.text].startswith(("string", "varchar", "char", "binary")):
-        raise ConfigError(
-            f"ingest.fields.text: expected a column of text, found {fields.text!r} of {types[fields.text]}"
-        )
+    kind = _type_of(fields.text, types) or ""
+    if not kind.startswith(("string", "varchar", "char", "binary")):
+        raise ConfigError(f"ingest.fields.text: expected a column of text, found {fields.text!r} of {kind}")
 
 
-def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: FieldsConfig) -> None:
-    """Checks that some object in the first lines has each field that the config names.
+def _type_of(name: str, types: dict[str, str]) -> str | None:
+    """The type of a column, or of a field inside a column; None if there is none."""
+    from pyspark.sql.types import DataType
+
+    place = place_of(name, list(types))
+    if place is None or not place.path:
+        return None if place is None else types[place.column]
+    if not types[place.column].startswith(("struct", "map", "string", "varchar", "char")):
+        return None
+    column = NestedSql(place.column, DataType.fromDDL(types[place.column]))
+    sql = sql_of(place.path, column)
+    return None if sql is None else sql.type.simpleString()
+
+
+def check_text_fields(fields: FieldsConfig) -> None:
+    """Refuses names of fields for text files, which have none.
+
+    Args:
+        fields: names of the fields.
+
+    Raises:
+        ConfigError: a name is not a default.
+    """
+    default = FieldsConfig()
+    for key, name in _required(fields):
+        if key == "metadata" or name != getattr(default, key):
+            raise ConfigError(
+                f"ingest.fields.{key}: expected no name for text files, each of which is one document without fields, "
+                f"found {name!r}; remove the key"
+            )
+
+
+def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: FieldsConfig, kind: str) -> None:
+    """Checks that some object in the first lines, or in the first elements of arrays, has each field of the config.
 
     Args:
         spark: a session.
-        files: files of JSON lines.
+        files: files of JSON lines, or of JSON arrays.
         fields: names of the fields.
+        kind: jsonl or json.
 
     Raises:
         ConfigError: no object there has one of the fields.
@@ -68,7 +100,9 @@ def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: Fie
     keys: set[str] = set()
     # Metadata fields may be rare, so that the first lines have none of them.
     required = [(key, name) for key, name in _required(fields) if key != "metadata"]
-    for file in [file for file in files if file.n_bytes][:_FILES]:
+    for row_keys in array_keys(spark, files) if kind == "json" else []:
+        keys.update(row_keys)
+    for file in [file for file in files if file.n_bytes and kind == "jsonl"][:_FILES]:
         frame = spark.read.text(escape_glob(unquote(file.path))).selectExpr("CAST(value AS BINARY) AS line")
         try:
             with silenced(spark, TASK_LOGGERS):
@@ -100,11 +134,5 @@ def _no_field(key: str, name: str, names: Collection[str], place: str) -> str:
 def _line_keys(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The keys of each line that is a JSON object; keys of nested objects have dots."""
     for batch in batches:
-        keys = []
-        for line in batch.column(0).to_pylist():
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                keys.append([key for key in field_names(row) if key.isprintable()] if isinstance(row, dict) else [])
-            except (ValueError, RecursionError):
-                keys.append([])
+        keys = [field_names_in(line) for line in batch.column(0).to_pylist()]
         yield pa.RecordBatch.from_pydict({"keys": keys}, schema=_KEYS_SCHEMA)

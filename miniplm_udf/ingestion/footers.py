@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from miniplm_udf.ingestion.nested import same_name
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
     from pyspark.sql.types import DataType
@@ -176,18 +178,3 @@ class _Reader:
             if name is not None and self._conf.getClassByNameOrNull(name) is None:
                 return codec.lower()
         return None
-
-
-def same_name(wanted: str, names: Sequence[str]) -> str | None:
-    """Finds the column that Spark reads under a name.
-
-    Args:
-        wanted: the name in the config.
-        names: names of the columns of a file.
-
-    Returns:
-        The same name, or else the first that differs only in upper and lower case; None if there is none.
-    """
-    if wanted in names:
-        return wanted
-    return next((name for name in names if name.lower() == wanted.lower()), None)

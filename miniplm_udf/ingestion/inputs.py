@@ -1,12 +1,13 @@
 """Finds the input of ingest (files or a Delta table, format, columns) and makes the stream over it. Driver only.
 
 Input: `IngestConfig`. Output: an `Inputs`, and a streaming frame with `source_file`, `block_start`, `modified_micros`
-and either `line` (the bytes of a JSONL line) or `text`, `id`, `source` (bytes) and `metadata` (a JSON object). A config
-that does not fit the input is refused before the stream starts; bad rows are found on executors. Writes nothing; a
-retry lists again.
+and either `line` (the bytes of a JSON object) or `text`, `id`, `source` (bytes) and `metadata` (a JSON object). A
+config that does not fit the input is refused before the stream starts; bad rows are found on executors. Writes nothing;
+a retry lists again.
 
-Spark itself lists and reads the files, so every storage that Spark supports works. A Delta table is read as
-append-only: commits that change rows are skipped.
+Spark itself lists the files, and reads JSON lines and Parquet, so every storage that Spark supports works; Python on
+executors reads the other formats (whole_files.py). A Delta table is read as append-only: commits that change rows are
+skipped. Data sets of a hub are downloaded first (hub.py).
 """
 
 import dataclasses
@@ -15,29 +16,35 @@ import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from miniplm_udf import storage
 from miniplm_udf.config.sections import FieldsConfig, IngestConfig
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.ingestion.field_checks import check_columns, check_lines
+from miniplm_udf.ingestion import hub
+from miniplm_udf.ingestion.field_checks import check_columns, check_lines, check_text_fields
+from miniplm_udf.ingestion.file_format import csv_hint, file_format, is_of_format
+from miniplm_udf.ingestion.first_rows import arrow_types
 from miniplm_udf.ingestion.footers import Damage
-from miniplm_udf.ingestion.formats import SUFFIXES
+from miniplm_udf.ingestion.formats import PACKED, WHOLE_FILES
 from miniplm_udf.ingestion.listing import (
     GLOB_FILTERS,
     INPUT,
     InputFile,
     all_files,
+    base_folders,
     check_names,
     check_tables,
     existing_or_glob,
-    format_of,
+    glob_filter,
+    is_datasets_record,
     left_out,
     one_path,
     plain_path,
 )
 from miniplm_udf.ingestion.parquet_columns import make_reader
+from miniplm_udf.ingestion.row_sql import batch_columns, read_schema
 from miniplm_udf.ingestion.survey import Survey, survey_parquet
+from miniplm_udf.ingestion.whole_files import FileReader
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -50,6 +57,8 @@ _NAMES_SHOWN = 5
 _STATUS = re.compile(r"isDirectory=false; length=(\d+); replication=\d+; blocksize=\d+; modification_time=(\d+);")
 # Files that Spark lists and does not read: `_metadata` and `_common_metadata` of Parquet.
 _BOOKKEEPING = re.compile(r"/_[^/=]*$")
+_BINARY_FILE = "path string, modificationTime timestamp, length bigint, content binary"
+_GLOB_FILTERS = {**GLOB_FILTERS, "json": glob_filter(("json",), PACKED["jsonl"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Inputs:
     """The input of ingest.
 
     Attributes:
-        format: jsonl, parquet or delta.
+        format: jsonl, parquet, text, json (arrays), arrow or delta.
         path: one path, glob or table.
         by_name: whether only files are read whose names end in a suffix of the format.
         files: the files that exist now; empty for a table.
@@ -66,6 +75,7 @@ class Inputs:
         odd: Parquet files whose column types Spark cannot read under `schema`.
         damaged: Parquet files that cannot be read.
         rows_per_byte: mean of the readable Parquet files; 0 if there is none.
+        bases: folders that the input names; ids of text files are names below them.
     """
 
     format: str
@@ -77,6 +87,15 @@ class Inputs:
     odd: tuple[InputFile, ...] = ()
     damaged: tuple[Damage, ...] = ()
     rows_per_byte: float = 0.0
+    bases: tuple[str, ...] = ()
+
+    def file_reader(self, fields: FieldsConfig) -> FileReader:
+        """Returns the reader of files that Spark itself cannot read.
+
+        Args:
+            fields: names of the columns.
+        """
+        return FileReader(self.format, fields, self.bases)
 
     def surveyed(self, survey: Survey) -> "Inputs":
         """Returns the same input with the results of a newer survey of its Parquet files.
@@ -104,6 +123,10 @@ def find_inputs(
         ConfigError: no input is set, a path matches no file, formats are mixed or unknown, a column is missing, or
             Spark cannot read a file's name.
     """
+    if any(map(hub.is_on_hub, ingest.inputs)) and not spark.sparkContext.master.startswith("local"):
+        LOGGER.warning(
+            "ingest: data of a hub are in %s, which all nodes must have; share it, or copy them", hub.folder()
+        )
     if not ingest.inputs:
         raise ConfigError("ingest.input: expected paths, globs or a Delta table, found nothing; set ingest.input=PATH")
     paths = [_spark_path(path) for path in ingest.inputs]
@@ -115,20 +138,46 @@ def find_inputs(
     check_names(one_path(paths), every)
     files = tuple(file for name, path in zip(ingest.inputs, paths, strict=True) for file in matching(spark, name, path))
     _check_together(spark, paths, files)
-    kind = _format(ingest, files)
-    kept = tuple(file for file in files if ingest.format != "auto" or format_of(file.path) == kind)
+    kind = file_format(spark, ingest, files)
+    kept = tuple(file for file in files if ingest.format != "auto" or is_of_format(file.path, kind))
     kept = tuple(sorted(dict.fromkeys(kept), key=lambda file: file.path))
+    skipped = _left_out(kind, every, kept)
+    bases = base_folders(paths, [file.path for file in kept])
+    inputs = Inputs(kind, one_path(paths), ingest.format == "auto", kept, left_out=skipped, bases=bases)
+    return _checked(spark, inputs, ingest.fields, taken)
+
+
+def _left_out(kind: str, every: list[str], kept: tuple[InputFile, ...]) -> tuple[str, ...]:
+    """Names the files that are not read, and warns of them."""
+    if kind == "arrow":
+        splits = sorted(file.rpartition("/")[0] for file in every if file.endswith("/dataset_dict.json"))
+        if splits:
+            LOGGER.warning("ingest: %s has several splits, and all are read; name one of its folders", splits[0])
+        every = [file for file in every if not is_datasets_record(file)]
     skipped = left_out(every, (file.path for file in kept))
     warn_of_left_out(skipped, INPUT)
-    inputs = Inputs(kind, one_path(paths), ingest.format == "auto", kept, left_out=skipped)
+    if hint := csv_hint(skipped):
+        LOGGER.warning("%s: %s", INPUT, hint)
+    return skipped
+
+
+def _checked(
+    spark: "SparkSession", inputs: Inputs, fields: FieldsConfig, taken: Callable[[str], Collection[str]]
+) -> Inputs:
+    """Returns the input with the survey of its Parquet files, after the check that it has the config's fields."""
+    kind, kept = inputs.format, inputs.files
     if kind == "parquet":
         ingested = taken(kind)
         new = [file for file in kept if not ingested or plain_path(file.path) not in ingested]
-        survey = survey_parquet(spark, new or kept[-1:], ingest.fields)
-        inputs = inputs.surveyed(survey)
-        check_columns(inputs.path, survey.types, ingest.fields)
+        survey = survey_parquet(spark, new or kept[-1:], fields)
+        check_columns(inputs.path, survey.types, fields)
+        return inputs.surveyed(survey)
+    if kind == "arrow":
+        check_columns(inputs.path, arrow_types(spark, kept), fields)
+    elif kind == "text":
+        check_text_fields(fields)
     else:
-        check_lines(spark, kept, ingest.fields)
+        check_lines(spark, kept, fields, kind)
     return inputs
 
 
@@ -169,12 +218,14 @@ def stream(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, excluded
     Returns:
         A frame with the columns that the module header names.
     """
-    reader = spark.readStream.format({"jsonl": "text"}.get(inputs.format, inputs.format))
+    # Spark opens no file of the format `binaryFile` whose content is not selected.
+    source = "text" if inputs.format == "jsonl" else "binaryFile" if inputs.format in WHOLE_FILES else inputs.format
+    reader = spark.readStream.format(source)
     reader = reader.option("maxFilesPerTrigger", ingest.max_files_per_trigger)
     if inputs.format == "delta":
         frame = reader.option("skipChangeCommits", "true").load(inputs.path)
         return frame.selectExpr(
-            *batch_columns(inputs, ingest.fields),
+            *batch_columns(inputs.schema, ingest.fields),
             "input_file_name() AS source_file",
             "input_file_block_start() AS block_start",
             "CAST(0 AS BIGINT) AS modified_micros",
@@ -182,17 +233,24 @@ def stream(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, excluded
     # By default, Spark skips files that are a week older than the newest one, without a message.
     reader = reader.option("maxFileAge", "36500d").option("recursiveFileLookup", "true")
     if inputs.by_name:
-        reader = reader.option("pathGlobFilter", GLOB_FILTERS[inputs.format])
+        reader = reader.option("pathGlobFilter", _GLOB_FILTERS[inputs.format])
+    if inputs.format in WHOLE_FILES:
+        reader = reader.schema(_BINARY_FILE)
     if inputs.format == "parquet":
-        reader = reader.schema(_schema(inputs, ingest.fields))
+        reader = reader.schema(read_schema(inputs.schema, ingest.fields))
     frame = reader.load(inputs.path)
     if excluded:
         frame = frame.where(~_is_one_of(excluded))
     places = ["_metadata.file_path AS source_file", "_metadata.file_block_start AS block_start"]
     places += ["unix_micros(_metadata.file_modification_time) AS modified_micros"]
+    if inputs.format in WHOLE_FILES:
+        if inputs.by_name and inputs.format == "arrow":
+            frame = frame.where("_metadata.file_name NOT LIKE 'cache-%'")  # as `listing.is_datasets_cache` says
+        places[1] = "CAST(0 AS BIGINT) AS block_start"
+        return _whole_rows(frame.selectExpr(*places), inputs.file_reader(ingest.fields))
     if inputs.format == "jsonl":
         return frame.selectExpr("CAST(value AS BINARY) AS line", *places)
-    columns = batch_columns(inputs, ingest.fields)
+    columns = batch_columns(inputs.schema, ingest.fields)
     if not inputs.odd:
         return frame.selectExpr(*columns, *places)
     is_odd = _is_one_of(inputs.odd)
@@ -200,6 +258,19 @@ def stream(spark: "SparkSession", inputs: Inputs, ingest: IngestConfig, excluded
     # The same source twice is one source to Spark, so the checkpoint stays valid. Spark reads no column of these files.
     odd = frame.where(is_odd).selectExpr(*places, "_metadata.file_block_length AS block_length")
     return rows.unionByName(odd.mapInArrow(make_reader(ingest.fields), rows.schema))
+
+
+def _whole_rows(files: "DataFrame", reader: FileReader) -> "DataFrame":
+    """The rows of files that Python reads, each with the columns of its file."""
+    from pyspark.sql.types import BinaryType, StringType, StructField, StructType
+
+    columns = (
+        [StructField("line", BinaryType())]
+        if reader.format == "json"
+        else [StructField(name, BinaryType()) for name in ("text", "id", "source")]
+        + [StructField("metadata", StringType())]
+    )
+    return files.mapInArrow(reader, StructType(columns + files.schema.fields))
 
 
 def _is_one_of(files: "Collection[InputFile]") -> "Column":
@@ -262,6 +333,7 @@ def same_file(left: str, right: str) -> bool:
 
 def _spark_path(path: str) -> str:
     """The path as Hadoop expects it: a URI whose path is not percent-encoded, because it may be a glob."""
+    path = hub.local_copy(path) if hub.is_on_hub(path) else path
     return storage.to_uri(path) if storage.is_local(path) else path
 
 
@@ -296,27 +368,6 @@ def matching(spark: "SparkSession", name: str, path: str, key: str = INPUT) -> l
     return files
 
 
-def _format(ingest: IngestConfig, files: tuple[InputFile, ...]) -> str:
-    if ingest.format == "delta":
-        raise ConfigError(
-            f"ingest.input: expected a Delta table (a folder with _delta_log), found files: {ingest.inputs}"
-        )
-    if ingest.format != "auto":
-        return ingest.format
-    kinds = {kind for file in files if (kind := format_of(file.path))}
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"ingest.input: expected files of one format, found {sorted(kinds)} among {ingest.inputs}; "
-            "ingest one format, for example ingest.input='texts/*.jsonl.gz'"
-        )
-    if not kinds:
-        raise ConfigError(
-            f"ingest.input: expected names that end in {' '.join(s for v in SUFFIXES.values() for s in v)}, found "
-            f"{Path(unquote(files[0].path)).name!r} and the like; set ingest.format=jsonl or ingest.format=parquet"
-        )
-    return kinds.pop()
-
-
 def _find_table(spark: "SparkSession", paths: list[str], ingest: IngestConfig) -> Inputs | None:
     from delta.tables import DeltaTable
     from pyspark.errors import AnalysisException
@@ -338,44 +389,3 @@ def _find_table(spark: "SparkSession", paths: list[str], ingest: IngestConfig) -
     types = {field.name: field.dataType.simpleString() for field in schema.fields}
     check_columns(paths[0], types, ingest.fields)
     return Inputs("delta", paths[0], schema=schema)
-
-
-def batch_columns(inputs: Inputs, fields: FieldsConfig) -> list[str]:
-    """Makes the SQL expressions that read a row of a table or a Parquet file.
-
-    Args:
-        inputs: the input, with its schema.
-        fields: names of the columns.
-
-    Returns:
-        Expressions for `text`, `id`, `source` (bytes) and `metadata` (a JSON object); null for a missing column.
-    """
-    schema = _schema(inputs, fields)
-
-    def as_bytes(column: str, name: str) -> str:
-        if column not in schema.names:
-            return f"CAST(NULL AS BINARY) AS {name}"
-        data_type = schema[column].dataType.simpleString()
-        if data_type == "binary":
-            return f"{_quoted(column)} AS {name}"
-        plain = "to_json" if data_type.startswith(("struct", "array", "map")) else ""
-        return f"CAST(CAST({plain}({_quoted(column)}) AS STRING) AS BINARY) AS {name}"
-
-    carried = ", ".join(_quoted(name) for name in fields.metadata if name in schema.names)
-    return [
-        as_bytes(fields.text, "text"),
-        as_bytes(fields.id, "id"),
-        as_bytes(fields.source, "source"),
-        f"{f'to_json(struct({carried}))' if carried else 'CAST(NULL AS STRING)'} AS metadata",
-    ]
-
-
-def _schema(inputs: Inputs, fields: FieldsConfig) -> "StructType":
-    """The input's schema; if no file has one, a schema with the text column alone."""
-    from pyspark.sql.types import StringType, StructField, StructType
-
-    return inputs.schema or StructType([StructField(fields.text, StringType())])
-
-
-def _quoted(column: str) -> str:
-    return "`" + column.replace("`", "``") + "`"

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 from miniplm_udf import storage
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.ingestion import globs
 from miniplm_udf.ingestion.formats import NAMES, PACKED
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ _BOOKKEEPING = re.compile(
     r"|/(_delta_log|_temporary|_spark_metadata)/"
 )
 _FOLDERS_ASKED = 16
+# Least number of folders that a `**` stands for, and the folders below the deepest existing one that it reaches.
+_LEVELS, _NEW_LEVELS = 4, 2
+# Records that `datasets.save_to_disk` writes next to its Arrow files; files of `map` and `filter` in the same folder.
+_DATASETS_RECORD = re.compile(r"/(dataset_info|dataset_dict|state|dataset_infos)\.json$")
+_DATASETS_CACHE = re.compile(r"/cache-[^/]*\.arrow$")
 # Spark's own rule (HadoopFSUtils.shouldFilterOutPathName).
 _HIDDEN = re.compile(r"/(\.|_(?![^/]*=))[^/]*")
 
@@ -81,7 +87,7 @@ def format_of(path: str) -> str | None:
         path: path or URI of the file.
 
     Returns:
-        `jsonl` or `parquet`; None for other names.
+        A key of `formats.NAMES`; None for other names.
     """
     return next((kind for kind, pattern in _PATTERNS.items() if pattern.search(path)), None)
 
@@ -105,7 +111,9 @@ def plain_path(uri: str) -> str:
 
 
 def existing_or_glob(spark: "SparkSession", path: str, key: str = INPUT) -> str:
-    """Returns a path as a glob. Its glob characters are escaped if a file or folder has exactly this name.
+    """Returns a path as a glob that Hadoop knows: `**` is expanded, as deep as folders are now and two levels more.
+
+    Its glob characters are escaped if a file or folder has exactly this name.
 
     Args:
         spark: a session.
@@ -118,7 +126,52 @@ def existing_or_glob(spark: "SparkSession", path: str, key: str = INPUT) -> str:
     if not _GLOB.search(path):
         return path
     filesystem, place = _filesystem(spark, path, key)
-    return escape_glob(path) if filesystem.exists(place) else path
+    if filesystem.exists(place):
+        return escape_glob(path)
+    if not globs.is_recursive(path):
+        return path
+    start = globs.start_of_recursion(path)
+    files = [re.sub(r"^\w+:/+", "", file) for file in all_files(spark, start, key)]
+    deepest = max((file.count("/") for file in files), default=0) - re.sub(r"^\w+:/+", "", start).count("/") - 1
+    return globs.expand_recursive(path, max(_LEVELS, deepest + _NEW_LEVELS))
+
+
+def base_folders(paths: Sequence[str], files: Iterable[str]) -> tuple[str, ...]:
+    """Returns the folders that the input's paths name, below which the names of files differ.
+
+    Args:
+        paths: paths and globs, as `existing_or_glob` returns them.
+        files: URIs of the files that they match.
+
+    Returns:
+        Plain folders with a slash at the end, the longest first.
+    """
+    names = [plain_path(file) for file in files]
+    bases = set()
+    for path in paths:
+        fixed = re.split(r"(?<!\\)[\[{*?]", path, maxsplit=1)[0]
+        place = re.sub(r"^file:/+", "file:/", re.sub(r"\\(.)", r"\1", fixed))
+        is_folder = fixed == path and any(name.startswith(f"{place}/") for name in names)
+        bases.add(f"{place}/" if is_folder else place[: place.rfind("/") + 1])
+    return tuple(sorted(bases, key=lambda base: (-len(base), base)))
+
+
+def is_datasets_record(path: str) -> bool:
+    """Whether a file is a record that `datasets.save_to_disk` writes; it holds no text.
+
+    Args:
+        path: path or URI of the file.
+    """
+    return bool(_DATASETS_RECORD.search(path))
+
+
+def is_datasets_cache(path: str) -> bool:
+    """Whether a file is one that `datasets` writes for `map` and `filter`: its rows are derived from the data.
+
+    Args:
+        path: path or URI of the file.
+    """
+    return bool(_DATASETS_CACHE.search(path))
 
 
 def one_path(paths: list[str]) -> str:

@@ -21,7 +21,8 @@ import fsspec
 
 from miniplm_udf import storage
 from miniplm_udf.config.sections import FieldsConfig
-from miniplm_udf.ingestion.footers import Footer, ParquetColumn, same_name
+from miniplm_udf.ingestion.footers import Footer, ParquetColumn
+from miniplm_udf.ingestion.nested import columns_for, place_of, same_name, value_at
 from miniplm_udf.schemas.types import TableRow
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ def wanted_columns(fields: FieldsConfig) -> list[str]:
         fields: names of the columns for text, id, source and metadata.
 
     Returns:
-        Names in this order, each once.
+        Names in this order, each once; after a name with dots, the columns that may hold it as a field.
     """
-    return list(dict.fromkeys([fields.text, fields.id, fields.source, *fields.metadata]))
+    names = [fields.text, fields.id, fields.source, *fields.metadata]
+    return list(dict.fromkeys(column for name in names for column in columns_for(name)))
 
 
 def holds_text(column: ParquetColumn) -> bool:
@@ -187,7 +189,7 @@ def _read_split(place: TableRow, n_rows: int, fields: FieldsConfig) -> Iterator[
             }
             for batch in file.iter_batches(_ROWS, row_groups=groups, columns=list(columns.values())):
                 n_read += batch.num_rows
-                yield _with_place(converted(batch, columns, fields), kept)
+                yield with_place(converted(batch, columns, fields), kept)
     except (pa.ArrowException, OSError) as error:
         raise OSError(f"[FAILED_READ_FILE.ARROW] Encountered error while reading file {path}. {error}") from error
     if n_read != n_rows:
@@ -217,7 +219,13 @@ def row_groups(metadata: Any, start: int, end: int) -> list[int]:
     return numbers
 
 
-def _with_place(batch: "pa.RecordBatch", place: TableRow) -> "pa.RecordBatch":
+def with_place(batch: "pa.RecordBatch", place: TableRow) -> "pa.RecordBatch":
+    """Returns a batch with further columns that have one value each.
+
+    Args:
+        batch: the batch.
+        place: the values, strings or integers, by column.
+    """
     import pyarrow as pa
 
     for name, value in place.items():
@@ -227,7 +235,7 @@ def _with_place(batch: "pa.RecordBatch", place: TableRow) -> "pa.RecordBatch":
 
 
 def converted(batch: "pa.RecordBatch", columns: dict[str, str], fields: FieldsConfig) -> "pa.RecordBatch":
-    """Returns rows with text, id, source (bytes) and metadata (a JSON object), as `inputs.batch_columns` does.
+    """Returns rows with text, id, source (bytes) and metadata (a JSON object), as `row_sql.batch_columns` does.
 
     Args:
         batch: rows of a file.
@@ -236,13 +244,16 @@ def converted(batch: "pa.RecordBatch", columns: dict[str, str], fields: FieldsCo
     """
     import pyarrow as pa
 
-    values = {name: _plain(batch.column(stored_name)) for name, stored_name in columns.items()}
+    plain = {name: _plain(batch.column(stored_name)) for name, stored_name in columns.items()}
+    names = [fields.text, fields.id, fields.source, *fields.metadata]
+    places = {name: place for name in names if (place := place_of(name, list(plain))) is not None}
+    values = {name: [value_at(value, at.path) for value in plain[at.column]] for name, at in places.items()}
     absent = [None] * batch.num_rows
     data = {
         key: pa.array([_as_bytes(value) for value in values.get(name, absent)], pa.binary())
         for key, name in (("text", fields.text), ("id", fields.id), ("source", fields.source))
     }
-    carried = [name for name in fields.metadata if name in columns]
+    carried = [name for name in fields.metadata if name in values]
     rows = [{name: values[name][i] for name in carried} for i in range(batch.num_rows)]
     metadata = [_json(row) for row in rows] if fields.metadata else absent
     return pa.RecordBatch.from_pydict({**data, "metadata": pa.array(metadata, pa.string())})

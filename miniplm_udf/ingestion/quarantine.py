@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from miniplm_udf import schemas, storage
@@ -22,7 +22,7 @@ from miniplm_udf.ingestion.documents import RAW_BYTES, STAGE, reject_id
 from miniplm_udf.ingestion.footers import Damage
 from miniplm_udf.ingestion.inputs import Inputs, list_files, same_file
 from miniplm_udf.ingestion.listing import InputFile, plain_path
-from miniplm_udf.ingestion.parquet_columns import reads_all, wanted_columns
+from miniplm_udf.ingestion.parquet_columns import reads_all
 from miniplm_udf.ingestion.readability import damaged_files
 from miniplm_udf.ingestion.survey import survey_parquet
 from miniplm_udf.ingestion.taken import TakenFile, batch_files, finished_batch, record_sizes, taken_files
@@ -76,8 +76,8 @@ class Quarantine:
             return
         waiting = self._waiting(self.inputs.files)
         damaged = [damage for damage in self.inputs.damaged if damage.file in waiting]
-        # Pages of Parquet files are decoded when their micro-batch begins.
-        self._add([*damaged, *(self._damaged(waiting) if self.inputs.format == "jsonl" else [])])
+        # The rows of other formats are decoded when their micro-batch begins.
+        self._add([*damaged, *(self._damaged(waiting) if self.inputs.format in ("jsonl", "text") else [])])
 
     def check_batch(self, batch_id: int) -> bool:
         """Checks the files of a micro-batch before it reads them, and records their sizes.
@@ -151,9 +151,7 @@ class Quarantine:
         """Reads to their ends the files that were not checked before and are not excluded; returns damaged ones."""
         new = [file for file in files if file not in self._checked and file not in self.excluded]
         self._checked.update(new)
-        is_parquet = self.inputs.format == "parquet"
-        columns = wanted_columns(self._config.ingest.fields) if is_parquet else None
-        return damaged_files(self._spark, new, columns)
+        return damaged_files(self._spark, new, self.inputs.format, self._config.ingest.fields)
 
     def _waiting(self, files: Sequence[InputFile]) -> list[InputFile]:
         """The files that no finished micro-batch has taken and that are not excluded."""
@@ -259,13 +257,25 @@ def unreadable_files(spark: "SparkSession", config: ExperimentConfig) -> list[Un
     return [UnreadableFile(*row) for row in rows]
 
 
-def warn_of_changed(paths: Sequence[str]) -> None:
+def warn_of_changed(paths: Sequence[str], grown: Mapping[str, int]) -> None:
     """Warns of files that changed after they were taken: one line for each of the first few, then their number.
 
     Args:
         paths: URIs of the files.
+        grown: bytes by which files have grown, by URI (`taken.growth`).
     """
     for path in paths[:_SHOWN]:
-        LOGGER.warning("ingest: %s changed after it was taken and is not read again; give it another name", path)
+        if path in grown:
+            LOGGER.warning(
+                "ingest: %s has grown by %s bytes after it was read, and its new rows are not read; put new rows into "
+                "new files, or copy the file to another name: its old rows count as duplicates",
+                path, f"{grown[path]:,}",
+            )  # fmt: skip
+            continue
+        LOGGER.warning(
+            "ingest: %s changed after it was read and is not read again; give it another name: rows that are known "
+            "count as duplicates",
+            path,
+        )
     if len(paths) > _SHOWN:
         LOGGER.warning("ingest: %d more files changed after they were taken", len(paths) - _SHOWN)

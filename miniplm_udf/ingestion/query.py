@@ -36,7 +36,7 @@ from miniplm_udf.ingestion.summary import (
     summarize,
     warn_of_empty_splits,
 )
-from miniplm_udf.ingestion.taken import TakenFile, changed_since, finished_batch, taken_files
+from miniplm_udf.ingestion.taken import TakenFile, changed_since, finished_batch, growth, taken_files
 from miniplm_udf.scoring.description import with_absolute_path
 from miniplm_udf.storage import Json
 from miniplm_udf.store import tables, takedowns
@@ -104,7 +104,7 @@ def find_new_inputs(spark: "SparkSession", config: ExperimentConfig) -> tuple[In
 
     inputs = find_inputs(spark, config.ingest, ingested)
     files = [] if inputs.format == "delta" else taken(inputs.format)
-    warn_of_changed(changed_since(inputs.files, files))
+    warn_of_changed(changed_since(inputs.files, files), growth(inputs.files, files))
     return inputs, files
 
 

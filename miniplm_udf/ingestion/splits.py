@@ -214,7 +214,7 @@ def read_rows(batch: "pa.RecordBatch", reader: DocumentReader) -> Iterator[tuple
     """Reads the rows of a batch.
 
     Args:
-        batch: rows with `source_file`, `block_start`, and either `line` or the columns of `inputs.batch_columns`.
+        batch: rows with `source_file`, `block_start`, and either `line` or the columns of `row_sql.batch_columns`.
         reader: turns a row into a document.
 
     Yields:

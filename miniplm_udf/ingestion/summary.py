@@ -8,6 +8,7 @@ the input unchanged; any other reject counts as one row. Driver only. Writes not
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class TableCounts:
         unreadable: the rejects that stand for whole files.
         keys: rows of `document_keys`, one for each packed document; 0 with chunking by document, which has no
             table.
+        example: the detail of a reject; None if there is none.
     """
 
     instances: dict[str, int]
@@ -53,6 +55,7 @@ class TableCounts:
     text_bytes: int
     unreadable: list[UnreadableFile]
     keys: int
+    example: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,9 +112,12 @@ def count_tables(spark: "SparkSession", config: ExperimentConfig) -> TableCounts
     begun = F.sum(F.col("starts_document").cast("int") + F.size("segment_ends"))
     frame = tables.read(spark, config.layout.table("instances"))
     instances = frame.groupBy("split").agg(F.count("*"), begun, F.sum("n_bytes")).collect()
-    rejects = tables.read(spark, config.layout.table("rejects")).where(f"stage = '{STAGE}'").groupBy("reason").count()
+    uri, is_own = config.layout.table("rejects"), f"stage = '{STAGE}'"
+    rejects = tables.read(spark, uri).where(is_own).groupBy("reason").count()
     by_reason = dict(rejects.collect())
     keys = config.layout.table(schemas.DOCUMENT_KEYS.name)
+    # Only the message about an empty corpus shows it.
+    examples = tables.read(spark, uri).where(is_own).select("detail").take(1) if by_reason and not instances else []
     return TableCounts(
         instances={row[0]: row[1] for row in instances},
         rejects=by_reason,
@@ -119,6 +125,7 @@ def count_tables(spark: "SparkSession", config: ExperimentConfig) -> TableCounts
         text_bytes=sum(row[3] for row in instances),
         unreadable=unreadable_files(spark, config) if by_reason.get(REASON) else [],
         keys=tables.read(spark, keys).count() if tables.exists(spark, keys) else 0,
+        example=examples[0][0] if examples else None,
     )
 
 
@@ -201,7 +208,8 @@ def summarize(
     if total == 0:
         raise CorpusError(
             f"nothing was ingested: expected at least one document in {config.ingest.inputs}, found "
-            f"{len(inputs.files)} files and rejects {after.rejects or 'none'}; "
+            f"{len(inputs.files)} files and rejects {after.rejects or 'none'}"
+            f"{f', for example: {after.example!r}' if after.example else ''}; "
             f"see the table {storage.redact(config.layout.table('rejects'))}"
         )
     unreadable = _rows_of_unreadable(inputs, after)
@@ -266,7 +274,8 @@ def _sentence(summary: IngestSummary, n_bad: int, limit: float) -> str:
 
 def _names(names: list[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(name.rsplit("/", 1)[-1] for name in names[:_NAMES_SHOWN]) + more
+    shown = (re.sub(r"^.*/(?=[^/]+)", "", name.replace("/ (", " (")) for name in names[:_NAMES_SHOWN])
+    return ", ".join(shown) + more
 
 
 def warn_of_empty_splits(config: ExperimentConfig, summary: IngestSummary) -> None:

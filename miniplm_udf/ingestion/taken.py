@@ -142,6 +142,21 @@ def changed_since(files: Iterable[InputFile], taken: Iterable[TakenFile]) -> lis
     )  # fmt: skip
 
 
+def growth(files: Iterable[InputFile], taken: Iterable[TakenFile]) -> dict[str, int]:
+    """Finds the files that have more bytes than when they were taken.
+
+    Args:
+        files: the files as they are now.
+        taken: the files as they were taken.
+
+    Returns:
+        The bytes that each has more, by plain path.
+    """
+    sizes = {plain_path(file.path): file.n_bytes for file in taken if file.n_bytes is not None}
+    more = {path: file.n_bytes - sizes.get(path, file.n_bytes) for file in files for path in [plain_path(file.path)]}
+    return {path: n_bytes for path, n_bytes in more.items() if n_bytes > 0}
+
+
 def _source_log(checkpoint_uri: str) -> str:
     return storage.join(checkpoint_uri, "sources", "0")
 

@@ -193,7 +193,7 @@ def open_text_set(name: str, config: TextInputConfig) -> TextSet:
     formats = {file: _format(file) for file in files} if config.format == "auto" else {files[0]: config.format}
     if len(set(formats.values())) > 1 or None in formats.values():
         raise ConfigError(
-            f"{key}.path: expected files of one format, .jsonl[.gz|.zst] or .parquet, found "
+            f"{key}.path: expected files of one format, .jsonl[.gz|.zst|.bz2] or .parquet, found "
             f"{', '.join(sorted(formats)[:5])}; name them with a glob, or set {key}.format"
         )
     kind = str(formats[files[0]])
@@ -247,7 +247,7 @@ def _files(config: TextInputConfig) -> list[str]:
 
 
 def _format(file: str) -> str | None:
-    return next((kind for kind, suffixes in SUFFIXES.items() if file.lower().endswith(suffixes)), None)
+    return next((kind for kind in ("jsonl", "parquet") if file.lower().endswith(SUFFIXES[kind])), None)
 
 
 def _is_text(kind: Any) -> bool:

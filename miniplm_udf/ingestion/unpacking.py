@@ -1,10 +1,11 @@
-"""Decompresses `.gz` and `.zst` files to their ends: all members or frames, and an error if the data end too early.
+"""Decompresses `.gz`, `.zst` and `.bz2` files to their ends: all members or frames, and an error if data are missing.
 
 Input: an open file and its name. Output: chunks of its content; a file with another ending is passed on as it is. (The
 readers of Spark, and fsspec's reader for zstd, stop at the end of the first frame or of cut data without a word.) No
 Spark; writes nothing. A retry gives the same bytes.
 """
 
+import bz2
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -35,6 +36,8 @@ def unpacked_chunks(path: str, handle: IO[bytes]) -> Iterator[bytes]:
         import zstandard
 
         yield from _unpacked(handle, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError, "zstd")
+    elif path.endswith(".bz2"):
+        yield from _unpacked(handle, bz2.BZ2Decompressor, OSError, "bzip2")
     else:
         while data := handle.read(_CHUNK_BYTES):
             yield data
@@ -65,6 +68,8 @@ def _unpacked(handle: IO[bytes], make: Callable[[], Any], errors: type[Exception
             if unpacker.eof:
                 unpacker = None
     except errors as error:
+        if getattr(error, "errno", None) is not None:  # an error of the storage; the errors of bz2 have no number
+            raise
         raise DamagedDataError(f"damaged {name} data: {error}") from error
     if unpacker is not None:
         raise DamagedDataError(f"the {name} data end too early (a file that was cut)")

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from miniplm_udf.config.sections import FieldsConfig, SplitConfig
 from miniplm_udf.ingestion.documents import Document, DocumentReader
-from miniplm_udf.ingestion.inputs import Inputs, batch_columns
 from miniplm_udf.ingestion.parquet_columns import converted
+from miniplm_udf.ingestion.row_sql import batch_columns
 
 
 def strict(text: str) -> Any:
@@ -36,7 +36,7 @@ def test_parquet_and_json_lines_carry_the_same_numbers(spark: Any, tmp_path: Pat
     fields = FieldsConfig(metadata=["score", "deep"])
     reader = DocumentReader(fields, "unknown", SplitConfig(reference=0, heldout=0))
     table = spark.read.parquet(str(tmp_path / "rows.parquet"))
-    columns = table.selectExpr(*batch_columns(Inputs("parquet", "", schema=table.schema), fields)).collect()
+    columns = table.selectExpr(*batch_columns(table.schema, fields)).collect()
     of_table = [reader.read_columns(*(value and bytes(value) for value in row[:3]), row[3]) for row in columns]
     of_lines = [reader.read_line(json.dumps(row).encode()) for row in rows]
     expected = ["NaN", "Infinity", "-Infinity", 0.5]
@@ -81,7 +81,7 @@ def test_a_file_that_pyarrow_reads_has_the_ids_and_the_metadata_that_spark_reads
     [batch] = table.to_batches()
     for name in values:
         fields = FieldsConfig(id=name, metadata=list(values))
-        rows = frame.selectExpr(*batch_columns(Inputs("parquet", "", schema=frame.schema), fields)).collect()
+        rows = frame.selectExpr(*batch_columns(frame.schema, fields)).collect()
         found = converted(batch, {column: column for column in ("text", *values)}, fields)
         assert found.column("id").to_pylist() == [row[1] and bytes(row[1]) for row in rows], name
     assert found.column("metadata").to_pylist() == [row[3] for row in rows]

@@ -22,7 +22,7 @@ READ = [
     "g*h?.jsonl",
     "i\\j.jsonl", "${HOME}.jsonl", "a%25b#c?d&e;f.jsonl", "line\nfeed\t.jsonl", "ä ü 😀'\"`.jsonl", "-.jsonl",
 ]  # fmt: skip
-LEFT_OUT = ["_u.jsonl", ".h.jsonl", "n.txt", "s.jsonl.bz2", "v.jsonl.GZ"]
+LEFT_OUT = ["_u.jsonl", ".h.jsonl", "n.txt", "s.csv", "v.jsonl.GZ"]
 UNNAMED = ["_SUCCESS", ".x.jsonl.crc", "_committed_1", "_temporary/0/t.jsonl", "empty.jsonl"]
 
 

@@ -25,7 +25,8 @@ def test_what_is_left_out_is_named_once() -> None:
     ("name", "kind"),
     [
         ("x.jsonl", "jsonl"), ("X.JSONL", "jsonl"), ("x.NdJson.gz", "jsonl"), ("x.json.zst", "jsonl"),
-        ("x.PARQUET", "parquet"), ("x.jsonl.GZ", None), ("x.jsonl.bz2", None), ("x.txt", None), ("xjsonl", None),
+        ("x.PARQUET", "parquet"), ("x.jsonl.GZ", None), ("x.jsonl.bz2", "jsonl"),
+        ("x.txt", "text"), ("X.TXT.zst", "text"), ("x.feather", "arrow"), ("x.csv", None), ("xjsonl", None),
         ("x.parquet.gz", None),
     ],
 )  # fmt: skip
