@@ -4,6 +4,9 @@ A message says what was expected, what was found, where, and what to do. Bad row
 An executor raises the same classes; `workers.remote` brings them back to the driver.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
@@ -20,6 +23,22 @@ class ConfigError(MiniplmError, ValueError):
     """The config or the command line is wrong: fix it and run again."""
 
     exit_code = EXIT_BAD_CONFIG
+
+
+class ConfigProblems(ConfigError):
+    """Several things are wrong at once: each is one sentence with its key and its remedy.
+
+    Args:
+        problems: the sentences, at least one; a sentence that comes twice is shown once.
+        rest: the experiment without the keys that are wrong, for further checks; None if nothing can be made of it.
+    """
+
+    def __init__(self, problems: Sequence[str], rest: Any = None) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        self.rest = rest
+        numbered = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.problems, start=1))
+        n = len(self.problems)
+        super().__init__(self.problems[0] if n == 1 else f"{n} problems, all to fix before anything runs:{numbered}")
 
 
 class SchemaMismatchError(MiniplmError):

@@ -25,8 +25,12 @@ def nearest(found: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _dataclass_in(annotation: Any) -> tuple[type | None, bool]:
-    """The dataclass in a type annotation, or None; and whether it is the type of a dict's values."""
+def dataclass_in(annotation: Any) -> tuple[type | None, bool]:
+    """Returns the dataclass in a type annotation, or None; and whether it is the type of a dict's values.
+
+    Args:
+        annotation: the annotation of a field.
+    """
     if dataclasses.is_dataclass(annotation):
         return typing.cast(type, annotation), False
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -49,17 +53,38 @@ def check_keys(raw: Any, owner: type, prefix: str = "") -> None:
     """
     if raw is None:
         return
-    check(isinstance(raw, dict), f"{prefix.rstrip('.') or 'config'}: expected a mapping, found {type(raw).__name__}")
+    check(isinstance(raw, dict), no_mapping(raw, prefix.rstrip(".")))
     hints = typing.get_type_hints(owner)
-    known = [field.name for field in dataclasses.fields(owner)]
     for key, value in raw.items():
-        check(
-            key in known,
-            f"unknown key {prefix}{key}{nearest(str(key), known)} (known here: {', '.join(known)})",
-        )
-        inner, in_dict = _dataclass_in(hints[key])
+        message = unknown_key(key, owner, prefix)
+        check(message is None, message or "")
+        inner, in_dict = dataclass_in(hints[key])
         if inner and in_dict and isinstance(value, dict):
             for name, item in value.items():
                 check_keys(item, inner, f"{prefix}{key}.{name}.")
         elif inner:
             check_keys(value, inner, f"{prefix}{key}.")
+
+
+def no_mapping(raw: Any, place: str) -> str:
+    """Returns the message for a section that is no mapping.
+
+    Args:
+        raw: the value that stands there.
+        place: dotted key of the section; "" for the whole config.
+    """
+    return f"{place or 'config'}: expected a mapping, found {type(raw).__name__}"
+
+
+def unknown_key(key: Any, owner: type, prefix: str) -> str | None:
+    """Returns the message for a key that a section does not have, with the nearest key; None if it has the key.
+
+    Args:
+        key: the key.
+        owner: the dataclass of the section.
+        prefix: dotted keys up to the section.
+    """
+    known = [field.name for field in dataclasses.fields(owner)]
+    if key in known:
+        return None
+    return f"unknown key {prefix}{key}{nearest(str(key), known)} (known here: {', '.join(known)})"
