@@ -20,25 +20,31 @@ class MiniplmError(Exception):
 
 
 class ConfigError(MiniplmError, ValueError):
-    """The config or the command line is wrong: fix it and run again."""
+    """The config or the command line is wrong: fix it and run again.
 
-    exit_code = EXIT_BAD_CONFIG
-
-
-class ConfigProblems(ConfigError):
-    """Several things are wrong at once: each is one sentence with its key and its remedy.
-
-    Args:
-        problems: the sentences, at least one; a sentence that comes twice is shown once.
-        rest: the experiment without the keys that are wrong, for further checks; None if nothing can be made of it.
+    Attributes:
+        problems: each thing that is wrong, as a sentence with its key and its remedy; empty for an error that was
+            raised at the first of them.
+        rest: the experiment without the keys that are wrong, for further checks; None if there is none.
     """
 
-    def __init__(self, problems: Sequence[str], rest: Any = None) -> None:
-        self.problems = tuple(dict.fromkeys(problems))
-        self.rest = rest
-        numbered = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.problems, start=1))
-        n = len(self.problems)
-        super().__init__(self.problems[0] if n == 1 else f"{n} problems, all to fix before anything runs:{numbered}")
+    exit_code = EXIT_BAD_CONFIG
+    problems: tuple[str, ...] = ()
+    rest: Any = None
+
+    @classmethod
+    def of_all(cls, problems: Sequence[str], rest: Any = None) -> "ConfigError":
+        """Returns one error for everything that is wrong at once; its message is a numbered list.
+
+        Args:
+            problems: the sentences, at least one; a sentence that comes twice is shown once.
+            rest: see the attribute.
+        """
+        once = tuple(dict.fromkeys(problems))
+        numbered = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(once, start=1))
+        error = cls(once[0] if len(once) == 1 else f"{len(once)} things to fix before anything runs:{numbered}")
+        error.problems, error.rest = once, rest
+        return error
 
 
 class SchemaMismatchError(MiniplmError):

@@ -44,7 +44,7 @@ from miniplm_udf.config.sections import (
 from miniplm_udf.config.student_models import fill_in
 from miniplm_udf.config.tracking import MlflowConfig, TensorboardConfig, WandbConfig
 from miniplm_udf.config.training import ReferenceConfig, StudentConfig, TrainConfig
-from miniplm_udf.errors import ConfigError, ConfigProblems
+from miniplm_udf.errors import ConfigError
 from miniplm_udf.layout import Root
 from miniplm_udf.storage import Json
 
@@ -87,7 +87,7 @@ class ExperimentConfig(LinkedSections):
         self._pass_on_separator()
         problems = list(self.link_problems())
         if problems:
-            raise ConfigProblems(problems)
+            raise ConfigError.of_all(problems)
 
     def _settle_places(self) -> None:
         """Makes `root` a URI, and refuses places with characters that cannot stand there."""
@@ -168,9 +168,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         overrides: `dotted.key=value`, applied in order (overrides.py).
 
     Raises:
-        ConfigError: there is no such file, it is not YAML, or an override is not `key=value`.
-        ConfigProblems: keys are unknown (the message names the nearest key), or values have the wrong type or range, or
-            do not fit together: all of them.
+        ConfigError: there is no such file, it is not YAML, or an override is not `key=value`; or keys are unknown (the
+            message names the nearest key), values have the wrong type or range, or do not fit together: all of them.
     """
     import yaml
 
@@ -206,7 +205,7 @@ def _parsed(raw: Json) -> ExperimentConfig:
     return typing.cast(ExperimentConfig, parser.instantiate(parser.parse_object({"experiment": raw})).experiment)
 
 
-def _all_problems(raw: Json) -> ConfigProblems | None:
+def _all_problems(raw: Json) -> ConfigError | None:
     """Everything that is wrong in a config that was refused; None if each part is right by itself."""
     checked = check_sections(raw, ExperimentConfig)
     problems = checked.problems
@@ -223,7 +222,7 @@ def _all_problems(raw: Json) -> ConfigProblems | None:
         problems = [*problems, str(error)]
     rest._pass_on_separator()
     problems = [*problems, *rest.link_problems()]
-    return ConfigProblems(problems, rest) if problems else None
+    return ConfigError.of_all(problems, rest) if problems else None
 
 
 def to_dict(config: Any) -> Json:
