@@ -30,7 +30,7 @@ def read_checked(name: str, arguments: argparse.Namespace, stages_of: StagesOf) 
         its plan.
 
     Raises:
-        ConfigError: the config itself is wrong; the message also has what is wrong with the rest of it.
+        ConfigError: the config itself is wrong; the message also has the problems of its other keys on this machine.
     """
     try:
         config = read_config(name, arguments)

@@ -80,9 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, problems = read_checked("run", arguments, _applicable)
         options = Options.of(arguments)
         if config.stream.trigger != "available_now":
-            raise ConfigError(
-                "stream.trigger: `miniplm run` goes through all stages once, so it expects available_now, found "
-                f"{config.stream.trigger}; `miniplm stream` keeps ingesting and scoring"
+            raise ConfigError.of_all(
+                [
+                    "stream.trigger: `miniplm run` goes through all stages once, so it expects available_now, found "
+                    f"{config.stream.trigger}; `miniplm stream` keeps ingesting and scoring",
+                    *problems,
+                ]
             )
         if arguments.dry_run:
             print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))

@@ -1,12 +1,13 @@
-"""Finds everything that is wrong in the sections of a config, each by itself. Used once a config has been refused.
+"""Makes the sections of a config from plain data, and collects everything that is wrong in them.
 
 Input: plain data as it is read from YAML, and the dataclass that it is meant for. Output: a `Checked`: the values that
-are right, and a sentence with the full key for each that is not. A wrong key is left out, so that the checks after it
-still see the other keys and the default. Links between sections are not checked (links.py). Imports jsonargparse only
-inside the function that reads a single value.
+are right, and a sentence with the full key for each that is not. jsonargparse reads a single value as its declared
+type; each section checks its own values when it is made. A wrong key is left out, so that the checks after it still see
+the other keys. Links between sections are not checked (links.py). Imports nothing heavy at module level.
 """
 
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -25,7 +26,7 @@ _KEYS = re.compile(r"[a-z_0-9.]+(, [a-z_0-9.]+)*:")
 
 @dataclasses.dataclass
 class Checked:
-    """What a check has found.
+    """The result of a check.
 
     Attributes:
         values: the values that are right, by key.
@@ -191,18 +192,24 @@ def _read(value: Any, hint: Any) -> Any:
     Raises:
         ConfigError: it has another type.
     """
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
     try:
-        return parser.parse_object({"value": value}).value
+        return _parser(hint).parse_object({"value": value}).value
     except Exception as error:  # jsonargparse's errors have no common base but Exception
         raise ConfigError(str(error)) from error
 
 
+@functools.cache
+def _parser(hint: Any) -> Any:
+    """A parser of one value; making it takes longer than parsing."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    return parser
+
+
 def _in_words(hint: Any) -> str:
-    """A type annotation as a user writes such a value."""
+    """Describes a type annotation as a user writes its values."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"

@@ -1,12 +1,11 @@
 """Reads one experiment, a YAML file, into an `ExperimentConfig` of sections (sections.py), and checks it.
 
-Input: a YAML file and dotted overrides (`ingest.input=/texts/*.jsonl`). Output: an `ExperimentConfig`. jsonargparse
-makes the dataclasses and checks types; links.py checks the links between sections; keys.py refuses unknown keys, and
-student_models.py fills in the keys that models inherit. Everything that is wrong in a file is reported at once
-(collecting.py). Other functions take these dataclasses, never a dict. The library reads four environment variables:
-MLFLOW_TRACKING_URI (`mlflow_uri`), MINIPLM_CACHE (storage.py), MINIPLM_LOG_LEVEL (progress.py) and
-MINIPLM_SPARK_LOG_LEVEL (streams/spark_log.py). Imports nothing heavy at module level, and jsonargparse only to read a
-config.
+Input: a YAML file and dotted overrides (`ingest.input=/texts/*.jsonl`). Output: an `ExperimentConfig`. collecting.py
+makes the sections; it refuses unknown keys (keys.py) and wrong values, and fills in the keys that models inherit
+(student_models.py). links.py checks the links between sections. Everything that is wrong in a file is reported at once.
+Other functions take these dataclasses, never a dict. The library reads four environment variables: MLFLOW_TRACKING_URI
+(`mlflow_uri`), MINIPLM_CACHE (storage.py), MINIPLM_LOG_LEVEL (progress.py) and MINIPLM_SPARK_LOG_LEVEL
+(streams/spark_log.py). Imports nothing heavy at module level.
 """
 
 import dataclasses
@@ -14,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from miniplm_udf.config.annotate import AnnotateConfig
 from miniplm_udf.config.collecting import check_sections
 from miniplm_udf.config.evaluate import EvaluateConfig
 from miniplm_udf.config.generate import GenerateConfig
-from miniplm_udf.config.keys import check_keys
 from miniplm_udf.config.links import LinkedSections
 from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.config.overrides import apply_override
@@ -41,7 +38,6 @@ from miniplm_udf.config.sections import (
     TokenizerConfig,
     check,
 )
-from miniplm_udf.config.student_models import fill_in
 from miniplm_udf.config.tracking import MlflowConfig, TensorboardConfig, WandbConfig
 from miniplm_udf.config.training import ReferenceConfig, StudentConfig, TrainConfig
 from miniplm_udf.errors import ConfigError
@@ -104,7 +100,7 @@ class ExperimentConfig(LinkedSections):
         model, origin = self.models[self.reference.alias], self.models[self.reference.tokenizer]
         if model.document_separator is None and model.path is None:
             same = dataclasses.replace(model, document_separator=origin.document_separator)
-            object.__setattr__(self, "models", {**self.models, self.reference.alias: same})
+            vars(self)["models"] = {**self.models, self.reference.alias: same}
 
     @property
     def layout(self) -> Root:
@@ -185,44 +181,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         apply_override(raw, override, ExperimentConfig)
     raw = {key: value for key, value in raw.items() if value is not None}
     check(bool(raw.get("root")), "root: where the tables go; set it in the file or as root=PATH")
-    try:
-        return _parsed(_unshared(raw))
-    except Exception as error:  # jsonargparse's errors have no common base but Exception
-        if problems := _all_problems(raw):
-            raise problems from error
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"config {path}: {error}") from error
-
-
-def _parsed(raw: Json) -> ExperimentConfig:
-    from jsonargparse import ArgumentParser
-
-    check_keys(raw, ExperimentConfig)
-    fill_in(raw)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--experiment", type=ExperimentConfig)
-    return typing.cast(ExperimentConfig, parser.instantiate(parser.parse_object({"experiment": raw})).experiment)
-
-
-def _all_problems(raw: Json) -> ConfigError | None:
-    """Everything that is wrong in a config that was refused; None if each part is right by itself."""
     checked = check_sections(raw, ExperimentConfig)
-    problems = checked.problems
-    # The links are checked on an object whose own check, which ends at the first problem, is left out.
-    rest = object.__new__(ExperimentConfig)
+    config, problems = _linked(checked.values)
+    problems = [*checked.problems, *problems]
+    if problems:
+        raise ConfigError.of_all(problems, config)
+    return config
+
+
+def _linked(sections: Json) -> tuple[ExperimentConfig, list[str]]:
+    """An experiment of sections that are right by themselves, and what does not fit between them."""
+    # The experiment's own check would raise, and leave nothing for further checks.
+    config = object.__new__(ExperimentConfig)
     for field in dataclasses.fields(ExperimentConfig):
-        default = None if field.default is dataclasses.MISSING else field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        object.__setattr__(rest, field.name, checked.values.get(field.name, default))
+        default = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+        object.__setattr__(config, field.name, sections.get(field.name, default))
     try:
-        rest._settle_places()
+        config._settle_places()
     except ConfigError as error:
-        problems = [*problems, str(error)]
-    rest._pass_on_separator()
-    problems = [*problems, *rest.link_problems()]
-    return ConfigError.of_all(problems, rest) if problems else None
+        return config, [str(error)]
+    config._pass_on_separator()
+    return config, list(config.link_problems())
 
 
 def to_dict(config: Any) -> Json:

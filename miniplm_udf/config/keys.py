@@ -1,7 +1,7 @@
-"""Refuses keys that a section of the config does not have. Imports nothing heavy.
+"""The keys of a section of the config: which there are, and the message for one that there is not. Nothing heavy.
 
-Input: plain data as it is read from YAML, and the dataclass that it is meant for. Output: nothing, or a ConfigError
-that names the nearest key. The values are checked by jsonargparse and by the sections themselves (sections.py).
+Input: a key as it is read from YAML, and the dataclass that it is meant for. Output: None, or a message that names the
+nearest key. collecting.py checks the values.
 """
 
 import dataclasses
@@ -10,8 +10,6 @@ import types
 import typing
 from collections.abc import Iterable
 from typing import Any
-
-from miniplm_udf.config.sections import check
 
 
 def nearest(found: str, known: Iterable[str]) -> str:
@@ -38,32 +36,6 @@ def dataclass_in(annotation: Any) -> tuple[type | None, bool]:
     candidates = arguments[1:] if in_dict else arguments if origin in (types.UnionType, typing.Union) else ()
     sections = [argument for argument in candidates if dataclasses.is_dataclass(argument)]
     return (typing.cast(type, sections[0]), in_dict) if sections else (None, False)
-
-
-def check_keys(raw: Any, owner: type, prefix: str = "") -> None:
-    """Refuses keys that their section does not have.
-
-    Args:
-        raw: the section, as plain data.
-        owner: the dataclass of the section.
-        prefix: dotted keys up to the section, for messages.
-
-    Raises:
-        ConfigError: a key is unknown; the message has the nearest key.
-    """
-    if raw is None:
-        return
-    check(isinstance(raw, dict), no_mapping(raw, prefix.rstrip(".")))
-    hints = typing.get_type_hints(owner)
-    for key, value in raw.items():
-        message = unknown_key(key, owner, prefix)
-        check(message is None, message or "")
-        inner, in_dict = dataclass_in(hints[key])
-        if inner and in_dict and isinstance(value, dict):
-            for name, item in value.items():
-                check_keys(item, inner, f"{prefix}{key}.{name}.")
-        elif inner:
-            check_keys(value, inner, f"{prefix}{key}.")
 
 
 def no_mapping(raw: Any, place: str) -> str:

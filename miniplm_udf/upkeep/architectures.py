@@ -108,8 +108,8 @@ def _folder() -> Path | None:
 def _model_types() -> dict[str, str]:
     """Names of the config classes by model type; empty if transformers is not installed, or keeps them elsewhere."""
     folder = _folder()
-    file = folder / "models" / "auto" / "auto_mappings.py" if folder else None
-    if file is None or not file.is_file():
+    file = next(folder.glob("*/auto/auto_mappings.py"), None) if folder else None
+    if file is None:
         return {}
     return dict(re.findall(r'\("([\w.-]+)", "(\w+Config)"\)', file.read_text(encoding="utf-8")))
 
@@ -127,8 +127,8 @@ def find_class(model_type: str) -> ConfigClass | None:
     parts = model_type.replace("-", "_").split("_")
     # `gemma3_text` is in the folder of `gemma3`.
     names = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    files = [folder / "models" / part / f"configuration_{part}.py" for part in names]
-    own = next((found for file in files if file.is_file() and (found := _class_in(file, name))), None)
+    files = [file for part in names for file in folder.glob(f"*/{part}/configuration_{part}.py")]
+    own = next((match for file in files if (match := _class_in(file, name))), None)
     base = _class_in(folder / "configuration_utils.py", "PreTrainedConfig")
     if own is None or base is None or own[1] != ["PreTrainedConfig"]:
         return None

@@ -132,7 +132,7 @@ def _hub_problems(config: ExperimentConfig, alias: str, model: ModelConfig) -> I
 
 
 def _folder_problems(alias: str, model: ModelConfig, folder: Path) -> Iterator[str]:
-    """What is wrong with the folder of a model."""
+    """Checks the folder of a model."""
     key = f"models.{alias}.path"
     if not (folder / "config.json").is_file():
         yield f"{key}: {folder}: expected a model folder with a config.json, found none; name the model's folder"
@@ -180,7 +180,7 @@ def _weight_problems(key: str, folder: Path) -> Iterator[str]:
 
 
 def _token_problems(alias: str, model: ModelConfig, folder: Path, facts: Json) -> Iterator[str]:
-    """What is wrong with the tokens that the config names, and with the context."""
+    """Checks the tokens that the config names, and the context."""
     from miniplm_udf.scoring.models import check_context
     from miniplm_udf.scoring.prefix import find_prefix
     from miniplm_udf.scoring.separators import find_separator, token_id
@@ -222,7 +222,7 @@ def _refused(check: Callable[[], Any]) -> Iterator[str]:
 
 
 def _gguf_problems(alias: str, model: ModelConfig, path: Path) -> Iterator[str]:
-    """What the header of a .gguf file tells."""
+    """Checks the header of a .gguf file."""
     from miniplm_udf.scoring.gguf_facts import GgufFile, refuse_what_is_no_model
     from miniplm_udf.scoring.gguf_header import read_header
     from miniplm_udf.scoring.models import check_context
