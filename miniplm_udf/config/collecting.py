@@ -57,9 +57,11 @@ def check_sections(raw: Json, owner: type) -> Checked:
             fill_in(section)
         except ConfigError as error:
             checked.problems.append(str(error))
-            place.pop("model", None)
+            wrong = place.pop("model", None)
             place.setdefault("architecture", {})
             fill_in(section)
+            # The name says to later checks that the architecture is unknown.
+            place["model"] = str(wrong)
     checked.values = _fields(raw, owner, "", checked)[0]
     return checked
 
@@ -156,9 +158,10 @@ def _refused(owner: type, values: Json) -> str | None:
 
 
 def _wrong_key(owner: type, values: Json, message: str) -> str | None:
-    """The key without which a section no longer says this message; the keys that the message names come first."""
+    """The key without which a section no longer says this message; the key that the message names first comes first."""
     required = {field.name for field in dataclasses.fields(owner) if _is_required(field)}
-    names = sorted(values.keys() - required, key=lambda name: (not re.search(rf"\b{name}\b", message), name))
+    places = {name: re.search(rf"\b{name}\b", message) for name in sorted(values.keys() - required)}
+    names = sorted(places, key=lambda name: place.start() if (place := places[name]) else len(message))
     without = ((name, _refused(owner, {key: values[key] for key in values if key != name})) for name in names)
     return next((name for name, refused in without if refused != message), None)
 

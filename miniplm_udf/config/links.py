@@ -18,10 +18,10 @@ from miniplm_udf.config.sections import (
     ProxyConfig,
     ScoreConfig,
     TokenizerConfig,
-    name_problem,
 )
 from miniplm_udf.config.tracking import MlflowConfig
 from miniplm_udf.config.training import ReferenceConfig, StudentConfig, TrainConfig
+from miniplm_udf.config.values import name_problem
 from miniplm_udf.layout import is_tokenizer_folder
 
 # The key, the name that it holds, the names that it may hold.

@@ -11,12 +11,8 @@ import re
 import urllib.parse
 from typing import Literal
 
+from miniplm_udf.config.values import FOLLOWS, follows, name_problem
 from miniplm_udf.errors import ConfigError
-
-_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
-
-# Stands for a default that follows another key: the dataclass replaces it when it is made.
-FOLLOWS = -1
 
 
 def check(condition: bool, message: str) -> None:
@@ -25,32 +21,10 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def follows(rule: str) -> int:
-    """Returns a field of a dataclass whose default follows another key.
-
-    Args:
-        rule: the default in words, for a reader of the fields; `__post_init__` computes it.
-    """
-    field: int = dataclasses.field(default=FOLLOWS, metadata={"default": rule})
-    return field
-
-
 def check_name(kind: str, name: str) -> None:
     """Refuses a `name` that cannot be part of a column or table name; `kind` says what it names, for the message."""
     message = name_problem(kind, name)
     check(message is None, message or "")
-
-
-def name_problem(kind: str, name: str) -> str | None:
-    """Returns the message for a name that cannot be part of a column or table name; None for any other name.
-
-    Args:
-        kind: what the name stands for.
-        name: the name.
-    """
-    if name and set(name) <= _NAME_CHARACTERS and not name[0].isdigit():
-        return None
-    return f"{kind} {name!r}: names become column and table names, so use letters, digits and _ (no leading digit)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ model (student_models.py). Imports nothing heavy.
 import dataclasses
 from typing import Literal
 
-from miniplm_udf.config.sections import FOLLOWS, check, follows
+from miniplm_udf.config.sections import check
+from miniplm_udf.config.values import FOLLOWS, follows
 from miniplm_udf.storage import Json
 
 

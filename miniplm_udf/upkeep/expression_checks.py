@@ -49,7 +49,11 @@ def _position(error: Any) -> str:
     details: Json = next(iter(getattr(error, "errors", ())), {})
     if "line" not in details:
         return f" ({str(error).splitlines()[0]})"
-    return f" (at character {details['col']} of line {details['line']}: {details['description'].rstrip('.')})"
+    # Such a description names a class of sqlglot.
+    what = (
+        "a part of it is missing" if " missing for <" in details["description"] else details["description"].rstrip(".")
+    )
+    return f" (at character {details['col']} of line {details['line']}: {what})"
 
 
 def _named(tree: Any) -> set[str]:

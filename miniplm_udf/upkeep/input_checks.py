@@ -19,6 +19,7 @@ from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.ingestion.documents import field_names
 from miniplm_udf.ingestion.formats import SUFFIXES
 from miniplm_udf.ingestion.unpacking import unpacked_chunks
+from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import has_commits
 
 KEY = "ingest.input"
@@ -26,8 +27,8 @@ _FILES, _LINES = 5, 100
 _FIRST_BYTES = 1_000_000
 _GLOB = re.compile(r"[\[\]{}*?\\]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
-# Bytes of text in a byte of a compressed file; other files hold about as much text as bytes.
-_PLAIN, _EXPANSION = (".jsonl", ".ndjson", ".json", ".txt"), 3
+# Bytes of text in a byte of a compressed file, at least; other files hold about as much text as bytes.
+_COMPRESSED, _EXPANSION = (".gz", ".zst", ".bz2", ".parquet"), 2
 _TABULAR = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
 
 
@@ -88,7 +89,7 @@ def text_bytes(config: ExperimentConfig) -> int | None:
     if not inputs or not all(storage.is_local(path) for path in inputs) or any(map(_is_table, inputs)):
         return None
     files = {file for path in inputs for file in local_files(path)}
-    return sum(file.stat().st_size * (1 if file.suffix in _PLAIN else _EXPANSION) for file in files)
+    return sum(file.stat().st_size * (_EXPANSION if file.suffix in _COMPRESSED else 1) for file in files)
 
 
 def local_files(path: str) -> list[Path]:
@@ -145,6 +146,8 @@ def _content_problems(config: ExperimentConfig, files: list[Path]) -> Iterator[s
         return
     if kind == "auto":
         kinds = {kind for file in files if (kind := _format(file))}
+        if "arrow" in kinds:
+            kinds.discard("jsonl")  # the records of a data set next to its files
         if not kinds:
             yield _unknown_format(files[0])
         if len(kinds) > 1:
@@ -212,8 +215,20 @@ def _first_names(file: Path) -> set[str]:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             continue
-        names.update(field_names(row) if isinstance(row, dict) else ())
+        names.update(_names_in(row) if isinstance(row, dict) else ())
     return names
+
+
+def _names_in(row: Json) -> Iterator[str]:
+    """The names of the fields of a row, also of those in texts that are JSON objects."""
+    yield from field_names(row)
+    for key, value in row.items():
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                inner = json.loads(value)
+            except (ValueError, RecursionError):
+                continue
+            yield from (f"{key}.{name}" for name in field_names(inner))
 
 
 def _first_lines(file: Path) -> list[bytes]:

@@ -20,7 +20,7 @@ from miniplm_udf.upkeep.model_checks import is_local_session, tokenizer_of
 _BYTES_PER_TOKEN = 3
 # A reference that sees its text more often than this has learned it by heart: the number of steps is a mistake.
 _MOST_PASSES = 100
-_GOOD_PASSES = 4
+_GOOD_PASSES, _GOOD_STEPS = 4, 200
 
 
 def student_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -30,6 +30,8 @@ def student_problems(config: ExperimentConfig) -> Iterator[str]:
         config: the experiment.
     """
     for name, student in config.students.items():
+        if student.model is not None and not student.architecture:
+            continue  # the name of its model is wrong, which the config reports
         place = f"students.{name}.architecture"
         yield from architecture_problems(place, student.architecture)
         yield from _length_problems(place, student.architecture, config.pack.sequence_length, "pack.sequence_length")
@@ -139,10 +141,16 @@ def _text_problems(config: ExperimentConfig, reference: ReferenceConfig) -> Iter
     per_step = train.batch_sequences * config.pack.sequence_length
     passes = train.steps * per_step / available
     if passes > _MOST_PASSES:
-        steps = max(1, round(_GOOD_PASSES * available / per_step))
+        batch, steps = _good_batches(_GOOD_PASSES * available / config.pack.sequence_length, train.batch_sequences)
         yield (
             f"reference.train.steps: expected at most {_MOST_PASSES} passes over the reference's text, found "
             f"{passes:,.0f}: {train.steps:,} steps of {per_step:,} tokens, and about {available:,.0f} tokens in "
-            f"{share:.0%} of the input; set reference.train.steps={steps} and a small reference.train.batch_sequences "
+            f"{share:.0%} of the input; set reference.train.steps={steps} and reference.train.batch_sequences={batch} "
             f"for about {_GOOD_PASSES} passes, or add text"
         )
+
+
+def _good_batches(n_sequences: float, batch: int) -> tuple[int, int]:
+    """Sequences of a step, at most `batch`, and steps, that go through so many sequences in some hundred steps."""
+    batch = max(1, min(batch, round(n_sequences / _GOOD_STEPS)))
+    return batch, max(1, round(n_sequences / batch))

