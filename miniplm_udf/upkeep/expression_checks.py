@@ -49,10 +49,9 @@ def _position(error: Any) -> str:
     details: Json = next(iter(getattr(error, "errors", ())), {})
     if "line" not in details:
         return f" ({str(error).splitlines()[0]})"
-    # Such a description names a class of sqlglot.
-    what = (
-        "a part of it is missing" if " missing for <" in details["description"] else details["description"].rstrip(".")
-    )
+    what = str(details["description"]).rstrip(".")
+    if " missing for <" in what:  # the text then names a class of sqlglot
+        what = "a part of it is missing"
     return f" (at character {details['col']} of line {details['line']}: {what})"
 
 
