@@ -51,7 +51,7 @@ def _position(error: Any) -> str:
         return f" ({str(error).splitlines()[0]})"
     what = str(details["description"]).rstrip(".")
     if " missing for <" in what:  # the text then names a class of sqlglot
-        what = "a part of it is missing"
+        what = "an operand is missing"
     return f" (at character {details['col']} of line {details['line']}: {what})"
 
 
