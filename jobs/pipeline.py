@@ -1,8 +1,9 @@
 """`miniplm run`: all stages in order; skips stages whose inputs and config have not changed.
 
 Reads and writes every table, through the stages (`stages.py`). Spark stages share one session; the trainer's stages are
-processes of their own. A kill loses at most the work of the running stage: each stage can be run again. A second run on
-the same root is refused while the first one works; a single stage next to a run has its own lease.
+processes of their own. What can be seen to be wrong is reported at once, before anything runs (`checking.py`). A kill
+loses at most the work of the running stage: each stage can be run again. A second run on the same root is refused while
+the first one works; a single stage next to a run has its own lease.
 Submit: `miniplm run -c conf/demo.yaml [--dry-run] [--retrain-reference] [key=value ...]`.
 """
 
@@ -11,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from jobs import plan
-from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
+from jobs.checking import read_checked, require_none
+from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan
 from jobs.session import spark_session
 from jobs.stage import Options
 from jobs.stage_runner import execute, must_run
@@ -60,6 +62,10 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
     return highest
 
 
+def _applicable(config: ExperimentConfig) -> list[str]:
+    return [stage.name for stage in STAGES if stage.applies(config)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `miniplm run` and returns its exit code; `argv` defaults to the arguments of the process."""
     order = " -> ".join(stage.name for stage in STAGES)
@@ -71,15 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     def body() -> int:
-        config = read_config("run", arguments)
+        config, problems = read_checked("run", arguments, _applicable)
         options = Options.of(arguments)
         if config.stream.trigger != "available_now":
-            raise ConfigError(
-                "stream.trigger: `miniplm run` goes through all stages once, so it expects available_now, found "
-                f"{config.stream.trigger}; `miniplm stream` keeps ingesting and scoring"
+            raise ConfigError.of_all(
+                [
+                    "stream.trigger: `miniplm run` goes through all stages once, so it expects available_now, found "
+                    f"{config.stream.trigger}; `miniplm stream` keeps ingesting and scoring",
+                    *problems,
+                ]
             )
         if arguments.dry_run:
             print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))
+        require_none(problems)
+        if arguments.dry_run:
             return EXIT_DONE
         preflight.require_writable(config.root)
         with Lease(config.layout.lease("run"), "miniplm run", what="pipeline"):

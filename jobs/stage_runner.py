@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs import plan, records
-from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
+from jobs.checking import read_checked, require_none
+from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan
 from jobs.session import spark_session
 from jobs.stage import Options, Stage
 from jobs.stages import stage_named
@@ -119,10 +120,12 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     def body() -> int:
-        config = read_config(name, arguments)
+        config, problems = read_checked(name, arguments, lambda config: [name] if stage.applies(config) else [])
         options = Options.of(arguments)
         if arguments.dry_run:
             print_plan(config, plan.plan_text([stage], config, options, is_named=True))
+        require_none(problems)
+        if arguments.dry_run:
             return EXIT_DONE
         if not stage.applies(config):
             raise ConfigError(f"{name}: the config has nothing for this stage; expected {stage.needs}, found none")

@@ -4,6 +4,9 @@ A message says what was expected, what was found, where, and what to do. Bad row
 An executor raises the same classes; `workers.remote` brings them back to the driver.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
@@ -17,9 +20,31 @@ class MiniplmError(Exception):
 
 
 class ConfigError(MiniplmError, ValueError):
-    """The config or the command line is wrong: fix it and run again."""
+    """The config or the command line is wrong: fix it and run again.
+
+    Attributes:
+        problems: each thing that is wrong, as a sentence with its key and its remedy; empty for an error that was
+            raised at the first of them.
+        rest: the experiment without the keys that are wrong, for further checks; None if there is none.
+    """
 
     exit_code = EXIT_BAD_CONFIG
+    problems: tuple[str, ...] = ()
+    rest: Any = None
+
+    @classmethod
+    def of_all(cls, problems: Sequence[str], rest: Any = None) -> "ConfigError":
+        """Returns one error for everything that is wrong at once; its message is a numbered list.
+
+        Args:
+            problems: the sentences, at least one; a sentence that comes twice is shown once.
+            rest: see the attribute.
+        """
+        once = tuple(dict.fromkeys(problems))
+        numbered = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(once, start=1))
+        error = cls(once[0] if len(once) == 1 else f"{len(once)} things to fix before anything runs:{numbered}")
+        error.problems, error.rest = once, rest
+        return error
 
 
 class SchemaMismatchError(MiniplmError):

@@ -1,7 +1,7 @@
-"""Refuses keys that a section of the config does not have. Imports nothing heavy.
+"""The keys of a section of the config: which there are, and the message for one that there is not. Nothing heavy.
 
-Input: plain data as it is read from YAML, and the dataclass that it is meant for. Output: nothing, or a ConfigError
-that names the nearest key. The values are checked by jsonargparse and by the sections themselves (sections.py).
+Input: a key as it is read from YAML, and the dataclass that it is meant for. Output: None, or a message that names the
+nearest key. collecting.py checks the values.
 """
 
 import dataclasses
@@ -10,8 +10,6 @@ import types
 import typing
 from collections.abc import Iterable
 from typing import Any
-
-from miniplm_udf.config.sections import check
 
 
 def nearest(found: str, known: Iterable[str]) -> str:
@@ -25,8 +23,12 @@ def nearest(found: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _dataclass_in(annotation: Any) -> tuple[type | None, bool]:
-    """The dataclass in a type annotation, or None; and whether it is the type of a dict's values."""
+def dataclass_in(annotation: Any) -> tuple[type | None, bool]:
+    """Returns the dataclass in a type annotation, or None; and whether it is the type of a dict's values.
+
+    Args:
+        annotation: the annotation of a field.
+    """
     if dataclasses.is_dataclass(annotation):
         return typing.cast(type, annotation), False
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -36,30 +38,25 @@ def _dataclass_in(annotation: Any) -> tuple[type | None, bool]:
     return (typing.cast(type, sections[0]), in_dict) if sections else (None, False)
 
 
-def check_keys(raw: Any, owner: type, prefix: str = "") -> None:
-    """Refuses keys that their section does not have.
+def no_mapping(raw: Any, place: str) -> str:
+    """Returns the message for a section that is no mapping.
 
     Args:
-        raw: the section, as plain data.
-        owner: the dataclass of the section.
-        prefix: dotted keys up to the section, for messages.
-
-    Raises:
-        ConfigError: a key is unknown; the message has the nearest key.
+        raw: the value that stands there.
+        place: dotted key of the section; "" for the whole config.
     """
-    if raw is None:
-        return
-    check(isinstance(raw, dict), f"{prefix.rstrip('.') or 'config'}: expected a mapping, found {type(raw).__name__}")
-    hints = typing.get_type_hints(owner)
+    return f"{place or 'config'}: expected a mapping, found {type(raw).__name__}"
+
+
+def unknown_key(key: Any, owner: type, prefix: str) -> str | None:
+    """Returns the message for a key that a section does not have, with the nearest key; None if it has the key.
+
+    Args:
+        key: the key.
+        owner: the dataclass of the section.
+        prefix: dotted keys up to the section.
+    """
     known = [field.name for field in dataclasses.fields(owner)]
-    for key, value in raw.items():
-        check(
-            key in known,
-            f"unknown key {prefix}{key}{nearest(str(key), known)} (known here: {', '.join(known)})",
-        )
-        inner, in_dict = _dataclass_in(hints[key])
-        if inner and in_dict and isinstance(value, dict):
-            for name, item in value.items():
-                check_keys(item, inner, f"{prefix}{key}.{name}.")
-        elif inner:
-            check_keys(value, inner, f"{prefix}{key}.")
+    if key in known:
+        return None
+    return f"unknown key {prefix}{key}{nearest(str(key), known)} (known here: {', '.join(known)})"

@@ -11,9 +11,8 @@ import re
 import urllib.parse
 from typing import Literal
 
+from miniplm_udf.config.values import FOLLOWS, follows, name_problem
 from miniplm_udf.errors import ConfigError
-
-_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 
 
 def check(condition: bool, message: str) -> None:
@@ -24,10 +23,8 @@ def check(condition: bool, message: str) -> None:
 
 def check_name(kind: str, name: str) -> None:
     """Refuses a `name` that cannot be part of a column or table name; `kind` says what it names, for the message."""
-    check(
-        bool(name) and set(name) <= _NAME_CHARACTERS and not name[0].isdigit(),
-        f"{kind} {name!r}: names become column and table names, so use letters, digits and _ (no leading digit)",
-    )
+    message = name_problem(kind, name)
+    check(message is None, message or "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,14 +81,16 @@ class ModelConfig:
         dtype: dtype of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU, fixed at the first scoring.
             float8 is bfloat16 with the decoder's linear layers in float8; never chosen by auto.
         document_separator: the model's pre-training end-of-document token, never a chat token; null takes the
-            tokenizer's `eos_token`, if it is not a chat token.
+            tokenizer's `eos_token`, if it does not end a chat turn. The model that the section `reference` trains takes
+            the separator of the model whose tokenizer it has.
         bos_token: token in front of every window. auto follows the model's tokenizer: the BOS of its pre-training, or
             no token; none adds no token; any other value is the token itself.
         prefix_token: token in front of a text with `context_prefix: token`; null takes the BOS, or
             `document_separator` if there is no BOS.
         context_prefix: none is the official arithmetic; token scores every byte (docs/scoring.md).
         context_tokens: longest input of one forward pass, not counting a BOS.
-        window_overlap_tokens: tokens of context that consecutive windows of a longer text share.
+        window_overlap_tokens: tokens of context that consecutive windows of a longer text share; the default is 256, or
+            half of `context_tokens` if that is less.
         trust_remote_code: whether transformers may run Python code that the model's folder contains.
         device_map: auto splits a model that is too large for one GPU over all GPUs of a node (docs/scoring.md); null
             loads it onto one GPU.
@@ -108,7 +107,7 @@ class ModelConfig:
     prefix_token: str | None = None
     context_prefix: Literal["none", "token"] = "none"
     context_tokens: int = 1024
-    window_overlap_tokens: int = 256
+    window_overlap_tokens: int = follows("256, or half of context_tokens if that is less")
     trust_remote_code: bool = False
     device_map: Literal["auto"] | None = None
     backend: Literal["local", "openai"] = "local"
@@ -134,6 +133,8 @@ class ModelConfig:
             "device_map: expected null with `backend: openai`, whose server places its model, found auto",
         )
         check(self.context_tokens >= 2, f"context_tokens: expected at least 2, found {self.context_tokens}")
+        if self.window_overlap_tokens == FOLLOWS:
+            object.__setattr__(self, "window_overlap_tokens", min(256, self.context_tokens // 2))
         check(
             0 <= self.window_overlap_tokens < self.context_tokens,
             f"window_overlap_tokens: expected 0 to context_tokens - 1 ({self.context_tokens - 1}), "
@@ -341,6 +342,8 @@ class StreamConfig:
     def __post_init__(self) -> None:
         interval = self.interval_seconds
         check(interval >= 0, f"stream.interval_seconds: expected at least 0, found {interval}")
+        port = self.metrics_port
+        check(port is None or 1 <= port <= 65535, f"stream.metrics_port: expected 1 to 65535, or null, found {port}")
         check(self.stalled_seconds > 0, f"stream.stalled_seconds: expected more than 0, found {self.stalled_seconds}")
 
 
@@ -364,7 +367,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         # The smallest BPE has the 256 bytes and the separator.
-        check(self.vocab_size >= 257, f"tokenizer vocab_size: expected at least 257, found {self.vocab_size}")
+        check(self.vocab_size >= 257, f"vocab_size: expected at least 257, found {self.vocab_size}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -385,16 +388,3 @@ class PackConfig:
     def __post_init__(self) -> None:
         check(self.sequence_length >= 2, f"sequence_length: expected at least 2, found {self.sequence_length}")
         check(self.shards >= 1, f"pack.shards: expected at least 1, found {self.shards}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """The report.
-
-    Attributes:
-        folder: path or URI of the folder of `summary.json` and `report.html`; null takes `root`.
-        examples: texts of each kind that the report shows.
-    """
-
-    folder: str | None = None
-    examples: int = 5

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal
 
 from miniplm_udf.config.sections import check
+from miniplm_udf.config.values import FOLLOWS, follows
 from miniplm_udf.storage import Json
 
 
@@ -22,7 +23,8 @@ class TrainConfig:
         micro_batch_sequences: sequences in one forward pass of one rank.
         learning_rate: highest learning rate, reached after the warm-up.
         min_learning_rate_ratio: final learning rate over `learning_rate`.
-        warmup_steps: steps in which the learning rate rises.
+        warmup_steps: steps in which the learning rate rises; the default is 2000, or a quarter of `steps` if that is
+            less.
         adam_beta1: decay of AdamW's mean of the gradients.
         adam_beta2: decay of AdamW's mean of the squared gradients.
         adam_eps: term that AdamW adds to the root of that mean.
@@ -54,7 +56,7 @@ class TrainConfig:
     micro_batch_sequences: int = 8
     learning_rate: float = 6e-4
     min_learning_rate_ratio: float = 0.1
-    warmup_steps: int = 2000
+    warmup_steps: int = follows("2000, or a quarter of steps if that is less")
     adam_beta1: float = 0.9
     adam_beta2: float = 0.98
     adam_eps: float = 1e-6
@@ -76,6 +78,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.warmup_steps == FOLLOWS:
+            object.__setattr__(self, "warmup_steps", min(2000, self.steps // 4))
         for name in (
             "steps",
             "batch_sequences",

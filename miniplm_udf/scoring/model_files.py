@@ -58,6 +58,45 @@ def model_folder(config: ModelConfig) -> Path:
     return _complete(folder, config)
 
 
+def files_here(config: ModelConfig) -> Path | None:
+    """Returns where the files of a model are on this machine, as they are: fetches and converts nothing.
+
+    Args:
+        config: the model.
+
+    Returns:
+        A folder or a .gguf file; None for a model without a path, in an object storage, or on the hub and not fetched.
+
+    Raises:
+        ModelLoadError: there is no such local folder, file or installed package.
+    """
+    path = config.path
+    if path is not None and path.startswith("package:"):
+        return _in_package(path)
+    if path is None or not storage.is_local(path):
+        return None
+    if local := _existing(path):
+        return local
+    return _fetched(path, config.revision) if is_hub_name(path) else _missing(path)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path is the name of a model on the hub, if there is no such folder.
+
+    Args:
+        path: the path of a model.
+    """
+    return storage.is_local(path) and not path.endswith(".gguf") and bool(_HUB_NAME.match(path))
+
+
+def _fetched(name: str, revision: str | None) -> Path | None:
+    """The folder of a model of the hub in the hub's cache; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent if isinstance(file, str) else None
+
+
 def _existing(path: str) -> Path | None:
     local = Path(storage.local_path(path)).expanduser() if path.startswith("file:") else Path(path).expanduser()
     return local.absolute() if local.exists() else None

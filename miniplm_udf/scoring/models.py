@@ -1,13 +1,12 @@
 """A model's description, and the loaded torch model. Executor side.
 
-Owns the rules for a model's separator and prefix tokens, and the check that `head` computes the model's own logits.
+Owns what a description holds, and the check that `head` computes the model's own logits.
 Input: a `ModelConfig` with a path, whose files `model_files` finds. Output: a `ModelDescription`, a torch model. torch
 and transformers are loaded inside the functions that need them.
 """
 
 import contextlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,16 +23,11 @@ from miniplm_udf.scoring.device_maps import check_split, split_options
 from miniplm_udf.scoring.loading import load_causal_lm
 from miniplm_udf.scoring.model_files import model_folder
 from miniplm_udf.scoring.prefix import find_prefix, in_words
+from miniplm_udf.scoring.separators import eos_token, find_separator, token_id
 from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash
 from miniplm_udf.scoring.tokenizer_checks import check_every_byte, lost_differences, tokenizer_warnings
 from miniplm_udf.scoring.weights import SOURCE_FILE, n_parameters, weights_hash
-from miniplm_udf.storage import Json
 
-# End-of-document tokens of pre-training, in the order in which messages suggest them.
-_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|end▁of▁sentence|>", "[EOS]", "<EOS>", "<|eos|>")
-_CHAT_TOKEN = re.compile(
-    r"im_end|eot|end_of_turn|turn\|?>|<\|end\|>|assistant|user|<\|eom|message|return|chat", re.IGNORECASE
-)
 _PROBE_TOLERANCE = 1e-3
 
 
@@ -54,19 +48,22 @@ def describe(alias: str, config: ModelConfig, dtype: str | None = None) -> Model
     architecture = _architecture(folder, config)
     tokenizer = load_tokenizer(folder)
     prefix = find_prefix(alias, folder, tokenizer, config)
-    bos_id = None if prefix.token is None else _token_id(alias, "bos_token", prefix.token, tokenizer)
-    _check_context(alias, config, architecture, has_bos=bos_id is not None)
+    vocab_size = int(architecture.get_text_config().vocab_size)
+    bos_id = None if prefix.token is None else token_id(f"models.{alias}.bos_token", prefix.token, tokenizer)
+    longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    check_context(alias, config, longest, has_bos=bos_id is not None)
     lost = lost_differences(tokenizer)
-    separator = config.document_separator or _default_separator(alias, folder, tokenizer)
-    separator_id = _token_id(alias, "document_separator", separator, tokenizer)
+    separator, separator_id = find_separator(alias, folder, tokenizer, config)
     prefix_token = prefix_id = None
     if config.context_prefix == "token":
         check_every_byte(alias, lost)
         prefix_token = config.prefix_token or prefix.token or separator
-        prefix_id = _token_id(alias, "prefix_token", prefix_token, tokenizer)
-    vocab_size = int(architecture.get_text_config().vocab_size)
+        prefix_id = token_id(f"models.{alias}.prefix_token", prefix_token, tokenizer)
     parameters = n_parameters(folder) if config.server is None else _n_parameters_of(architecture, config)
-    warnings = [*_warnings(alias, folder, tokenizer, vocab_size), *tokenizer_warnings(alias, tokenizer, lost)]
+    warnings = [
+        *_warnings(alias, folder, tokenizer, vocab_size, separator),
+        *tokenizer_warnings(alias, tokenizer, lost),
+    ]
     if not parameters:
         warnings.append(f"{alias}: its config.json does not tell its number of weights, so its FLOPs are not counted")
     return ModelDescription(
@@ -125,67 +122,28 @@ def _served_hash(server: ServerConfig) -> str:
     return fingerprint("server", server.model, server.revision)
 
 
-def _check_context(alias: str, config: ModelConfig, architecture: Any, has_bos: bool) -> None:
+def check_context(alias: str, config: ModelConfig, longest: int | None, has_bos: bool) -> None:
+    """Checks that the longest input of a forward pass is not longer than the model's context.
+
+    Args:
+        alias: the model's name in the config.
+        config: the model's settings.
+        longest: `max_position_embeddings` of the model; None if it has no such limit.
+        has_bos: whether a BOS stands in front of every window.
+
+    Raises:
+        ConfigError: it is longer.
+    """
     more = {"its BOS": 1} if has_bos else {}
     if config.server is not None:
         more |= {"the last target and a generated token of a request": 2}
     n_more = sum(more.values())
-    longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.context_tokens + n_more > longest:
         raise ConfigError(
             f"models.{alias}.context_tokens: expected at most {longest - n_more} (the model's "
-            f"max_position_embeddings{''.join(f', less {name}' for name in more)}), found {config.context_tokens}"
+            f"max_position_embeddings{''.join(f', less {name}' for name in more)}), found {config.context_tokens}; "
+            f"set models.{alias}.context_tokens={longest - n_more}"
         )
-
-
-def _tokenizer_config(folder: Path) -> Json:
-    path = folder / "tokenizer_config.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def _has_chat_template(folder: Path) -> bool:
-    return bool(_tokenizer_config(folder).get("chat_template")) or (folder / "chat_template.jinja").is_file()
-
-
-def _eos_token(folder: Path, tokenizer: Tokenizer) -> str | None:
-    token = _tokenizer_config(folder).get("eos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    if token is None:
-        number = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-        number = number[0] if isinstance(number, list) and number else number
-        token = tokenizer.id_to_token(number) if isinstance(number, int) else None
-    return token
-
-
-def _default_separator(alias: str, folder: Path, tokenizer: Tokenizer) -> str:
-    """The tokenizer's eos_token, if it ends a document and not a chat turn.
-
-    Raises:
-        ConfigError: it does not, or there is none.
-    """
-    eos = _eos_token(folder, tokenizer)
-    # Base models may have a chat template too, so the token itself decides if it is a known token of pre-training.
-    if eos is not None and not _CHAT_TOKEN.search(eos) and (eos in _SEPARATORS or not _has_chat_template(folder)):
-        return eos
-    candidates = [token for token in _SEPARATORS if tokenizer.token_to_id(token) is not None and token != eos]
-    problem = f"eos_token {eos!r}, which ends a chat turn" if eos is not None else "a tokenizer without an eos_token"
-    raise ConfigError(
-        f"models.{alias}.document_separator: expected the token that ended documents in pre-training, found {problem}; "
-        f"set models.{alias}.document_separator"
-        + (f" (this vocabulary has {', '.join(candidates)})" if candidates else "")
-    )
-
-
-def _token_id(alias: str, key: str, token: str, tokenizer: Tokenizer) -> int:
-    number = tokenizer.token_to_id(token)
-    if number is None:
-        candidates = [name for name in _SEPARATORS if tokenizer.token_to_id(name) is not None]
-        raise ConfigError(
-            f"models.{alias}.{key}: expected one token of the vocabulary, found {token!r}, which is not one"
-            + (f"; candidates are {', '.join(candidates)}" if candidates else "")
-        )
-    return int(number)
 
 
 def _settled_dtype(
@@ -208,12 +166,15 @@ def _settled_dtype(
     return dtype  # type: ignore[return-value]
 
 
-def _warnings(alias: str, folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+def _warnings(alias: str, folder: Path, tokenizer: Tokenizer, vocab_size: int, separator: str) -> list[str]:
     warnings = []
-    eos = _eos_token(folder, tokenizer)
+    eos = eos_token(folder, tokenizer)
     # A model of this project's trainer may have the tokenizer of its teacher, with the chat template.
-    if not (folder / TRAINING_FILE).is_file() and eos is not None and _CHAT_TOKEN.search(eos):
-        warnings.append(f"{alias} is chat-tuned (its eos_token is {eos}): its likelihoods of raw text are distorted")
+    if not (folder / TRAINING_FILE).is_file() and eos not in (None, separator):
+        warnings.append(
+            f"{alias} may be chat-tuned (its eos_token {eos} is not its document separator {separator}): then its "
+            "likelihoods of raw text are distorted"
+        )
     source = folder / SOURCE_FILE
     if source.is_file() and json.loads(source.read_text(encoding="utf-8"))["quantised"]:
         warnings.append(f"{alias} is quantised: its scores differ from those of the full-precision weights")

@@ -1,17 +1,20 @@
-"""Checks, before a command starts, that every table named by the root's checkpoints and records exists. Driver only.
+"""Checks before a command starts: everything that is wrong at once; every table of the root exists. Driver only.
 
-Input: a config, and the tables and queries of the command; output: nothing, or a `MiniplmError` that names the lost
-table and the remedy. A checkpoint records what its query has read, but not the rows that the query wrote: if a table is
-lost or was made again, the query would skip rows that exist nowhere, or fail with Delta's message. A command is refused
-if it needs a lost table; for other lost tables a warning is logged. Queries that build their own table (the matrix, the
-proxy's table, a followed corpus) detect the loss by themselves. Reads the files of the checkpoints, the log of each
-table named there, and the rows of `corpora` and `pins`. Writes only an empty file, which it removes at once.
+`problems` comes first, before Spark starts and before anything is written: it asks each check that a stage of the
+command needs (`_CHECKS`) for what is wrong with the config on this machine. Then, with Spark, `check` looks for lost
+tables. Input: a config, and the stages, tables and queries of the command; output: sentences, or a `MiniplmError` that
+names the lost table and the remedy. A checkpoint records what its query has read, but not the rows that the query
+wrote: if a table is lost or was made again, the query would skip rows that exist nowhere, or fail with Delta's message.
+A command is refused if it needs a lost table; for other lost tables a warning is logged. Queries that build their own
+table (the matrix, the proxy's table, a followed corpus) detect the loss by themselves. Reads the files of the
+checkpoints, the log of each table named there, and the rows of `corpora` and `pins`. Writes only an empty file, which
+it removes at once.
 """
 
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,11 @@ from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams.checkpoints import Checkpoint
 from miniplm_udf.streams.offsets import end_offset
 from miniplm_udf.upkeep import storage_probe
+from miniplm_udf.upkeep.expression_checks import expression_problems
+from miniplm_udf.upkeep.input_checks import chunking_problems, input_problems
+from miniplm_udf.upkeep.machine_checks import disk_problems, port_problems, root_problems
+from miniplm_udf.upkeep.model_checks import model_problems
+from miniplm_udf.upkeep.training_checks import reference_problems, student_problems, tokenizer_problems
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -64,6 +72,53 @@ class LostTable:
             f"expected the table {shown_table(self.name)}, which {self.named_by} names, found none; put it back from a "
             f"copy, or {self.kind.remedy}"
         )
+
+
+# A check yields what is wrong, each a sentence with its key and its remedy; the stages whose commands need it.
+_CHECKS: tuple[tuple[Callable[[ExperimentConfig], Iterator[str]], frozenset[str]], ...] = (
+    (input_problems, frozenset({"ingest"})),
+    (chunking_problems, frozenset({"ingest", "stream"})),
+    (disk_problems, frozenset({"ingest"})),
+    (reference_problems, frozenset({"reference"})),
+    (expression_problems, frozenset({"refine", "proxy"})),
+    (tokenizer_problems, frozenset({"pack"})),
+    (student_problems, frozenset({"train"})),
+    (port_problems, frozenset({"ingest", "score", "proxy", "generate", "stream"})),
+)
+
+
+def problems(config: ExperimentConfig, stages: Collection[str]) -> list[str]:
+    """Returns everything that is wrong with a config on this machine, as far as it can be seen at once.
+
+    Reads the first rows of the input and the small files of the models; starts no Spark and writes nothing.
+
+    Args:
+        config: the experiment.
+        stages: the stages that the command will run.
+
+    Returns:
+        Sentences with the key and the remedy; empty if the command may start.
+    """
+    result = list(root_problems(config))
+    result += model_problems(config, _models_of(config, stages))
+    for check_of, needing in _CHECKS:
+        if needing & set(stages):
+            result += check_of(config)
+    return list(dict.fromkeys(result))
+
+
+def _models_of(config: ExperimentConfig, stages: Collection[str]) -> list[str]:
+    """Aliases of the models whose files the stages read, each once."""
+    teachers = [student.train.kd_teacher for student in config.students.values() if student.train.kd_ratio]
+    by_stage = {
+        "ingest": [config.ingest.chunking.tokenizer],
+        "reference": [config.reference.tokenizer] if config.reference else [],
+        "score": config.scored_aliases,
+        "stream": [config.ingest.chunking.tokenizer, *config.scored_aliases],
+        "generate": [config.generate.model] if config.generate else [],
+        "train": teachers,
+    }
+    return list(dict.fromkeys(alias for stage in by_stage if stage in stages for alias in by_stage[stage]))
 
 
 def check(spark: "SparkSession", config: ExperimentConfig, needed: Sequence[str], queries: Sequence[str] = ()) -> None:

@@ -163,7 +163,7 @@ def test_a_stage_is_a_file_for_spark_submit(experiment: Experiment) -> None:
 BAD_INPUT = [
     ("ingest", "ingest.input=/no/such/*.jsonl", 2, "/no/such/*.jsonl"),
     ("ingest", "ingest.fields.text=body", 2, "body"),
-    ("ingest", "models.teacher.path=/no/such/model", 1, "/no/such/model"),
+    ("ingest", "models.teacher.path=/no/such/model", 2, "/no/such/model"),
     ("score", "root=ROOT/empty", 1, "run `miniplm reference` first"),
     ("train", "root=ROOT/empty", 1, "pack"),
 ]

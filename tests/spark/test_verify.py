@@ -19,6 +19,7 @@ from miniplm_udf.config.sections import ChunkingConfig, IngestConfig, SplitConfi
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.store import corpus_records, tables
 from miniplm_udf.upkeep import preflight, verify
+from tests.support.right_experiment import Place
 from tests.support.score_tables import FakeFactory, experiment, texts, two_models
 
 CORPUS = {"kept": CorpusConfig(where="true", select=SelectConfig(ratio=0.5))}
@@ -194,10 +195,12 @@ def test_a_command_names_the_table_that_it_needs_and_how_to_get_it_back(
     capsys: pytest.CaptureFixture[str], table: str, command: str, remedy: str,
 ) -> None:  # fmt: skip
     config, folder = made
+    right = Place(tmp_path).config
     kept = {"score": "teacher_nll_mean", "select": {"ratio": 0.5}}
     student = {"corpus": "kept", "tokenizer": "bpe", "architecture": {"model_type": "llama"}}
     experiment_file = {
-        "root": config.root, "models": {"teacher": {"path": str(folder)}}, "annotate": {"duplicates": True},
+        "root": config.root, "models": {"teacher": right["models"]["teacher"]}, "annotate": {"duplicates": True},
+        "ingest": right["ingest"],
         "proxy": {"score": "teacher_nll_mean"},
         "refine": {"tokens_of": "teacher", "corpora": {"kept": kept}}, "tokenizers": {"bpe": {"vocab_size": 300}},
         "students": {"student": student},

@@ -19,6 +19,7 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.status import QueryStatus
+from tests.support.right_experiment import Place
 from tests.support.stage_summaries import summary_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -69,7 +70,7 @@ def test_a_stage_has_one_help_and_one_dry_run_however_it_is_started(
     stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a command, and as a file that spark-submit runs."""
-    config = ["-c", str(CONF / "pile_qwen.yaml"), f"root={tmp_path}/root"]
+    config = ["-c", str(Place(tmp_path).file())]
     for arguments, expected in ((["--help"], f"usage: miniplm {stage}"), ([*config, "--dry-run"], "\nplan:\n")):
         outcomes = outcomes_both_ways(stage, arguments, capsys, monkeypatch)
         assert outcomes[0] == outcomes[1]
@@ -92,6 +93,7 @@ def test_both_ways_to_start_a_stage_print_the_same_and_exit_alike(
 ) -> None:
     """Only the work of the stage and Spark's session are replaced."""
     config = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root", "proxy={}", "annotate={language: true}"]
+    config += [f"ingest.input={Place(tmp_path).texts}"]
     config += ["generate={prompt_tokens: 64, new_tokens: 64}"]
     stage = stages.stage_named(name)
     summary = summary_of(stage)
@@ -128,7 +130,8 @@ def test_dry_run_prints_config_and_plan_and_makes_nothing(
 ) -> None:
     root = tmp_path / "root"
     # Options and overrides may stand in any order.
-    assert cli.main([stage, f"root={root}", "-c", str(CONF / "pile_qwen.yaml"), "--dry-run", "pack.shards=3"]) == 0
+    config = str(Place(tmp_path).file())
+    assert cli.main([stage, f"root={root}", "-c", config, "--dry-run", "pack.shards=3"]) == 0
     shown = capsys.readouterr().out
     assert '"shards": 3' in shown
     assert "would run: it has not finished on this root yet" in shown
@@ -141,7 +144,7 @@ def test_dry_runs_and_the_status_load_no_spark(tmp_path: Path) -> None:
     record = QueryStatus(query="score", lease="score-1", run_id="r", started_at=statuses.now())
     statuses.write(f"file://{tmp_path}/ran", record)
     names = ["run", *(stage.name for stage in stages.STAGES)]
-    dry_run = ["-c", str(CONF / "pile_qwen.yaml"), f"root={tmp_path}/root", "--dry-run"]
+    dry_run = ["-c", str(Place(tmp_path).file()), "--dry-run"]
     commands = [*([name, *dry_run] for name in names), ["status", "--root", f"{tmp_path}/ran"]]
     code = (
         "import json, sys; from jobs import cli\n"
@@ -195,10 +198,11 @@ def test_the_help_of_run_lists_the_stages_in_their_order(capsys: pytest.CaptureF
     assert " -> ".join(stage.name for stage in stages.STAGES) in capsys.readouterr().out
 
 
-def test_bad_config_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_config_exits_2_without_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "-c", str(CONF / "demo.yaml"), "ingest.inptu=3"]) == 2
     error = capsys.readouterr().err
-    assert "ConfigError: unknown key ingest.inptu; did you mean 'input'?" in error
+    assert error.startswith("miniplm: ConfigError: ")
+    assert "unknown key ingest.inptu; did you mean 'input'?" in error
     assert "Traceback" not in error
 
 

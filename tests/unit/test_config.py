@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint, load_config, printable, to_dict, to_yaml
-from miniplm_udf.config.sections import ReportConfig
+from miniplm_udf.config.report import ReportConfig
 from miniplm_udf.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -16,6 +16,7 @@ from miniplm_udf.errors import CorpusError, MiniplmError
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease, is_held
 from tests.support.full_disk import largest_file
+from tests.support.right_experiment import Place
 from tests.support.s3_server import BUCKET, S3Server
 
 HOLD = """
@@ -136,8 +137,7 @@ def test_a_second_run_of_a_root_is_refused_by_name(tmp_path: Path, capfd: pytest
     """Before any work: no JVM is started. A dry run takes no lease."""
     from jobs import pipeline
 
-    config = tmp_path / "experiment.yaml"
-    config.write_text(f"root: {tmp_path}/root\n")
+    config = Place(tmp_path).file()
     held = subprocess.Popen(
         [sys.executable, "-c", HOLD, Root(f"file://{tmp_path}/root").lease("run")], stdout=subprocess.PIPE, text=True
     )

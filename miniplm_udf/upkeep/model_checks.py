@@ -1,0 +1,263 @@
+"""Checks of the models before a command starts: files, kind, context, separator, prefix. Driver only, no Spark.
+
+Input: a config and the aliases of the models that the command needs. Output: problems, each a sentence with its key and
+its remedy. Reads config.json, tokenizer.json and the header of a .gguf file; reads no weights, fetches and converts
+nothing, and needs neither torch nor transformers. A model that only executors may have is not looked for.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.errors import ConfigError, MiniplmError
+from miniplm_udf.storage import Json
+
+# Ends of the names of classes that predict the next token.
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
+# Types without a decoder, for a config.json that does not name a class.
+_ENCODERS = (
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta",
+    "xlm-roberta",
+)  # fmt: skip
+# Files from which transformers can make a tokenizer.json.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_HUB_SECONDS = 2.0
+
+
+def is_local_session(config: ExperimentConfig) -> bool:
+    """Whether executors certainly run on this machine, so that a file that is not here is nowhere.
+
+    Args:
+        config: the experiment.
+    """
+    # Under spark-submit, the master is not known before Spark starts.
+    return (config.spark.master or "local").startswith("local") and "PYSPARK_GATEWAY_PORT" not in os.environ
+
+
+def model_problems(config: ExperimentConfig, aliases: Sequence[str]) -> Iterator[str]:
+    """Yields what is wrong with models.
+
+    Args:
+        config: the experiment.
+        aliases: the models that the command needs; models that the experiment trains are left out.
+    """
+    if find_spec("tokenizers") is None:
+        return  # the extra `score` is not installed here: executors have it
+    for alias in aliases:
+        model = config.models.get(alias)
+        if model is not None and model.path is not None:
+            yield from _model_problems(config, alias, model)
+    yield from _separator_of_reference(config)
+
+
+def tokenizer_of(path: str, revision: str | None = None) -> Any:
+    """Returns the tokenizer of a model or a folder, if it is on this machine.
+
+    Args:
+        path: the path of a model, or of a folder with a tokenizer.json.
+        revision: commit of a hub model.
+
+    Returns:
+        The tokenizer; None if it is not here, or if it is in a .gguf file.
+
+    Raises:
+        ModelLoadError: the path does not exist, or the file cannot be read.
+    """
+    if find_spec("tokenizers") is None:
+        return None
+    from miniplm_udf.scoring.model_files import files_here
+
+    folder = files_here(ModelConfig(path=path, revision=revision))
+    return _loaded(folder) if folder is not None and (folder / "tokenizer.json").is_file() else None
+
+
+@functools.cache
+def _loaded(folder: Path) -> Any:
+    from miniplm_udf.scoring.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+def _model_problems(config: ExperimentConfig, alias: str, model: ModelConfig) -> Iterator[str]:
+    from miniplm_udf.scoring.model_files import files_here, is_hub_name
+
+    try:
+        place = files_here(model)
+        if place is not None and place.suffix == ".gguf":
+            yield from _gguf_problems(alias, model, place)
+        elif place is not None:
+            yield from _folder_problems(alias, model, place)
+        elif is_hub_name(str(model.path)) and not storage.exists(config.layout.model_record(alias)):
+            yield from _hub_problems(config, alias, model)
+    except ConfigError as error:
+        yield str(error)
+    except MiniplmError as error:
+        if is_local_session(config):
+            yield f"models.{alias}.path: {error}"
+
+
+def _hub_problems(config: ExperimentConfig, alias: str, model: ModelConfig) -> Iterator[str]:
+    """Asks the hub whether it has a model that is not in the cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    key = f"models.{alias}.path"
+    nowhere = f"{key}: {model.path}: there is no such local folder (searched in {Path.cwd()})"
+    try:
+        info = HfApi().model_info(str(model.path), revision=model.revision, timeout=_HUB_SECONDS)
+    except GatedRepoError:
+        yield f"{key}: {model.path}: the hub gives it to users who accepted its terms; accept them, and set HF_TOKEN"
+    except RepositoryNotFoundError:
+        yield f"{nowhere}, and the hub has no such model; correct the name"
+    except OfflineModeIsEnabled:
+        if is_local_session(config):
+            yield f"{nowhere}, and HF_HUB_OFFLINE forbids to ask the hub; correct the path, or unset HF_HUB_OFFLINE"
+    except Exception as error:  # the errors of several HTTP clients
+        if is_local_session(config):
+            yield (
+                f"{nowhere}, and the hub cannot be reached ({type(error).__name__}); correct the path, or fetch the "
+                "model where there is a network"
+            )
+    else:
+        names = {file.rfilename for file in info.siblings or ()}
+        if names and "config.json" not in names:
+            yield f"{key}: {model.path}: expected a model with a config.json on the hub, found none; name another model"
+
+
+def _folder_problems(alias: str, model: ModelConfig, folder: Path) -> Iterator[str]:
+    """Checks the folder of a model."""
+    key = f"models.{alias}.path"
+    if not (folder / "config.json").is_file():
+        yield f"{key}: {folder}: expected a model folder with a config.json, found none; name the model's folder"
+        return
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        yield f"{key}: {folder}/config.json: expected JSON, found {error}; fetch the model again"
+        return
+    if (kind := _other_kind(facts)) is not None:
+        yield (
+            f"{key}: expected a causal LM, which predicts the next token, found {kind} in {folder}; name a causal LM "
+            "(llama, qwen2, gpt2, mamba, ...)"
+        )
+        return
+    if model.server is None:
+        yield from _weight_problems(key, folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        yield (
+            f"{key}: {folder}: expected a tokenizer.json next to the config.json, found no tokenizer; save it there "
+            "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+    elif (folder / "tokenizer.json").is_file():
+        yield from _token_problems(alias, model, folder, facts)
+
+
+def _other_kind(facts: Json) -> str | None:
+    """The kind of a model that predicts no next token, in words; None for a causal LM."""
+    model_type, classes = facts.get("model_type"), facts.get("architectures") or []
+    if facts.get("is_encoder_decoder"):
+        return f"an encoder with a decoder (model type {model_type})"
+    is_encoder = model_type in _ENCODERS and not facts.get("is_decoder")
+    if is_encoder or (classes and not any(str(name).endswith(_CAUSAL) for name in classes)):
+        return f"{', '.join(map(str, classes)) or 'an encoder'} (model type {model_type})"
+    return None
+
+
+def _weight_problems(key: str, folder: Path) -> Iterator[str]:
+    from miniplm_udf.scoring.weights import weight_files
+
+    try:
+        weight_files(folder)
+    except MiniplmError as error:
+        yield f"{key}: {error}"
+
+
+def _token_problems(alias: str, model: ModelConfig, folder: Path, facts: Json) -> Iterator[str]:
+    """Checks the tokens that the config names, and the context."""
+    from miniplm_udf.scoring.models import check_context
+    from miniplm_udf.scoring.prefix import find_prefix
+    from miniplm_udf.scoring.separators import find_separator, token_id
+    from miniplm_udf.scoring.tokenizer_checks import check_every_byte, lost_differences
+
+    tokenizer = _loaded(folder)
+    text = facts.get("text_config") if isinstance(facts.get("text_config"), dict) else facts
+    assert text is not None
+    n_ids = text.get("vocab_size")
+    longest = text.get("max_position_embeddings", text.get("n_positions"))
+    bos: list[str] = []
+
+    def check_bos() -> None:
+        prefix = find_prefix(alias, folder, tokenizer, model)
+        if prefix.token is not None:
+            bos.append(prefix.token)
+            token_id(f"models.{alias}.bos_token", prefix.token, tokenizer, n_ids)
+
+    def check_separator() -> None:
+        separator, _ = find_separator(alias, folder, tokenizer, model)
+        token_id(f"models.{alias}.document_separator", separator, tokenizer, n_ids)
+
+    def check_prefix() -> None:
+        if model.context_prefix == "token":
+            check_every_byte(alias, lost_differences(tokenizer))
+            if model.prefix_token is not None:
+                token_id(f"models.{alias}.prefix_token", model.prefix_token, tokenizer, n_ids)
+
+    for check in (check_bos, check_separator, check_prefix):
+        yield from _refused(check)
+    yield from _refused(lambda: check_context(alias, model, longest, has_bos=bool(bos)))
+
+
+def _refused(check: Callable[[], Any]) -> Iterator[str]:
+    try:
+        check()
+    except ConfigError as error:
+        yield str(error)
+
+
+def _gguf_problems(alias: str, model: ModelConfig, path: Path) -> Iterator[str]:
+    """Checks the header of a .gguf file."""
+    from miniplm_udf.scoring.gguf_facts import GgufFile, refuse_what_is_no_model
+    from miniplm_udf.scoring.gguf_header import read_header
+    from miniplm_udf.scoring.models import check_context
+    from miniplm_udf.scoring.separators import default_separator
+
+    file = GgufFile(path, read_header(path), {}, None)
+    refuse_what_is_no_model(file)
+    longest = file.fact("context_length")
+    yield from _refused(lambda: check_context(alias, model, longest, has_bos=False))
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or (path.parent / "tokenizer.json").is_file():
+        return
+    vocabulary, key = set(tokens), f"models.{alias}.document_separator"
+    if model.document_separator is None:
+        number = file.metadata.get("tokenizer.ggml.eos_token_id")
+        eos = tokens[number] if isinstance(number, int) and number < len(tokens) else None
+        template = str(file.metadata.get("tokenizer.chat_template") or "")
+        yield from _refused(lambda: default_separator(alias, eos, template, vocabulary.__contains__))
+    elif model.document_separator not in vocabulary:
+        yield (
+            f"{key}: expected one token of the vocabulary, found {model.document_separator!r}, which is not one; name "
+            f"a token of {path.name}"
+        )
+
+
+def _separator_of_reference(config: ExperimentConfig) -> Iterator[str]:
+    """A reference is trained on sequences with the separator of the model whose tokenizer it has."""
+    if config.reference is None:
+        return
+    alias, origin = config.reference.alias, config.reference.tokenizer
+    if not {alias, origin} <= config.models.keys():
+        return
+    own, other = config.models[alias].document_separator, config.models[origin].document_separator
+    if config.models[alias].path is None and None not in (own, other) and own != other:
+        yield (
+            f"models.{alias}.document_separator: expected {other!r}, the separator of models.{origin}, with which this "
+            f"experiment trains {alias}, found {own!r}; remove the key, and it takes that separator"
+        )

@@ -1,0 +1,156 @@
+"""Checks of trainings before a command starts: architectures, lengths, tokenizers, text of the reference. No Spark.
+
+Input: a config. Output: problems, each a sentence with its key and its remedy. Reads tokenizer.json of the tokenizers
+that have a path, and sizes of input files. A reference that is trained already is not checked. Driver only; writes
+nothing.
+"""
+
+from collections.abc import Iterator
+
+from miniplm_udf import storage
+from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.sections import TokenizerConfig
+from miniplm_udf.config.training import ReferenceConfig
+from miniplm_udf.errors import ConfigError, MiniplmError
+from miniplm_udf.storage import Json
+from miniplm_udf.upkeep.architectures import architecture_problems, find_class
+from miniplm_udf.upkeep.input_checks import text_bytes
+from miniplm_udf.upkeep.model_checks import is_local_session, tokenizer_of
+
+_BYTES_PER_TOKEN = 3
+# A reference that sees its text more often than this has learned it by heart: the number of steps is a mistake.
+_MOST_PASSES = 100
+_GOOD_PASSES, _GOOD_STEPS = 4, 200
+
+
+def student_problems(config: ExperimentConfig) -> Iterator[str]:
+    """Yields what is wrong with the students' architectures.
+
+    Args:
+        config: the experiment.
+    """
+    for name, student in config.students.items():
+        if student.model is not None and not student.architecture:
+            continue  # the name of its model is wrong, which the config reports
+        place = f"students.{name}.architecture"
+        yield from architecture_problems(place, student.architecture)
+        yield from _length_problems(place, student.architecture, config.pack.sequence_length, "pack.sequence_length")
+        tokenizer = config.tokenizers.get(student.tokenizer)
+        if tokenizer is not None:
+            n_ids, key = _student_vocabulary(student.tokenizer, tokenizer)
+            yield from _vocabulary_problems(place, student.architecture, n_ids, key)
+
+
+def reference_problems(config: ExperimentConfig) -> Iterator[str]:
+    """Yields what is wrong with the reference that is to be trained.
+
+    Args:
+        config: the experiment.
+    """
+    reference = config.reference
+    if reference is None or storage.exists(config.layout.model(reference.alias, "config.json")):
+        return
+    place, model = "reference.architecture", config.models.get(reference.alias)
+    yield from architecture_problems(place, reference.architecture)
+    context = model.context_tokens if model else 0
+    key = (
+        f"models.{reference.alias}.context_tokens" if context > config.pack.sequence_length else "pack.sequence_length"
+    )
+    longest = max(context, config.pack.sequence_length)
+    yield from _length_problems(place, reference.architecture, longest, key)
+    origin = config.models.get(reference.tokenizer)
+    if origin is not None and origin.path is not None:
+        n_ids = _size_of(origin.path, origin.revision)
+        yield from _vocabulary_problems(place, reference.architecture, n_ids, f"models.{reference.tokenizer}")
+    yield from _text_problems(config, reference)
+
+
+def tokenizer_problems(config: ExperimentConfig) -> Iterator[str]:
+    """Yields what is wrong with the students' tokenizers that have a path.
+
+    Args:
+        config: the experiment.
+    """
+    for name in sorted({student.tokenizer for student in config.students.values()} & config.tokenizers.keys()):
+        wanted = config.tokenizers[name]
+        if wanted.path is None:
+            continue
+        try:
+            tokenizer = tokenizer_of(wanted.path, wanted.revision)
+            if tokenizer is not None:
+                from miniplm_udf.scoring.separators import token_id
+
+                token_id(f"tokenizers.{name}.document_separator", wanted.document_separator, tokenizer)
+        except ConfigError as error:
+            yield str(error)
+        except MiniplmError as error:
+            if is_local_session(config):
+                yield f"tokenizers.{name}.path: {error}"
+
+
+def _length_problems(place: str, architecture: Json, longest: int, key: str) -> Iterator[str]:
+    config_class = find_class(str(architecture.get("model_type")))
+    names = {"max_position_embeddings"}
+    if config_class is not None:
+        names.add(config_class.other_names.get("max_position_embeddings", "max_position_embeddings"))
+    for name in sorted(names & architecture.keys()):
+        if isinstance(architecture[name], int) and architecture[name] < longest:
+            yield (
+                f"{place}.{name}: expected at least {longest}, the longest input ({key}), found {architecture[name]}; "
+                f"raise it, remove the key to take that length, or lower {key}"
+            )
+
+
+def _vocabulary_problems(place: str, architecture: Json, n_ids: int | None, key: str) -> Iterator[str]:
+    own = architecture.get("vocab_size")
+    if n_ids is not None and isinstance(own, int) and own < n_ids:
+        yield (
+            f"{place}.vocab_size: expected at least {n_ids}, the size of the tokenizer of {key}, found {own}; raise "
+            "it, or remove the key to take the tokenizer's size"
+        )
+
+
+def _student_vocabulary(name: str, tokenizer: TokenizerConfig) -> tuple[int | None, str]:
+    """The size of a student's tokenizer, as far as it is known; and its key."""
+    # A trained BPE may get fewer entries, if there is too little text.
+    n_ids = None if tokenizer.path is None else _size_of(tokenizer.path, tokenizer.revision)
+    return n_ids, f"tokenizers.{name}"
+
+
+def _size_of(path: str, revision: str | None) -> int | None:
+    try:
+        tokenizer = tokenizer_of(path, revision)
+    except MiniplmError:
+        return None  # another check reports it
+    return None if tokenizer is None else max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _text_problems(config: ExperimentConfig, reference: ReferenceConfig) -> Iterator[str]:
+    """A reference needs text, and not thousands of passes over it."""
+    share, train = config.ingest.split.reference, reference.train
+    if share == 0:
+        yield (
+            "ingest.split.reference: expected a share above 0, on which the reference is trained, found 0; set "
+            "ingest.split.reference=0.05, or name a trained reference in models and remove the section reference"
+        )
+        return
+    n_bytes = text_bytes(config)
+    if not n_bytes:
+        return
+    available = max(1.0, share * n_bytes / _BYTES_PER_TOKEN)
+    per_step = train.batch_sequences * config.pack.sequence_length
+    passes = train.steps * per_step / available
+    if passes > _MOST_PASSES:
+        batch, steps = _good_batches(_GOOD_PASSES * available / config.pack.sequence_length, train.batch_sequences)
+        yield (
+            f"reference.train.steps: expected at most {_MOST_PASSES} passes over the reference's text, found "
+            f"{passes:,.0f}: {train.steps:,} steps of {per_step:,} tokens, and about {available:,.0f} tokens in "
+            f"{share:.0%} of the input; set reference.train.steps={steps} and reference.train.batch_sequences={batch} "
+            f"for about {_GOOD_PASSES} passes, or add text"
+        )
+
+
+def _good_batches(n_sequences: float, batch: int) -> tuple[int, int]:
+    """Sequences of a step, at most `batch`, and steps, that go through so many sequences in some hundred steps."""
+    batch = max(1, min(batch, round(n_sequences / _GOOD_STEPS)))
+    return batch, max(1, round(n_sequences / batch))

