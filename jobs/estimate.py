@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.command import Command
+from jobs.reject_text import over_limit
 from jobs.session import spark_session
 from jobs.text import table
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -147,6 +148,16 @@ def _exit_code(result: Estimate) -> int:
     return EXIT_TOO_MANY_REJECTS if result.too_many_rejects else EXIT_DONE
 
 
+def _last_line(result: Estimate) -> str:
+    """The sentence about the first stage that would reject too many rows."""
+    over = next(((name, part) for name, part in result.rejects.items() if part.too_many), None)
+    if over is None:
+        return ""
+    name, part = over
+    limit = over_limit(name, None, part.reasons, f"{name}.max_reject_share", part.max_share)
+    return f"{limit}; these are the rejects of the sample, and nothing was written"
+
+
 def _plan(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
     _check(arguments)
     rows = [
@@ -159,7 +170,7 @@ def _plan(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
 
 COMMAND = Command(
     name="estimate", description=__doc__, run=_run, text=text, add_arguments=_add_arguments, plan=_plan,
-    exit_code=_exit_code,
+    exit_code=_exit_code, last_line=_last_line,
 )  # fmt: skip
 
 

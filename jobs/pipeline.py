@@ -6,6 +6,7 @@ the same root is refused while the first one works; a single stage next to a run
 Submit: `miniplm run -c conf/demo.yaml [--dry-run] [--retrain-reference] [key=value ...]`.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from jobs import plan
 from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan, read_config
 from jobs.session import spark_session
 from jobs.stage import Options
-from jobs.stage_runner import execute, must_run
+from jobs.stage_runner import execute, must_run, tell_rejects
 from jobs.stages import STAGES
 from jobs.summary import build_summary, summary_text, write_summary
+from jobs.text import as_json
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError
 from miniplm_udf.lease import Lease
@@ -51,7 +53,6 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
                 record = stage.record(config)
                 highest = max(highest, exit_code(record.summary if record else None))
                 continue
-            LOGGER.info("%s: starting", stage.name)
             summary = execute(stage, spark, config, options)
             if last_line := stage.last_line(summary):
                 LOGGER.info("%s", last_line)
@@ -60,15 +61,20 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
     return highest
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `miniplm run` and returns its exit code; `argv` defaults to the arguments of the process."""
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of `miniplm run`."""
     order = " -> ".join(stage.name for stage in STAGES)
     parser = make_parser("run", f"{__doc__}\nThe stages:\n\n    {order}\n")
     add_config_arguments(parser)
     for stage in STAGES:
         if stage.frozen is not None:
             stage.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `miniplm run` and returns its exit code; `argv` defaults to the arguments of the process."""
+    arguments = command_parser().parse_intermixed_args(argv)
 
     def body() -> int:
         config = read_config("run", arguments)
@@ -79,17 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{config.stream.trigger}; `miniplm stream` keeps ingesting and scoring"
             )
         if arguments.dry_run:
-            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))
+            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False), arguments.json)
             return EXIT_DONE
         preflight.require_writable(config.root)
         with Lease(config.layout.lease("run"), "miniplm run", what="pipeline"):
             code = run_stages(config, options)
         summary = build_summary(config)
         write_summary(config, summary)
-        print(summary_text(config, summary))
+        print(as_json(summary) if arguments.json else summary_text(config, summary), flush=True)
+        tell_rejects(STAGES, config)
         return code
 
-    return guarded(body)
+    return guarded(body, arguments.debug)
 
 
 if __name__ == "__main__":

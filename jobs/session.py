@@ -22,6 +22,8 @@ from miniplm_udf.upkeep import preflight
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+LOGGER = logging.getLogger("miniplm.jobs")
+
 # The master that spark-submit sets where none is given.
 _NO_MASTER = "local[*]"
 
@@ -124,6 +126,7 @@ def spark_session(config: ExperimentConfig, name: str) -> "Iterator[SparkSession
         config: the experiment.
         name: name of the Spark application.
     """
+    LOGGER.info("%s: starting Spark", name.removeprefix("miniplm ") if name != "miniplm" else "run")
     session = make_session(config, name)
     try:
         yield session
