@@ -54,6 +54,9 @@ class Parser(argparse.ArgumentParser):
         Args:
             args: the words; None takes the arguments of the process.
             namespace: gets the values; None makes a new one.
+
+        Returns:
+            The namespace, and the words that no option takes.
         """
         self.words = self.words or list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
