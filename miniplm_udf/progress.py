@@ -89,10 +89,18 @@ def time_left(fraction: float, seconds: float) -> str | None:
     """
     if not 0 < fraction <= 1:
         return None
-    left = seconds * (1 - fraction) / fraction
-    if left < 90:
-        return f"{left:.0f} s left"
-    return f"{left / 60:.0f} min left" if left < 5400 else f"{left / 3600:.1f} h left"
+    return f"{duration(seconds * (1 - fraction) / fraction)} left"
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration in seconds, minutes or hours.
+
+    Args:
+        seconds: the duration.
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Progress:
