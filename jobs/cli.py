@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jobs.command import quiet_pipe
 from jobs.stages import SERVICES, STAGES
 from jobs.text import table
-from miniplm_udf import __version__
+from miniplm_udf import __version__, failures, progress
 from miniplm_udf.stopping import Stopped
 
 _STAGES = {stage.name: stage.help for stage in (*STAGES, *SERVICES)}
@@ -78,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = Stopped(signal.SIGINT)
         print(f"miniplm: {stopped.message}", file=sys.stderr)
         return stopped.exit_code
+    except Exception as error:  # of an import, or of the parser of a command
+        with progress.debugging("--debug" in arguments):
+            return failures.report(error)
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ The script is made by shtab from the parsers of all commands, so it knows every 
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ from jobs.stages import SERVICES, STAGES
 from jobs.text import as_json
 from miniplm_udf.errors import EXIT_DONE
 
+LOGGER = logging.getLogger("miniplm.jobs")
+
 SHELLS = ("bash", "zsh", "fish")
 _STAGES = {stage.name for stage in (*STAGES, *SERVICES)}
 
@@ -31,7 +34,12 @@ def full_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, line in COMMANDS.items():
-        commands.add_parser(name, parents=[_parser_of(name)], add_help=False, help=line)
+        try:
+            parents = [_parser_of(name)]
+        except ImportError as error:  # a command of an extra that is not installed
+            LOGGER.warning("%s: its options are not completed: %s", name, error)
+            parents = []
+        commands.add_parser(name, parents=parents, add_help=False, help=line)
     return parser
 
 

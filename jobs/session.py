@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jobs import java, spark_jars
-from miniplm_udf import object_storage, stopping, storage
+from miniplm_udf import object_storage, progress, stopping, storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.streams import spark_log
 from miniplm_udf.upkeep import preflight
 
 if TYPE_CHECKING:
@@ -115,6 +116,9 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         signal.signal(signal.SIGINT, before)  # a new context replaces the handler of SIGINT
     if level := os.environ.get("MINIPLM_SPARK_LOG_LEVEL"):
         session.sparkContext.setLogLevel(level)
+    elif not progress.is_debug():
+        # The command prints one line about the error that ends it.
+        spark_log.silence(session, [spark_log.QUERY_LOGGER, *spark_log.TASK_LOGGERS])
     return session
 
 

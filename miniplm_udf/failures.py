@@ -9,7 +9,10 @@ import logging
 import re
 import sys
 import traceback
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from miniplm_udf import progress, storage, storage_errors
 from miniplm_udf.errors import EXIT_FAILED, MiniplmError, first_line
@@ -17,6 +20,10 @@ from miniplm_udf.errors import EXIT_FAILED, MiniplmError, first_line
 LOGGER = logging.getLogger("miniplm")
 
 _LONGEST = 300
+# The extras that bring what commands import, the one of the Spark driver first.
+_EXTRAS = ("spark", "score", "train", "annotate", "server", "eval", "s3", "gcs", "azure", "tensorboard", "wandb")
+# Distributions whose modules have another name.
+_DISTRIBUTIONS = {"delta": "delta-spark", "lm_eval": "lm-eval", "pynvml": "nvidia-ml-py"}
 # The first line of an error of a call to Java says only which call failed.
 _JAVA_CALL = re.compile(r"^An error occurred while calling \S+$")
 
@@ -35,8 +42,35 @@ def report(error: Exception) -> int:
     if isinstance(error, MiniplmError):
         print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"miniplm: {storage_errors.explain(error) or _unexpected(error)}", file=sys.stderr)
+    line = storage_errors.explain(error) or _missing_package(error) or _unexpected(error)
+    print(f"miniplm: {line}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def _missing_package(error: Exception) -> str | None:
+    """The line about a package of an extra that is not installed; None for any other error."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    module = error.name.partition(".")[0].lower()
+    name = _DISTRIBUTIONS.get(module, module.replace("_", "-"))
+    extras = [extra for extra in _EXTRAS if name in _names_of(extra)]
+    if not extras:
+        return None
+    others = f" (it is also in {', '.join(extras[1:])})" if extras[1:] else ""
+    return (
+        f"the package {name} is not installed: pip install 'miniplm[{extras[0]}]'{others}; `miniplm doctor` lists "
+        "everything that is missing"
+    )
+
+
+def _names_of(extra: str) -> set[str]:
+    """Names of the packages that an extra declares; empty if miniplm itself is not installed."""
+    try:
+        declared = [Requirement(text) for text in metadata.requires("miniplm") or []]
+    except metadata.PackageNotFoundError:
+        return set()
+    markers = [(each.name.lower().replace("_", "-"), each.marker) for each in declared]
+    return {name for name, marker in markers if marker is not None and marker.evaluate({"extra": extra})}
 
 
 def _unexpected(error: Exception) -> str:
