@@ -92,7 +92,7 @@ def summary(error: BaseException) -> str:
     lines = [line.rstrip(" :.") for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and _JAVA_CALL.match(lines[0]):
         del lines[0]
-    line = lines[0].strip() if lines else first_line(error)
+    line = lines[0].lstrip(": ") if lines else first_line(error)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 

@@ -1,16 +1,91 @@
-"""The lines of a progress where stderr is no terminal."""
+"""The lines and bars of a progress, on a terminal and elsewhere."""
 
+import contextlib
+import logging
 import re
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from miniplm_udf.progress import progress
+from miniplm_udf import task_progress
+from miniplm_udf.progress import progress, time_left
+from miniplm_udf.task_progress import QueryCounts, hidden, publish, watched_tasks
 
 
 def test_what_an_earlier_process_finished_counts_and_is_no_part_of_the_rate(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="miniplm")
     with progress("train small", 40, "step", done=20) as shown:
+        assert caplog.messages == ["train small: 20 of 40 step"]
         shown.update(5)
-    line = re.search(r"train small: 25 of 40 step, ([\d,]+\.\d) step/s", caplog.text)
+    line = re.search(r"train small: 25 of 40 step, ([\d,]+\.\d) step/s, \d+ s left", caplog.text)
     assert line is not None
     assert shown.done == 25
+
+
+def test_the_time_left_is_in_a_unit_that_fits() -> None:
+    assert [time_left(share, 60) for share in (0, 0.5, 0.1, 0.001)] == [None, "60 s left", "9 min left", "16.6 h left"]
+
+
+def counts(**values: Any) -> QueryCounts:
+    given = {"rows": 300, "rows_per_second": 30.0, "tokens_per_second": {"teacher": 1200.0}, "behind": 700}
+    return QueryCounts(**{**given, "total": 1000, "unit": "rows", "seconds": 10.0, **values})
+
+
+def test_counts_of_a_query_in_words() -> None:
+    assert counts().text() == "300 of 1,000 rows, 30.0 rows/s, teacher 1,200 tokens/s, 23 s left"
+    of_files = counts(unit="files", behind=3, total=4, tokens_per_second={})
+    assert of_files.text() == "300 rows, 1 of 4 files, 30.0 rows/s, 30 s left"
+    # A service goes on with new input.
+    assert counts(total=None, tokens_per_second={}).text() == "300 rows, 30.0 rows/s"
+
+
+def spark_with_tasks(done: int, total: int) -> Any:
+    """A session whose status tracker always shows one stage."""
+    stage = SimpleNamespace(stageId=7, numCompletedTasks=done, numTasks=total)
+    tracker = SimpleNamespace(getActiveStageIds=lambda: [7], getStageInfo=lambda stage_id: stage)
+    return SimpleNamespace(sparkContext=SimpleNamespace(statusTracker=lambda: tracker))
+
+
+def test_work_on_spark_shows_its_queries_and_tasks(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="miniplm")
+    publish("score", counts())
+    with watched_tasks(spark_with_tasks(3, 8), "score", every_seconds=0.05):
+        time.sleep(0.3)
+    publish("score", None)
+    line = r"score: 300 of 1,000 rows, 30\.0 rows/s, teacher 1,200 tokens/s, 23 s left; 3 of 8 tasks of stage 7; \d s"
+    assert re.match(line, caplog.messages[0])
+
+
+def test_the_first_line_comes_within_two_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    assert task_progress._FIRST_SECONDS < 2
+    caplog.set_level("INFO", logger="miniplm")
+    with watched_tasks(spark_with_tasks(0, 1), "pack"):
+        time.sleep(1.9)
+    assert [message.split(";")[0] for message in caplog.messages] == ["pack: 0 of 1 tasks of stage 7"]
+
+
+def test_only_the_innermost_work_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="miniplm")
+    spark = spark_with_tasks(0, 1)
+    with watched_tasks(spark, "outer", every_seconds=0.05), watched_tasks(spark, "inner", every_seconds=0.05):
+        time.sleep(0.2)
+    assert {message.partition(":")[0] for message in caplog.messages} == {"inner"}
+    caplog.clear()
+    with watched_tasks(spark, "outer", every_seconds=0.05), hidden():
+        time.sleep(0.2)
+    assert caplog.messages == []
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(task_progress, "is_terminal", lambda: True)
+    monkeypatch.setattr(task_progress, "_DRAW_SECONDS", 0.05)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(watched_tasks(spark_with_tasks(2, 8), "pack"))
+        time.sleep(0.4)
+        logging.getLogger("miniplm").info("a line")
+    shown = capsys.readouterr().err
+    assert re.search(r" 25%\|█+ +\| pack: 2 of 8 tasks of stage 7", shown)
+    assert not sys.stderr.isatty()
