@@ -10,6 +10,7 @@ only the inner one is shown. Owns no table; imports no Spark.
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 import threading
 import time
@@ -26,6 +27,9 @@ LOGGER = logging.getLogger("miniplm")
 _FIRST_SECONDS = 1.5
 _DRAW_SECONDS = 0.5
 _JOIN_SECONDS = 10.0
+# How often the metrics of running tasks are read, and in how many of the latest SQL executions.
+_OUTPUTS_SECONDS = 5.0
+_LATEST_EXECUTIONS = 8
 _BAR = "{percentage:3.0f}%|{bar:20}| {desc}"
 
 
@@ -41,6 +45,8 @@ class QueryCounts:
         total: what waited when the command began, in `unit`; None if the query goes on with new input.
         unit: rows or files.
         seconds: time since the query began.
+        outputs_per_row: rows that the query's Python workers return for each row that waits; None if they are not
+            counted while a micro-batch runs.
     """
 
     rows: int
@@ -50,6 +56,20 @@ class QueryCounts:
     total: int | None
     unit: str
     seconds: float
+    outputs_per_row: float | None = None
+
+    def with_outputs(self, outputs: int) -> "QueryCounts":
+        """Returns the counts with the rows of the running micro-batch, and their rate before the first one is finished.
+
+        Args:
+            outputs: rows that Python workers have returned in the running micro-batch.
+        """
+        if not self.outputs_per_row or not outputs:
+            return self
+        rows = self.rows + round(outputs / self.outputs_per_row)
+        return dataclasses.replace(
+            self, rows=rows, rows_per_second=self.rows_per_second or rows / max(self.seconds, 1e-9)
+        )
 
     @property
     def fraction(self) -> float | None:
@@ -105,7 +125,7 @@ def watched_tasks(spark: Any, label: str, every_seconds: float = 10.0) -> Iterat
         label: start of each line.
         every_seconds: time between two lines where stderr is no terminal.
     """
-    watcher = _Watcher(spark.sparkContext.statusTracker(), label, every_seconds)
+    watcher = _Watcher(spark, label, every_seconds)
     with _innermost(watcher):
         thread = threading.Thread(target=watcher.run, name=label, daemon=True)
         thread.start()
@@ -139,9 +159,10 @@ class _Watcher:
         has_ended: set when the work has ended.
     """
 
-    def __init__(self, tracker: Any, label: str, every_seconds: float) -> None:
+    def __init__(self, spark: Any, label: str, every_seconds: float) -> None:
         self.has_ended = threading.Event()
-        self._tracker, self._label, self._every_seconds = tracker, label, every_seconds
+        self._tracker, self._outputs = spark.sparkContext.statusTracker(), _PythonOutputs(spark)
+        self._label, self._every_seconds = label, every_seconds
         self._started = time.monotonic()
         self._stages_since: dict[int, float] = {}
         self._bar: tqdm[Any] | None = None
@@ -188,8 +209,10 @@ class _Watcher:
         return bool(_watchers) and _watchers[-1] is self
 
     def _line(self) -> tuple[str, float | None]:
-        """The line about the work, and the share of it that is done, or None."""
+        """Returns the line about the work, and the share of the work that is done; None if the share is not known."""
         queries = dict(_queries)
+        if counted := [name for name, counts in queries.items() if counts.outputs_per_row]:
+            queries[counted[0]] = queries[counted[0]].with_outputs(self._outputs.count())
         several = len(queries) > 1
         parts = [f"{name} {counts.text()}" if several else counts.text() for name, counts in queries.items()]
         fractions = [counts.fraction for counts in queries.values() if counts.fraction is not None]
@@ -212,3 +235,43 @@ class _Watcher:
         if with_time_left and (left := time_left(done / max(total, 1), seconds)):
             text += f", {left}"
         return text, done / max(total, 1)
+
+
+class _PythonOutputs:
+    """Counts the rows that Python workers have returned in the running SQL executions.
+
+    Executors report the metrics of running tasks with each heartbeat (every 10 s); there is no Python API for them.
+    """
+
+    def __init__(self, spark: Any) -> None:
+        self._spark, self._count, self._read_at = spark, 0, -math.inf
+
+    def count(self) -> int:
+        """Returns the rows; 0 if Spark does not tell them."""
+        if time.monotonic() - self._read_at >= _OUTPUTS_SECONDS:
+            self._read_at = time.monotonic()
+            try:
+                self._count = self._read()
+            except Exception as error:  # internal interfaces of Spark, without which only this count is missing
+                LOGGER.debug("the rows of Python workers cannot be read: %s", error)
+        return self._count
+
+    def _read(self) -> int:
+        store = self._spark._jsparkSession.sharedState().statusStore()
+        begin = max(0, store.executionsCount() - _LATEST_EXECUTIONS)
+        executions = _items(store.executionsList(begin, _LATEST_EXECUTIONS))
+        running = [each.executionId() for each in executions if not each.completionTime().isDefined()]
+        return sum(self._rows_of(store, execution) for execution in running)
+
+    def _rows_of(self, store: Any, execution: int) -> int:
+        nodes = [node for node in _items(store.planGraph(execution).allNodes()) if node.name() == "MapInArrow"]
+        metrics = [metric for node in nodes for metric in _items(node.metrics())]
+        ids = [metric.accumulatorId() for metric in metrics if metric.name() == "number of output rows"]
+        values = store.executionMetrics(execution) if ids else None
+        shown = [values.get(id) for id in ids] if values is not None else []
+        return sum(int(value.get().replace(",", "")) for value in shown if value.isDefined())
+
+
+def _items(sequence: Any) -> list[Any]:
+    """The items of a sequence of Scala."""
+    return [sequence.apply(i) for i in range(sequence.size())]

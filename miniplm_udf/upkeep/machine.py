@@ -36,7 +36,7 @@ _TORCH = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What `miniplm doctor` has found out about a part of the installation.
+    """The state of a part of the installation.
 
     Attributes:
         part: name of the part.
@@ -62,7 +62,7 @@ def python() -> Finding:
         part="python",
         state="ok" if is_new else "missing",
         text=f"{platform.python_version()} in {sys.executable}",
-        remedy="" if is_new else "install Python 3.11 or newer, and miniplm in a new environment of it",
+        remedy="" if is_new else "install Python 3.11 or newer, make an environment with it, and install miniplm there",
         is_required=True,
     )
 
@@ -194,7 +194,7 @@ def existing(folder: Path) -> Path:
 
 
 def _answer(command: Sequence[str], only_success: bool = False) -> str | None:
-    """What a program prints on stdout and stderr; None if it cannot be started, takes too long, or (if asked) fails."""
+    """Returns the output of a program; None if it cannot be started, takes too long, or (with `only_success`) fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -112,7 +112,7 @@ def test_a_root_that_cannot_be_used_fails(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_mlflow_server_answers_or_not(tmp_path: Path) -> None:
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class HealthHandler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/health" else 404)
             self.end_headers()
@@ -120,7 +120,7 @@ def test_an_mlflow_server_answers_or_not(tmp_path: Path) -> None:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.HTTPServer(("127.0.0.1", 0), HealthHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     config = ExperimentConfig(root=str(tmp_path))
     uri = f"http://127.0.0.1:{server.server_port}"

@@ -42,6 +42,13 @@ def test_counts_of_a_query_in_words() -> None:
     assert counts(total=None, tokens_per_second={}).text() == "300 rows, 30.0 rows/s"
 
 
+def test_the_rows_of_a_running_micro_batch_count() -> None:
+    first = counts(rows=0, rows_per_second=0.0, behind=1000, outputs_per_row=1.5, tokens_per_second={})
+    assert first.with_outputs(0) == first
+    assert first.with_outputs(300).text() == "200 of 1,000 rows, 20.0 rows/s, 40 s left"
+    assert counts().with_outputs(300) == counts()
+
+
 def spark_with_tasks(done: int, total: int) -> Any:
     """A session whose status tracker always shows one stage."""
     stage = SimpleNamespace(stageId=7, numCompletedTasks=done, numTasks=total)
