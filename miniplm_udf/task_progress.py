@@ -163,6 +163,7 @@ class _Watcher:
         self.has_ended = threading.Event()
         self._tracker, self._outputs = spark.sparkContext.statusTracker(), _PythonOutputs(spark)
         self._label, self._every_seconds = label, every_seconds
+        self._live: dict[str, QueryCounts] = {}
         self._started = time.monotonic()
         self._stages_since: dict[int, float] = {}
         self._bar: tqdm[Any] | None = None
@@ -212,7 +213,7 @@ class _Watcher:
         """Returns the line about the work, and the share of the work that is done; None if the share is not known."""
         queries = dict(_queries)
         if counted := [name for name, counts in queries.items() if counts.outputs_per_row]:
-            queries[counted[0]] = queries[counted[0]].with_outputs(self._outputs.count())
+            queries[counted[0]] = self._with_outputs(counted[0], queries[counted[0]])
         several = len(queries) > 1
         parts = [f"{name} {counts.text()}" if several else counts.text() for name, counts in queries.items()]
         fractions = [counts.fraction for counts in queries.values() if counts.fraction is not None]
@@ -220,6 +221,13 @@ class _Watcher:
         parts += [tasks] if tasks else []
         parts.append(f"{duration(time.monotonic() - self._started)} so far")
         return f"{self._label}: {'; '.join(parts)}", min(fractions, default=share)
+
+    def _with_outputs(self, name: str, counts: QueryCounts) -> QueryCounts:
+        """The counts with the rows of the running micro-batch; never fewer than before, until its event arrives."""
+        live = counts.with_outputs(self._outputs.count())
+        before = self._live.get(name, live)
+        self._live[name] = live if live.rows >= before.rows else before
+        return self._live[name]
 
     def _tasks(self, with_time_left: bool) -> tuple[str | None, float | None]:
         """The tasks of the active stages of Spark in words, and the share of them that has finished."""
