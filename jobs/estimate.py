@@ -19,6 +19,7 @@ from jobs.text import table
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, EXIT_TOO_MANY_REJECTS, ConfigError
 from miniplm_udf.estimate.results import Estimate, Gpus
+from miniplm_udf.task_progress import watched_tasks
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -36,7 +37,7 @@ def run(config: ExperimentConfig, arguments: argparse.Namespace) -> Estimate:
     from miniplm_udf.estimate.estimate import estimate
 
     gpus = Gpus(arguments.gpus, arguments.mfu, arguments.gpu_tflops)
-    with spark_session(config, "miniplm estimate") as spark:
+    with spark_session(config, "miniplm estimate") as spark, watched_tasks(spark, "estimate"):
         return estimate(spark, config, arguments.sample_bytes, gpus)
 
 

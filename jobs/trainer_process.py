@@ -50,7 +50,7 @@ def run_trainer(command: str, config_path: str, overrides: Sequence[str], *optio
         ConfigError: the trainer refused the config (it has said why on stderr).
         MiniplmError: the trainer failed, or a signal to the trainer alone stopped it.
     """
-    line = [sys.executable, "-m", "trainer", command, "-c", config_path, *options, *overrides]
+    line = [sys.executable, "-m", "trainer", command, "--started-by-miniplm", "-c", config_path, *options, *overrides]
     LOGGER.info("starting the trainer: %s", " ".join([command, *options]))
     # An orphan would write the checkpoints that the next run's trainer writes.
     with task_progress.hidden(), subprocess.Popen(line, stdout=subprocess.PIPE, preexec_fn=_end_with_parent) as process:

@@ -22,9 +22,14 @@ LEVEL_VARIABLE = "MINIPLM_LOG_LEVEL"
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """Writes a record above the bars of a terminal, which are drawn again below it."""
+    """Writes a record above the bars of a terminal, which are drawn again below it.
+
+    Without `--debug`, it leaves out py4j's records: py4j logs the trace of each error that it raises.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        if "py4j" in record.pathname and not is_debug():
+            return None
         tqdm_module = sys.modules.get("tqdm")
         if tqdm_module is None or not is_terminal():
             return super().emit(record)
@@ -44,8 +49,6 @@ def configure_logging(level: str | None = None) -> None:
         level=logging.WARNING, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     LOGGER.setLevel(level or os.environ.get(LEVEL_VARIABLE, "INFO"))
-    # py4j logs each callback that raises with its trace; the error itself reaches the command.
-    logging.getLogger("py4j.clientserver").setLevel(logging.NOTSET if is_debug() else logging.CRITICAL)
     # Our Arrow UDFs have no type hints, because these would import pyarrow on the driver; Spark warns about that.
     warnings.filterwarnings("ignore", message="It is preferred to specify type hints for arrow UDF")
 

@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help="print the plan and do nothing",
         )
+        # `miniplm train` itself says that a signal has stopped it.
+        command.add_argument("--started-by-miniplm", action="store_true", help=argparse.SUPPRESS)
         command.add_argument("--debug", action="store_true", help="show debug messages, and the trace of an error")
         command.add_argument(
             "overrides",
@@ -237,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             result, lines = _run(arguments)
         except stopping.Stopped as stopped:
-            print(f"miniplm: the trainer was {stopped.message} from its last checkpoint", file=sys.stderr)
+            if not arguments.started_by_miniplm:
+                print(f"miniplm: the trainer was {stopped.message} from its last checkpoint", file=sys.stderr)
             return stopped.exit_code
         except Exception as error:
             return failures.report(error)
@@ -248,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line, file=sys.stderr)
     if stopped_training is None:
         return EXIT_DONE
-    print(f"miniplm: the training was {stopped_training.message}; its last step is saved", file=sys.stderr)
+    if not arguments.started_by_miniplm:
+        print(f"miniplm: the training was {stopped_training.message}; its last step is saved", file=sys.stderr)
     # A scheduler that ends a job with SIGTERM takes every other code for a failure; a shell expects 130 after Ctrl-C.
     return EXIT_DONE if stopped_training.number == signal.SIGTERM else stopped_training.exit_code
 

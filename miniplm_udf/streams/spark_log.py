@@ -25,6 +25,11 @@ TASK_LOGGERS = (
 )
 
 
+def is_wanted() -> bool:
+    """Whether the user wants to see Spark's log: `--debug`, or `MINIPLM_SPARK_LOG_LEVEL` in the environment."""
+    return is_debug() or "MINIPLM_SPARK_LOG_LEVEL" in os.environ
+
+
 def silence(spark: "SparkSession", names: Sequence[str]) -> None:
     """Silences the Java loggers of these names until the JVM ends.
 
@@ -45,7 +50,7 @@ def silenced(spark: "SparkSession", names: Sequence[str]) -> Iterator[None]:
         spark: any session.
         names: names of Java loggers; nothing is silenced with `--debug`, or if `MINIPLM_SPARK_LOG_LEVEL` is set.
     """
-    if is_debug() or "MINIPLM_SPARK_LOG_LEVEL" in os.environ:
+    if is_wanted():
         yield
         return
     log4j = spark._jvm.org.apache.logging.log4j

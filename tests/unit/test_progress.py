@@ -1,6 +1,7 @@
 """The lines and bars of a progress, on a terminal and elsewhere."""
 
 import contextlib
+import io
 import logging
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from miniplm_udf import task_progress
-from miniplm_udf.progress import progress, time_left
+from miniplm_udf.progress import LEVEL_VARIABLE, _Handler, progress, time_left
 from miniplm_udf.task_progress import QueryCounts, hidden, publish, watched_tasks
 
 
@@ -23,6 +24,18 @@ def test_what_an_earlier_process_finished_counts_and_is_no_part_of_the_rate(capl
     line = re.search(r"train small: 25 of 40 step, ([\d,]+\.\d) step/s, \d+ s left", caplog.text)
     assert line is not None
     assert shown.done == 25
+
+
+@pytest.mark.parametrize(("level", "is_shown"), [("INFO", False), ("DEBUG", True)])
+def test_errors_that_py4j_raises_are_not_logged_too(
+    level: str, is_shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LEVEL_VARIABLE, level)
+    written = io.StringIO()
+    for path in ("/lib/py4j/java_gateway.py", "/lib/other.py"):
+        _Handler(written).emit(logging.LogRecord("root", logging.ERROR, path, 1, f"from {path}", (), None))
+    assert ("from /lib/py4j" in written.getvalue()) == is_shown
+    assert "from /lib/other.py" in written.getvalue()
 
 
 def test_the_time_left_is_in_a_unit_that_fits() -> None:
