@@ -39,7 +39,8 @@ def test_errors_that_py4j_raises_are_not_logged_too(
 
 
 def test_the_time_left_is_in_a_unit_that_fits() -> None:
-    assert [time_left(share, 60) for share in (0, 0.5, 0.1, 0.001)] == [None, "60 s left", "9 min left", "16.6 h left"]
+    assert [time_left(share, 60) for share in (0, 0.5, 0.1)] == [None, "60 s left", "9 min 0 s left"]
+    assert [time_left(share, 60) for share in (0.02, 0.001)] == ["49 min left", "16.6 h left"]
 
 
 def counts(**values: Any) -> QueryCounts:
