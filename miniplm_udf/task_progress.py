@@ -161,7 +161,8 @@ class _Watcher:
 
     def __init__(self, spark: Any, label: str, every_seconds: float) -> None:
         self.has_ended = threading.Event()
-        self._tracker, self._outputs = spark.sparkContext.statusTracker(), _PythonOutputs(spark)
+        self._spark, self._outputs = spark, _PythonOutputs(spark)
+        self._tracker: Any = None
         self._label, self._every_seconds = label, every_seconds
         self._live: dict[str, QueryCounts] = {}
         self._started = time.monotonic()
@@ -171,11 +172,12 @@ class _Watcher:
     def run(self) -> None:
         """Shows the work until it has ended."""
         try:
+            self._tracker = self._spark.sparkContext.statusTracker()
             if is_terminal():
                 self._draw_bar()
             else:
                 self._log_lines()
-        except Exception as error:  # the JVM has ended: the work says why
+        except Exception as error:  # the JVM has ended, and the work says why; progress alone never fails it
             LOGGER.debug("%s: its progress cannot be read: %s", self._label, error)
         finally:
             if self._bar is not None:
