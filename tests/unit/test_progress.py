@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +64,13 @@ def test_the_rows_of_a_running_micro_batch_count() -> None:
     assert counts().with_outputs(300) == counts()
 
 
+def until(has_happened: Callable[[], object]) -> None:
+    """Waits for a line or a bar, which a thread writes."""
+    end = time.monotonic() + 20
+    while not has_happened() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def spark_with_tasks(done: int, total: int) -> Any:
     """A session whose status tracker always shows one stage."""
     stage = SimpleNamespace(stageId=7, numCompletedTasks=done, numTasks=total)
@@ -74,17 +82,20 @@ def test_work_on_spark_shows_its_queries_and_tasks(caplog: pytest.LogCaptureFixt
     caplog.set_level("INFO", logger="miniplm")
     publish("score", counts())
     with watched_tasks(spark_with_tasks(3, 8), "score", every_seconds=0.05):
-        time.sleep(0.3)
+        until(lambda: caplog.messages)
     publish("score", None)
     line = r"score: 300 of 1,000 rows, 30\.0 rows/s, teacher 1,200 tokens/s, 23 s left; 3 of 8 tasks of stage 7; \d s"
     assert re.match(line, caplog.messages[0])
 
 
-def test_the_first_line_comes_within_two_seconds(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_line_comes_within_two_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert task_progress._FIRST_SECONDS < 2
+    monkeypatch.setattr(task_progress, "_FIRST_SECONDS", 0.05)
     caplog.set_level("INFO", logger="miniplm")
     with watched_tasks(spark_with_tasks(0, 1), "pack"):
-        time.sleep(1.9)
+        until(lambda: caplog.messages)
     assert [message.split(";")[0] for message in caplog.messages] == ["pack: 0 of 1 tasks of stage 7"]
 
 
@@ -92,7 +103,7 @@ def test_only_the_innermost_work_is_shown(caplog: pytest.LogCaptureFixture) -> N
     caplog.set_level("INFO", logger="miniplm")
     spark = spark_with_tasks(0, 1)
     with watched_tasks(spark, "outer", every_seconds=0.05), watched_tasks(spark, "inner", every_seconds=0.05):
-        time.sleep(0.2)
+        until(lambda: len(caplog.messages) > 1)
     assert {message.partition(":")[0] for message in caplog.messages} == {"inner"}
     caplog.clear()
     with watched_tasks(spark, "outer", every_seconds=0.05), hidden():
@@ -105,8 +116,8 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(task_progress, "_DRAW_SECONDS", 0.05)
     with contextlib.ExitStack() as stack:
         stack.enter_context(watched_tasks(spark_with_tasks(2, 8), "pack"))
-        time.sleep(0.4)
-        logging.getLogger("miniplm").info("a line")
-    shown = capsys.readouterr().err
-    assert re.search(r" 25%\|█+ +\| pack: 2 of 8 tasks of stage 7", shown)
+        shown: list[str] = []
+        until(lambda: shown.append(capsys.readouterr().err) or "25%" in "".join(shown))
+    bar = "".join(shown)
+    assert re.search(r" 25%\|█+ +\| pack: 2 of 8 tasks of stage 7", bar)
     assert not sys.stderr.isatty()
