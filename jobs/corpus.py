@@ -167,6 +167,17 @@ ACTIONS = {
 }  # fmt: skip
 
 
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of `miniplm corpus` with all actions; it describes them, and each action parses its own options."""
+    parser = make_parser("corpus", __doc__)
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="ACTION", parser_class=argparse.ArgumentParser
+    )
+    for word, action in ACTIONS.items():
+        actions.add_parser(word, help=action.description, parents=[action.parser()], add_help=False)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `miniplm corpus ACTION`.
 
@@ -178,11 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in ACTIONS:
-        parser = make_parser("corpus", __doc__)
-        actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-        for word, action in ACTIONS.items():
-            actions.add_parser(word, help=action.description)
-        parser.parse_args(arguments[:1])  # prints the help, or what is wrong, and ends the command
+        command_parser().parse_args(arguments[:1])  # prints the help, or what is wrong, and ends the command
     return ACTIONS[arguments[0]].main(arguments[1:])
 
 

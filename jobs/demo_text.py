@@ -6,6 +6,7 @@ miniplm_udf/ingestion/demo_text.py says which text is taken, and why a second ru
     miniplm demo-text --to build/demo-text --scale 1.0
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,20 +32,25 @@ def run(to: Path, scale: float = 1.0) -> Json:
     return {"folder": str(to), "scale": scale, "shards": len(manifest.shards), "sources": manifest.sources}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `miniplm demo-text` and returns its exit code; `argv` defaults to the arguments of the process."""
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of `miniplm demo-text`."""
     parser = make_parser("demo-text", __doc__)
     parser.add_argument("--to", type=Path, default=Path("build/demo-text"), help="folder of the shards")
     parser.add_argument("--scale", type=float, default=1.0, help="1 is about 500 KB of text")
     parser.add_argument("--dry-run", action="store_true", help="print the folder and the scale; do nothing")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `miniplm demo-text` and returns its exit code; `argv` defaults to the arguments of the process."""
+    arguments = command_parser().parse_args(argv)
 
     def body() -> int:
         planned = {"folder": str(arguments.to), "scale": arguments.scale}
         print(as_json({"demo-text": planned if arguments.dry_run else run(arguments.to, arguments.scale)}))
         return EXIT_DONE
 
-    return guarded(body)
+    return guarded(body, arguments.debug)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from jobs.command import Command
+from jobs.reject_text import over_limit
 from jobs.session import spark_session
 from jobs.text import table
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, EXIT_TOO_MANY_REJECTS, ConfigError
 from miniplm_udf.estimate.results import Estimate, Gpus
+from miniplm_udf.task_progress import watched_tasks
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -35,7 +37,7 @@ def run(config: ExperimentConfig, arguments: argparse.Namespace) -> Estimate:
     from miniplm_udf.estimate.estimate import estimate
 
     gpus = Gpus(arguments.gpus, arguments.mfu, arguments.gpu_tflops)
-    with spark_session(config, "miniplm estimate") as spark:
+    with spark_session(config, "miniplm estimate") as spark, watched_tasks(spark, "estimate"):
         return estimate(spark, config, arguments.sample_bytes, gpus)
 
 
@@ -147,6 +149,16 @@ def _exit_code(result: Estimate) -> int:
     return EXIT_TOO_MANY_REJECTS if result.too_many_rejects else EXIT_DONE
 
 
+def _last_line(result: Estimate) -> str:
+    """The sentence about the first stage that would reject too many rows."""
+    over = next(((name, part) for name, part in result.rejects.items() if part.too_many), None)
+    if over is None:
+        return ""
+    name, part = over
+    limit = over_limit(name, None, part.reasons, f"{name}.max_reject_share", part.max_share)
+    return f"{limit}; these are the rejects of the sample, and nothing was written"
+
+
 def _plan(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
     _check(arguments)
     rows = [
@@ -159,7 +171,7 @@ def _plan(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
 
 COMMAND = Command(
     name="estimate", description=__doc__, run=_run, text=text, add_arguments=_add_arguments, plan=_plan,
-    exit_code=_exit_code,
+    exit_code=_exit_code, last_line=_last_line,
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ the first one works; a single stage next to a run has its own lease.
 Submit: `miniplm run -c conf/demo.yaml [--dry-run] [--retrain-reference] [key=value ...]`.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from jobs.checking import read_checked, require_none
 from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan
 from jobs.session import spark_session
 from jobs.stage import Options
-from jobs.stage_runner import execute, must_run
+from jobs.stage_runner import execute, must_run, tell_rejects
 from jobs.stages import STAGES
 from jobs.summary import build_summary, summary_text, write_summary
+from jobs.text import as_json
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError
 from miniplm_udf.lease import Lease
@@ -53,7 +55,6 @@ def run_stages(config: ExperimentConfig, options: Options) -> int:
                 record = stage.record(config)
                 highest = max(highest, exit_code(record.summary if record else None))
                 continue
-            LOGGER.info("%s: starting", stage.name)
             summary = execute(stage, spark, config, options)
             if last_line := stage.last_line(summary):
                 LOGGER.info("%s", last_line)
@@ -66,15 +67,20 @@ def _applicable(config: ExperimentConfig) -> list[str]:
     return [stage.name for stage in STAGES if stage.applies(config)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `miniplm run` and returns its exit code; `argv` defaults to the arguments of the process."""
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of `miniplm run`."""
     order = " -> ".join(stage.name for stage in STAGES)
     parser = make_parser("run", f"{__doc__}\nThe stages:\n\n    {order}\n")
     add_config_arguments(parser)
     for stage in STAGES:
         if stage.frozen is not None:
             stage.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `miniplm run` and returns its exit code; `argv` defaults to the arguments of the process."""
+    arguments = command_parser().parse_intermixed_args(argv)
 
     def body() -> int:
         config, problems = read_checked("run", arguments, _applicable)
@@ -88,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ]
             )
         if arguments.dry_run:
-            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False))
+            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False), arguments.json)
         require_none(problems)
         if arguments.dry_run:
             return EXIT_DONE
@@ -97,10 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = run_stages(config, options)
         summary = build_summary(config)
         write_summary(config, summary)
-        print(summary_text(config, summary))
+        print(as_json(summary) if arguments.json else summary_text(config, summary), flush=True)
+        tell_rejects(STAGES, config)
         return code
 
-    return guarded(body)
+    return guarded(body, arguments.debug)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING
 from jobs import java, spark_jars
 from miniplm_udf import object_storage, stopping, storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.streams import spark_log
+from miniplm_udf.task_progress import watched_tasks
 from miniplm_udf.upkeep import preflight
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+LOGGER = logging.getLogger("miniplm.jobs")
 
 # The master that spark-submit sets where none is given.
 _NO_MASTER = "local[*]"
@@ -113,6 +117,9 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
         signal.signal(signal.SIGINT, before)  # a new context replaces the handler of SIGINT
     if level := os.environ.get("MINIPLM_SPARK_LOG_LEVEL"):
         session.sparkContext.setLogLevel(level)
+    elif not spark_log.is_wanted():
+        # The command prints one line about the error that ends it.
+        spark_log.silence(session, [spark_log.QUERY_LOGGER, *spark_log.TASK_LOGGERS])
     return session
 
 
@@ -124,9 +131,16 @@ def spark_session(config: ExperimentConfig, name: str) -> "Iterator[SparkSession
         config: the experiment.
         name: name of the Spark application.
     """
+    LOGGER.info("%s: starting Spark", name.removeprefix("miniplm ") if name != "miniplm" else "run")
     session = make_session(config, name)
     try:
         yield session
+    except BaseException:
+        if not spark_log.is_wanted():
+            # Tasks that still run fail while the session stops, and Spark would log their stacks.
+            with contextlib.suppress(Exception):  # a signal may have ended the JVM
+                session.sparkContext.setLogLevel("OFF")
+        raise
     finally:
         session.stop()
 
@@ -143,7 +157,7 @@ def command_session(config: ExperimentConfig, command: str, needed: Sequence[str
     Raises:
         CorpusError: a table that the command needs is gone.
     """
-    with spark_session(config, f"miniplm {command}") as session:
+    with spark_session(config, f"miniplm {command}") as session, watched_tasks(session, command):
         preflight.check(session, config, needed)
         yield session
 

@@ -5,8 +5,9 @@ coordinates without what pyspark contains already. `miniplm-s3.jar` comes with t
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miniplm_udf import storage
@@ -79,6 +80,24 @@ def s3_commits_jar() -> str:
     return str(resources.files("miniplm_udf.s3_commits") / "miniplm-s3.jar")
 
 
+def jar_folder() -> Path:
+    """Returns this node's folder of jars, which Maven fills."""
+    return storage.cache_folder() / "ivy" / "jars"
+
+
+def missing_jars(with_s3: bool) -> list[str]:
+    """Returns the names of the jars that are not in this node's cache.
+
+    Args:
+        with_s3: whether the session reads or writes S3.
+    """
+    return [name for name in _jar_names(with_s3) if not (jar_folder() / name).exists()]
+
+
+def _jar_names(with_s3: bool) -> Sequence[str]:
+    return (*_DELTA_JARS, *(_S3_JARS if with_s3 else ()))
+
+
 def jar_properties(with_s3: bool, given: Mapping[str, str]) -> dict[str, str]:
     """Returns the properties that name the jars of a session.
 
@@ -86,15 +105,14 @@ def jar_properties(with_s3: bool, given: Mapping[str, str]) -> dict[str, str]:
         with_s3: whether the session reads or writes S3.
         given: the user's settings by key; jars and packages that they name are added.
     """
-    ivy = storage.cache_folder() / "ivy"
     own = [s3_commits_jar()] if with_s3 else []
-    cached = [ivy / "jars" / name for name in (*_DELTA_JARS, *(_S3_JARS if with_s3 else ()))]
-    if all(path.exists() for path in cached):
-        properties = {"spark.jars": ",".join([*map(str, cached), *own])}
+    if not missing_jars(with_s3):
+        cached = [str(jar_folder() / name) for name in _jar_names(with_s3)]
+        properties = {"spark.jars": ",".join([*cached, *own])}
     else:
         excludes = [*EXCLUDES, *([] if with_s3 else [_HADOOP_AWS])]
         properties = {
-            "spark.jars.ivy": str(ivy),
+            "spark.jars.ivy": str(jar_folder().parent),
             "spark.jars.packages": ",".join([*DELTA_PACKAGES, *(S3_PACKAGES if with_s3 else ())]),
             "spark.jars.excludes": ",".join(excludes),
             **({"spark.jars": ",".join(own)} if own else {}),

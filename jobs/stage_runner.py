@@ -5,6 +5,7 @@ taken before the stage runs, so a file that arrives meanwhile makes the next run
 no record for its work; the same command runs it again. Driver only.
 """
 
+import argparse
 import contextlib
 import logging
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import plan, records
 from jobs.checking import read_checked, require_none
 from jobs.command import add_config_arguments, exit_code, guarded, make_parser, print_plan
+from jobs.reject_text import reject_sentence
 from jobs.session import spark_session
 from jobs.stage import Options, Stage
 from jobs.stages import stage_named
@@ -22,6 +24,7 @@ from jobs.text import as_json
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError
 from miniplm_udf.store.catalog import register_tables
+from miniplm_udf.task_progress import watched_tasks
 from miniplm_udf.upkeep import preflight
 
 if TYPE_CHECKING:
@@ -88,7 +91,9 @@ def execute(
     # A schema that has another root's tables is refused before any work.
     _register(spark, config)
     start = time.monotonic()
-    summary = stage.run(spark, config, options)
+    LOGGER.info("%s: %s", stage.name, stage.help)
+    with contextlib.nullcontext() if spark is None else watched_tasks(spark, stage.name):
+        summary = stage.run(spark, config, options)
     seconds = time.monotonic() - start
     _register(spark, config)
     if leaves_record:
@@ -103,6 +108,19 @@ def _register(spark: "SparkSession | None", config: ExperimentConfig) -> None:
         register_tables(spark, config.root, config.spark.schema)
 
 
+def stage_parser(name: str) -> argparse.ArgumentParser:
+    """Returns the parser of a stage's command line.
+
+    Args:
+        name: the stage.
+    """
+    stage = stage_named(name)
+    parser = make_parser(name, stage.description)
+    add_config_arguments(parser)
+    stage.add_arguments(parser)
+    return parser
+
+
 def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
     """Runs the command of one stage: `miniplm NAME`, and `jobs/NAME.py` under spark-submit.
 
@@ -114,34 +132,50 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
         The exit code. The summary is printed as JSON, `{NAME: summary}`; with `--dry-run`, the config and the plan.
     """
     stage = stage_named(name)
-    parser = make_parser(name, stage.description)
-    add_config_arguments(parser)
-    stage.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = stage_parser(name).parse_intermixed_args(argv)
 
     def body() -> int:
         config, problems = read_checked(name, arguments, lambda config: [name] if stage.applies(config) else [])
         options = Options.of(arguments)
         if arguments.dry_run:
-            print_plan(config, plan.plan_text([stage], config, options, is_named=True))
+            print_plan(config, plan.plan_text([stage], config, options, is_named=True), arguments.json)
         require_none(problems)
         if arguments.dry_run:
             return EXIT_DONE
         if not stage.applies(config):
             raise ConfigError(f"{name}: the config has nothing for this stage; expected {stage.needs}, found none")
-        preflight.require_writable(config.root)  # before Spark starts
-        session = spark_session(config, f"miniplm {name}") if stage.needs_spark else contextlib.nullcontext()
-        with session as spark:
-            if must_run(stage, spark, config, options, is_named=True):
-                summary = execute(stage, spark, config, options)
-            else:
-                LOGGER.info("%s: unchanged, skipped", name)
-                record = stage.record(config)
-                summary = record.summary if record else None
-        print(as_json({name: {} if summary is None else stage.to_json(summary)}))
+        summary = _run_or_skip(stage, config, options)
+        print(as_json({name: {} if summary is None else stage.to_json(summary)}), flush=True)
+        # After the summary, which may be long.
         if last_line := "" if summary is None else stage.last_line(summary):
-            # After the summary, which may be long.
             print(last_line, file=sys.stderr)
+        if sentence := reject_sentence(name, config, summary):
+            print(f"miniplm: {sentence}", file=sys.stderr)
         return exit_code(summary)
 
-    return guarded(body)
+    return guarded(body, arguments.debug)
+
+
+def _run_or_skip(stage: Stage, config: ExperimentConfig, options: Options) -> Any:
+    """Runs a stage that the user named, unless its output is kept; returns its summary, or None if it never ran."""
+    preflight.require_writable(config.root)  # before Spark starts
+    session = spark_session(config, f"miniplm {stage.name}") if stage.needs_spark else contextlib.nullcontext()
+    with session as spark:
+        if must_run(stage, spark, config, options, is_named=True):
+            return execute(stage, spark, config, options)
+        LOGGER.info("%s: unchanged, skipped", stage.name)
+        record = stage.record(config)
+        return record.summary if record else None
+
+
+def tell_rejects(stages: Sequence[Stage], config: ExperimentConfig) -> None:
+    """Prints on stderr a sentence for each stage whose last run rejected more rows than the config allows.
+
+    Args:
+        stages: the stages.
+        config: the experiment.
+    """
+    for stage in stages:
+        record = stage.record(config) if stage.applies(config) else None
+        if sentence := record and reject_sentence(stage.name, config, record.summary):
+            print(f"miniplm: {sentence}", file=sys.stderr)

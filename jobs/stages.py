@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import stage_inputs, stage_results
 from jobs.evaluation_text import evaluation_text
 from jobs.stage import Frozen, Options, Outputs, Stage, StageFunction
+from jobs.text import as_json
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import CorpusError
@@ -95,9 +96,9 @@ class _PrintRules(argparse.Action):
     """Prints the rules and ends the command, as `--help` does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from miniplm_udf.config.rules import describe
+        from miniplm_udf.config.rules import describe, load_rules
 
-        print(describe())
+        print(as_json(load_rules()) if "--json" in getattr(parser, "words", ()) else describe())
         parser.exit()
 
 

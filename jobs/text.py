@@ -52,13 +52,15 @@ def decimal(value: float | None) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Returns a dataclass, or a list of dataclasses, as plain data, and any other value as it is.
+    """Returns a dataclass, or a list or dict of dataclasses, as plain data, and any other value as it is.
 
     Args:
         value: any value.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 

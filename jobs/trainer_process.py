@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from miniplm_udf import stopping
+from miniplm_udf import stopping, task_progress
 from miniplm_udf.errors import EXIT_BAD_CONFIG, ConfigError, MiniplmError
 
 LOGGER = logging.getLogger("miniplm.jobs")
@@ -50,10 +50,10 @@ def run_trainer(command: str, config_path: str, overrides: Sequence[str], *optio
         ConfigError: the trainer refused the config (it has said why on stderr).
         MiniplmError: the trainer failed, or a signal to the trainer alone stopped it.
     """
-    line = [sys.executable, "-m", "trainer", command, "-c", config_path, *options, *overrides]
+    line = [sys.executable, "-m", "trainer", command, "--started-by-miniplm", "-c", config_path, *options, *overrides]
     LOGGER.info("starting the trainer: %s", " ".join([command, *options]))
     # An orphan would write the checkpoints that the next run's trainer writes.
-    with subprocess.Popen(line, stdout=subprocess.PIPE, preexec_fn=_end_with_parent) as process:
+    with task_progress.hidden(), subprocess.Popen(line, stdout=subprocess.PIPE, preexec_fn=_end_with_parent) as process:
         try:
             output, _ = process.communicate()
             code = process.returncode

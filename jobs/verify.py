@@ -17,6 +17,7 @@ from jobs.session import spark_session
 from jobs.text import table
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import EXIT_DONE, EXIT_FAILED
+from miniplm_udf.task_progress import watched_tasks
 from miniplm_udf.upkeep.verify import Check, verify
 
 _MARKS = {True: "ok", False: "FAILED"}
@@ -44,7 +45,7 @@ def text(checks: Sequence[Check]) -> str:
 
 
 def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> list[Check]:
-    with spark_session(config, "miniplm verify") as spark:
+    with spark_session(config, "miniplm verify") as spark, watched_tasks(spark, "verify"):
         return verify(spark, config.root)
 
 

@@ -34,7 +34,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message)
         self.number, self.exit_code = number, 128 + number
         name = signal.Signals(number).name
-        self.message = f"stopped by {name}{message}; run it again to continue"
+        self.message = f"stopped by {name}{message}; run the same command again to continue"
 
 
 def received() -> Stopped | None:

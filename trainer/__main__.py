@@ -2,8 +2,8 @@
 
 Reads the command line, calls `train`, `evaluate` or `scaling`, and prints the result as JSON on stdout; logs and
 progress go to stderr. Exit codes: 0 done, 1 failed, 2 bad config or usage, 130 after Ctrl-C; SIGTERM lets a training
-save its last step and end with 0, and ends the other commands with 143. An error that the user can fix, and a signal,
-print one line and no traceback.
+save its last step and end with 0, and ends the other commands with 143. An error and a signal print one line; --debug
+also prints an error's trace.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miniplm_udf import object_storage, stopping, storage_errors
+from miniplm_udf import failures, object_storage, stopping
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.config.refine import parse_tokens
-from miniplm_udf.errors import EXIT_DONE, EXIT_FAILED, MiniplmError
-from miniplm_udf.progress import configure_logging
+from miniplm_udf.errors import EXIT_DONE
+from miniplm_udf.progress import debugging
 from miniplm_udf.storage import Json
 
 if TYPE_CHECKING:
@@ -88,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help="print the plan and do nothing",
         )
+        # `miniplm train` itself says that a signal has stopped it.
+        command.add_argument("--started-by-miniplm", action="store_true", help=argparse.SUPPRESS)
+        command.add_argument("--debug", action="store_true", help="show debug messages, and the trace of an error")
         command.add_argument(
             "overrides",
             nargs="*",
@@ -232,21 +235,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = _parse(argv)
-    configure_logging()
-    with stopping.stops_on_signals():
+    with debugging(arguments.debug), stopping.stops_on_signals():
         try:
             result, lines = _run(arguments)
         except stopping.Stopped as stopped:
-            print(f"miniplm: the trainer was {stopped.message} from its last checkpoint", file=sys.stderr)
+            if not arguments.started_by_miniplm:
+                print(f"miniplm: the trainer was {stopped.message} from its last checkpoint", file=sys.stderr)
             return stopped.exit_code
-        except MiniplmError as error:
-            print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
-            return error.exit_code
         except Exception as error:
-            if (sentence := storage_errors.explain(error)) is None:
-                raise
-            print(f"miniplm: {sentence}", file=sys.stderr)
-            return EXIT_FAILED
+            return failures.report(error)
         stopped_training = stopping.received()
     if _is_first_rank():
         print(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False), flush=True)
@@ -254,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line, file=sys.stderr)
     if stopped_training is None:
         return EXIT_DONE
-    print(f"miniplm: the training was {stopped_training.message}; its last step is saved", file=sys.stderr)
+    if not arguments.started_by_miniplm:
+        print(f"miniplm: the training was {stopped_training.message}; its last step is saved", file=sys.stderr)
     # A scheduler that ends a job with SIGTERM takes every other code for a failure; a shell expects 130 after Ctrl-C.
     return EXIT_DONE if stopped_training.number == signal.SIGTERM else stopped_training.exit_code
 

@@ -5,7 +5,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """The report and its `folder`, a path or URI (null: `root`), with `examples` texts of each kind."""
+    """The report.
+
+    Attributes:
+        folder: path or URI of the folder of `summary.json` and `report.html`; null takes `root`.
+        examples: texts of each kind that the report shows.
+    """
 
     folder: str | None = None
     examples: int = 5

@@ -28,13 +28,13 @@ from miniplm_udf.corpora.file_writers import (
 )
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.lease import Lease
-from miniplm_udf.progress import watched_tasks
 from miniplm_udf.refinement.fingerprints import fingerprint_of, row_hash
 from miniplm_udf.revision import code_revision
 from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, pins, tables
 from miniplm_udf.store.provenance import Provenance, VersionTables
 from miniplm_udf.store.text_join import MOST_ROWS_PER_PART, texts_of
+from miniplm_udf.task_progress import watched_tasks
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, SparkSession

@@ -89,10 +89,13 @@ def prepare(
     total = ScoreCounts()
     checkpoint = config.layout.checkpoint(scores.checkpoint_name(plan.models, config.score.sample))
     matrix_checkpoint = config.layout.checkpoint(matrix.checkpoint_name(revisions))
+    scoring = scores.ScoringQuery(spark, plan, config.layout, checkpoint, config.score, total)
+    pool_share = 1 - config.ingest.split.reference - config.ingest.split.heldout
+    scoring.outputs_per_row = len(plan.models) * pool_share * config.score.sample
     return Scoring(
         plan,
         descriptions,
         total,
-        scores.ScoringQuery(spark, plan, config.layout, checkpoint, config.score, total),
+        scoring,
         matrix.MatrixQuery(spark, revisions, config.layout, matrix_checkpoint, config.score),
     )

@@ -35,11 +35,14 @@ class Query(abc.ABC):
         also: names of further leases, which queries with other checkpoints need too and may not hold at the same time.
         waits: whether a driver that finds the lease taken waits until it is free (with the trigger available_now).
         backlog_unit: unit of `backlog`.
+        outputs_per_row: about how many rows its Python workers return for each row that waits, to show the progress of
+            a micro-batch; None shows it only after each micro-batch.
     """
 
     also: tuple[str, ...] = ()
     waits: bool = False
     backlog_unit: str = "rows"
+    outputs_per_row: float | None = None
 
     def __init__(self, name: str, facts: QueryFacts, checkpoint_uri: str) -> None:
         self.name, self.facts, self.checkpoint_uri = name, facts, checkpoint_uri

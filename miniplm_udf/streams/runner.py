@@ -31,6 +31,7 @@ from miniplm_udf.streams.query import Query, StartAgain, checkpoint_query_id
 from miniplm_udf.streams.spark_log import QUERY_LOGGER, silenced
 from miniplm_udf.streams.status import QueryStatus
 from miniplm_udf.streams.watchdog import Watchdog, running_tasks, stage_activity
+from miniplm_udf.task_progress import QueryCounts, publish
 from miniplm_udf.workers.remote import error_in_text
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class _Running:
         events: Spark's progress events, and None at the query's end.
         restart: after a micro-batch raised `StartAgain`, keeps Spark's log silent until the restart; else None.
         offset: where the newest finished micro-batch ended; None before the first is finished.
+        waited: how much waited when the command began, in the query's unit; None before it was counted.
+        started_at: when the query was first started, by the monotonic clock in seconds.
         written_at: when the status was last written, by the monotonic clock in seconds.
         has_news: whether a micro-batch was finished since then.
     """
@@ -80,7 +83,22 @@ class _Running:
         )  # fmt: skip
         self.restart: contextlib.ExitStack | None = None
         self.offset: Any = None
+        self.waited: int | None = None
+        self.started_at = time.monotonic()
         self.written_at, self.has_news = 0.0, False
+
+    def counts(self, has_end: bool) -> QueryCounts:
+        """Returns the counts of the status, for people.
+
+        Args:
+            has_end: whether the query ends when it has read what waited.
+        """
+        status = self.status
+        return QueryCounts(
+            rows=status.rows, rows_per_second=status.rows_per_second, tokens_per_second=status.tokens_per_second,
+            behind=status.backlog, total=self.waited if has_end else None, unit=self.query.backlog_unit,
+            seconds=time.monotonic() - self.started_at, outputs_per_row=self.query.outputs_per_row,
+        )  # fmt: skip
 
 
 class QueryRunner:
@@ -218,6 +236,7 @@ class QueryRunner:
             pass
         running.status.state = state
         self._write_status(running)
+        publish(running.query.name, None)
 
     def _end_all(self) -> None:
         """Stops all running queries at once, after another query failed or a second signal came."""
@@ -271,7 +290,11 @@ class QueryRunner:
             progress["durationMs"]["triggerExecution"] / 1000, dict(running.query.tokens()),
         )  # fmt: skip
         running.has_news = True
+        self._publish(running)
         LOGGER.info("%s", running.status.line())
+
+    def _publish(self, running: _Running) -> None:
+        publish(running.query.name, running.counts(has_end=self._config.trigger == "available_now"))
 
     def _write_status(self, running: _Running) -> None:
         try:
@@ -279,6 +302,9 @@ class QueryRunner:
         except Exception as error:
             # Files of the log may be removed while it is read. A missing count is no reason to end a service.
             LOGGER.warning("%s: the backlog cannot be counted now: %s", running.query.name, str(error).splitlines()[0])
+        if running.waited is None:
+            running.waited = running.status.backlog
+        self._publish(running)
         statuses.write(self._root, running.status)
         running.written_at, running.has_news = time.monotonic(), False
 

@@ -16,8 +16,8 @@ from miniplm_udf.corpora import export_folder, takedown, versions
 from miniplm_udf.corpora.export import ExportRequest, export
 from miniplm_udf.corpora.file_writers import FORMATS
 from miniplm_udf.errors import ConfigError, CorpusError
-from miniplm_udf.progress import watched_tasks
 from miniplm_udf.store import corpus_records
+from miniplm_udf.task_progress import watched_tasks
 from tests.support.score_tables import texts
 from tests.support.takedown_roots import ASKED, TakedownRoot
 

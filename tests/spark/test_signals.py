@@ -41,7 +41,7 @@ def test_a_signal_to_the_group_is_one_line_and_leaves_no_process(
         command.kill()
         command.wait()
     lines = said.read_text().splitlines()
-    assert lines[-1] == f"miniplm: {ends_with}; run it again to continue", "\n".join(lines)
+    assert lines[-1] == f"miniplm: {ends_with}; run the same command again to continue", "\n".join(lines)
     # The lines of the running micro-batch, the line that it is the last one, and the end.
     assert len(lines) - before <= 5, "\n".join(lines)
     (java,) = [int(line.split()[1]) for line in lines if line.startswith("java ")]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -115,7 +116,12 @@ def test_both_ways_to_start_a_stage_print_the_same_and_exit_alike(
     code, printed, last_line = command
     assert code == (3 if has_rejects else 0)
     assert json.loads(printed) == {name: json.loads(as_json(stage.to_json(summary)))}
-    assert last_line == "the end"
+    if has_rejects:
+        assert re.fullmatch(
+            r"miniplm: exit code 3: .* rejects .*are more than \w+\.max_reject_share=\S+ allows; .*", last_line
+        )
+    else:
+        assert last_line == "the end"
     for result, code in ((CorpusError("nothing there"), 1), (ConfigError("a wrong key"), 2)):
         expected = (code, "", f"miniplm: {type(result).__name__}: {result}")
         assert outcomes_both_ways(name, config, capsys, monkeypatch) == [expected, expected]

@@ -65,7 +65,8 @@ def test_a_signal_is_one_line_and_the_lease_is_given_back(tmp_path: Path, number
     command, _ = start(COMMAND, f"file://{lease}", "0")
     assert lease.exists()
     command.send_signal(number)
-    assert command.communicate(timeout=60)[1] == f"miniplm: stopped by {number.name}; run it again to continue\n"
+    line = f"miniplm: stopped by {number.name}; run the same command again to continue\n"
+    assert command.communicate(timeout=60)[1] == line
     assert command.returncode == 128 + number
     assert not lease.exists()
 
@@ -111,7 +112,8 @@ def test_work_that_defers_signals_ends_by_itself(number: signal.Signals) -> None
     work, _ = start(DEFERRED, "60", "1")
     for _ in range(2):  # from the terminal, and from the parent
         work.send_signal(number)
-    assert work.communicate(timeout=60) == (f"asked to stop\nstopped by {number.name}; run it again to continue\n", "")
+    line = f"stopped by {number.name}; run the same command again to continue\n"
+    assert work.communicate(timeout=60) == (f"asked to stop\n{line}", "")
     assert work.returncode == 7
 
 

@@ -34,7 +34,7 @@ def imported(file: Path, module_level_only: bool) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
 def test_library_parts(file: Path) -> None:
     allowed = {"errors", "schemas", "config", "layout", "storage", "progress", "scoring", "store", "lease", "stopping"}
-    allowed |= {"revision", "json_records", "object_storage", "storage_errors"}
+    allowed |= {"revision", "json_records", "object_storage", "failures", "storage_errors"}
     names = imported(file, module_level_only=False)
     parts = [name.split(".") for name in names if name.startswith("miniplm_udf.")]
     assert {part[1] for part in parts} <= allowed | {"ingestion", "packing", "workers"}

@@ -76,7 +76,8 @@ def test_a_signal_saves_and_the_next_start_goes_on(
     process.join()
     log = stopped.log.read_text()
     assert process.exitcode == code, log
-    assert f"miniplm: the training was stopped by {number.name}; run it again to continue; its last step" in log
+    advice = "run the same command again to continue; its last step"
+    assert f"miniplm: the training was stopped by {number.name}; {advice}" in log
     assert f'"stopped_after": {stopped.newest_step()}' in log
     assert "Traceback" not in log
     assert not (stopped.folder / "root" / "models" / "small").exists()
