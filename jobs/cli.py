@@ -18,6 +18,7 @@ from miniplm_udf.stopping import Stopped
 
 _STAGES = {stage.name: stage.help for stage in (*STAGES, *SERVICES)}
 COMMANDS = {
+    "init": "looks at your texts and your teacher, and writes a commented experiment file that runs as it is",
     "run": "all stages in order, skipping those whose inputs and config have not changed",
     "estimate": "what it will cost, from a sample: tokens, FLOPs, seconds, bytes, rejects; writes nothing",
     **_STAGES,

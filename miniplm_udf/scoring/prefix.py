@@ -9,8 +9,7 @@ Input: a local model folder. Output: a `Prefix` with the reason in words. Execut
 import dataclasses
 import json
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError
@@ -18,6 +17,9 @@ from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE
 from miniplm_udf.scoring.weights import SOURCE_FILE
 from miniplm_udf.storage import Json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 AUTO, NONE = "auto", "none"
 
@@ -35,7 +37,7 @@ class Prefix:
     reason: str
 
 
-def find_prefix(alias: str, folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> Prefix:
+def find_prefix(alias: str, folder: Path, tokenizer: "Tokenizer", config: ModelConfig) -> Prefix:
     """Returns the prefix of a model: from the config if it names one, otherwise from the model's files.
 
     Args:
@@ -65,7 +67,7 @@ def find_prefix(alias: str, folder: Path, tokenizer: Tokenizer, config: ModelCon
     return Prefix(token, where if stated else f"{where} is false")
 
 
-def named_bos(folder: Path, tokenizer: Tokenizer) -> str | None:
+def named_bos(folder: Path, tokenizer: "Tokenizer") -> str | None:
     """The token that the files of a model call the BOS, whether or not it stands in front of texts; None for none.
 
     Args:
@@ -143,7 +145,7 @@ def _before_text(processor: Json) -> list[str]:
     return tokens
 
 
-def _token_of(tokenizer: Tokenizer, number: int) -> str | None:
+def _token_of(tokenizer: "Tokenizer", number: int) -> str | None:
     token = tokenizer.id_to_token(number) if number >= 0 else None
     return None if token is None else str(token)
 

@@ -9,19 +9,21 @@ or not. Input: a local model folder and its tokenizer. Output: tokens and ids, o
 import json
 from collections.abc import Callable
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.storage import Json
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 # End-of-document tokens of pre-training, in the order in which messages suggest them.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|end▁of▁sentence|>", "[EOS]", "<EOS>", "<|eos|>")
 
 
-def find_separator(alias: str, folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> tuple[str, int]:
+def find_separator(alias: str, folder: Path, tokenizer: "Tokenizer", config: ModelConfig) -> tuple[str, int]:
     """Returns the document separator of a model and its id: from the config, otherwise from the model's files.
 
     Args:
@@ -37,7 +39,7 @@ def find_separator(alias: str, folder: Path, tokenizer: Tokenizer, config: Model
     return separator, token_id(f"models.{alias}.document_separator", separator, tokenizer)
 
 
-def token_id(key: str, token: str, tokenizer: Tokenizer, n_ids: int | None = None) -> int:
+def token_id(key: str, token: str, tokenizer: "Tokenizer", n_ids: int | None = None) -> int:
     """Returns the id of a single token.
 
     Args:
@@ -64,7 +66,7 @@ def token_id(key: str, token: str, tokenizer: Tokenizer, n_ids: int | None = Non
     return int(number)
 
 
-def eos_token(folder: Path, tokenizer: Tokenizer) -> str | None:
+def eos_token(folder: Path, tokenizer: "Tokenizer") -> str | None:
     """Returns the `eos_token` of a model's files; None if they state none.
 
     Args:
@@ -81,7 +83,7 @@ def eos_token(folder: Path, tokenizer: Tokenizer) -> str | None:
     return token
 
 
-def _stated_separator(alias: str, folder: Path, tokenizer: Tokenizer) -> str:
+def _stated_separator(alias: str, folder: Path, tokenizer: "Tokenizer") -> str:
     eos = eos_token(folder, tokenizer)
     # A model of this project's trainer has the separator that its sequences were packed with.
     if eos is not None and (folder / TRAINING_FILE).is_file():

@@ -11,20 +11,22 @@ import hashlib
 import json
 import re
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.scoring.tokenizer_checks import is_repeatable
 from miniplm_udf.storage import Json
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 TOKENIZER_FILE = "tokenizer.json"
 # BPE leaves out merges at random with `dropout`; Unigram draws a segmentation with `alpha` and `nbest_size`.
 _SAMPLING = ("dropout", "alpha", "nbest_size")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> "Tokenizer":
     """Returns a folder's tokenizer, set to encode raw corpus text.
 
     Args:
@@ -33,6 +35,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         ModelLoadError: there is no tokenizer.json, it cannot be parsed, or its tokens differ from call to call.
     """
+    from tokenizers import Tokenizer
+
     path = _tokenizer_file(folder)
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -55,7 +59,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _switch_off_sampling(tokenizer: Tokenizer) -> None:
+def _switch_off_sampling(tokenizer: "Tokenizer") -> None:
     """Removes random choices: BPE skips merges with `dropout`, Unigram draws with `alpha` and `nbest_size`."""
     model = tokenizer.model
     for name in _SAMPLING:
@@ -106,6 +110,8 @@ def without_additions(content: bytes) -> bytes:
     Args:
         content: the bytes of a tokenizer.json.
     """
+    from tokenizers import Tokenizer
+
     settings = json.loads(content)
     adds = Tokenizer.from_buffer(content).post_processor
     changes: Json = {name: None for name in ("truncation", "padding") if settings.get(name) is not None}

@@ -7,10 +7,12 @@ equivalence (Qwen's tokenizer composes Unicode) and a space in front of a text (
 """
 
 from collections.abc import Iterator
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from miniplm_udf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _REPEATS = 8
 _TEST_TEXT = "Unbelievable tokenization, abababab 1234567 naïve 東京 😀\n\tdef f(x):  return x"
@@ -28,7 +30,7 @@ _PAIRS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
-def is_repeatable(tokenizer: Tokenizer) -> bool:
+def is_repeatable(tokenizer: "Tokenizer") -> bool:
     """Whether a text gets the same tokens at every call; encodes a test text several times.
 
     Args:
@@ -38,7 +40,7 @@ def is_repeatable(tokenizer: Tokenizer) -> bool:
     return all(_ids(tokenizer, _TEST_TEXT) == expected for _ in range(_REPEATS))
 
 
-def lost_differences(tokenizer: Tokenizer) -> list[str]:
+def lost_differences(tokenizer: "Tokenizer") -> list[str]:
     """Finds the differences between texts that a tokenizer drops or merges.
 
     Args:
@@ -54,7 +56,7 @@ def lost_differences(tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def special_tokens_read(tokenizer: Tokenizer) -> list[str]:
+def special_tokens_read(tokenizer: "Tokenizer") -> list[str]:
     """The special tokens into which a tokenizer turns ordinary text that spells them.
 
     Args:
@@ -85,7 +87,7 @@ def check_every_byte(alias: str, lost: list[str]) -> None:
         )
 
 
-def tokenizer_warnings(alias: str, tokenizer: Tokenizer, lost: list[str]) -> list[str]:
+def tokenizer_warnings(alias: str, tokenizer: "Tokenizer", lost: list[str]) -> list[str]:
     """Returns warnings about a model's tokenizer for readers of the scores.
 
     Args:
@@ -106,7 +108,7 @@ def tokenizer_warnings(alias: str, tokenizer: Tokenizer, lost: list[str]) -> lis
     return warnings
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
+def _ids(tokenizer: "Tokenizer", text: str) -> list[int] | None:
     """The ids of a text; None if the tokenizer refuses the text."""
     try:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -114,12 +116,12 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
         return None
 
 
-def _are_equal(tokenizer: Tokenizer, left: str, right: str) -> bool:
+def _are_equal(tokenizer: "Tokenizer", left: str, right: str) -> bool:
     ids = _ids(tokenizer, left)
     return ids is not None and ids == _ids(tokenizer, right)
 
 
-def _added_token_pairs(tokenizer: Tokenizer) -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
+def _added_token_pairs(tokenizer: "Tokenizer") -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
     """Pairs of texts for added tokens that absorb the spaces around them. Special tokens are not searched in texts."""
     for token in tokenizer.get_added_tokens_decoder().values():
         if not token.special and (token.lstrip or token.rstrip):

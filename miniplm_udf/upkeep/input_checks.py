@@ -146,6 +146,8 @@ def _content_problems(config: ExperimentConfig, files: list[Path]) -> Iterator[s
         return
     if kind == "auto":
         kinds = {kind for file in files if (kind := _format(file))}
+        if len(kinds) > 1:
+            kinds.discard("text")  # a README next to the files
         if "arrow" in kinds:
             kinds.discard("jsonl")  # the records of a data set next to its files
         if not kinds:
@@ -257,7 +259,13 @@ def _parquet_problems(fields: FieldsConfig, files: list[Path]) -> Iterator[str]:
             continue
     if names:
         required = [*_required(fields).items(), *(("metadata", name) for name in fields.metadata)]
-        yield from (_no_field(key, name, names, "the Parquet files") for key, name in required if name not in names)
+        missing = [(key, name) for key, name in required if not _is_in(name, names)]
+        yield from (_no_field(key, name, names, "the Parquet files") for key, name in missing)
+
+
+def _is_in(name: str, columns: Collection[str]) -> bool:
+    """Whether a column has this name, or a column may hold the field: a struct, or a string with an object as JSON."""
+    return any(name == column or name.startswith(f"{column}.") for column in columns)
 
 
 def _no_field(key: str, name: str, names: Collection[str], place: str) -> str:

@@ -1,0 +1,1 @@
+"""Writes the first config of an experiment from what can be seen: the texts, the teacher, this machine."""
