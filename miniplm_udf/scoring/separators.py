@@ -91,6 +91,15 @@ def _stated_separator(alias: str, folder: Path, tokenizer: "Tokenizer") -> str:
     return default_separator(alias, eos, _template(folder), lambda token: tokenizer.token_to_id(token) is not None)
 
 
+def usual_separators(has_token: Callable[[str], bool]) -> list[str]:
+    """Returns the tokens of a vocabulary that usually end documents in pre-training.
+
+    Args:
+        has_token: whether the vocabulary has a token.
+    """
+    return [token for token in _SEPARATORS if has_token(token)]
+
+
 def default_separator(alias: str, eos: str | None, template: str, has_token: Callable[[str], bool]) -> str:
     """Returns the `eos_token` of a model, if nothing says that it ends a chat turn instead of a document.
 
@@ -105,7 +114,7 @@ def default_separator(alias: str, eos: str | None, template: str, has_token: Cal
     """
     if eos in _SEPARATORS:
         return str(eos)
-    candidates = [token for token in _SEPARATORS if has_token(token)]
+    candidates = usual_separators(has_token)
     if eos is None:
         problem = "a tokenizer without an eos_token"
     elif eos in template:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 # A condition that a higher share of the sample fails is left out.
 MOST_FAILING = 0.2
+# So that enough text stays, conditions that would together remove more than this are left out.
+_MOST_REMOVED = 0.5
 # Texts of one language are filtered by it; below this share, the languages are mixed.
 ONE_LANGUAGE = 0.9
 _WORD = re.compile(r"\w+")
@@ -54,33 +56,46 @@ def conditions(pieces: Sequence[str], languages: Counter[str], packages: Sequenc
         Condition("duplicate_of is null", copies, None, True),
         Condition("near_duplicate_of is null", near, None, "near_duplicates" in packages),
     ]
+    measured = _Measured(pieces)
     lines += [
-        _measured(
+        measured.condition(
             "coalesce(duplicate_5gram_share, 0) <= 0.15",
             "repetition: the teacher copies from its own context, so repeated text would come first",
-            pieces,
             lambda text: _repeated(_ngrams(text)) > 0.15,
         ),
-        _measured(
+        measured.condition(
             "coalesce(duplicate_line_character_share, 0) <= 0.2",
             "repeated lines, such as menus and tables (Gopher)",
-            pieces,
             lambda text: _repeated_characters(text) > 0.2,
         ),
-        _measured(
+        measured.condition(
             "mean_word_characters between 3 and 10",
             "base64, minified code and runs of single characters (Gopher)",
-            pieces,
             lambda text: not 3 <= _mean_word(text) <= 10,
         ),
-        _measured(
+        measured.condition(
             "alphabetic_word_share >= 0.8",
             "numbers and symbols in place of words (Gopher)",
-            pieces,
             lambda text: _alphabetic(text) < 0.8,
         ),
     ]
     return lines + _language(languages, packages)
+
+
+class _Measured:
+    """Conditions on the sampled pieces, and which pieces the conditions before have removed."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self._pieces, self._removed = pieces, [False] * len(pieces)
+
+    def condition(self, sql: str, reason: str, fails: Callable[[str], bool]) -> Condition:
+        """The condition with its share; it is not used if it, or it with those before, would remove too much."""
+        failing = [fails(piece) for piece in self._pieces]
+        n_pieces = max(1, len(failing))
+        removed = [old or new for old, new in zip(self._removed, failing, strict=True)]
+        is_used = sum(failing) <= MOST_FAILING * n_pieces and sum(removed) <= _MOST_REMOVED * n_pieces
+        self._removed = removed if is_used else self._removed
+        return Condition(sql, reason, sum(failing) / n_pieces, is_used)
 
 
 def _language(languages: Counter[str], packages: Sequence[str]) -> list[Condition]:
@@ -91,11 +106,6 @@ def _language(languages: Counter[str], packages: Sequence[str]) -> list[Conditio
     reason = f"{share:.0%} of the sampled texts are {name!r}; other languages go, where the identifier is sure"
     sql = f"(language = '{name}' or language_confidence < 0.9)"
     return [Condition(sql, reason, 1 - share, is_used=share >= ONE_LANGUAGE)]
-
-
-def _measured(sql: str, reason: str, pieces: Sequence[str], fails: Callable[[str], bool]) -> Condition:
-    share = sum(map(fails, pieces)) / len(pieces) if pieces else 0.0
-    return Condition(sql, reason, share, is_used=share <= MOST_FAILING)
 
 
 def cut(texts: Sequence[str], n_characters: int, most: int = 400) -> list[str]:

@@ -19,7 +19,7 @@ _LONGEST, _SHORTEST = 1024, 64
 # Instances to choose among, at least; documents to evaluate on.
 _INSTANCES, _HELDOUT_DOCUMENTS = 1000, 50
 _SHARES = (0.05, 0.35)
-_PAPER_RATIO = 8
+_LEAST_RATIO = 12
 # FLOPs per second of one core (fp32) and one GPU (bf16), for sizes that end in time; `miniplm estimate` measures.
 _CORE_FLOPS, _GPU_FLOPS = 4e10, 2e14
 _CPU_SECONDS, _GPU_SECONDS = 180.0, 12 * 3600.0
@@ -110,7 +110,7 @@ def make_plan(corpus: Corpus, teacher: TeacherFacts, machine: Machine) -> Plan:
     n_tokens = max(1, round(corpus.n_bytes / teacher.bytes_per_token))
     context = _context(n_tokens, teacher)
     n_teacher = teacher.n_parameters or 10**9
-    shape = sizes.largest(teacher.n_ids, _SHARES[1] * n_tokens, machine.budget, n_teacher / _PAPER_RATIO)
+    shape = sizes.largest(teacher.n_ids, _SHARES[1] * n_tokens, machine.budget, n_teacher / _LEAST_RATIO)
     wanted = sizes.wanted_tokens(shape, machine.budget)
     split = _split(corpus, min(max(wanted / n_tokens, _SHARES[0]), _SHARES[1]))
     has_gpu = machine.n_gpus > 0

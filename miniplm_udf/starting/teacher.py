@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,8 @@ class TeacherFacts:
         n_parameters: number of weights; None if the files that are here do not tell.
         n_ids: size of the vocabulary.
         longest: tokens of its longest input; None if it has no limit.
-        separator: the token that ended documents in its pre-training; None if its files do not tell.
+        separator: the token that ended documents in its pre-training.
         separator_reason: the file or the rule that tells it.
-        separators: tokens of the vocabulary that usually end documents, if `separator` is None.
         prefix: the BOS; None for no token.
         prefix_reason: the file that tells it.
         dtype: dtype of its weights, as its files name it.
@@ -185,7 +184,10 @@ def _gguf_facts(path: str, file: Path, named: str | None) -> TeacherFacts:
         return tokens[number] if isinstance(number, int) and number < len(tokens) else None
 
     eos, template = token_of("eos_token_id"), str(facts.get("tokenizer.chat_template") or "")
-    separator = named or default_separator(_ALIAS, eos, template, set(tokens).__contains__)
+    has_token = set(tokens).__contains__
+    separator, reason = _settled(
+        lambda: named or default_separator(_ALIAS, eos, template, has_token), named, eos, has_token
+    )
     adds_bos = facts.get("tokenizer.ggml.add_bos_token")
     file_type = facts.get("general.file_type")
     return TeacherFacts(
@@ -195,7 +197,7 @@ def _gguf_facts(path: str, file: Path, named: str | None) -> TeacherFacts:
         n_ids=len(tokens),
         longest=facts.get(f"{family}.context_length"),
         separator=separator,
-        separator_reason="--separator" if named else "tokenizer.ggml.eos_token_id",
+        separator_reason=reason,
         prefix=token_of("bos_token_id") if adds_bos else None,
         prefix_reason=f"tokenizer.ggml.add_bos_token is {adds_bos}".replace("None", "not set"),
         dtype="GGUF",
@@ -238,12 +240,27 @@ def _separator(folder: Path, tokenizer: Any, named: str | None) -> tuple[str, st
     from miniplm_udf.scoring.separators import eos_token, find_separator
 
     eos = eos_token(folder, tokenizer)
+
+    def find() -> str:
+        return find_separator(_ALIAS, folder, tokenizer, ModelConfig(document_separator=named))[0]
+
+    return *_settled(find, named, eos, lambda token: tokenizer.token_to_id(token) is not None), eos
+
+
+def _settled(
+    find: Callable[[], str], named: str | None, eos: str | None, has_token: Callable[[str], bool]
+) -> tuple[str, str]:
+    """A separator and where it is from. If the eos_token ends a chat turn, the only other token that ends documents."""
+    from miniplm_udf.scoring.separators import usual_separators
+
     try:
-        separator, _ = find_separator(_ALIAS, folder, tokenizer, ModelConfig(document_separator=named))
+        return find(), "--separator" if named else "its eos_token, which ends no chat turn"
     except ConfigError as error:
-        remedy = "name the token that ended documents in its pre-training with --separator TOKEN"
-        raise ConfigError(f"{error}; {remedy}") from error
-    return separator, "--separator" if named else "its eos_token, which ends no chat turn", eos
+        others = [token for token in usual_separators(has_token) if token != eos]
+        if named is None and len(others) == 1:
+            return others[0], f"the only usual one of its vocabulary, since its eos_token {eos} may end a chat turn"
+        key = "models.teacher.document_separator"
+        raise ConfigError(str(error).replace(f"set {key}", "name it with --separator TOKEN")) from error
 
 
 def _prefix(folder: Path, tokenizer: Any) -> tuple[str | None, str]:

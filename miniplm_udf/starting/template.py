@@ -70,9 +70,8 @@ def render(start: Start) -> str:
             {field.name: getattr(start, field.name) for field in dataclasses.fields(start)}
             | {
                 "title": f"An experiment on {_printable(name)}",
-                "experiment": name,
+                "experiment": name if name.startswith("miniplm") else f"miniplm-{name}",
                 "fields": _field_lines(start.fields),
-                "default_source": None if start.fields.source else name,
                 "context_reason": _context_reason(start),
                 "ratio": f", {_number(1 / ratio)} of the teacher's (the paper: 1/17)" if ratio else "",
                 "reference_architecture": architecture(plan.reference.shape, "llama"),
@@ -130,7 +129,7 @@ def _percent(share: float) -> str:
 
 
 def _fails(share: float | None) -> str:
-    return "" if share is None else f"; {100 * share:.2g} % of the text fails it"
+    return "" if share is None else f"; about {100 * share:.2g} % of the text fails it"
 
 
 def _wrapped(text: str) -> str:
