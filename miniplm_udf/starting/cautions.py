@@ -1,4 +1,4 @@
-"""What may make the result of an experiment worth little, each as a sentence with its remedy. Pure.
+"""Warnings about an experiment whose result may say little, each a sentence with its remedy. Pure.
 
 Input: what was seen and planned. Output: sentences. Nothing here stops a run: the config runs to its end all the same.
 """

@@ -56,24 +56,24 @@ def conditions(pieces: Sequence[str], languages: Counter[str], packages: Sequenc
         Condition("duplicate_of is null", copies, None, True),
         Condition("near_duplicate_of is null", near, None, "near_duplicates" in packages),
     ]
-    measured = _Measured(pieces)
+    cleaner = _Cleaner(pieces)
     lines += [
-        measured.condition(
+        cleaner.condition(
             "coalesce(duplicate_5gram_share, 0) <= 0.15",
             "repetition: the teacher copies from its own context, so repeated text would come first",
             lambda text: _repeated(_ngrams(text)) > 0.15,
         ),
-        measured.condition(
+        cleaner.condition(
             "coalesce(duplicate_line_character_share, 0) <= 0.2",
             "repeated lines, such as menus and tables (Gopher)",
             lambda text: _repeated_characters(text) > 0.2,
         ),
-        measured.condition(
+        cleaner.condition(
             "mean_word_characters between 3 and 10",
             "base64, minified code and runs of single characters (Gopher)",
             lambda text: not 3 <= _mean_word(text) <= 10,
         ),
-        measured.condition(
+        cleaner.condition(
             "alphabetic_word_share >= 0.8",
             "numbers and symbols in place of words (Gopher)",
             lambda text: _alphabetic(text) < 0.8,
@@ -82,7 +82,7 @@ def conditions(pieces: Sequence[str], languages: Counter[str], packages: Sequenc
     return lines + _language(languages, packages)
 
 
-class _Measured:
+class _Cleaner:
     """Conditions on the sampled pieces, and which pieces the conditions before have removed."""
 
     def __init__(self, pieces: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True)
 class _Values:
-    """What one field holds in the sample: shares of the rows, and mean characters of its strings."""
+    """Statistics of a field in the sample: its strings, their mean length in characters, its different values."""
 
     name: str
     n_strings: int
@@ -66,6 +66,9 @@ def choose(rows: Sequence[Json]) -> Fields:
 
     Args:
         rows: the first rows of the input.
+
+    Returns:
+        The names of the fields.
 
     Raises:
         ConfigError: no field holds text.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from miniplm_udf.config.sections import SplitConfig
 from miniplm_udf.ingestion.documents import split_of
 from miniplm_udf.starting import sizes
-from miniplm_udf.starting.sizes import Shape, Training
+from miniplm_udf.starting.sizes import Shape, PlannedTraining
 from miniplm_udf.starting.teacher import TeacherFacts
 
 ALPHA = 0.5
@@ -27,7 +27,7 @@ _CPU_SECONDS, _GPU_SECONDS = 180.0, 12 * 3600.0
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What computes.
+    """The processors that score and train.
 
     Attributes:
         n_gpus: GPUs; 0 computes on the cores.
@@ -78,14 +78,14 @@ class Plan:
         state_partitions: partitions of ingest's state.
         workers: concurrent scorers.
         score_flops: FLOPs of the scoring with both models.
-        machine: what computes.
+        machine: the machine.
     """
 
     n_tokens: int
     context: int
     split: SplitConfig
-    reference: Training
-    student: Training
+    reference: PlannedTraining
+    student: PlannedTraining
     student_ids: int
     shards: int
     state_partitions: int
@@ -145,7 +145,10 @@ def _context(n_tokens: int, teacher: TeacherFacts) -> int:
 
 
 def _split(corpus: Corpus, reference: float) -> SplitConfig:
-    """The shares. The split of a text is a hash of it, so a small corpus can be tried until each split has a text."""
+    """Returns the shares of the splits. In a small corpus, they grow until each split has a text.
+
+    The split of a text follows from its hash, so it is known before ingest.
+    """
     heldout = min(max(_HELDOUT_DOCUMENTS / max(1, corpus.n_documents), 0.001), 0.1)
     split = SplitConfig(reference=round(reference, 3), heldout=round(heldout, 3))
     if len(corpus.texts) >= 10 * _HELDOUT_DOCUMENTS or not corpus.texts:

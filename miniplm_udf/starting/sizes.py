@@ -52,7 +52,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class PlannedTraining:
     """A model and the steps that it is trained for.
 
     Attributes:
@@ -96,7 +96,7 @@ def largest(n_ids: int, n_text: float, budget: float, most_parameters: float) ->
         n_ids: size of the vocabulary.
         n_text: tokens of the text.
         budget: FLOPs.
-        most_parameters: the model has no more weights, if there is such a shape.
+        most_parameters: largest number of weights; the smallest shape may have more.
     """
     shapes = [Shape(*sizes, n_ids) for sizes in _SHAPES]
     fitting = [
@@ -119,7 +119,7 @@ def wanted_tokens(shape: Shape, budget: float) -> float:
     return min(_MOST_TOKENS_PER_PARAMETER * shape.n_parameters, budget / (6.0 * shape.n_parameters))
 
 
-def training(shape: Shape, n_text: float, budget: float, sequence: int, has_gpu: bool) -> Training:
+def training(shape: Shape, n_text: float, budget: float, sequence: int, has_gpu: bool) -> PlannedTraining:
     """Returns the steps of a model.
 
     Args:
@@ -134,7 +134,7 @@ def training(shape: Shape, n_text: float, budget: float, sequence: int, has_gpu:
     while batch < _LARGEST_BATCH and n_tokens / (2 * batch * sequence) >= _GOOD_STEPS:
         batch *= 2
     steps = max(_LEAST_STEPS, round(n_tokens / (batch * sequence)))
-    return Training(
+    return PlannedTraining(
         shape=shape,
         steps=steps,
         batch=batch,

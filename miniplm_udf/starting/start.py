@@ -44,6 +44,9 @@ def look(
         separator: the teacher's separator; None takes it from its files.
         n_gpus: GPUs to plan for; None counts those of this machine.
 
+    Returns:
+        What the config says.
+
     Raises:
         ConfigError: the input has no text, or the files of the teacher do not tell what ended documents.
         ModelLoadError: there is no such teacher, or its files cannot be read.

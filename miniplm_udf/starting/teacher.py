@@ -1,4 +1,4 @@
-"""What the files of a teacher say: family, size, separator, prefix, context, dtype; whether it is tuned or quantised.
+"""Reads the files of a teacher: family, size, separator, prefix, context, dtype; whether it is tuned or quantised.
 
 Input: a folder, a hub name, a `.gguf` file or `package:NAME/FILE`. Output: `TeacherFacts`. Reads config.json, the
 tokenizer's files and the headers of the weights, and no weight. Of a hub model that is not on this machine, only the
@@ -29,7 +29,7 @@ _BYTES_PER_TOKEN = 4.0
 
 @dataclasses.dataclass(frozen=True)
 class TeacherFacts:
-    """What the files of a model say.
+    """Facts from the files of a model.
 
     Attributes:
         path: as the config names it; a local path is absolute.
@@ -86,12 +86,15 @@ class _Vocabulary:
 
 
 def examine(path: str, separator: str | None, texts: Sequence[str]) -> TeacherFacts:
-    """Reads what a model's files say.
+    """Reads the facts of a model from its files.
 
     Args:
         path: the model.
         separator: the separator that the user names; None takes it from the files.
         texts: texts on which the tokens are counted.
+
+    Returns:
+        The facts.
 
     Raises:
         ConfigError: the files do not tell the separator.

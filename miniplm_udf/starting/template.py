@@ -15,7 +15,7 @@ import jinja2
 from miniplm_udf.starting.cleaning import Condition
 from miniplm_udf.starting.fields import Fields
 from miniplm_udf.starting.plan import ALPHA, Plan, architecture
-from miniplm_udf.starting.sizes import Training
+from miniplm_udf.starting.sizes import PlannedTraining
 from miniplm_udf.starting.teacher import TeacherFacts
 
 FAMILIES = ("llama", "qwen2")
@@ -25,7 +25,7 @@ _LINE_WIDTH = 112
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What the template needs.
+    """The contents of an experiment file.
 
     Attributes:
         root: the root, as the config names it.
@@ -145,7 +145,7 @@ def _number(share: float) -> str:
     return f"1/{1 / share:.3g}" if share < 1 else f"{share:.3g} times the size"
 
 
-def _train(training: Training) -> dict[str, int | float]:
+def _train(training: PlannedTraining) -> dict[str, int | float]:
     return {
         "steps": training.steps,
         "batch_sequences": training.batch,

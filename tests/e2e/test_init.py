@@ -1,4 +1,4 @@
-"""What `miniplm init` writes runs to its end without an edit: fields in a JSON string, a teacher of its own."""
+"""The file that `miniplm init` writes runs to its end without an edit: odd field names, an own teacher."""
 
 import json
 import os

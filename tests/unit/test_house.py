@@ -425,7 +425,7 @@ JSON_USES = {
     "miniplm_udf/scoring/tokenizer.py": 3,
     "miniplm_udf/starting/fields.py": 2,
     "miniplm_udf/starting/teacher.py": 5,
-    "miniplm_udf/starting/texts.py": 7,
+    "miniplm_udf/starting/texts.py": 9,
     "miniplm_udf/upkeep/architectures.py": 6,
     "miniplm_udf/upkeep/expression_checks.py": 1,
     "miniplm_udf/upkeep/input_checks.py": 1,
