@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from miniplm_udf.config.sections import SplitConfig
 from miniplm_udf.ingestion.documents import split_of
 from miniplm_udf.starting import sizes
-from miniplm_udf.starting.sizes import Shape, PlannedTraining
+from miniplm_udf.starting.sizes import PlannedTraining, Shape
 from miniplm_udf.starting.teacher import TeacherFacts
 
 ALPHA = 0.5
