@@ -24,6 +24,7 @@ COMMANDS = {
     "corpus": "versions of corpora: list, show, diff, pin, unpin, restore, rebuild; take-down of documents",
     "inspect": "texts that a corpus kept, or dropped, with their scores",
     "export": "a corpus as JSON lines or Parquet, with texts, spans and scores, for other trainers",
+    "compare": "students × metrics, with the spread over seeds, and the page of MLflow that compares their runs",
     "status": "the progress of a root's queries; also as Prometheus text",
     "verify": "checks that no row is lost or duplicated and that all sums agree",
     "maintain": "merges small files and removes old ones; pinned versions and running queries keep theirs",
