@@ -194,7 +194,8 @@ def trainings_in_mlflow(config: ExperimentConfig) -> list[Trained]:
             raise CorpusError(
                 f"{shown} has no experiment {config.mlflow.experiment!r}: set mlflow.tracking_uri and mlflow.experiment"
             )
-        runs, token = [], None
+        runs: list[Any] = []
+        token: str | None = None
         while token != "":
             page = client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'", page_token=token)
             runs, token = runs + list(page), page.token or ""
