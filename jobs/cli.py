@@ -23,6 +23,7 @@ COMMANDS = {
     **_STAGES,
     "corpus": "versions of corpora: list, show, diff, pin, unpin, restore, rebuild; take-down of documents",
     "inspect": "texts that a corpus kept, or dropped, with their scores",
+    "explore": "a local page over a corpus: texts kept and dropped, side by side, by source, score and words",
     "export": "a corpus as JSON lines or Parquet, with texts, spans and scores, for other trainers",
     "compare": "students × metrics, with the spread over seeds, and the page of MLflow that compares their runs",
     "status": "the progress of a root's queries; also as Prometheus text",

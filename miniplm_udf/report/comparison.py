@@ -3,7 +3,7 @@
 Inputs: `<root>/models/<student>/training.json` and `evaluation.json`, or the finished runs of an MLflow experiment.
 Outputs: a `Comparison`: one row for all trainings that differ in nothing but the seed, and the address of MLflow's page
 that compares their runs. Losses in bits per byte, accuracies from 0 to 1, compute in FLOP: 6 x parameters x tokens for
-a student, and 2 x parameters x tokens for a teacher beside it. Reads only, so a retry repeats it.
+a student, and 2 x parameters x tokens for its teacher. Reads only, so a retry repeats it.
 """
 
 import dataclasses
