@@ -1,4 +1,4 @@
-"""`miniplm explore`: a local page over a version of a corpus: its texts, kept and dropped side by side, with their scores.
+"""`miniplm explore`: a local page over a version of a corpus: texts kept and dropped, side by side, with their scores.
 
 Reads `corpora`, `refined/<name>` (or its pinned copy), `score_matrix`, `annotations`, `instances`; writes nothing under
 the root, and starts no Spark. The page can be opened on this machine only; Ctrl-C ends it. Needs the extra `explore`.

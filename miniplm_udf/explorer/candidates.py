@@ -9,6 +9,7 @@ Spark. Writes nothing under the root; a retry reads everything again.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from miniplm_udf.config import rules
@@ -57,7 +58,7 @@ class Side:
     """The rows of a page that were kept, or those that were dropped, and the number of all that match."""
 
     n_matching: int
-    rows: list[TableRow]
+    rows: list[dict[str, Any]]
 
 
 class Candidates:
@@ -94,12 +95,13 @@ class Candidates:
         if recorded.get("candidates", "score_matrix") != "score_matrix":
             raise self._needs_spark("its candidates have predicted scores")
         self._connection = duckdb.connect(database)
-        self._register(config, "matrix", config.layout.table("score_matrix"), shown["inputs"].get("matrix_version"))
+        self._datasets: dict[str, Any] = {}
+        self._register("matrix", config.layout.table("score_matrix"), shown["inputs"].get("matrix_version"))
         uri = config.layout.pinned(self.name, self.version) if shown["pinned"] else config.layout.refined(self.name)
-        self._register(config, "kept", uri, None if shown["pinned"] else self.version)
-        self._register(config, "instances", config.layout.table("instances"), None)
+        self._register("kept", uri, None if shown["pinned"] else self.version)
+        self._register("instances", config.layout.table("instances"), None)
         if delta_log.has_commits(config.layout.table("annotations")):
-            self._register(config, "annotations", config.layout.table("annotations"), None)
+            self._register("annotations", config.layout.table("annotations"), None)
         self._create(str(recorded["where"]), recorded["select"])
         counts = self._connection.execute("select source, count(*) from candidates group by 1 order by 2 desc, 1")
         self.sources: dict[str, int] = dict(counts.fetchall())
@@ -109,7 +111,7 @@ class Candidates:
             f"{self.name}@{self.version} cannot be explored without Spark: {reason}; use `miniplm inspect {self.name}`"
         )
 
-    def _register(self, config: ExperimentConfig, view: str, uri: str, version: int | None) -> None:
+    def _register(self, view: str, uri: str, version: int | None) -> None:
         from deltalake.exceptions import DeltaError
 
         try:
@@ -117,6 +119,7 @@ class Candidates:
         except DeltaError as error:
             raise CorpusError(f"{self.name}@{self.version}: {str(error).splitlines()[0]}") from error
         self._connection.register(view, table)
+        self._datasets[view] = table
 
     def _create(self, where: str, select: dict[str, Any]) -> None:
         """Creates the table `candidates`."""
@@ -146,7 +149,8 @@ class Candidates:
                     max(score) filter (kept) over ({by_source}) as high
                   from scored where isfinite(score)
                 )
-                select * exclude (low, high), {"null::double" if self.cut is None else distance} as cut_distance from cuts
+                select * exclude (low, high), {distance if self.cut is not None else "null::double"} as cut_distance
+                from cuts
                 """
             )
         except (SqlglotError, duckdb.Error) as error:
@@ -160,8 +164,7 @@ class Candidates:
         return f"(select matrix.*, {', '.join(own)} from matrix left join annotations using (instance_id))"
 
     def _columns(self, view: str) -> list[str]:
-        tables = self._connection.execute("select column_name from duckdb_columns() where table_name = ?", [view])
-        return [name for (name,) in tables.fetchall()]
+        return list(self._datasets[view].schema.names) if view in self._datasets else []
 
     def side(self, wanted: Filter, side: Literal["kept", "dropped"]) -> Side:
         """Returns one page of one side.
@@ -174,7 +177,9 @@ class Candidates:
             The rows, each with `instance_id`, `source`, `score`, `kept`, `cut_distance`, `<alias>_nll_mean`, the
             beginning of its `text` and `n_characters`.
         """
+        # Requests come on several threads, and a cursor does not see what its connection registered.
         cursor = self._connection.cursor()
+        cursor.register("instances", self._datasets["instances"])
         condition, values = _condition(wanted, side)
         matching = cursor.execute(f"select count(*) from candidates where {condition}", values).fetchone()
         chosen = cursor.execute(
@@ -187,13 +192,13 @@ class Candidates:
         shown = [{**row, **texts.get(row["instance_id"], {"text": "", "n_characters": 0})} for row in rows]
         return Side(n_matching=matching[0] if matching else 0, rows=shown)
 
-    def _texts(self, cursor: "duckdb.DuckDBPyConnection", ids: list[str]) -> dict[str, TableRow]:
+    def _texts(self, cursor: "duckdb.DuckDBPyConnection", ids: Sequence[str]) -> dict[str, TableRow]:
         places = ", ".join("?" * len(ids)) or "null"
-        found = cursor.execute(
-            f"select instance_id, text[1:{TEXT_CHARACTERS}], length(text) from instances where instance_id in ({places})",
-            ids,
+        beginning = f"text[1:{TEXT_CHARACTERS}]"
+        rows = cursor.execute(
+            f"select instance_id, {beginning}, length(text) from instances where instance_id in ({places})", ids
         )
-        return {key: {"text": text, "n_characters": length} for key, text, length in found.fetchall()}
+        return {key: {"text": text, "n_characters": length} for key, text, length in rows.fetchall()}
 
     def close(self) -> None:
         """Closes the database."""

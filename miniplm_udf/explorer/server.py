@@ -89,7 +89,7 @@ def make_server(candidates: Candidates, port: int = 0) -> http.server.ThreadingH
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             address = urllib.parse.urlsplit(self.path)
-            hosts = {f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")}
+            hosts = {f"{name}:{self.connection.getsockname()[1]}" for name in ("127.0.0.1", "localhost")}
             if self.headers.get("Host") not in hosts:
                 self.send_error(403, "This page is for this machine only")
             elif address.path != "/":
