@@ -24,11 +24,11 @@ def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
         import duckdb  # noqa: F401 - to say early that the extra is missing
     except ModuleNotFoundError as error:
         raise ConfigError("explore needs DuckDB: pip install 'miniplm[explore]'") from error
-    from miniplm_udf.explorer.candidates import Candidates
+    from miniplm_udf.explorer.candidates import ExploredCorpus
     from miniplm_udf.explorer.server import make_server
 
     with tempfile.TemporaryDirectory(prefix="miniplm-explore-") as folder:
-        candidates = Candidates(config, arguments.version, str(Path(folder) / "candidates.duckdb"))
+        candidates = ExploredCorpus(config, arguments.version, str(Path(folder) / "candidates.duckdb"))
         try:
             server = make_server(candidates, arguments.port)
         except OSError as error:

@@ -18,10 +18,12 @@ from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.corpora import listing
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.schemas.types import TableRow
+from miniplm_udf.storage import Json
 from miniplm_udf.store import delta_files, delta_log
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow.dataset as ds
 
 ROWS_PER_PAGE = 20
 TEXT_CHARACTERS = 1500
@@ -58,10 +60,10 @@ class Side:
     """The rows of a page that were kept, or those that were dropped, and the number of all that match."""
 
     n_matching: int
-    rows: list[dict[str, Any]]
+    rows: Sequence[TableRow]
 
 
-class Candidates:
+class ExploredCorpus:
     """A version of a corpus, opened for looking.
 
     Attributes:
@@ -95,7 +97,7 @@ class Candidates:
         if recorded.get("candidates", "score_matrix") != "score_matrix":
             raise self._needs_spark("its candidates have predicted scores")
         self._connection = duckdb.connect(database)
-        self._datasets: dict[str, Any] = {}
+        self._datasets: dict[str, ds.Dataset] = {}
         self._register("matrix", config.layout.table("score_matrix"), shown["inputs"].get("matrix_version"))
         uri = config.layout.pinned(self.name, self.version) if shown["pinned"] else config.layout.refined(self.name)
         self._register("kept", uri, None if shown["pinned"] else self.version)
@@ -121,7 +123,7 @@ class Candidates:
         self._connection.register(view, table)
         self._datasets[view] = table
 
-    def _create(self, where: str, select: dict[str, Any]) -> None:
+    def _create(self, where: str, select: Json) -> None:
         """Creates the table `candidates`."""
         import duckdb
         import sqlglot

@@ -1,8 +1,8 @@
 """Serves the score explorer on 127.0.0.1: one page, drawn by jinja2 with autoescape, without a script. No Spark.
 
-Inputs: `Candidates`; a request's query, whose bad values count as absent. Output: HTML. Only GET; a request that names
-another host is refused, so that no page of another site can read the texts through a name of its own. The page's policy
-forbids every script and every request to elsewhere.
+Inputs: `ExploredCorpus`; a request's query, whose bad values count as absent. Output: HTML. Only GET; a request that
+names another host is refused, so that no page of another site can read the texts through a name of its own. The page's
+policy forbids every script and every request to elsewhere.
 """
 
 import functools
@@ -11,13 +11,13 @@ import math
 import urllib.parse
 from typing import Any
 
-from miniplm_udf.explorer.candidates import ORDERS, ROWS_PER_PAGE, Candidates, Filter
+from miniplm_udf.explorer.candidates import ORDERS, ROWS_PER_PAGE, ExploredCorpus, Filter
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 
 
 def wanted(query: str) -> Filter:
-    """Reads a filter from the query of a request.
+    """Returns the filter that the query of a request asks for.
 
     Args:
         query: the part of the address after `?`; a value that cannot be read counts as absent.
@@ -39,8 +39,8 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def draw(candidates: Candidates, query: str) -> str:
-    """Draws the page of a request.
+def draw(candidates: ExploredCorpus, query: str) -> str:
+    """Returns the page of a request, as HTML.
 
     Args:
         candidates: the version that is explored.
@@ -75,7 +75,7 @@ def _template() -> Any:
     return environment.get_template("page.html.j2")
 
 
-def make_server(candidates: Candidates, port: int = 0) -> http.server.ThreadingHTTPServer:
+def make_server(candidates: ExploredCorpus, port: int = 0) -> http.server.ThreadingHTTPServer:
     """Returns a server that listens on 127.0.0.1; `serve_forever` answers its requests.
 
     Args:
@@ -86,7 +86,7 @@ def make_server(candidates: Candidates, port: int = 0) -> http.server.ThreadingH
         OSError: the port is taken.
     """
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class PageHandler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             address = urllib.parse.urlsplit(self.path)
             hosts = {f"{name}:{self.connection.getsockname()[1]}" for name in ("127.0.0.1", "localhost")}
@@ -113,4 +113,4 @@ def make_server(candidates: Candidates, port: int = 0) -> http.server.ThreadingH
         def log_message(self, *arguments: Any) -> None:
             """Logs no request: a text that is searched for is in its address."""
 
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    return http.server.ThreadingHTTPServer(("127.0.0.1", port), PageHandler)

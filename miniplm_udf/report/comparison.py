@@ -20,6 +20,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import CorpusError, MiniplmError, first_line, mlflow_errors
+from miniplm_udf.storage import Json
 from miniplm_udf.store.model_records import Evaluation, TrainingRecord, read_evaluation, read_training
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _trained(config: ExperimentConfig, name: str, record: TrainingRecord) -> Tra
     student = config.students.get(name)
     lineage = record.lineage or {}
     corpus = student.corpus if student else lineage.get("corpus")
-    setting: dict[str, Any] = {"name": name, "steps": record.steps, "tokens": record.tokens}
+    setting: Json = {"name": name, "steps": record.steps, "tokens": record.tokens}
     if student is not None:
         setting = to_dict(student)
         del setting["train"]["seed"]

@@ -18,7 +18,7 @@ from jobs import explore as explore_job
 from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
 from miniplm_udf.errors import CorpusError
-from miniplm_udf.explorer.candidates import ROWS_PER_PAGE, Candidates
+from miniplm_udf.explorer.candidates import ROWS_PER_PAGE, ExploredCorpus
 from miniplm_udf.explorer.server import make_server
 from miniplm_udf.refinement.refine import resolve_corpus
 from tests.support import report_root
@@ -81,7 +81,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     write_corpus(config, ranked, "difference")
     # Spark's function, which DuckDB has not.
     write_corpus(config, ranked, "random", where="xxhash64(instance_id) % 2 = 0 and soundex(source) = 'x'")
-    opened_corpus = Candidates(config, "difference", str(folder / "candidates.duckdb"))
+    opened_corpus = ExploredCorpus(config, "difference", str(folder / "candidates.duckdb"))
     server = make_server(opened_corpus)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     texts = {row["instance_id"]: row["text"] for row in instances}
@@ -151,7 +151,7 @@ def test_only_this_machine_and_only_this_page(site: Site) -> None:
 
 def test_a_rule_that_needs_spark_is_said(site: Site, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="use `miniplm inspect random`"):
-        Candidates(site.config, "random", str(tmp_path / "x.duckdb"))
+        ExploredCorpus(site.config, "random", str(tmp_path / "x.duckdb"))
 
 
 def test_a_port_that_is_taken_is_said(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
