@@ -14,7 +14,8 @@ PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}
 
 
-@pytest.fixture(scope="session")
+# For a module: two at a time are not possible in one process, and its event loop would disturb other tests.
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A browser; `opened` opens its pages."""
     program = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -42,7 +42,7 @@ class Site:
         return connection.getresponse()
 
     def sides(self, **query: Any) -> dict[str, tuple[int, list[str]]]:
-        """Of either side, the number of rows that match, and the ids that are shown."""
+        """The number of rows that match and the ids that are shown, by side."""
         page = self.get("/?" + urllib.parse.urlencode(query)).read().decode()
         shown = {}
         for name, section in re.findall(r'<section class="(\w+)">(.*?)</section>', page, re.S):
