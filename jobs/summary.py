@@ -104,7 +104,12 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
 
 def mlflow_command(config: ExperimentConfig) -> str:
     """The shell command that shows the experiment's runs, quoted so that it can be pasted into a terminal."""
-    return shlex.join(["mlflow", "ui", "--backend-store-uri", storage.redact(config.mlflow_uri())])
+    return shlex.join(mlflow_arguments(config))
+
+
+def mlflow_arguments(config: ExperimentConfig) -> list[str]:
+    """The words of the command that shows the experiment's runs."""
+    return ["mlflow", "ui", "--backend-store-uri", storage.redact(config.mlflow_uri())]
 
 
 def _local_store(config: ExperimentConfig) -> dict[str, str]:

@@ -1,16 +1,19 @@
 """The report's figures: plain numbers in, inline SVG out. Driver only; no pyplot, so no global state and no display.
 
-Inputs: the dataclasses of queries.py and students.py. Outputs: `<svg>` elements as markup, deterministic, with text as
-text (the page's fonts), no namespace, no metadata and no link, so that the page stays self-contained. Colours are
-Okabe and Ito's, which colour-blind readers can distinguish; lines also differ by their dashes. Names from the corpus
-(sources) are never read as mathematics.
+Inputs: the dataclasses of queries.py and students.py. Outputs: two `<svg>` elements as markup, of which the page shows
+one: a wide figure, or on a phone a narrow one with letters of the same size. They are deterministic, with text as text
+(the page's fonts), no namespace, no metadata and no link, so that the page stays self-contained. Colours are variables
+of the page's style sheet, which has one set for light and one for dark pages: Okabe and Ito's, which colour-blind
+readers can distinguish; lines also differ by their dashes. Names from the corpus (sources) are never read as
+mathematics.
 """
 
+import dataclasses
 import io
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+import textwrap
+from collections.abc import Callable, Sequence
 
 import matplotlib
 from markupsafe import Markup
@@ -26,6 +29,13 @@ from miniplm_udf.report.students import StudentFacts
 KEPT, DROPPED, CUT, INK = "#0072B2", "#C9CED6", "#D55E00", "#3B4252"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
+_EDGE, _GRID = "#9AA3B2", "#ECEFF4"
+# The variable of the style sheet in report.html.j2 that replaces each colour.
+_VARIABLES = {
+    KEPT: "kept", DROPPED: "dropped", CUT: "cut", INK: "ink", _EDGE: "edge", _GRID: "grid",
+    **{color: f"series-{index}" for index, color in enumerate(LINES) if color not in (KEPT, CUT)},
+}  # fmt: skip
+_WIDE_INCHES, _NARROW_INCHES = 9.2, 4.1
 
 _STYLE: dict[str, object] = {
     "svg.fonttype": "none",
@@ -34,14 +44,14 @@ _STYLE: dict[str, object] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": INK,
-    "axes.edgecolor": "#9AA3B2",
+    "axes.edgecolor": _EDGE,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": "#ECEFF4",
+    "grid.color": _GRID,
     "xtick.color": INK,
     "ytick.color": INK,
     "ytick.left": False,
@@ -49,12 +59,62 @@ _STYLE: dict[str, object] = {
 }
 
 
-def _svg(draw: Any, size: tuple[float, float], label: str) -> Markup:
-    """Runs `draw(figure)` in the report's style; `label` is for screen readers, and keeps ids of two figures apart."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": label}):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """An empty figure, and whether it is the narrow one."""
+
+    figure: Figure
+    is_narrow: bool
+
+    def label(self, text: str) -> str:
+        """Returns the label of an axis: cut at 90 characters, on a narrow figure in lines of 44.
+
+        Args:
+            text: the label.
+        """
+        text = text if len(text) <= 90 else text[:87] + "…"
+        return textwrap.fill(text, 44) if self.is_narrow else text
+
+    def name(self, text: str) -> str:
+        """Returns a name for the ticks of an axis, cut at 40 characters, on a narrow figure at 18.
+
+        Args:
+            text: the name.
+        """
+        longest = 18 if self.is_narrow else 40
+        return text if len(text) <= longest else text[: longest - 1] + "…"
+
+    def legend(self, axes: Axes) -> None:
+        """Adds a legend: inside the axes, on a narrow figure above them, where it hides nothing.
+
+        Args:
+            axes: the axes whose parts have labels.
+        """
+        if self.is_narrow:
+            self.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        else:
+            axes.legend(loc="upper right")
+
+
+def _figure(draw: Callable[[Canvas], None], heights: tuple[float, float], label: str) -> Markup:
+    """Draws the wide and the narrow figure.
+
+    Args:
+        draw: draws on an empty figure.
+        heights: inches of the wide and of the narrow figure.
+        label: a description for screen readers.
+    """
+    wide = _svg(draw, (_WIDE_INCHES, heights[0]), label, is_narrow=False)
+    return wide + _svg(draw, (_NARROW_INCHES, heights[1]), label, is_narrow=True)
+
+
+def _svg(draw: Callable[[Canvas], None], size: tuple[float, float], label: str, is_narrow: bool) -> Markup:
+    """Draws one figure in the report's style; `label` and the width keep the ids of two figures apart."""
+    kind = "narrow" if is_narrow else "wide"
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"{kind} {label}"}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure)
+        draw(Canvas(figure=figure, is_narrow=is_narrow))
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     svg = written.getvalue()
@@ -64,9 +124,11 @@ def _svg(draw: Any, size: tuple[float, float], label: str) -> Markup:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)
+    for color, variable in _VARIABLES.items():
+        svg = re.sub(rf"(fill|stroke): {color}\b", rf"\1: var(--{variable})", svg, flags=re.IGNORECASE)
     # matplotlib names DejaVu Sans first; the page's own font is easier to read and always available.
     svg = svg.replace("'DejaVu Sans', ", "")
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(label)}"', 1))
+    return Markup(svg.replace("<svg", f'<svg class="{kind}" role="img" aria-label="{Markup.escape(label)}"', 1))
 
 
 def _bars(axes: Axes, shown: Histogram) -> int:
@@ -87,10 +149,15 @@ def _shown(counted: Histogram) -> Histogram:
     return counted.coarser(64 if sum(counted.kept) + sum(counted.dropped) >= 2000 else 32)
 
 
-def _axis_label(text: str, counted: Histogram) -> str:
+def _outside(text: str, counted: Histogram) -> str:
     outside = counted.n_below + counted.n_above
-    text = text if len(text) <= 90 else text[:87] + "…"
-    return f"{text}   ({outside:,} outside the axis)" if outside else text
+    return f"{text} ({outside:,} outside the axis)" if outside else text
+
+
+def _score_label(expression: str) -> str:
+    """The expression, with its unit if it is a sum or a difference of means per token."""
+    is_mean = re.fullmatch(r"\w+_nll_mean( [-+] \w+_nll_mean)*", expression)
+    return f"score, nats per token: {expression}" if is_mean else f"score: {expression}"
 
 
 def score_histogram(counted: Histogram, expression: str, cut: float | None) -> Markup:
@@ -102,19 +169,19 @@ def score_histogram(counted: Histogram, expression: str, cut: float | None) -> M
         cut: the score of the cut; None, or a score outside the histogram, draws no line.
 
     Returns:
-        The figure as SVG.
+        The figure as SVG, wide and narrow.
     """
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.figure.subplots()
         axes.set_ylim(0, 1.06 * max(1, _bars(axes, _shown(counted))))
         if cut is not None and counted.low <= cut <= counted.high:
             axes.axvline(cut, color=CUT, linewidth=1.6, linestyle=(0, (4, 2)), label=f"cut at {cut:.4g}")
-        axes.set_xlabel(_axis_label(f"score: {expression}", counted))
+        axes.set_xlabel(canvas.label(_outside(_score_label(expression), counted)))
         axes.set_ylabel("instances")
-        axes.legend(loc="upper right")
+        canvas.legend(axes)
 
-    return _svg(draw, (9.2, 2.9), f"Histogram of the score {expression}")
+    return _figure(draw, (2.9, 2.9), f"Histogram of the score {expression}")
 
 
 def nll_histograms(counted: dict[str, Histogram]) -> Markup:
@@ -124,23 +191,27 @@ def nll_histograms(counted: dict[str, Histogram]) -> Markup:
         counted: counts by model alias, at least one model.
 
     Returns:
-        The figure as SVG: one panel per model, with one axis range so that models compare.
+        The figure as SVG, wide and narrow: one panel per model, with one axis range so that models compare.
     """
     low, high = min(h.low for h in counted.values()), max(h.high for h in counted.values())
 
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, len(counted), squeeze=False, sharey=True)[0]
+    def draw(canvas: Canvas) -> None:
+        shape = (len(counted), 1) if canvas.is_narrow else (1, len(counted))
+        panels = canvas.figure.subplots(*shape, squeeze=False, sharey=True, sharex=canvas.is_narrow).ravel()
         highest = 1
         for axes, (alias, histogram) in zip(panels, counted.items(), strict=True):
             highest = max(highest, _bars(axes, _shown(histogram)))
+            axes.set_title(canvas.name(alias), fontsize=10, loc="left")
+            axes.set_ylabel("instances")
+            axes.set_xlabel(canvas.label(_outside("mean NLL, nats per token", histogram)))
+            axes.label_outer()
+        for axes in panels:
             axes.set_xlim(low, high)
-            axes.set_title(alias, fontsize=10, loc="left")
-            axes.set_xlabel(_axis_label("mean NLL, nats per token", histogram))
         panels[0].set_ylim(0, 1.06 * highest)
-        panels[0].set_ylabel("instances")
-        panels[-1].legend(loc="upper right")
+        canvas.legend(panels[-1])
 
-    return _svg(draw, (9.2, 2.5), "Histograms of mean negative log-likelihood: " + ", ".join(counted))
+    label = "Histograms of mean negative log-likelihood: " + ", ".join(counted)
+    return _figure(draw, (2.5, 0.7 + 1.6 * len(counted)), label)
 
 
 def kept_shares(shares: Sequence[SourceShare], overall: float) -> Markup:
@@ -151,26 +222,26 @@ def kept_shares(shares: Sequence[SourceShare], overall: float) -> Markup:
         overall: the share over all sources, from 0 to 1.
 
     Returns:
-        The figure as SVG.
+        The figure as SVG, wide and narrow.
     """
-    names = [share.source if len(share.source) <= 40 else share.source[:39] + "…" for share in shares]
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.figure.subplots()
         rows = list(range(len(shares)))
         axes.barh(rows, [1.0] * len(rows), 0.66, color=DROPPED, alpha=0.5, linewidth=0)
         axes.barh(rows, [share.kept_share for share in shares], 0.66, color=KEPT, linewidth=0)
         for row, share in zip(rows, shares, strict=True):
             axes.text(1.01, row, f"{share.kept_share:.0%}", va="center")
         axes.axvline(overall, color=INK, linewidth=1.1, linestyle=(0, (2, 2)))
-        axes.set_yticks(rows, names)
+        axes.set_yticks(rows, [canvas.name(share.source) for share in shares])
         axes.invert_yaxis()
         axes.grid(False)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-        axes.set_xlabel(f"share of instances kept (dotted: {overall:.0%} overall)")
+        axes.set_xlabel(canvas.label(f"share of instances kept (dotted: {overall:.0%} overall)"))
 
-    return _svg(draw, (9.2, 0.85 + 0.29 * len(shares)), "Share of instances kept per source")
+    height = 0.85 + 0.29 * len(shares)
+    return _figure(draw, (height, height), "Share of instances kept per source")
 
 
 def training_curves(students: Sequence[StudentFacts]) -> Markup:
@@ -180,11 +251,11 @@ def training_curves(students: Sequence[StudentFacts]) -> Markup:
         students: students that have a curve.
 
     Returns:
-        The figure as SVG.
+        The figure as SVG, wide and narrow.
     """
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.figure.subplots()
         for index, student in enumerate(students):
             steps, losses = zip(*student.curve, strict=True)
             color, dash = LINES[index % len(LINES)], DASHES[index % len(DASHES)]
@@ -192,9 +263,10 @@ def training_curves(students: Sequence[StudentFacts]) -> Markup:
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("training loss, nats per token")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.legend(loc="upper right")
+        canvas.legend(axes)
 
-    return _svg(draw, (9.2, 3.1), "Training loss of " + ", ".join(student.name for student in students))
+    rows = 0.2 * math.ceil(len(students) / 3)  # of the narrow figure's legend
+    return _figure(draw, (3.1, 2.8 + rows), "Training loss of " + ", ".join(student.name for student in students))
 
 
 def heldout_bars(students: Sequence[StudentFacts], sources: Sequence[str]) -> Markup:
@@ -205,22 +277,24 @@ def heldout_bars(students: Sequence[StudentFacts], sources: Sequence[str]) -> Ma
         sources: the sources, the first at the top.
 
     Returns:
-        The figure as SVG.
+        The figure as SVG, wide and narrow.
     """
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.figure.subplots()
         height = 0.8 / len(students)
         for index, student in enumerate(students):
             values = [student.source_bits_per_byte(source) for source in sources]
             rows = [row + (index - (len(students) - 1) / 2) * height for row in range(len(sources))]
             widths = [math.nan if value is None else value for value in values]
             axes.barh(rows, widths, height * 0.9, color=LINES[index % len(LINES)], label=student.name, linewidth=0)
-        axes.set_yticks(range(len(sources)), [source[:40] for source in sources])
+        axes.set_yticks(range(len(sources)), [canvas.name(source) for source in sources])
         axes.invert_yaxis()
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
         axes.set_xlabel("held-out bits per byte (lower is better)")
-        figure.legend(loc="outside upper left", ncols=min(len(students), 6))
+        canvas.figure.legend(loc="outside upper left", ncols=2 if canvas.is_narrow else min(len(students), 6))
 
-    return _svg(draw, (9.2, 1.1 + (0.12 + 0.2 * len(students)) * len(sources)), "Held-out bits per byte per source")
+    height = 1.1 + (0.12 + 0.2 * len(students)) * len(sources)
+    legend = 0.2 * math.ceil(len(students) / 2)
+    return _figure(draw, (height, height + legend), "Held-out bits per byte per source")

@@ -110,6 +110,15 @@ def _corpus_figures(corpus: CorpusFacts) -> dict[str, str]:
     }
 
 
+def _inputs(corpus: CorpusFacts) -> list[tuple[str, str]]:
+    """The version of the table and the revisions of the models that a corpus was made from, by their names."""
+    recorded = corpus.record["inputs"]
+    version = recorded.get("matrix_version")
+    tables = [] if version is None else [("score_matrix", f"version {version}")]
+    revisions = recorded.get("model_revisions", {})
+    return tables + [(alias, f"revision {revision}") for alias, revision in revisions.items()]
+
+
 def _literal(text: str) -> str:
     """The text as a Python literal."""
     return json.dumps(text, ensure_ascii=False)
@@ -123,7 +132,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(n=_count, x=_decimal, pct=_percent, duration=_duration, pretty=_pretty)
+    environment.filters.update(n=_count, x=_decimal, pct=_percent, duration=_duration, pretty=_pretty, inputs=_inputs)
     # Values in lines that a reader copies into Python or a shell.
     environment.filters.update(literal=_literal, shell=shlex.quote)
     return environment

