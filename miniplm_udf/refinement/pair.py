@@ -1,4 +1,4 @@
-"""What a score owes to each of its two models: rank correlations, spreads, and the sentence that says what to do.
+"""Compares a score with the losses of its two models: rank correlations, spreads, and a sentence that says what to do.
 
     difference = loss(reference) - loss(teacher)
 
