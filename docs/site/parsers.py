@@ -14,7 +14,7 @@ from jobs import cli, corpus
 from jobs.stages import SERVICES, STAGES
 
 
-class _Reached(Exception):
+class _Reached(BaseException):  # no command handles it
     """The parser of a command, at the moment at which it would parse."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ _KEY, _SECRET = "test-key", "test-secret"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Service:
+class _Program:
     """How a service is installed and started.
 
     Attributes:
@@ -42,12 +43,12 @@ class _Service:
 
 
 SERVICES = {
-    "minio": _Service(
+    "minio": _Program(
         "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c",
         lambda folder, port: ["server", folder, "--address", f"127.0.0.1:{port}", "--quiet"],
         {"MINIO_ROOT_USER": _KEY, "MINIO_ROOT_PASSWORD": _SECRET},
     ),
-    "versitygw": _Service(
+    "versitygw": _Program(
         "github.com/versity/versitygw/cmd/versitygw@v1.8.0",
         lambda folder, port: ["--port", f"127.0.0.1:{port}", "--quiet", "posix", folder],
         {"ROOT_ACCESS_KEY_ID": _KEY, "ROOT_SECRET_ACCESS_KEY": _SECRET},
@@ -81,7 +82,8 @@ def running(name: str, folder: Path) -> Iterator[s3_server.S3Server]:
         os.environ.update(s3_server.environment(f"http://127.0.0.1:{port}"))
         object_storage.use(StorageConfig())
         server = s3_server.S3Server(f"http://127.0.0.1:{port}", process)
-        _create_bucket(server)
+        _wait(port, process)
+        server.create_bucket()
         yield server
     finally:
         process.kill()
@@ -92,15 +94,13 @@ def running(name: str, folder: Path) -> Iterator[s3_server.S3Server]:
         fsspec.config.conf.update(options)
 
 
-def _create_bucket(server: s3_server.S3Server) -> None:
-    from botocore.exceptions import BotoCoreError, ClientError
-
+def _wait(port: int, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
-            server.create_bucket()
+            socket.create_connection(("127.0.0.1", port), 5.0).close()
             return
-        except (BotoCoreError, ClientError):
-            if time.monotonic() > deadline or server.process.poll() is not None:
+        except OSError:
+            if time.monotonic() > deadline or process.poll() is not None:
                 raise
             time.sleep(0.2)

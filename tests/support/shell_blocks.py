@@ -17,8 +17,8 @@ from pathlib import Path
 
 from docs.site import parsers
 from jobs.cli import COMMANDS
+from miniplm_udf.config.collecting import check_sections
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.keys import check_keys
 from miniplm_udf.config.overrides import apply_override
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.storage import Json
@@ -95,10 +95,18 @@ def override_mistakes(config: str | None, overrides: Sequence[str]) -> list[str]
     try:
         for override in overrides:
             apply_override(raw, override, ExperimentConfig)
-        check_keys(raw, ExperimentConfig)
     except ConfigError as error:
         return [str(error)]
-    return []
+    return unknown_keys(raw)
+
+
+def unknown_keys(raw: Json) -> list[str]:
+    """Returns the messages about keys that a config does not have; the config may be a part of one.
+
+    Args:
+        raw: the config.
+    """
+    return [problem for problem in check_sections(raw, ExperimentConfig).problems if "unknown key" in problem]
 
 
 def parse_mistakes(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
