@@ -31,15 +31,16 @@ LINES = (
     CleaningLine("duplicate_of is null", "exact copies: the first one stays", "duplicates"),
     CleaningLine("near_duplicate_of is null", "nearly the same text: the first one stays", "near_duplicates"),
     CleaningLine(
-        "coalesce(duplicate_5gram_share, 0) <= 0.25",
+        "coalesce(duplicate_5gram_share, 0) <= 0.3",
         "repeated passages: the teacher copies them from its context, so they come first in any ranking",
         "quality",
     ),
-    CleaningLine("coalesce(duplicate_line_share, 0) <= 0.3", "repeated lines, for the same reason", "quality"),
+    CleaningLine("coalesce(duplicate_line_share, 0) <= 0.4", "repeated lines, for the same reason", "quality"),
     CleaningLine(
-        "coalesce(alphabetic_word_share, 0) >= 0.4", "numbers and tables: fewer words than numbers", "quality"
+        "coalesce(alphabetic_word_share, 0) >= 0.2", "numbers and tables: fewer words than numbers", "quality"
     ),
     CleaningLine("coalesce(mean_word_characters, 0) between 2 and 40", "encoded data: it has no spaces", "quality"),
+    CleaningLine("language = 'en'", "other languages, if the corpus is in one language", "language"),
     CleaningLine(
         f"{{teacher}}_nll_sum_nats / (ln(2) * n_bytes) between {BAND[0]} and {BAND[1]}",
         "bits per byte of the teacher: below, known by heart; above, words without order",
@@ -54,6 +55,7 @@ def lines(
 
     Args:
         teacher: alias of the teacher.
-        groups: keys of the section `annotate` that are set; lines that need another group are left out.
+        groups: keys of the section `annotate` that are set; lines that need another group are left out. The default has
+            no `language`, because a corpus may have several.
     """
     return [line.sql.format(teacher=teacher) for line in LINES if line.group is None or line.group in groups]
