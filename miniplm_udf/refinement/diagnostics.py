@@ -49,12 +49,13 @@ def diagnose(
     usable = sum(row["n_rows"] - row["n_unusable"] for row in sums)
     proxy = proxy_records.read(config.root) if corpus.is_of_proxy else None
     proxy_warnings = proxy.warnings if proxy else []
-    pair, error = measure_pair(config, corpus, rows) or (None, None)
+    pair, teacher_error, reference_error = measure_pair(config, corpus, rows) or (None, None, None)
     return {
         "negative_share": sum(row["n_negative"] for row in sums) / usable if usable else None,
         "spearman_with_minus_teacher_loss": pair["spearman_with_minus_teacher_loss"] if pair else None,
         "spearman_with_reference_loss": pair["spearman_with_reference_loss"] if pair else None,
-        "spearman_error": error,
+        "spearman_teacher_error": teacher_error,
+        "spearman_error": reference_error,
         "pair": pair,
         "kept_share_by_length": kept_share_by_length(sums),
         "rejects": rejects(spark, config),
@@ -62,7 +63,9 @@ def diagnose(
     }
 
 
-def measure_pair(config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame") -> tuple[PairNumbers, float] | None:
+def measure_pair(
+    config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame"
+) -> tuple[PairNumbers, float, float] | None:
     """Compares a score with the losses of the two models: three passes over the candidates.
 
     The losses are means per byte if the score compares bits per byte, and means per token otherwise.
@@ -73,8 +76,9 @@ def measure_pair(config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFram
         rows: the candidates.
 
     Returns:
-        The numbers, and the largest possible error of both correlations; None if the order is random, if the rows do
-        not have the losses of both models, or if the score or a loss is the same everywhere.
+        The numbers, and the largest possible errors of the correlations with the teacher and with the reference. None
+        if the order is random, if the rows do not have the losses of both models, or if the score or a loss is the same
+        everywhere.
     """
     from pyspark.sql import functions as F
 
@@ -92,15 +96,19 @@ def measure_pair(config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFram
     spreads = rows.where(is_finite()).agg(*(F.stddev_pop(loss).alias(alias) for alias, loss in losses.items())).first()
     if with_teacher is None or with_reference is None or spreads is None:
         return None
-    return {
-        "teacher": teacher,
-        "reference": reference,
-        "spearman_with_minus_teacher_loss": with_teacher[0],
-        "spearman_with_reference_loss": with_reference[0],
-        "spread": {alias: float(spreads[alias]) for alias in losses},
-        "spread_unit": "nats/byte" if of_bytes else "nats/token",
-        "context_gain": context_gains.read(config, (teacher, reference)),
-    }, max(with_teacher[1], with_reference[1])
+    return (
+        {
+            "teacher": teacher,
+            "reference": reference,
+            "spearman_with_minus_teacher_loss": with_teacher[0],
+            "spearman_with_reference_loss": with_reference[0],
+            "spread": {alias: float(spreads[alias]) for alias in losses},
+            "spread_unit": "nats/byte" if of_bytes else "nats/token",
+            "context_gain": context_gains.read(config, (teacher, reference)),
+        },
+        with_teacher[1],
+        with_reference[1],
+    )
 
 
 def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:

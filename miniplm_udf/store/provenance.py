@@ -89,7 +89,7 @@ class Diagnostics(TypedDict, total=False):
     Attributes:
         negative_share: share of the candidates with a finite score whose score is below 0; None: no score is finite.
         spearman_with_minus_teacher_loss, spearman_with_reference_loss: as in `pair`; None without `pair`.
-        spearman_error: the largest possible error of both correlations.
+        spearman_teacher_error, spearman_error: the largest possible errors of the two correlations, in this order.
         pair: the score compared with the losses of both models; None if the candidates do not have both, or if the
             order is random.
         kept_share_by_length: share of the candidates that was kept, by range of tokens, e.g. "32-63".
@@ -100,6 +100,7 @@ class Diagnostics(TypedDict, total=False):
     negative_share: float | None
     spearman_with_minus_teacher_loss: float | None
     spearman_with_reference_loss: float | None
+    spearman_teacher_error: float | None
     spearman_error: float | None
     pair: PairNumbers | None
     kept_share_by_length: dict[str, float]
