@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo docs lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-loader bench-storage s3-jar format constraints clean
+.PHONY: help setup java demo docs lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-noise bench-loader bench-storage s3-jar format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -99,6 +99,12 @@ bench-storage: setup ## compare a root on an S3 server on loopback with a local 
 
 bench-annotate: setup ## measure the recall of near-duplicates and the cost of each group of columns (3 minutes); writes build/bench/annotate.json
 	python -m tests.bench.bench_annotate
+
+bench-noise: setup ## measure what removes planted noise: the difference, annotations, the advised `where` (10 minutes on 2 cores); writes build/bench/noise.json
+	miniplm demo-text --to build/demo-text --scale $(SCALE)
+	miniplm ingest -c conf/demo.yaml
+	miniplm reference -c conf/demo.yaml
+	python -m tests.bench.bench_noise
 
 s3-jar: setup ## compile miniplm_udf/s3_commits/*.java again; needs a JDK, and a session with an S3 root before it
 	conf/build_s3_jar.sh

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from jobs.session import new_run_id
 from jobs.stage_runner import stage_main
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.scores.halves import measure_gains
 from miniplm_udf.scores.plan import ScorerFactory
 from miniplm_udf.scores.run import prepare
 from miniplm_udf.scores.summary import ScoreSummary, summarize
@@ -52,6 +53,8 @@ def run(
         # The matrix ends where the scores end when it starts, so it starts after them.
         runner.run([prepared.scoring])
         runner.run([prepared.keeping])
+        if factories is None:
+            measure_gains(spark, config, prepared.plan)
     else:
         runner.run([prepared.scoring, prepared.keeping])
     seconds = time.monotonic() - start

@@ -15,6 +15,7 @@ from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.report.summary import PipelineSummary, ProxyNumbers
 from miniplm_udf.store.model_records import Evaluation, read_evaluation
+from miniplm_udf.store.provenance import PairNumbers
 
 
 def build_summary(config: ExperimentConfig) -> PipelineSummary:
@@ -36,6 +37,7 @@ def build_summary(config: ExperimentConfig) -> PipelineSummary:
         "kept": {},
         "tokens_per_second": {},
         "refined": {},
+        "pairs": {},
         "students": {name: losses for name in config.students if (losses := _heldout(evaluations[name]))},
         "seconds": {},
     }
@@ -94,6 +96,8 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         **_local_store(config),
     }
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
+    if summary["pairs"]:
+        parts.append(_pairs_text(summary["pairs"]))
     if students:
         parts.append(table(("student", "corpus", "held-out nats/token", "bits/byte"), students, "  "))
     evaluations = {name: each for name in config.students if (each := read_evaluation(config, name))}
@@ -117,6 +121,23 @@ def _local_store(config: ExperimentConfig) -> dict[str, str]:
     if storage.is_local(config.root) or config.artifact_uri() is None:
         return {}
     return {"on this machine": f"{config.local_folder()} (runs of MLflow; mlflow.tracking_uri can name a server)"}
+
+
+def _pairs_text(pairs: Mapping[str, PairNumbers]) -> str:
+    """A row for each corpus: its score compared with the losses of the two models."""
+    header = ("corpus", "Spearman with -teacher", "with reference", "spread teacher", "reference", "unit")
+    rows = [
+        (
+            name,
+            decimal(pair["spearman_with_minus_teacher_loss"]),
+            decimal(pair["spearman_with_reference_loss"]),
+            decimal(pair["spread"][pair["teacher"]]),
+            decimal(pair["spread"][pair["reference"]]),
+            pair["spread_unit"],
+        )
+        for name, pair in pairs.items()
+    ]
+    return table(header, rows, "  ")
 
 
 def _heldout(evaluation: Evaluation | None) -> dict[str, float | None] | None:

@@ -2,29 +2,25 @@
 
 Inputs: candidates with `score`, sums over them by source and length, the table `rejects`. Output: a dict of plain
 numbers for the summary, the provenance and the report, with `notes`, sentences for people. Spearman's correlation comes
-from joint counts in buckets of score and loss (one pass, no sort), with a bound on its error. A diagnostic never
-changes a selection. Driver only; a retry counts again.
-
-    rho = cov(R, S) / (sd R * sd S), R and S the ranks; all rows of a bucket have its mean rank
+from joint counts in buckets of score and loss (one pass, no sort), with a bound on its error; pair.py computes it. A
+diagnostic never changes a selection. Driver only; a retry counts again.
 """
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.config.rules import is_random
+from miniplm_udf.refinement.pair import pair_notes, spearman
 from miniplm_udf.refinement.selection import is_finite, score_bucket
-from miniplm_udf.store import proxy_records, tables
-from miniplm_udf.store.provenance import Diagnostics
+from miniplm_udf.store import context_gains, proxy_records, tables
+from miniplm_udf.store.provenance import Diagnostics, PairNumbers
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, Row, SparkSession
 
-# From this correlation on, the score says little more than the reference's loss alone.
-_TOO_NEAR = 0.9
 _SCORE_BUCKETS, _LOSS_BUCKETS = 128, 32
 # A score that is a sum gets a note if at least this share of the candidates is outside the commonest length bucket.
 _OF_OTHER_LENGTH = 0.1
@@ -51,19 +47,68 @@ def diagnose(
 
     """
     usable = sum(row["n_rows"] - row["n_unusable"] for row in sums)
-    alias = config.reference.alias if config.reference else corpus.aliases.get("reference", "reference")
-    has_loss = f"{alias}_nll_mean" in rows.columns and not is_random(corpus)
-    correlation = rank_correlation(rows, f"{alias}_nll_mean") if has_loss else None
     proxy = proxy_records.read(config.root) if corpus.is_of_proxy else None
     proxy_warnings = proxy.warnings if proxy else []
+    pair, teacher_error, reference_error = measure_pair(config, corpus, rows) or (None, None, None)
     return {
         "negative_share": sum(row["n_negative"] for row in sums) / usable if usable else None,
-        "spearman_with_reference_loss": correlation[0] if correlation else None,
-        "spearman_error": correlation[1] if correlation else None,
+        "spearman_with_minus_teacher_loss": pair["spearman_with_minus_teacher_loss"] if pair else None,
+        "spearman_with_reference_loss": pair["spearman_with_reference_loss"] if pair else None,
+        "spearman_teacher_error": teacher_error,
+        "spearman_error": reference_error,
+        "pair": pair,
         "kept_share_by_length": kept_share_by_length(sums),
         "rejects": rejects(spark, config),
-        "notes": [*notes(config, corpus, alias, correlation, sums), *proxy_warnings],
+        "notes": [*notes(config, corpus, pair, sums), *proxy_warnings],
     }
+
+
+def measure_pair(
+    config: ExperimentConfig, corpus: CorpusConfig, rows: "DataFrame"
+) -> tuple[PairNumbers, float, float] | None:
+    """Compares a score with the losses of the two models: three passes over the candidates.
+
+    The losses are means per byte if the score compares bits per byte, and means per token otherwise.
+
+    Args:
+        config: the experiment.
+        corpus: the resolved config of the corpus.
+        rows: the candidates.
+
+    Returns:
+        The numbers, and the largest possible errors of the correlations with the teacher and with the reference. None
+        if the order is random, if the rows do not have the losses of both models, or if the score or a loss is the same
+        everywhere.
+    """
+    from pyspark.sql import functions as F
+
+    teacher = corpus.aliases.get("teacher", "teacher")
+    reference = config.reference.alias if config.reference else corpus.aliases.get("reference", "reference")
+    if is_random(corpus) or not {f"{teacher}_nll_mean", f"{reference}_nll_mean"} <= set(rows.columns):
+        return None
+    of_bytes = "_bits_per_byte" in str(corpus.score)
+    losses = {
+        alias: F.expr(f"{alias}_nll_mean * {alias}_n_tokens / n_bytes" if of_bytes else f"{alias}_nll_mean")
+        for alias in (teacher, reference)
+    }
+    with_teacher = rank_correlation(rows, -losses[teacher])
+    with_reference = rank_correlation(rows, losses[reference])
+    spreads = rows.where(is_finite()).agg(*(F.stddev_pop(loss).alias(alias) for alias, loss in losses.items())).first()
+    if with_teacher is None or with_reference is None or spreads is None:
+        return None
+    return (
+        {
+            "teacher": teacher,
+            "reference": reference,
+            "spearman_with_minus_teacher_loss": with_teacher[0],
+            "spearman_with_reference_loss": with_reference[0],
+            "spread": {alias: float(spreads[alias]) for alias in losses},
+            "spread_unit": "nats/byte" if of_bytes else "nats/token",
+            "context_gain": context_gains.read(config, (teacher, reference)),
+        },
+        with_teacher[1],
+        with_reference[1],
+    )
 
 
 def kept_share_by_length(sums: "Sequence[Row]") -> dict[str, float]:
@@ -95,27 +140,20 @@ def rejects(spark: "SparkSession", config: ExperimentConfig) -> dict[str, int]:
     return {row[0]: row[1] for row in tables.read(spark, uri).groupBy("reason").count().orderBy("reason").collect()}
 
 
-def notes(
-    config: ExperimentConfig, corpus: CorpusConfig, alias: str, spearman: tuple[float, float] | None,
-    sums: "Sequence[Row]",
-) -> list[str]:  # fmt: skip
+def notes(config: ExperimentConfig, corpus: CorpusConfig, pair: PairNumbers | None, sums: "Sequence[Row]") -> list[str]:
     """Returns sentences that name what a user should check.
 
     Args:
         config: the experiment.
         corpus: the resolved config of the corpus.
-        alias: alias of the reference.
-        spearman: correlation of the score with the reference's loss, and its error; None if there is none.
+        pair: the score against the losses of both models; None if they were not compared.
         sums: see `diagnose`.
     """
     sentences = []
     score = str(corpus.score)
     used = {name for name in config.scored_aliases if re.search(rf"\b{name}_", score)}
-    if spearman and spearman[0] >= _TOO_NEAR and len(used) > 1:
-        sentences.append(
-            f"the score ranks almost as the loss of {alias} alone does (Spearman {spearman[0]:.3f}): the teacher is "
-            "too strong for this reference; train a larger reference, or take a smaller teacher"
-        )
+    if pair and len(used) > 1:
+        sentences += pair_notes(pair, str(corpus.where))
     by_length: dict[int, int] = {}
     for row in sums:
         by_length[row["length"]] = by_length.get(row["length"], 0) + row["n_rows"]
@@ -127,67 +165,21 @@ def notes(
     return sentences
 
 
-def rank_correlation(rows: "DataFrame", loss: str) -> tuple[float, float] | None:
+def rank_correlation(rows: "DataFrame", loss: "Column") -> tuple[float, float] | None:
     """Returns Spearman's correlation of `score` with a column of losses, and a bound on its error (see `spearman`).
 
     Args:
         rows: the candidates; rows without a finite score or without a loss are left out.
-        loss: name of the column, nats per token.
+        loss: the losses, in any unit.
     """
     from pyspark.sql import functions as F
 
     joint = (
-        rows.where(is_finite() & F.col(loss).isNotNull())
+        rows.where(is_finite() & loss.isNotNull())
         .groupBy(
             score_bucket(F.col("score"), _SCORE_BUCKETS).alias("score"),
-            score_bucket(F.col(loss), _LOSS_BUCKETS).alias("loss"),
+            score_bucket(loss, _LOSS_BUCKETS).alias("loss"),
         )
         .count()
     )
     return spearman({(row["score"], row["loss"]): row["count"] for row in joint.collect()})
-
-
-def spearman(joint: Mapping[tuple[int, int], int]) -> tuple[float, float] | None:
-    """Spearman's correlation of two rankings of which only the buckets are known, and a bound on its error.
-
-    Let e and f be the differences of the ranks from the mean ranks of their buckets. Then |cov(R, S) - cov(R', S')| is
-    at most sd R' sd f + sd e sd S' + sd e sd f, and var e is at most (n^2 - 1) / 12 in a bucket of n rows.
-
-    Args:
-        joint: number of rows by (bucket in the first ranking, bucket in the second); higher buckets rank higher.
-
-    Returns:
-        The correlation and the bound; None if all rows are in one bucket of either ranking.
-    """
-    (first, first_sd, first_hidden), (second, second_sd, second_hidden) = (_ranks(joint, side) for side in (0, 1))
-    if not first_sd or not second_sd:
-        return None
-    n_rows = sum(joint.values())
-    covariance = math.fsum(n * first[a] * second[b] for (a, b), n in joint.items()) / n_rows
-    correlation = covariance / (first_sd * second_sd)
-    error = first_hidden / first_sd + second_hidden / second_sd
-    error += (first_hidden * second_hidden) / (first_sd * second_sd)
-    shrink = first_sd * second_sd / (math.hypot(first_sd, first_hidden) * math.hypot(second_sd, second_hidden))
-    return correlation, min(error + abs(correlation) * (1 - shrink), 2.0)
-
-
-def _ranks(joint: Mapping[tuple[int, int], int], side: int) -> tuple[dict[int, float], float, float]:
-    """Mean ranks of one ranking's buckets.
-
-    Returns:
-        By bucket, its mean rank minus the mean rank of all rows; the standard deviation of these over all rows; and the
-        largest possible standard deviation of ranks within their buckets.
-    """
-    sizes: dict[int, int] = {}
-    for key, n in joint.items():
-        sizes[key[side]] = sizes.get(key[side], 0) + n
-    n_rows, before = sum(sizes.values()), 0
-    ranks: dict[int, float] = {}
-    for bucket in sorted(sizes):
-        ranks[bucket] = before + (sizes[bucket] - n_rows) / 2
-        before += sizes[bucket]
-    if not n_rows:
-        return {}, 0.0, 0.0
-    between = math.fsum(n * ranks[bucket] ** 2 for bucket, n in sizes.items()) / n_rows
-    within = math.fsum(n * (n * n - 1) / 12 for n in sizes.values()) / n_rows
-    return ranks, math.sqrt(between), math.sqrt(within)

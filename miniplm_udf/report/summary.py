@@ -6,6 +6,8 @@ shape alone. Driver only; imports nothing heavy.
 
 from typing import TypedDict
 
+from miniplm_udf.store.provenance import PairNumbers
+
 
 class ProxyNumbers(TypedDict):
     """`predicted`: instances of the pool with a prediction; `spearman`: on held-out ones, None if it has no value."""
@@ -33,6 +35,8 @@ class PipelineSummary(TypedDict, total=False):
         kept: instances by corpus.
         tokens_per_second: speed of each model at its last scoring, by alias; None if it was never measured.
         refined: counts of each refined corpus, by its name.
+        pairs: the score of each corpus compared with the losses of its two models; without corpora that a random order
+            or a proxy ranks.
         students: held-out losses of each student, by name; None if no instance could be scored.
         seconds: duration of each stage's last run.
     """
@@ -45,5 +49,6 @@ class PipelineSummary(TypedDict, total=False):
     kept: dict[str, int]
     tokens_per_second: dict[str, float | None]
     refined: dict[str, RefinedCorpus]
+    pairs: dict[str, PairNumbers]
     students: dict[str, dict[str, float | None]]
     seconds: dict[str, float]

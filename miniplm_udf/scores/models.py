@@ -3,8 +3,8 @@
 Input: the experiment's config. Output: a `ModelDescription` for each alias. A model's dtype is settled at its first
 scoring and read from its record later, or from `scores` if the record is gone, whatever hardware resumes. A record also
 keeps the token budgets of forward passes that executors found, by kind of GPU. Driver only; an executor reads the model
-files with torch and transformers. A rerun describes the models again and replaces the records; the budgets stay while
-the model's revision does.
+files with torch and transformers. A rerun describes the models again and replaces the records; the budgets, and the
+gain that halves.py measured, stay while the model's revision does.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from miniplm_udf.errors import CorpusError, DamagedRecordError, ModelLoadError
 from miniplm_udf.layout import Root
 from miniplm_udf.scoring.description import ModelDescription, settled_dtype, with_absolute_path
 from miniplm_udf.storage import Json
-from miniplm_udf.store import tables
+from miniplm_udf.store import context_gains, tables
 from miniplm_udf.workers.remote import model_errors, run_on_executor
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ def describe_models(
     dtypes = {alias: _settled_dtype(spark, config, alias) for alias in models}
     descriptions = describe_on_executor(spark, models, dtypes)
     for alias, description in descriptions.items():
-        budgets = kept_tokens_per_batch(config.layout, description)
-        record = description.to_dict() | ({_BUDGETS: budgets} if budgets else {})
+        earlier, budgets = _record_and_budgets(config.layout, description)
+        gain = {context_gains.KEY: earlier[context_gains.KEY]} if context_gains.KEY in earlier else {}
+        record = description.to_dict() | ({_BUDGETS: budgets} if budgets else {}) | gain
         storage.write_json(config.layout.model_record(alias), record)
         LOGGER.info("%s: prefix: %s", alias, description.prefix)
         for warning in description.warnings:

@@ -61,22 +61,48 @@ class DerivedFrom(TypedDict):
     takedown_id: NotRequired[str]
 
 
+class PairNumbers(TypedDict):
+    """The score of a corpus compared with the losses of its two models (`refinement/pair.py`).
+
+    Attributes:
+        teacher, reference: aliases of the models.
+        spearman_with_minus_teacher_loss: rank correlation of the score with minus the teacher's mean loss, -1 to 1.
+        spearman_with_reference_loss: rank correlation of the score with the reference's mean loss, -1 to 1.
+        spread: standard deviation of each model's mean losses over the texts, by alias, in `spread_unit`.
+        spread_unit: nats/token, or nats/byte if the score compares bits per byte.
+        context_gain: nats per byte by which the second half of a text has a lower loss than its first half, by alias;
+            without a model for which it was not measured.
+    """
+
+    teacher: str
+    reference: str
+    spearman_with_minus_teacher_loss: float
+    spearman_with_reference_loss: float
+    spread: dict[str, float]
+    spread_unit: str
+    context_gain: dict[str, float]
+
+
 class Diagnostics(TypedDict, total=False):
     """The results of `diagnostics.diagnose`; without a key for a followed version.
 
     Attributes:
         negative_share: share of the candidates with a finite score whose score is below 0; None: no score is finite.
-        spearman_with_reference_loss: correlation of the score with the reference's mean loss, -1 to 1; None if there is
-            no reference, or the order is random.
-        spearman_error: the largest possible error of the correlation.
+        spearman_with_minus_teacher_loss, spearman_with_reference_loss: as in `pair`; None without `pair`.
+        spearman_teacher_error, spearman_error: the largest possible errors of the two correlations, in this order.
+        pair: the score compared with the losses of both models; None if the candidates do not have both, or if the
+            order is random.
         kept_share_by_length: share of the candidates that was kept, by range of tokens, e.g. "32-63".
         rejects: rows in `rejects` by reason.
         notes: sentences about what a user should check.
     """
 
     negative_share: float | None
+    spearman_with_minus_teacher_loss: float | None
     spearman_with_reference_loss: float | None
+    spearman_teacher_error: float | None
     spearman_error: float | None
+    pair: PairNumbers | None
     kept_share_by_length: dict[str, float]
     rejects: dict[str, int]
     notes: list[str]

