@@ -28,7 +28,7 @@ def schema_of(ddl_text: str) -> "pa.Schema":
     """Returns the Arrow schema of a DDL string.
 
     Args:
-        ddl_text: `name type, name type`; a type is one that a message of this project has, or an array of it.
+        ddl_text: `name type, name type`, with the types of the messages of this project and arrays of these types.
 
     Raises:
         KeyError: a type that no message of this project has.
