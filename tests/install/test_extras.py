@@ -23,7 +23,8 @@ if __name__ == "__main__":
     model = ModelConfig(path=sys.argv[1])
     factory = ModelScorerFactory(model, describe_here("nll", model, None), ScoreConfig())
     for scores in nll_arrow(factory, True)(iter([pa.array(["the river walks", "tea and stone"])])):
-        print([row["n_bytes"] for row in scores.to_pylist()], all(row["nll_sum_nats"] > 0 for row in scores.to_pylist()))
+        rows = scores.to_pylist()
+        print([row["n_bytes"] for row in rows], all(row["nll_sum_nats"] > 0 for row in rows))
 """
 
 

@@ -1,4 +1,4 @@
-"""Virtual environments with the built wheel and single extras, from the package cache; and commands in them, elsewhere."""
+"""Virtual environments with the built wheel and single extras; their commands run in a folder outside the clone."""
 
 import contextlib
 import os
