@@ -20,7 +20,7 @@ from miniplm_udf.scores.nll import nll_arrow
 from miniplm_udf.workers.model_scorers import ModelScorerFactory
 
 if __name__ == "__main__":
-    model = ModelConfig(path=sys.argv[1])
+    model = ModelConfig(path=sys.argv[1], context_tokens=64, window_overlap_tokens=16)
     factory = ModelScorerFactory(model, describe_here("nll", model, None), ScoreConfig())
     for scores in nll_arrow(factory, True)(iter([pa.array(["the river walks", "tea and stone"])])):
         rows = scores.to_pylist()
