@@ -62,6 +62,7 @@ test-long: setup ## run the tests that CI leaves out: long Spark tests, pages in
 	-$(BIN)/uv pip install --python $(BIN)/python --no-deps \
 	  $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 	pytest -q -n 2 --dist loadfile -m long tests/unit tests/spark tests/e2e
+	pytest -q tests/install
 	pytest -q tests/faults/test_faults.py tests/faults/test_hazards.py tests/cluster tests/bench
 	@# Without a GPU most tests of it run on the CPU.
 	MINIPLM_GPU_TESTS_DEVICE=cpu pytest -q tests/gpu

@@ -26,13 +26,16 @@ _EXTRAS = ("spark", "score", "train", "annotate", "server", "eval", "s3", "gcs",
 _DISTRIBUTIONS = {"delta": "delta-spark", "lm_eval": "lm-eval", "pynvml": "nvidia-ml-py"}
 # The first line of an error of a call to Java says only which call failed.
 _JAVA_CALL = re.compile(r"^An error occurred while calling \S+$")
+# In the text of an error that Spark quotes from an executor.
+_NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
-def report(error: Exception) -> int:
+def report(error: Exception, extra: str | None = None) -> int:
     """Prints an error as one line on stderr, and its trace with `--debug`.
 
     Args:
         error: the error that ended the command, while it is handled.
+        extra: the extra of this program, which the line about a missing package names first.
 
     Returns:
         The exit code of the command.
@@ -42,24 +45,34 @@ def report(error: Exception) -> int:
     if isinstance(error, MiniplmError):
         print(f"miniplm: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    line = storage_errors.explain(error) or _missing_package(error) or _unexpected(error)
+    line = storage_errors.explain(error) or _missing_package(error, extra) or _unexpected(error)
     print(f"miniplm: {line}", file=sys.stderr)
     return EXIT_FAILED
 
 
-def _missing_package(error: Exception) -> str | None:
+def _missing_module(error: Exception) -> tuple[str, str] | None:
+    """The module that is not installed, and where; None for any other error."""
+    if isinstance(error, ModuleNotFoundError):
+        return None if error.name is None else (error.name, "")
+    match = _NO_MODULE.search(str(error))
+    return None if match is None else (match[1], " for the Python of an executor")
+
+
+def _missing_package(error: Exception, first_extra: str | None = None) -> str | None:
     """The line about a package of an extra that is not installed; None for any other error."""
-    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+    missing = _missing_module(error)
+    if missing is None:
         return None
-    module = error.name.partition(".")[0].lower()
+    module = missing[0].partition(".")[0].lower()
     name = _DISTRIBUTIONS.get(module, module.replace("_", "-"))
     extras = [extra for extra in _EXTRAS if name in _names_of(extra)]
     if not extras:
         return None
+    extras.sort(key=lambda extra: extra != first_extra)
     others = f" (it is also in {', '.join(extras[1:])})" if extras[1:] else ""
     return (
-        f"the package {name} is not installed: pip install 'miniplm[{extras[0]}]'{others}; `miniplm doctor` lists "
-        "everything that is missing"
+        f"the package {name} is not installed{missing[1]}: pip install 'miniplm[{extras[0]}]'{others}; "
+        "`miniplm doctor` lists everything that is missing"
     )
 
 

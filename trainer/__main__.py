@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"miniplm: the trainer was {stopped.message} from its last checkpoint", file=sys.stderr)
             return stopped.exit_code
         except Exception as error:
-            return failures.report(error)
+            return failures.report(error, "train")
         stopped_training = stopping.received()
     if _is_first_rank():
         print(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False), flush=True)

@@ -14,8 +14,6 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from miniplm_udf import storage
 from miniplm_udf.annotations.words import WORDS, ngram_hashes, plain_form, plain_forms, with_words, words_of_plain
 from miniplm_udf.config.annotate import ContaminationConfig
@@ -30,9 +28,10 @@ from miniplm_udf.ingestion.listing import (
     left_out,
     plain_path,
 )
-from miniplm_udf.workers.messages import ddl
+from miniplm_udf.workers.ddl import schema_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
 _KEY = "annotate.contamination.files"
@@ -42,7 +41,7 @@ _SUFFIXES = tuple(f".{kind}{packed}" for kind in _KINDS for packed in _PACKED)
 _NAMES = re.compile(rf"\.(?i:{'|'.join(_KINDS)})({'|'.join(map(re.escape, _PACKED))})$")
 # At most this many hashes are sent to every executor; with more, Spark decides.
 _BROADCAST_NGRAMS = 20_000_000
-_RECORD_SCHEMA = pa.schema([("file", pa.string()), ("texts", pa.list_(pa.string())), ("problem", pa.string())])
+_RECORD_DDL = "file string, texts array<string>, problem string"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,14 +159,16 @@ def _records(spark: "SparkSession", paths: list[str]) -> "DataFrame":
 
     lines = reader("jsonl").text(paths).selectExpr("CAST(value AS BINARY) AS line", "_metadata.file_path AS file")
     whole = reader("txt").text(paths, wholetext=True)
-    return lines.mapInArrow(_records_of_lines, ddl(_RECORD_SCHEMA)).union(
+    return lines.mapInArrow(_records_of_lines, _RECORD_DDL).union(
         whole.select("_metadata.file_path", plain("value").alias("value")).selectExpr(
             "file_path", "array(value)", "CAST(NULL AS STRING)"
         )
     )
 
 
-def _records_of_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _records_of_lines(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
+    import pyarrow as pa
+
     for batch in batches:
         parsed = [_record_of(line) for line in batch.column("line").to_pylist()]
         kept = [number for number, record in enumerate(parsed) if record is not None]
@@ -177,7 +178,7 @@ def _records_of_lines(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBa
             "texts": [texts for texts, _ in records],
             "problem": [problem for _, problem in records],
         }
-        yield pa.RecordBatch.from_pydict(columns, schema=_RECORD_SCHEMA)
+        yield pa.RecordBatch.from_pydict(columns, schema=schema_of(_RECORD_DDL))
 
 
 def _record_of(line: bytes) -> tuple[list[str], str | None] | None:

@@ -8,14 +8,14 @@ Source: Lui and Baldwin, langid.py, ACL 2012.
 import functools
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from miniplm_udf.workers.messages import ddl
+from miniplm_udf.workers.ddl import schema_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame
 
-_LANGUAGE_SCHEMA = pa.schema([("language", pa.string()), ("language_confidence", pa.float64())])
+_COLUMNS = ("language", "language_confidence")
+_LANGUAGE_DDL = "language string, language_confidence double"
 
 
 def with_language(rows: "DataFrame") -> "DataFrame":
@@ -27,26 +27,26 @@ def with_language(rows: "DataFrame") -> "DataFrame":
     from pyspark.sql import functions as F
     from pyspark.sql.functions import ArrowUDFType, arrow_udf
 
-    identified = arrow_udf(languages, ddl(_LANGUAGE_SCHEMA), ArrowUDFType.SCALAR)(F.col("text"))
+    identified = arrow_udf(languages, _LANGUAGE_DDL, ArrowUDFType.SCALAR)(F.col("text"))
     named = rows.withColumn("_identified", identified)
-    return named.withColumns({name: F.col(f"_identified.{name}") for name in _LANGUAGE_SCHEMA.names}).drop(
-        "_identified"
-    )
+    return named.withColumns({name: F.col(f"_identified.{name}") for name in _COLUMNS}).drop("_identified")
 
 
-def languages(texts: pa.Array) -> pa.Array:
+def languages(texts: "pa.Array") -> "pa.Array":
     """Identifies the language of each text.
 
     Args:
         texts: string array.
 
     Returns:
-        A struct with the fields of _LANGUAGE_SCHEMA per text.
+        A struct with the fields of _LANGUAGE_DDL per text.
     """
+    import pyarrow as pa
+
     identifier = _identifier()
     results = [identifier.classify(text) for text in texts.to_pylist()]
     rows = [{"language": language, "language_confidence": float(confidence)} for language, confidence in results]
-    return pa.array(rows, pa.struct(list(_LANGUAGE_SCHEMA)))
+    return pa.array(rows, pa.struct(list(schema_of(_LANGUAGE_DDL))))
 
 
 @functools.cache

@@ -26,8 +26,6 @@ from miniplm_udf.store import batch_range, rejections, tables
 from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
 from miniplm_udf.streams.query import Query
-from miniplm_udf.workers.arrow import score_arrow
-from miniplm_udf.workers.messages import GENERATED_SCHEMA, ddl
 from miniplm_udf.workers.score_counts import FailedRow, ScoreCounts, ScoreCountsParam
 from miniplm_udf.workers.worker_scorers import TextGenerator
 
@@ -38,7 +36,6 @@ LOGGER = logging.getLogger("miniplm.generate")
 
 _REQUESTED = ("instance_id", "text", "segment_ends", "ends_document", "model_ids")
 _CARRIED = ("source", "document_ids", "instance_batch_id")
-_GENERATED_DDL = ddl([*GENERATED_SCHEMA, *(schemas.GENERATIONS.arrow_schema().field(name) for name in _CARRIED)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +151,9 @@ class GenerationQuery(Query):
         """Continues the rows of a micro-batch that are not known, and commits them once."""
         from pyspark.sql import functions as F
 
+        from miniplm_udf.workers.arrow import score_arrow
+        from miniplm_udf.workers.messages import GENERATED_SCHEMA, ddl
+
         plan = self._plan
         missing = tables.missing_from(batch, known)
         missing = missing.withColumn("model_ids", F.array(F.lit(plan.model.model_id)))
@@ -161,7 +161,7 @@ class GenerationQuery(Query):
         missing = missing.coalesce(1) if plan.workers.workers == 1 else missing.repartition(plan.workers.workers)
         generated = missing.select(*_REQUESTED, *_CARRIED).mapInArrow(
             score_arrow({plan.model.model_id: plan.factory}, _CARRIED, self._accumulator, GENERATED_SCHEMA),
-            _GENERATED_DDL,
+            ddl([*GENERATED_SCHEMA, *(schemas.GENERATIONS.arrow_schema().field(name) for name in _CARRIED)]),
             profile=scoring_profile(self._spark, plan.workers.workers_per_gpu, plan.split_model),
         )
         rows = generated.where(F.col("reason").isNull()).withColumns(

@@ -9,8 +9,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-import pyarrow as pa
-
 from miniplm_udf import storage
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.errors import ConfigError
@@ -18,15 +16,16 @@ from miniplm_udf.ingestion.first_rows import array_keys, field_names_in
 from miniplm_udf.ingestion.listing import escape_glob
 from miniplm_udf.ingestion.nested import NestedSql, place_of, sql_of
 from miniplm_udf.streams.spark_log import TASK_LOGGERS, silenced
-from miniplm_udf.workers.messages import ddl
+from miniplm_udf.workers.ddl import schema_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import SparkSession
 
     from miniplm_udf.ingestion.listing import InputFile
 
 _FILES, _LINES = 5, 100
-_KEYS_SCHEMA = pa.schema([("keys", pa.list_(pa.string()))])
+_KEYS_DDL = "keys array<string>"
 
 
 def check_columns(path: str, types: dict[str, str], fields: FieldsConfig) -> None:
@@ -106,7 +105,7 @@ def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: Fie
         frame = spark.read.text(escape_glob(unquote(file.path))).selectExpr("CAST(value AS BINARY) AS line")
         try:
             with silenced(spark, TASK_LOGGERS):
-                rows = frame.limit(_LINES).mapInArrow(_line_keys, ddl(_KEYS_SCHEMA)).collect()
+                rows = frame.limit(_LINES).mapInArrow(_line_keys, _KEYS_DDL).collect()
         except (Py4JJavaError, PySparkException):
             continue  # an unreadable file, which quarantine.py reports
         keys.update(key for row in rows for key in row[0])
@@ -131,8 +130,10 @@ def _no_field(key: str, name: str, names: Collection[str], place: str) -> str:
     return f"ingest.fields.{key}: expected a column or field {name!r} in {place}, found {sorted(names)[:30]}{hint}"
 
 
-def _line_keys(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _line_keys(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
     """The keys of each line that is a JSON object; keys of nested objects have dots."""
+    import pyarrow as pa
+
     for batch in batches:
         keys = [field_names_in(line) for line in batch.column(0).to_pylist()]
-        yield pa.RecordBatch.from_pydict({"keys": keys}, schema=_KEYS_SCHEMA)
+        yield pa.RecordBatch.from_pydict({"keys": keys}, schema=schema_of(_KEYS_DDL))

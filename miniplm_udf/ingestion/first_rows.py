@@ -9,22 +9,21 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
-import pyarrow as pa
-
 from miniplm_udf.ingestion.documents import field_names
 from miniplm_udf.ingestion.json_arrays import is_array, json_rows
 from miniplm_udf.ingestion.parquet_columns import open_file
 from miniplm_udf.ingestion.unpacking import DamagedDataError, unpacked_chunks
 from miniplm_udf.ingestion.whole_files import arrow_schema
-from miniplm_udf.workers.messages import ddl
+from miniplm_udf.workers.ddl import schema_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import SparkSession
 
     from miniplm_udf.ingestion.listing import InputFile
 
 _FILES, _ROWS = 5, 100
-_RESULT_SCHEMA = pa.schema([("result", pa.binary())])
+_RESULT_DDL = "result binary"
 
 
 def holds_arrays(spark: "SparkSession", files: "Sequence[InputFile]") -> bool:
@@ -60,6 +59,8 @@ def arrow_types(spark: "SparkSession", files: "Sequence[InputFile]") -> dict[str
     Returns:
         Types by column name, the type of a text if one of the files has one; empty if none of the files can be read.
     """
+    import pyarrow as pa
+
     types: dict[str, str] = {}
     for data in _results(spark, files, _schema_bytes):
         for field in pa.ipc.read_schema(pa.py_buffer(data)):
@@ -81,7 +82,8 @@ def field_names_in(line: bytes) -> list[str]:
         return []
 
 
-def _spark_type(kind: pa.DataType) -> str:
+def _spark_type(kind: "pa.DataType") -> str:
+    import pyarrow as pa
     from pyspark.errors import PySparkException
     from pyspark.sql.pandas.types import from_arrow_type
 
@@ -100,20 +102,24 @@ def _results(
 ) -> list[bytes]:
     """Returns the results of a function for the first files, without empty results and files that cannot be read."""
 
-    def read_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def read_batches(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
+        import pyarrow as pa
+
         for batch in batches:
             results = [_result(path, read) for path in batch.column(0).to_pylist()]
-            yield pa.RecordBatch.from_pydict({"result": results}, schema=_RESULT_SCHEMA)
+            yield pa.RecordBatch.from_pydict({"result": results}, schema=schema_of(_RESULT_DDL))
 
     paths = [(file.path,) for file in files if file.n_bytes][:_FILES]
     if not paths:
         return []
     frame = spark.createDataFrame(paths, "path string").coalesce(1)
-    rows = frame.mapInArrow(read_batches, ddl(_RESULT_SCHEMA)).collect()
+    rows = frame.mapInArrow(read_batches, _RESULT_DDL).collect()
     return [bytes(row[0]) for row in rows if row[0]]
 
 
 def _result(path: str, read: Callable[[str, IO[bytes]], bytes]) -> bytes:
+    import pyarrow as pa
+
     try:
         with open_file(path) as handle:
             return read(path, handle)

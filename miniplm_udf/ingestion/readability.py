@@ -12,8 +12,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-import pyarrow as pa
-
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.ingestion.footers import Damage
 from miniplm_udf.ingestion.formats import COMPRESSED
@@ -23,9 +21,10 @@ from miniplm_udf.ingestion.nested import place_of, same_name
 from miniplm_udf.ingestion.parquet_columns import open_file, wanted_columns
 from miniplm_udf.ingestion.unpacking import DamagedDataError, unpacked_chunks
 from miniplm_udf.ingestion.whole_files import MOST_TEXT_BYTES, arrow_batches, arrow_schema
-from miniplm_udf.workers.messages import ddl
+from miniplm_udf.workers.ddl import schema_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import SparkSession
 
     from miniplm_udf.ingestion.listing import InputFile
@@ -35,9 +34,7 @@ LOGGER = logging.getLogger("miniplm.ingest")
 _MAX_TASKS = 1000
 _PARQUET_ROWS = 1000
 _JSON = re.compile(r"\.(?i:json)(\.\w+)?$")
-_CHECK_SCHEMA = pa.schema(
-    [("path", pa.string()), ("problem", pa.string()), ("n_rows", pa.int64()), ("unchecked", pa.string())]
-)
+_CHECK_DDL = "path string, problem string, n_rows bigint, unchecked string"
 
 
 class FileCheck(NamedTuple):
@@ -72,13 +69,15 @@ def damaged_files(spark: "SparkSession", files: Sequence["InputFile"], kind: str
     if not chosen:
         return []
 
-    def check_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def check_batches(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
+        import pyarrow as pa
+
         for batch in batches:
             checks = [check_file(path, kind, fields)._asdict() for path in batch.column(0).to_pylist()]
-            yield pa.RecordBatch.from_pylist(checks, schema=_CHECK_SCHEMA)
+            yield pa.RecordBatch.from_pylist(checks, schema=schema_of(_CHECK_DDL))
 
     paths = spark.createDataFrame([(path,) for path in chosen], "path string")
-    rows = paths.repartition(min(len(chosen), _MAX_TASKS)).mapInArrow(check_batches, ddl(_CHECK_SCHEMA)).collect()
+    rows = paths.repartition(min(len(chosen), _MAX_TASKS)).mapInArrow(check_batches, _CHECK_DDL).collect()
     unchecked = [row for row in rows if row.unchecked]
     if unchecked:
         LOGGER.warning(
@@ -159,6 +158,8 @@ def _check_text(path: str, handle: IO[bytes]) -> tuple[str | None, int | None]:
 
 def _check_arrow(handle: IO[bytes], fields: FieldsConfig) -> tuple[str | None, int | None, str | None]:
     """Decodes the wanted columns; returns what is wrong and the number of rows."""
+    import pyarrow as pa
+
     n_rows, problem = 0, None
     try:
         schema = arrow_schema(handle)
@@ -175,7 +176,9 @@ def _check_arrow(handle: IO[bytes], fields: FieldsConfig) -> tuple[str | None, i
     return problem, n_rows if problem else None, None
 
 
-def _holds_text(kind: pa.DataType) -> bool:
+def _holds_text(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
              pa.types.is_large_binary, pa.types.is_null)  # fmt: skip
@@ -190,6 +193,7 @@ def _size(handle: IO[bytes]) -> int:
 
 def _check_parquet(handle: IO[bytes], wanted: Sequence[str]) -> tuple[str | None, int | None, str | None]:
     """Decodes the wanted columns; returns what is wrong, the rows in the footer, and why the file cannot be checked."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     n_rows = None

@@ -14,8 +14,6 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow as pa
-
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.generate import GENERATED
@@ -24,7 +22,7 @@ from miniplm_udf.config.sections import PackConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.packing.file_layout import packed_files
 from miniplm_udf.packing.generated import SequenceMaker, sequences_of_generations
-from miniplm_udf.packing.shards import SEQUENCE_SCHEMA, shard_function
+from miniplm_udf.packing.shards import SEQUENCE_DDL, shard_function
 from miniplm_udf.packing.tokenizers import PackTokenizer, ensure_model_tokenizer, ensure_tokenizer
 from miniplm_udf.schemas import table_names
 from miniplm_udf.scores.models import read_record
@@ -33,9 +31,9 @@ from miniplm_udf.storage import Json
 from miniplm_udf.store import corpus_records, delta_log, tables
 from miniplm_udf.store.provenance import PackedMetadata
 from miniplm_udf.store.text_join import texts_of
-from miniplm_udf.workers.messages import ddl
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame, Row, SparkSession
 
     from miniplm_udf.packing.sequences import InstanceText, PackedSequence
@@ -254,7 +252,7 @@ def _pack(config: ExperimentConfig, source: _Source, tokenizer: PackTokenizer) -
     rows, n_instances = source.read()
     # The counts go into the commit, so the sequences are kept until they are written.
     in_order = _in_stored_order(rows, config.pack.shards)
-    sequences = in_order.mapInArrow(shard_function(source.make), ddl(SEQUENCE_SCHEMA)).persist(StorageLevel.DISK_ONLY)
+    sequences = in_order.mapInArrow(shard_function(source.make), SEQUENCE_DDL).persist(StorageLevel.DISK_ONLY)
     try:
         counts = _counts_by_shard(sequences)
         if not counts:
@@ -349,7 +347,7 @@ def _in_stored_order(rows: "DataFrame", shards: int) -> "DataFrame":
 def _sequences_of_texts(tokenizer: PackTokenizer, settings: PackConfig) -> SequenceMaker:
     """Makes the function from a shard's instances, with TEXT_COLUMNS, to its sequences."""
 
-    def make(batches: Iterator[pa.RecordBatch]) -> Iterator["PackedSequence"]:
+    def make(batches: "Iterator[pa.RecordBatch]") -> Iterator["PackedSequence"]:
         from miniplm_udf.packing import sequences  # loads the tokenizer library, which a driver need not have
 
         def texts() -> Iterator["InstanceText"]:

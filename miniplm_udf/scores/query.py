@@ -30,8 +30,6 @@ from miniplm_udf.streams.backlog import rows_behind
 from miniplm_udf.streams.facts import QueryFacts
 from miniplm_udf.streams.offsets import end_offset, is_behind
 from miniplm_udf.streams.query import Query
-from miniplm_udf.workers.arrow import score_arrow
-from miniplm_udf.workers.messages import SCORED_SCHEMA, ddl
 from miniplm_udf.workers.score_counts import MAX_FAILED, FailedRow, ScoreCounts, ScoreCountsParam
 
 if TYPE_CHECKING:
@@ -46,7 +44,6 @@ _SCORED_COLUMNS = ("instance_id", "text", "segment_ends", "ends_document")
 # Columns of the instance that are written with each score, so that `score_matrix` need not read `instances`.
 _CARRIED = ("source", "split", "content_hash", "text_bytes", "instance_batch_id")
 _MODEL_COLUMNS = ("model_revision", "tokenizer_hash", "dtype", "context_tokens")
-_SCORED_DDL = ddl([*SCORED_SCHEMA, *(schemas.SCORES.arrow_schema().field(name) for name in _CARRIED)])
 
 
 def distinct_revisions(descriptions: dict[str, ModelDescription]) -> tuple[ModelDescription, ...]:
@@ -243,11 +240,14 @@ def _score(
 ) -> None:  # fmt: skip
     from pyspark.sql import functions as F
 
+    from miniplm_udf.workers.arrow import score_arrow
+    from miniplm_udf.workers.messages import SCORED_SCHEMA, ddl
+
     # A server needs no GPU here.
     workers_per_gpu = None if all(model.is_served for model in plan.models) else plan.workers_per_gpu
     scored = _for_workers(plan, batch, known).mapInArrow(
         score_arrow(plan.factories, _CARRIED, accumulator),
-        _SCORED_DDL,
+        ddl([*SCORED_SCHEMA, *(schemas.SCORES.arrow_schema().field(name) for name in _CARRIED)]),
         profile=scoring_profile(batch.sparkSession, workers_per_gpu, plan.split_model),
     )
     rows = _score_rows(plan, scored.where(F.col("reason").isNull()), query_id, batch_id)

@@ -15,20 +15,18 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyarrow as pa
-
 from miniplm_udf import errors
 from miniplm_udf.errors import MiniplmError, ModelLoadError
 from miniplm_udf.progress import configure_logging
-from miniplm_udf.workers.messages import ddl
+from miniplm_udf.workers.ddl import schema_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
 LOGGER = logging.getLogger("miniplm.remote")
 
-ANSWER_SCHEMA = pa.schema([("value", pa.binary()), ("error", pa.binary())])
-ANSWER_DDL = ddl(ANSWER_SCHEMA)
+ANSWER_DDL = "value binary, error binary"
 
 T = TypeVar("T")
 
@@ -47,7 +45,7 @@ def run_on_executor(spark: "SparkSession", function: Callable[[], T]) -> T:
         MiniplmError: the error that the function raised, of the same class and with the same message.
     """
 
-    def run(batches: Iterator[pa.RecordBatch]) -> T:
+    def run(batches: "Iterator[pa.RecordBatch]") -> T:
         for _ in batches:  # read to the end: Spark ends a Python worker that leaves rows unread
             pass
         return function()
@@ -55,7 +53,7 @@ def run_on_executor(spark: "SparkSession", function: Callable[[], T]) -> T:
     return run_over_rows(spark.range(0, 1, 1, 1), run)
 
 
-def run_over_rows(rows: "DataFrame", function: Callable[[Iterator[pa.RecordBatch]], T]) -> T:
+def run_over_rows(rows: "DataFrame", function: Callable[["Iterator[pa.RecordBatch]"], T]) -> T:
     """Calls a function on an executor, with the rows of a frame.
 
     Args:
@@ -73,28 +71,30 @@ def run_over_rows(rows: "DataFrame", function: Callable[[Iterator[pa.RecordBatch
 
 
 def answer_function(
-    function: Callable[[Iterator[pa.RecordBatch]], object],
-) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Returns the function for `DataFrame.mapInArrow(answer_function(function), ANSWER_DDL)`: one row of ANSWER_SCHEMA.
+    function: Callable[["Iterator[pa.RecordBatch]"], object],
+) -> Callable[["Iterator[pa.RecordBatch]"], "Iterator[pa.RecordBatch]"]:
+    """Returns the function for `DataFrame.mapInArrow(answer_function(function), ANSWER_DDL)`: one row of ANSWER_DDL.
 
     Args:
         function: gets the record batches of a partition; its result must be picklable.
     """
 
-    def answer(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def answer(batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
+        import pyarrow as pa
+
         configure_logging()
         value = error = None
         try:
             value = pickle.dumps(function(batches))
         except MiniplmError as raised:
             error = pickle.dumps(raised)
-        yield pa.RecordBatch.from_pylist([{"value": value, "error": error}], schema=ANSWER_SCHEMA)
+        yield pa.RecordBatch.from_pylist([{"value": value, "error": error}], schema=schema_of(ANSWER_DDL))
 
     return answer
 
 
 def result_of(value: bytes | None, error: bytes | None) -> Any:
-    """The result in a row of ANSWER_SCHEMA, on the driver.
+    """The result in a row of ANSWER_DDL, on the driver.
 
     Args:
         value: the pickled result; None if there is an error.

@@ -25,7 +25,7 @@ from miniplm_udf.storage import Json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Programs of others. The documentation shows few of them, and no test runs them.
-TOOLS = {"aws", "cp", "export", "mlflow", "source", "venv-pack"}
+TOOLS = {"aws", "cp", "docker", "export", "mlflow", "source", "venv-pack"}
 _SEPARATORS = ";&|\n"
 _COMMAND_OF_MODULE = {"pipeline": "run", "inspect_corpus": "inspect", "demo_text": "demo-text"}
 

@@ -73,6 +73,20 @@ def test_a_missing_package_is_named_with_its_extra() -> None:
     assert failures._missing_package(ModuleNotFoundError(name="my_own_module")) is None
 
 
+def test_the_extra_of_the_program_is_named_first() -> None:
+    line = failures._missing_package(ModuleNotFoundError(name="torch"), "train")
+    assert line is not None
+    assert line.startswith("the package torch is not installed: pip install 'miniplm[train]'")
+
+
+def test_a_package_that_executors_miss_is_named() -> None:
+    quoted = "Error from python worker:\nModuleNotFoundError: No module named 'tokenizers'\n"
+    line = failures._missing_package(RuntimeError(quoted))
+    assert line is not None
+    assert line.startswith("the package tokenizers is not installed for the Python of an executor: pip install 'mini")
+    assert failures._missing_package(RuntimeError("ModuleNotFoundError: No module named 'my_own_module'")) is None
+
+
 def test_the_line_of_a_java_error_says_what_failed() -> None:
     text = "An error occurred while calling o42.save.\n: java.lang.IllegalStateException: no space\n\tat x.y(Z.java:1)"
     assert failures.summary(RuntimeError(text)) == "java.lang.IllegalStateException: no space"

@@ -9,7 +9,8 @@ import pytest
 from miniplm_udf import errors
 from miniplm_udf.annotations import packages
 from miniplm_udf.errors import ConfigError, ModelLoadError
-from miniplm_udf.workers.remote import ANSWER_SCHEMA, answer_function, error_in_text, model_errors, result_of
+from miniplm_udf.workers.ddl import schema_of
+from miniplm_udf.workers.remote import ANSWER_DDL, answer_function, error_in_text, model_errors, result_of
 
 BATCHES = [pa.RecordBatch.from_pydict({"text": texts}) for texts in (["a", "b"], ["c"])]
 
@@ -19,7 +20,7 @@ def called_remotely(function: Callable[[Iterator[pa.RecordBatch]], Any]) -> Any:
     cloudpickle = pytest.importorskip("pyspark.cloudpickle")
     answer = cloudpickle.loads(cloudpickle.dumps(answer_function(function)))
     (batch,) = answer(iter(BATCHES))
-    assert batch.schema == ANSWER_SCHEMA
+    assert batch.schema == schema_of(ANSWER_DDL)
     (row,) = batch.to_pylist()
     return result_of(row["value"], row["error"])
 
