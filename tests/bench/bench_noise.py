@@ -1,6 +1,6 @@
 """What removes planted noise from real text: the difference, either model alone, annotations, and the advised `where`.
 
-    python -m tests.bench.bench_noise [--clean 200] [--noise 40] [--bytes 500] [-c conf/demo.yaml]
+    python -m tests.bench.bench_noise [--clean 200] [--noise 40] [--bytes 500] [--keep] [-c conf/demo.yaml]
 
 Clean text: beginnings of pool instances of the demo's root, which its reference was not trained on, without instances
 that are near-duplicates of each other. Data files (tables, JSON) are shown separately. Noise of equal length: shuffled
@@ -214,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-c", "--config", default="conf/demo.yaml", help="experiment with the pool and the models")
     parser.add_argument("--folder", type=Path, default=results.FOLDER / "noise", help="where the tables go")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="where noise.json goes")
+    parser.add_argument(
+        "--keep", action="store_true", help="use the texts of the last run; what is scored stays scored"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value of the experiment")
     arguments = parser.parse_args(argv)
     demo = load_config(arguments.config, arguments.overrides)
@@ -227,12 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         ingest=dataclasses.replace(demo.ingest, split=SplitConfig(reference=0, heldout=0)),
         spark=demo.spark,
     )
-    shutil.rmtree(arguments.folder, ignore_errors=True)
+    if not arguments.keep:
+        shutil.rmtree(arguments.folder, ignore_errors=True)
     spark = session.make_session(config, "bench noise")
     try:
-        clean = clean_texts(spark, demo, arguments.clean, arguments.bytes)
-        noise = plant_noise([text for _, text in clean], arguments.noise)
-        write_instances(spark, config, [[(_kind_of(source), text) for source, text in clean], noise])
+        if not arguments.keep:
+            clean = clean_texts(spark, demo, arguments.clean, arguments.bytes)
+            noise = plant_noise([text for _, text in clean], arguments.noise)
+            write_instances(spark, config, [[(_kind_of(source), text) for source, text in clean], noise])
         rows = measure_rows(spark, config)
     finally:
         spark.stop()
