@@ -12,7 +12,7 @@ from tests.support.right_experiment import Place
 
 pytestmark = pytest.mark.long
 SCORE = """
-import sys
+import json, sys
 import pyarrow as pa
 from miniplm_udf.config.sections import ModelConfig, ScoreConfig
 from miniplm_udf.scores.models import describe_here
@@ -23,8 +23,7 @@ if __name__ == "__main__":
     model = ModelConfig(path=sys.argv[1], context_tokens=64, window_overlap_tokens=16)
     factory = ModelScorerFactory(model, describe_here("nll", model, None), ScoreConfig())
     for scores in nll_arrow(factory, True)(iter([pa.array(["the river walks", "tea and stone"])])):
-        rows = scores.to_pylist()
-        print([row["n_bytes"] for row in rows], all(row["nll_sum_nats"] > 0 for row in rows))
+        print(json.dumps(scores.to_pylist()))
 """
 
 
@@ -69,7 +68,13 @@ def test_the_scorer_alone(distributions: tuple[Path, Path], tmp_path: Path) -> N
     with environment(tmp_path / "score", distributions[1], "score") as score:
         score.output("python", "-c", has("pyspark"))
         (score.home / "score.py").write_text(SCORE)
-        assert score.output("python", "score.py", str(model)).strip() == "[15, 13] True"
+        rows = json.loads(score.output("python", "score.py", str(model)))
+    scorer = tiny_models.make_scorer(model)
+    here = scorer.score(["the river walks", "tea and stone"], [[], []], [True, True])
+    assert len(rows) == 2
+    for row, result in zip(rows, here, strict=True):
+        assert (row["n_tokens"], row["n_bytes"]) == (result.n_tokens, result.n_bytes)
+        assert row["nll_sum_nats"] == pytest.approx(result.nll_sum_nats, rel=1e-4)
 
 
 def test_the_trainer_alone(distributions: tuple[Path, Path], tmp_path: Path) -> None:
