@@ -16,7 +16,6 @@ from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.scores.gpus import scoring_profile
 from miniplm_udf.scores.plan import ScoringPlan
 from miniplm_udf.store import context_gains, tables
-from miniplm_udf.workers.messages import SCORED_SCHEMA, ddl
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -96,7 +95,9 @@ def _sample(spark: "SparkSession", plan: ScoringPlan) -> "DataFrame":
 def _score_first_halves(sample: "DataFrame", plan: ScoringPlan, aliases: list[str]) -> "DataFrame":
     from pyspark.sql import functions as F
 
-    from miniplm_udf.workers.arrow import score_arrow  # needs pyarrow, which the base install has not
+    # These need pyarrow, which the base install has not.
+    from miniplm_udf.workers.arrow import score_arrow
+    from miniplm_udf.workers.messages import SCORED_SCHEMA, ddl
 
     half = F.expr("substring(text, 1, cast(length(text) / 2 as int))")
     requests = sample.withColumn("text", half).select(

@@ -127,6 +127,7 @@ def copy(world: TakedownRoot, tmp_path: Path) -> TakedownRoot:
     return copied
 
 
+@pytest.mark.long
 def test_what_is_refused_leaves_all_as_it_was(spark: Any, copy: TakedownRoot, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()

@@ -30,6 +30,7 @@ def gain(text: str, scale: float) -> float:
     return fake_nll(first, scale) / len(first) - rest / (len(text) - len(first))
 
 
+@pytest.mark.long
 def test_the_gain_is_measured_once_and_stays_in_the_record(spark: Any, tmp_path: Path) -> None:
     config = experiment(tmp_path / "root", two_models(tmp_path))
     # The second half has larger bytes than the first, so the gain is not 0. The short text is not measured.

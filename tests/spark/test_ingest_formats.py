@@ -36,6 +36,7 @@ def write_arrow(path: Path, ids: list[str], source: str) -> None:
         writer.write_table(table, 10)
 
 
+@pytest.mark.long
 def test_a_datasets_folder_is_read_once(spark: Any, make: Make, tmp_path: Path) -> None:
     """Splits, records and caches of `datasets`, a damaged file, a later file, and a replay of the last micro-batch."""
     folder = tmp_path / "in"

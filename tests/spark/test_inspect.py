@@ -104,6 +104,7 @@ def test_rows_near_the_cut_come_first(spark: Any, config: ExperimentConfig) -> N
     assert names(asked(spark, config, side="dropped", near_cut=True, n_rows=ALL)) == order
 
 
+@pytest.mark.long
 def test_a_sample_is_the_seeds(spark: Any, config: ExperimentConfig) -> None:
     first, again, other = (names(asked(spark, config, n_rows=8, seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
@@ -155,6 +156,7 @@ def test_distances_are_from_the_nearest_cut(spark: Any, config: ExperimentConfig
     assert {row["cut_distance"] > 0 for row in found["rows"] if row["cut_distance"]} == {True, False}
 
 
+@pytest.mark.long
 def test_candidates_of_a_followed_version_are_known_too(spark: Any, config: ExperimentConfig) -> None:
     known = corpus_records.provenance_of(spark, config.root, "half", 1)
     followed = corpus_records.Provenance(**{**vars(known), "followed": {"since_version": 1}, "cuts": {}})

@@ -64,6 +64,7 @@ def test_a_text_that_is_cut_off_has_one_token_less(spark: Any, model: ModelConfi
     assert row["whole"]["nll_sum_nats"] > row["cut"]["nll_sum_nats"]
 
 
+@pytest.mark.long
 def test_a_model_with_a_device_map_gives_the_same_numbers(spark: Any, model: ModelConfig) -> None:
     """In a scorer process of its own, on the only device that is here."""
     whole, split = (nll_udf(str(model.path), device_map=place, **settings(model)) for place in (None, "auto"))

@@ -209,6 +209,7 @@ def test_row_groups_and_files_are_small(spark: Any, config: ExperimentConfig, mo
         assert "PLAIN_DICTIONARY" not in columns["token_ids"].encodings
 
 
+@pytest.mark.long
 def test_a_table_of_an_earlier_version_counts_as_packed(spark: Any, config: ExperimentConfig) -> None:
     write_instances(spark, config, POOL)
     write_refined(spark, config, POOL)
@@ -260,6 +261,7 @@ def test_a_trained_tokenizer_knows_the_pool_alone_and_is_frozen(spark: Any, conf
     assert loaded(text)["input_ids"] == load_tokenizer(folder).encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.long
 def test_training_stops_at_train_bytes_in_the_order_of_ids(spark: Any, config: ExperimentConfig):
     rows = [
         instance(f"s{i}", 0, ("aaaa " if i < 8 else "bbbb ") * 20, instance_id=f"{i:x}" + "0" * 31) for i in range(16)
@@ -271,6 +273,7 @@ def test_training_stops_at_train_bytes_in_the_order_of_ids(spark: Any, config: E
     assert "bbbb" not in vocabulary
 
 
+@pytest.mark.long
 def test_a_tokenizer_is_copied_from_a_folder(spark: Any, config: ExperimentConfig, tmp_path: Path):
     model = make_model_folder(tmp_path / "model", "llama")
     alone = tmp_path / "alone"

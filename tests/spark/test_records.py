@@ -68,6 +68,7 @@ def test_other_weights_under_an_old_path_are_scored_again(spark: Any, config: Ex
     assert not score.is_unchanged(spark, config)
 
 
+@pytest.mark.long
 def test_a_run_that_scores_nothing_keeps_the_rates_of_the_last_scoring(spark: Any, config: ExperimentConfig) -> None:
     for rates in ({"teacher": 10.0, "reference": 5.0}, {"teacher": None, "reference": 6.0}):
         execute(stage("score", tokens_per_second=rates), spark, config)

@@ -489,6 +489,7 @@ def test_models_that_are_not_there(spark: Any, tmp_path: Path, models: dict[str,
         score.run(spark, long)
 
 
+@pytest.mark.long
 def test_two_aliases_of_one_model_are_scored_once(scored: Scored, models: dict[str, ModelConfig]) -> None:
     same = scored.with_models({"teacher": models["teacher"], "reference": models["teacher"]})
     write_instances(scored.spark, scored.config, texts(2))

@@ -37,7 +37,7 @@ def test_the_texts_of_rows_come_without_a_sort(spark: Any, config: ExperimentCon
     assert sum(map(bool, parts)) > 1
 
 
-@pytest.mark.parametrize("n_rows", [1, 10_000, 300_000])
+@pytest.mark.parametrize("n_rows", [1, *(pytest.param(number, marks=pytest.mark.long) for number in (10_000, 300_000))])
 def test_texts_that_no_row_wants_stay_where_they_are(spark: Any, n_rows: int) -> None:
     # Also where the number of rows is wrong.
     texts = spark.range(30_000).selectExpr("lpad(hex(id), 32, '0') AS instance_id", "id", "'a text' AS text")
