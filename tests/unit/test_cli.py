@@ -93,7 +93,7 @@ def test_both_ways_to_start_a_stage_print_the_same_and_exit_alike(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the work of the stage and Spark's session are replaced."""
-    config = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root", "proxy={}", "annotate={language: true}"]
+    config = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root", "proxy={}", "annotate.language=true"]
     config += [f"ingest.input={Place(tmp_path).texts}"]
     config += ["generate={prompt_tokens: 64, new_tokens: 64}"]
     stage = stages.stage_named(name)
