@@ -78,7 +78,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     report_root.write(config, schemas.score_matrix(ALIASES), matrix)
     candidates = [row for row in matrix if row["teacher_n_tokens"] >= 32]
     ranked = sorted(candidates, key=lambda row: (-score(row), row["instance_id"]))
-    write_corpus(config, ranked, "difference", where="teacher_n_tokens >= 32")
+    write_corpus(config, ranked, "difference")
     # Spark's function, which DuckDB has not.
     write_corpus(config, ranked, "random", where="xxhash64(instance_id) % 2 = 0 and soundex(source) = 'x'")
     opened_corpus = ExploredCorpus(config, "difference", str(folder / "candidates.duckdb"))
