@@ -67,7 +67,7 @@ test-long: setup ## run the tests that CI leaves out: long Spark tests, pages in
 	@# Without a GPU most tests of it run on the CPU.
 	MINIPLM_GPU_TESTS_DEVICE=cpu pytest -q tests/gpu
 
-faults: setup ## kill processes of a cluster at fault points and at random, sixty runs (an hour on 2 cores); writes build/bench/faults.json
+faults: setup ## kill processes of a cluster at fault points and at random, sixty runs (an hour on 2 cores); writes build/bench/faults.json; with roots on S3: python -m tests.faults.run --storage s3
 	python -m tests.faults.run
 
 bench-gpu: setup ## measure scoring on a GPU as a share of its peak; needs CUDA
