@@ -1,4 +1,4 @@
-"""Measures how planted noise is removed from real text: the difference, either model alone, annotations, and the advised `where`.
+"""Measures the removal of planted noise: by the difference, either model alone, annotations, the advised `where`.
 
     python -m tests.bench.bench_noise [--clean 200] [--noise 40] [--bytes 500] [--keep] [-c conf/demo.yaml]
 
