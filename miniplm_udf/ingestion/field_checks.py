@@ -43,7 +43,7 @@ def check_columns(path: str, types: dict[str, str], fields: FieldsConfig) -> Non
         return
     for key, name in _required(fields):
         if _type_of(name, types) is None:
-            raise ConfigError(_no_field(key, name, types, storage.redact(path)))
+            raise ConfigError(no_field(key, name, types, storage.redact(path)))
     kind = _type_of(fields.text, types) or ""
     if not kind.startswith(("string", "varchar", "char", "binary")):
         raise ConfigError(f"ingest.fields.text: expected a column of text, found {fields.text!r} of {kind}")
@@ -113,7 +113,7 @@ def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: Fie
             return
     for key, name in required:
         if keys and name not in keys:
-            raise ConfigError(_no_field(key, name, keys, "the input's first lines"))
+            raise ConfigError(no_field(key, name, keys, "the input's first lines"))
 
 
 def _required(fields: FieldsConfig) -> list[tuple[str, str]]:
@@ -124,7 +124,15 @@ def _required(fields: FieldsConfig) -> list[tuple[str, str]]:
     return names + [("metadata", name) for name in fields.metadata]
 
 
-def _no_field(key: str, name: str, names: Collection[str], place: str) -> str:
+def no_field(key: str, name: str, names: Collection[str], place: str) -> str:
+    """Returns the message for a field that the input does not have, with the nearest field.
+
+    Args:
+        key: key of the section `ingest.fields`.
+        name: its value.
+        names: the fields of the input.
+        place: where they were found, in words.
+    """
     nearest = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.3)
     hint = f"; did you mean ingest.fields.{key}={nearest[0]}?" if nearest else f"; set ingest.fields.{key}"
     return f"ingest.fields.{key}: expected a column or field {name!r} in {place}, found {sorted(names)[:30]}{hint}"

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from miniplm_udf import storage
+from miniplm_udf.annotations.packages import NEEDED
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import IngestConfig, ModelConfig
 from miniplm_udf.errors import ConfigError
@@ -26,8 +27,6 @@ from miniplm_udf.starting.texts import TextSample
 from miniplm_udf.upkeep import machine as this_machine
 from miniplm_udf.upkeep.input_checks import input_problems
 
-# Packages of groups of annotations, as in annotations/packages.py.
-_PACKAGES = {"near_duplicates": "datasketch", "language": "py3langid"}
 _CHARACTERS_PER_TOKEN = 4
 _LANGUAGE_TEXTS = 200
 
@@ -64,7 +63,7 @@ def look(
     )
     machine = Machine(_count_gpus() if n_gpus is None else n_gpus, len(os.sched_getaffinity(0)))
     plan = make_plan(corpus, facts, machine)
-    packages = [group for group, name in _PACKAGES.items() if find_spec("pyspark") is None or find_spec(name)]
+    packages = [group for group, name in NEEDED.items() if find_spec("pyspark") is None or find_spec(name)]
     languages = _languages(values)
     pieces = cleaning.cut(values, _CHARACTERS_PER_TOKEN * plan.context)
     bad_share = n_bad / max(1, n_bad + len(values))

@@ -5,7 +5,6 @@ tables: Spark lists other places itself, once it has started (ingestion/inputs.p
 lines of the first files, and footers of Parquet files. Reports only what is certain.
 """
 
-import difflib
 import glob
 import itertools
 import json
@@ -17,6 +16,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.ingestion.documents import field_names
+from miniplm_udf.ingestion.field_checks import no_field
 from miniplm_udf.ingestion.formats import SUFFIXES
 from miniplm_udf.ingestion.unpacking import unpacked_chunks
 from miniplm_udf.storage import Json
@@ -203,9 +203,7 @@ def _line_problems(fields: FieldsConfig, files: list[Path]) -> Iterator[str]:
             return
     if names:
         yield from (
-            _no_field(key, name, names, "the input's first lines")
-            for key, name in required.items()
-            if name not in names
+            no_field(key, name, names, "the input's first lines") for key, name in required.items() if name not in names
         )
 
 
@@ -260,15 +258,9 @@ def _parquet_problems(fields: FieldsConfig, files: list[Path]) -> Iterator[str]:
     if names:
         required = [*_required(fields).items(), *(("metadata", name) for name in fields.metadata)]
         missing = [(key, name) for key, name in required if not _is_in(name, names)]
-        yield from (_no_field(key, name, names, "the Parquet files") for key, name in missing)
+        yield from (no_field(key, name, names, "the Parquet files") for key, name in missing)
 
 
 def _is_in(name: str, columns: Collection[str]) -> bool:
     """Whether a column has this name, or a column may hold the field: a struct, or a string with an object as JSON."""
     return any(name == column or name.startswith(f"{column}.") for column in columns)
-
-
-def _no_field(key: str, name: str, names: Collection[str], place: str) -> str:
-    nearest = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.3)
-    hint = f"; did you mean ingest.fields.{key}={nearest[0]}?" if nearest else f"; set ingest.fields.{key}"
-    return f"ingest.fields.{key}: expected a column or field {name!r} in {place}, found {sorted(names)[:30]}{hint}"

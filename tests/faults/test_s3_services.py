@@ -4,7 +4,6 @@ Each service: one of several takers wins a conditional put; two drivers and delt
 nothing; `miniplm run` and `miniplm verify` as a user runs them.
 """
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from miniplm_udf.upkeep.storage_probe import probe
 from tests.support import s3_services
 from tests.support.faults.race import race
 from tests.support.s3_server import BUCKET
+from tests.support.takers import winners
 from tests.support.tiny_models import make_model_folder
 from tests.support.user_corpus import Experiment, make_documents, write_jsonl
 
@@ -31,32 +31,14 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield request.param
 
 
-def winners(uri: str, tag: str | None) -> int:
-    """The number of threads whose put succeeded, of several that start at once."""
-    barrier, tags = threading.Barrier(TAKERS), []
-
-    def take(number: int) -> None:
-        barrier.wait()
-        text = f"taker {number} after {tag}"
-        tags.append(conditional_files.create(uri, text) if tag is None else conditional_files.replace(uri, text, tag))
-
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(TAKERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(tags) == TAKERS
-    return sum(tag is not None for tag in tags)
-
-
 def test_one_taker_wins(service: str) -> None:
     probe(f"s3a://{BUCKET}/leases")
     for number in range(10):
         uri = f"s3a://{BUCKET}/leases/{number}"
-        assert winners(uri, None) == 1
+        assert winners(uri, None, TAKERS) == 1
         present = conditional_files.read(uri)
         assert present is not None
-        assert winners(uri, present.tag) == 1
+        assert winners(uri, present.tag, TAKERS) == 1
 
 
 def test_writers_of_one_table_lose_nothing(service: str) -> None:

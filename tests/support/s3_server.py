@@ -25,6 +25,7 @@ import fsspec
 
 from miniplm_udf import object_storage
 from miniplm_udf.config.object_storage import StorageConfig
+from tests.support.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUCKET = "test-bucket"
@@ -108,22 +109,13 @@ def environment(url: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[S3Server]:
-    """Runs a server with one empty bucket (`BUCKET`), and makes this process reach it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
+def reaching(url: str, process: "subprocess.Popen[bytes]") -> Iterator[S3Server]:
+    """Makes this process and its children reach a server, and ends the server."""
     before, options = dict(os.environ), dict(fsspec.config.conf)
-    process = subprocess.Popen([sys.executable, "-m", "tests.support.s3_server", str(port)], cwd=REPOSITORY)
     try:
         os.environ.update(environment(url))
         object_storage.use(StorageConfig())
-        server = S3Server(url, process)
-        _wait(server)
-        server.create_bucket()
-        server.reset()
-        yield server
+        yield S3Server(url, process)
     finally:
         process.kill()
         process.wait()
@@ -131,6 +123,18 @@ def running() -> Iterator[S3Server]:
         os.environ.update(before)
         fsspec.config.conf.clear()
         fsspec.config.conf.update(options)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[S3Server]:
+    """Runs a server with one empty bucket (`BUCKET`), and makes this process reach it."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "tests.support.s3_server", str(port)], cwd=REPOSITORY)
+    with reaching(f"http://127.0.0.1:{port}", process) as server:
+        _wait(server)
+        server.create_bucket()
+        server.reset()
+        yield server
 
 
 def _wait(server: S3Server) -> None:

@@ -14,11 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 
-from miniplm_udf import object_storage
-from miniplm_udf.config.object_storage import StorageConfig
 from tests.support import s3_server
 from tests.support.ports import free_port
 from tests.support.standalone import die_with_parent
@@ -75,23 +72,12 @@ def installed(name: str) -> str:
 def running(name: str, folder: Path) -> Iterator[s3_server.S3Server]:
     """Runs a service that keeps its objects in an existing folder."""
     service, port = SERVICES[name], free_port()
-    before, options = dict(os.environ), dict(fsspec.config.conf)
     command = [installed(name), *service.arguments(str(folder), port)]
     process = subprocess.Popen(command, env={**os.environ, **service.variables}, preexec_fn=die_with_parent)
-    try:
-        os.environ.update(s3_server.environment(f"http://127.0.0.1:{port}"))
-        object_storage.use(StorageConfig())
-        server = s3_server.S3Server(f"http://127.0.0.1:{port}", process)
+    with s3_server.reaching(f"http://127.0.0.1:{port}", process) as server:
         _wait(port, process)
         server.create_bucket()
         yield server
-    finally:
-        process.kill()
-        process.wait()
-        os.environ.clear()
-        os.environ.update(before)
-        fsspec.config.conf.clear()
-        fsspec.config.conf.update(options)
 
 
 def _wait(port: int, process: "subprocess.Popen[bytes]") -> None:

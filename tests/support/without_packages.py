@@ -29,24 +29,33 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def base_distributions() -> set[str]:
-    """The distributions of the base install: what setup.cfg requires without an extra, and what these require."""
-    config = configparser.ConfigParser()
-    config.read(REPOSITORY / "setup.cfg")
-    lines = config["options"]["install_requires"].splitlines()
-    names: set[str] = set()
-    left = [line for line in lines if line.strip()]
+def installed_with(*names: str) -> set[str]:
+    """Names of the installed distributions that these need, directly or through others; without extras."""
+    needed: set[str] = set()
+    left = list(names)
     while left:
-        name = _canonical(re.split(r"[^\w.-]", left.pop())[0])
-        if name in names:
+        name = _canonical(left.pop())
+        if name in needed:
             continue
         try:
             requirements = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue
-        names.add(name)
-        left += [line for line in requirements if "extra ==" not in line]
-    return names
+        needed.add(name)
+        left += [_distribution(line) for line in requirements if "extra ==" not in line]
+    return needed
+
+
+def _distribution(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0]
+
+
+def base_distributions() -> set[str]:
+    """The distributions of the base install: what setup.cfg requires without an extra, and what these require."""
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    lines = config["options"]["install_requires"].splitlines()
+    return installed_with(*(_distribution(line) for line in lines if line.strip()))
 
 
 def modules_of_extras() -> set[str]:

@@ -8,6 +8,7 @@ from miniplm_udf import conditional_files, lease, storage
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease
 from tests.support.s3_server import BUCKET, RequestFault, S3Server
+from tests.support.takers import winners
 
 ROUNDS = 8
 TAKERS = 4
@@ -20,33 +21,13 @@ def uri(s3: S3Server, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     return Root(f"s3a://{BUCKET}/{request.node.name}").lease("score")
 
 
-def _winners(uri: str, left: str | None) -> int:
-    """How many of several threads that start at once write the file."""
-    barrier, tags = threading.Barrier(TAKERS), []
-
-    def take(number: int) -> None:
-        barrier.wait()
-        if left is None:
-            tags.append(conditional_files.create(uri, f"taker {number}"))
-        else:
-            tags.append(conditional_files.replace(uri, f"taker {number} after {left}", left))
-
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(TAKERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(tags) == TAKERS
-    return sum(tag is not None for tag in tags)
-
-
 def test_one_of_many_that_create_or_replace_wins(uri: str) -> None:
     for number in range(ROUNDS):
         file = f"{uri}.{number}"
-        assert _winners(file, None) == 1
+        assert winners(file, None, TAKERS) == 1
         present = conditional_files.read(file)
         assert present is not None
-        assert _winners(file, present.tag) == 1
+        assert winners(file, present.tag, TAKERS) == 1
 
 
 @pytest.mark.parametrize("kind", ["drop_after", "slow_down"])

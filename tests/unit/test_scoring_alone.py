@@ -5,7 +5,6 @@ interpreter sees it, the standard library and this repository's packages, and no
 """
 
 import json
-import re
 import subprocess
 import sys
 from importlib import metadata
@@ -15,6 +14,7 @@ import pytest
 
 from tests.support import tiny_models
 from tests.support.tiny_models import make_scorer
+from tests.support.without_packages import installed_with
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
@@ -28,23 +28,6 @@ absent = [name for name in ("pyspark", "pyarrow", "pandas", "jsonargparse", "pyt
 scores = [one for one in found if hasattr(one, "n_tokens")]
 print(json.dumps([absent, [[one.nll_sum_nats, one.n_tokens, one.n_bytes] for one in scores]]))
 """
-
-
-def installed_with(*names: str) -> set[str]:
-    """Names of the installed distributions that these need, directly or through others; without extras."""
-    found: set[str] = set()
-    left = list(names)
-    while left:
-        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
-        if name in found:
-            continue
-        try:
-            requirements = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        found.add(name)
-        left += [re.split(r"[^\w.-]", line)[0] for line in requirements if "extra ==" not in line]
-    return found
 
 
 def link_distributions(names: set[str], folder: Path) -> None:
