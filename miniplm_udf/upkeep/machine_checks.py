@@ -13,6 +13,7 @@ from pathlib import Path
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.upkeep.input_checks import text_bytes
+from miniplm_udf.upkeep.machine import existing
 
 # `instances` holds each text once, compressed by Snappy to about half; the other tables and the checkpoints need less.
 _TABLE_BYTES_PER_TEXT_BYTE = 0.5
@@ -27,7 +28,8 @@ def root_problems(config: ExperimentConfig) -> Iterator[str]:
     if not storage.is_local(config.root):
         return
     path = Path(storage.local_path(config.root))
-    place = _existing(path)
+    # A link that leads nowhere is in the way, too.
+    place = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
     if not place.is_dir():
         yield f"root: expected a folder that can be made and written, found that {place} is a file; choose another root"
     elif not os.access(place, os.W_OK | os.X_OK):
@@ -35,11 +37,6 @@ def root_problems(config: ExperimentConfig) -> Iterator[str]:
             f"root: expected a folder that can be made and written, found that {place} cannot be written; choose "
             "another folder with root=FOLDER, or have its owner permit writing"
         )
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
 
 
 def disk_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -51,7 +48,7 @@ def disk_problems(config: ExperimentConfig) -> Iterator[str]:
     n_bytes = text_bytes(config) if storage.is_local(config.root) else None
     if not n_bytes or storage.exists(config.layout.stage("ingest")):
         return
-    place = _existing(Path(storage.local_path(config.root)))
+    place = existing(Path(storage.local_path(config.root)))
     needed, free = n_bytes * _TABLE_BYTES_PER_TEXT_BYTE, shutil.disk_usage(place).free
     if free < needed:
         yield (

@@ -57,6 +57,11 @@ def file_as_root(place: Place) -> None:
     place.root.write_text("not a folder")
 
 
+def broken_link_as_root(place: Place) -> None:
+    (place.folder / "broken").symlink_to(place.folder / "nowhere")
+    place.set("root", str(place.folder / "broken"))
+
+
 def chat_template(place: Place) -> None:
     other_teacher(eos="some")(place)
     file = place.teacher / "tokenizer_config.json"
@@ -75,6 +80,7 @@ MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
     "root in the input": (sets(ingest__input="{folder}"), "ingest.input", "choose another root"),
     "root is the input": (sets(ingest__input="{texts}", root="{texts}"), "ingest.input", "choose another root"),
     "root is a file": (file_as_root, "root", "choose another root"),
+    "root is a link that leads nowhere": (broken_link_as_root, "root", "choose another root"),
     "root below a file": (sets(root="{texts}/a.jsonl/root"), "root", "choose another root"),
     "no teacher": (sets(models__teacher__path="{folder}/none"), "models.teacher.path", "expected a model folder"),
     "no config.json": (without("config.json"), "models.teacher.path", "name the model's folder"),
