@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 from jobs import cli, corpus
-from jobs.stages import SERVICES, STAGES
 
 
 class _Reached(BaseException):  # no command handles it
@@ -76,8 +75,3 @@ def trainer_parsers() -> dict[str, argparse.ArgumentParser]:
 def corpus_actions() -> list[str]:
     """Returns the actions of `miniplm corpus`."""
     return list(corpus.ACTIONS)
-
-
-def stage_names() -> list[str]:
-    """Returns the commands that are stages or services, in the order of a run."""
-    return [stage.name for stage in (*STAGES, *SERVICES)]

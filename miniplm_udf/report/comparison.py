@@ -122,16 +122,13 @@ def trainings_of_experiment(config: ExperimentConfig) -> list[Trained]:
     Args:
         config: the experiment.
     """
-    names = list(config.students) or _folders(config)
+    names = list(config.students) or storage.list_folder(config.layout.model(""))
     records = {name: read_training(config, name) for name in names}
-    return [_trained(config, name, record) for name, record in records.items() if record is not None]
-
-
-def _folders(config: ExperimentConfig) -> list[str]:
-    """Folders of models in the root, without the reference's."""
-    folders = sorted({path.split("/")[0] for path in storage.list_folder(config.layout.model(""))})
-    trained = {name: read_training(config, name) for name in folders}
-    return [name for name, each in trained.items() if each and (each.lineage or {}).get("corpus") != _REFERENCE]
+    return [
+        _trained(config, name, record)
+        for name, record in records.items()
+        if record is not None and (name in config.students or (record.lineage or {}).get("corpus") != _REFERENCE)
+    ]
 
 
 def _trained(config: ExperimentConfig, name: str, record: TrainingRecord) -> Trained:
