@@ -10,10 +10,14 @@ were fetched before are read. A retry continues the download.
 import functools
 import logging
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.ingestion import globs
 from miniplm_udf.ingestion.formats import SUFFIXES
+from miniplm_udf.ingestion.input_files import ListedFile, is_hidden
 
 LOGGER = logging.getLogger("miniplm.ingest")
 
@@ -53,15 +57,106 @@ def local_copy(path: str) -> str:
     Raises:
         ConfigError: the path names no data set, there are no files to read, or the hub cannot be reached.
     """
-    match = _NAME.match(path)
-    if match is None:
-        raise ConfigError(f"ingest.input: expected hf://datasets/ORG/NAME, perhaps with a path behind it, found {path}")
-    repo, revision, inner = match["repo"], match["revision"], (match["path"] or "").strip("/")
+    repo, revision, inner = _parts(path)
     LOGGER.info("ingest: fetching %s from the hub, as far as it is not on this machine", path)
     folder = _fetched(path, repo, revision, inner)
     if not any(file.is_file() for file in folder.rglob("*")) or not (_GLOB.search(inner) or (folder / inner).exists()):
         raise ConfigError(f"ingest.input: {path} has no file that ingest reads; {_names_there(repo, revision, inner)}")
     return f"{folder}/{inner}".rstrip("/")
+
+
+def _parts(path: str) -> tuple[str, str | None, str]:
+    """The data set, the revision and the path in it."""
+    match = _NAME.match(path)
+    if match is None:
+        raise ConfigError(f"ingest.input: expected hf://datasets/ORG/NAME, perhaps with a path behind it, found {path}")
+    return match["repo"], match["revision"], (match["path"] or "").strip("/")
+
+
+def listed_files(path: str, seconds: float) -> list[ListedFile] | None:
+    """Lists the files of a path of the hub that ingest would fetch and read; fetches none.
+
+    Args:
+        path: a data set, a folder or file in it, or a glob.
+        seconds: time for the hub's answer.
+
+    Returns:
+        The files, sorted by name: those in the cache with their place on this machine, the others by their names. None
+        if it is not known which files there are.
+
+    Raises:
+        ConfigError: the path names no data set, the hub has none of this name or no file that ingest reads, or the hub
+            cannot be asked and the cache has nothing of it.
+        ImportError: huggingface_hub is not installed.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, revision, inner = _parts(path)
+    try:
+        info = HfApi().dataset_info(repo, revision=revision, timeout=seconds)
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"ingest.input: {path}: the hub gives it to users who accepted its terms; accept them, and set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(
+            f"ingest.input: {path}: the data set has no revision {revision!r}; correct the name after @"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"ingest.input: {path}: expected a data set of the hub, found none of this name; correct it, or set "
+            "HF_TOKEN for a private data set"
+        ) from error
+    except Exception as error:  # the errors of several HTTP clients
+        # A hub that is slow now may answer when ingest asks it.
+        if _is_cached(repo, revision) or "Timeout" in type(error).__name__:
+            return None
+        reason = (
+            "HF_HUB_OFFLINE forbids to ask the hub"
+            if isinstance(error, OfflineModeIsEnabled)
+            else f"the hub cannot be reached ({type(error).__name__})"
+        )
+        raise ConfigError(
+            f"ingest.input: {path}: {reason}, and nothing of the data set is in {folder()}; fetch it where there is a "
+            f"network with hf download {repo} --repo-type dataset --local-dir FOLDER, and set ingest.input=FOLDER"
+        ) from error
+    names = [file.rfilename for file in info.siblings or ()]
+    matches = _matching(inner, names)
+    if not matches:
+        raise ConfigError(f"ingest.input: {path} has no file that ingest reads; {_described(names, inner)}")
+    files = []
+    for name in sorted(matches):
+        here = try_to_load_from_cache(repo, name, revision=info.sha, repo_type="dataset")
+        is_here = isinstance(here, str)
+        files.append(ListedFile(str(here), Path(str(here)).stat().st_size) if is_here else ListedFile(name, 0, False))
+    return files
+
+
+def _is_cached(repo: str, revision: str | None) -> bool:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
+    except Exception:  # nothing of this data set, or of this revision
+        return False
+    return True
+
+
+def _matching(inner: str, names: Iterable[str]) -> list[str]:
+    """The names that are fetched for a path, and that Spark then finds at it."""
+    wanted = patterns(inner)
+    fetched = [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+    if _GLOB.search(inner):
+        return [name for name in globs.matching(inner, fetched) if not is_hidden(name.rpartition("/")[2])]
+    below = [(name, name[len(inner) :].strip("/").split("/")) for name in fetched if f"{name}/".startswith(f"{inner}/")]
+    below = below if inner else [(name, name.split("/")) for name in fetched]
+    return [name for name, parts in below if not any(map(is_hidden, parts))]
 
 
 def patterns(inner: str) -> list[str]:
@@ -99,12 +194,16 @@ def _fetched(path: str, repo: str, revision: str | None, inner: str) -> Path:
 def _names_there(repo: str, revision: str | None, inner: str) -> str:
     from huggingface_hub import HfApi
 
-    from miniplm_udf.ingestion.file_format import csv_hint
-
     try:
         names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
     except Exception as error:
         return f"its files cannot be listed ({type(error).__name__})"
+    return _described(names, inner)
+
+
+def _described(names: list[str], inner: str) -> str:
+    from miniplm_udf.ingestion.file_format import csv_hint
+
     below = [name for name in names if name == inner or name.startswith(f"{inner}/".lstrip("/"))]
     hint = csv_hint(below)
     return f"it has {', '.join((below or names)[:_NAMES_SHOWN])}" + (f"; {hint}" if hint else "")

@@ -20,7 +20,7 @@ from miniplm_udf.config.evaluate import TextInputConfig
 from miniplm_udf.config.sections import FieldsConfig, SplitConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.ingestion.documents import Document, DocumentReader, Reject
-from miniplm_udf.ingestion.formats import SUFFIXES
+from miniplm_udf.ingestion.formats import format_of
 from miniplm_udf.ingestion.unpacking import unpacked_chunks
 from miniplm_udf.store import delta_files
 from miniplm_udf.store.delta_log import has_commits, newest_version
@@ -247,7 +247,8 @@ def _files(config: TextInputConfig) -> list[str]:
 
 
 def _format(file: str) -> str | None:
-    return next((kind for kind in ("jsonl", "parquet") if file.lower().endswith(SUFFIXES[kind])), None)
+    kind = format_of(file)
+    return kind if kind in ("jsonl", "parquet") else None
 
 
 def _is_text(kind: Any) -> bool:

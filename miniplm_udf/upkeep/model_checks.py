@@ -94,7 +94,7 @@ def _model_problems(config: ExperimentConfig, alias: str, model: ModelConfig) ->
             yield from _gguf_problems(alias, model, place)
         elif place is not None:
             yield from _folder_problems(alias, model, place)
-        elif is_hub_name(str(model.path)) and not storage.exists(config.layout.model_record(alias)):
+        elif is_hub_name(str(model.path)) and not (config.root and storage.exists(config.layout.model_record(alias))):
             yield from _hub_problems(config, alias, model)
     except ConfigError as error:
         yield str(error)

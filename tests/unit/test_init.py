@@ -121,7 +121,7 @@ def test_a_file_is_replaced_only_with_force(place: Place, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"text\nhello\n", "to_parquet"),
+        ("a.csv", b"text\nhello\n", "write_table"),
         ("a.jsonl", '{"text": "größer"}\n'.encode("utf-16"), "iconv -f UTF-16"),
         ("a.jsonl", '{"text": "größer und schöner"}\n'.encode("latin-1"), "iconv -f WINDOWS-1252"),
         ("a.jsonl", b'{"n": 1}\n', "a field with a text"),

@@ -74,7 +74,7 @@ STUDENT = "students__small__architecture"
 MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
     "no file": (sets(ingest__input="{texts}/*.parquet"), "ingest.input", "correct the path or the pattern"),
     "no folder": (sets(ingest__input="{folder}/nothing"), "ingest.input", "correct the path or the pattern"),
-    "CSV": (csv_input, "ingest.input", "to_parquet"),
+    "CSV": (csv_input, "ingest.input", "write_table"),
     "wrong text field": (sets(ingest__fields__text="txt"), "ingest.fields.text", "ingest.fields.text=text"),
     "wrong dotted field": (sets(ingest__fields__source="meta.sets"), "ingest.fields.source", "meta.set"),
     "root in the input": (sets(ingest__input="{folder}"), "ingest.input", "choose another root"),
