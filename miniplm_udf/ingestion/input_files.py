@@ -42,7 +42,8 @@ class ListedFile:
         """Returns the file, opened for reading bytes."""
         if storage.is_local(self.place):
             return open(storage.local_path(self.place), "rb")
-        handle: IO[bytes] = fsspec.open(self.place, "rb", block_size=_BLOCK_BYTES).open()
+        filesystem, path = fsspec.core.url_to_fs(self.place)
+        handle: IO[bytes] = filesystem.open(path, "rb", block_size=_BLOCK_BYTES)
         return handle
 
 
@@ -124,10 +125,13 @@ def _below(folder: str) -> Iterator[ListedFile]:
 
 def _remote_files(path: str, seconds: float | None) -> Iterator[ListedFile]:
     filesystem, inner = fsspec.core.url_to_fs(path)
+    scheme = path.partition("://")[0]
     places: dict[str, Any] = {inner.rstrip("/"): {"type": "directory"}}
     if globs.has_magic(inner) and not _asked(filesystem, seconds, "exists", inner):
         patterns = globs.without_braces(inner)
         places = {k: v for each in patterns for k, v in _asked(filesystem, seconds, "glob", each, detail=True).items()}
+        if not places and scheme in ("s3", "s3a"):  # fails if there is no such bucket, which a glob does not tell
+            _asked(filesystem, seconds, "ls", inner.partition("/")[0])
     for place, facts in places.items():
         below = {place: facts}
         if facts["type"] == "directory":
@@ -135,7 +139,8 @@ def _remote_files(path: str, seconds: float | None) -> Iterator[ListedFile]:
         for name, entry in below.items():
             parts = name.removeprefix(place).strip("/").split("/") if name != place else [name.rpartition("/")[2]]
             if entry["type"] == "file" and not name.endswith("/") and not any(map(is_hidden, parts)):
-                yield ListedFile(filesystem.unstrip_protocol(name), int(entry["size"] or 0))
+                uri = f"{scheme}://{filesystem.unstrip_protocol(name).partition('://')[2]}"
+                yield ListedFile(uri, int(entry["size"] or 0))
 
 
 def _asked(filesystem: Any, seconds: float | None, method: str, *arguments: Any, **options: Any) -> Any:
