@@ -17,7 +17,7 @@ from pathlib import Path
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.ingestion import globs
 from miniplm_udf.ingestion.formats import SUFFIXES
-from miniplm_udf.ingestion.input_files import ListedFile, is_hidden
+from miniplm_udf.ingestion.input_files import ListedFile, is_hidden, list_files
 
 LOGGER = logging.getLogger("miniplm.ingest")
 
@@ -86,7 +86,7 @@ def listed_files(path: str, seconds: float) -> list[ListedFile] | None:
 
     Raises:
         ConfigError: the path names no data set, the hub has none of this name or no file that ingest reads, or the hub
-            cannot be asked and the cache has nothing of it.
+            cannot be asked and the cache does not have its files.
         ImportError: huggingface_hub is not installed.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -114,8 +114,10 @@ def listed_files(path: str, seconds: float) -> list[ListedFile] | None:
             "HF_TOKEN for a private data set"
         ) from error
     except Exception as error:  # the errors of several HTTP clients
+        if (copy := _cached(repo, revision, inner)) is not None:
+            return list_files(f"{copy}/{inner}".rstrip("/")) or None
         # A hub that is slow now may answer when ingest asks it.
-        if _is_cached(repo, revision) or "Timeout" in type(error).__name__:
+        if "Timeout" in type(error).__name__:
             return None
         reason = (
             "HF_HUB_OFFLINE forbids to ask the hub"
@@ -123,7 +125,7 @@ def listed_files(path: str, seconds: float) -> list[ListedFile] | None:
             else f"the hub cannot be reached ({type(error).__name__})"
         )
         raise ConfigError(
-            f"ingest.input: {path}: {reason}, and nothing of the data set is in {folder()}; fetch it where there is a "
+            f"ingest.input: {path}: {reason}, and {folder()} does not have all its files; fetch it where there is a "
             f"network with hf download {repo} --repo-type dataset --local-dir FOLDER, and set ingest.input=FOLDER"
         ) from error
     names = [file.rfilename for file in info.siblings or ()]
@@ -138,14 +140,19 @@ def listed_files(path: str, seconds: float) -> list[ListedFile] | None:
     return files
 
 
-def _is_cached(repo: str, revision: str | None) -> bool:
+def _cached(repo: str, revision: str | None, inner: str) -> Path | None:
+    """The folder of the data set in the cache; None if the cache does not have all files of the path."""
     from huggingface_hub import snapshot_download
 
+    allowed = patterns(inner)
     try:
-        snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
-    except Exception:  # nothing of this data set, or of this revision
-        return False
-    return True
+        return Path(
+            snapshot_download(
+                repo, repo_type="dataset", revision=revision, allow_patterns=allowed, local_files_only=True
+            )
+        )
+    except Exception:  # several classes, by what the cache lacks
+        return None
 
 
 def _matching(inner: str, names: Iterable[str]) -> list[str]:
@@ -154,9 +161,10 @@ def _matching(inner: str, names: Iterable[str]) -> list[str]:
     fetched = [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
     if _GLOB.search(inner):
         return [name for name in globs.matching(inner, fetched) if not is_hidden(name.rpartition("/")[2])]
-    below = [(name, name[len(inner) :].strip("/").split("/")) for name in fetched if f"{name}/".startswith(f"{inner}/")]
-    below = below if inner else [(name, name.split("/")) for name in fetched]
-    return [name for name, parts in below if not any(map(is_hidden, parts))]
+    prefix = f"{inner}/" if inner else ""
+    below = {name: name.removeprefix(prefix) for name in fetched if name.startswith(prefix)}
+    below |= {name: name.rpartition("/")[2] for name in fetched if name == inner}
+    return [name for name, rest in below.items() if not any(map(is_hidden, rest.split("/")))]
 
 
 def patterns(inner: str) -> list[str]:

@@ -6,19 +6,21 @@ are left out, because the command may make them. Reports only what is certain; a
 Driver only; writes nothing.
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 from miniplm_udf import object_storage, storage
+from miniplm_udf.annotations.contamination import KEY as CONTAMINATION
+from miniplm_udf.annotations.contamination import is_evaluation_file, no_evaluation_file
 from miniplm_udf.config.evaluate import TextInputConfig
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.ingestion.text_sets import open_text_set
 from miniplm_udf.storage_errors import explain
-from miniplm_udf.upkeep.input_checks import is_looked_at, seen_files, within_seconds
+from miniplm_udf.upkeep.input_checks import is_object_store, is_seen_alike, seen_files, within_seconds
 from miniplm_udf.upkeep.storage_probe import connect
 
-_CONTAMINATION = "annotate.contamination.files"
 _CONNECT_SECONDS = 2.0
 
 
@@ -42,7 +44,10 @@ def evaluation_problems(config: ExperimentConfig) -> Iterator[str]:
         def problems(name: str = name, section: TextInputConfig = section) -> list[str]:
             return list(_set_problems(name, section))
 
-        yield from problems() if storage.is_local(section.path) else within_seconds(problems)
+        if storage.is_local(section.path):
+            yield from problems()
+        elif is_object_store(section.path):
+            yield from within_seconds(problems)
 
 
 def contamination_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -55,16 +60,17 @@ def contamination_problems(config: ExperimentConfig) -> Iterator[str]:
         return
     for path in config.annotate.contamination.paths:
         if storage.is_local(path):
-            yield from _missing(path)
-        elif is_looked_at(config, path):
-            yield from within_seconds(lambda path=path: list(_missing(path)))  # type: ignore[misc]
+            yield from _file_problems(path)
+        elif is_seen_alike(config, path):
+            yield from within_seconds(functools.partial(_file_problems, path))
 
 
-def _missing(path: str) -> Iterator[str]:
+def _file_problems(path: str) -> list[str]:
     try:
-        seen_files(_CONTAMINATION, path)
+        files = seen_files(CONTAMINATION, path)
     except ConfigError as error:
-        yield str(error)
+        return [str(error)]
+    return [no_evaluation_file(path)] if files and not any(is_evaluation_file(file.place) for file in files) else []
 
 
 def _set_problems(name: str, section: TextInputConfig) -> Iterator[str]:

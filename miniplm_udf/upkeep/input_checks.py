@@ -59,7 +59,7 @@ def input_problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _overlaps(config)
     if all(map(storage.is_local, inputs)):
         yield from _problems_of(config)
-    elif all(storage.is_local(path) or is_looked_at(config, path) for path in inputs):
+    elif all(storage.is_local(path) or hub.is_on_hub(path) or is_seen_alike(config, path) for path in inputs):
         yield from within_seconds(lambda: list(_problems_of(config)))
 
 
@@ -93,19 +93,25 @@ def text_bytes(config: ExperimentConfig) -> int | None:
     return sum(file.n_bytes * (_EXPANSION if file.place.endswith(_COMPRESSED) else 1) for file in files)
 
 
-def is_looked_at(config: ExperimentConfig, path: str) -> bool:
-    """Whether this process sees at a path what the command will see there.
+def is_seen_alike(config: ExperimentConfig, path: str) -> bool:
+    """Whether Spark certainly reaches a path on an object storage in the same way as this process.
 
     Args:
         config: the experiment.
-        path: a path or URI that is not local.
+        path: a path or URI.
     """
-    if hub.is_on_hub(path):
-        return True
     # Spark may be told elsewhere how to reach the storage.
     is_told = any(key.startswith("spark.hadoop.fs.") for key in config.spark.conf)
-    is_told = is_told or "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_CONF_DIR" in os.environ
-    return path.partition("://")[0] in _OBJECT_STORES and not is_told
+    return is_object_store(path) and not is_told and not {"PYSPARK_GATEWAY_PORT", "SPARK_CONF_DIR"} & os.environ.keys()
+
+
+def is_object_store(path: str) -> bool:
+    """Whether a path is on an object storage that fsspec lists.
+
+    Args:
+        path: a path or URI.
+    """
+    return not storage.is_local(path) and path.partition("://")[0] in _OBJECT_STORES
 
 
 def within_seconds(find: Callable[[], list[str]]) -> list[str]:
