@@ -13,7 +13,7 @@ from miniplm_udf.ingestion.nested import columns_for, place_of, same_name
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Only rows tell what fields such a value has.
+# A value of these kinds may have any field: the schema does not say which.
 _OPEN = ("string", "binary", "map")
 _TEXTS = ("string", "varchar", "char", "binary")
 

@@ -89,55 +89,57 @@ def listed_files(path: str, seconds: float) -> list[ListedFile] | None:
             cannot be asked and the cache does not have its files.
         ImportError: huggingface_hub is not installed.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import try_to_load_from_cache
 
     repo, revision, inner = _parts(path)
     try:
-        info = HfApi().dataset_info(repo, revision=revision, timeout=seconds)
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"ingest.input: {path}: the hub gives it to users who accepted its terms; accept them, and set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ConfigError(
-            f"ingest.input: {path}: the data set has no revision {revision!r}; correct the name after @"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ConfigError(
-            f"ingest.input: {path}: expected a data set of the hub, found none of this name; correct it, or set "
-            "HF_TOKEN for a private data set"
-        ) from error
+        commit, names = _names_on_hub(repo, revision, seconds)
+    except ConfigError as error:
+        raise ConfigError(f"ingest.input: {path}: {error}") from error
     except Exception as error:  # the errors of several HTTP clients
         if (copy := _cached(repo, revision, inner)) is not None:
             return list_files(f"{copy}/{inner}".rstrip("/")) or None
         # A hub that is slow now may answer when ingest asks it.
         if "Timeout" in type(error).__name__:
             return None
-        reason = (
-            "HF_HUB_OFFLINE forbids to ask the hub"
-            if isinstance(error, OfflineModeIsEnabled)
-            else f"the hub cannot be reached ({type(error).__name__})"
-        )
         raise ConfigError(
-            f"ingest.input: {path}: {reason}, and {folder()} does not have all its files; fetch it where there is a "
-            f"network with hf download {repo} --repo-type dataset --local-dir FOLDER, and set ingest.input=FOLDER"
+            f"ingest.input: {path}: the hub cannot be asked ({type(error).__name__}), and {folder()} does not have all "
+            f"files of the data set; fetch it where there is a network with hf download {repo} --repo-type dataset "
+            "--local-dir FOLDER, and set ingest.input=FOLDER"
         ) from error
-    names = [file.rfilename for file in info.siblings or ()]
     matches = _matching(inner, names)
     if not matches:
         raise ConfigError(f"ingest.input: {path} has no file that ingest reads; {_described(names, inner)}")
     files = []
     for name in sorted(matches):
-        here = try_to_load_from_cache(repo, name, revision=info.sha, repo_type="dataset")
+        here = try_to_load_from_cache(repo, name, revision=commit, repo_type="dataset")
         is_here = isinstance(here, str)
         files.append(ListedFile(str(here), Path(str(here)).stat().st_size) if is_here else ListedFile(name, 0, False))
     return files
+
+
+def _names_on_hub(repo: str, revision: str | None, seconds: float) -> tuple[str | None, list[str]]:
+    """The commit of a data set, and the names of its files.
+
+    Raises:
+        ConfigError: the hub does not have the data set, or does not give it.
+        Exception: the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().dataset_info(repo, revision=revision, timeout=seconds)
+    except GatedRepoError as error:
+        raise ConfigError("the hub gives it to users who accepted its terms; accept them, and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"the data set has no revision {revision!r}; correct the name after @") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            "expected a data set of the hub, found none of this name; correct it, or set HF_TOKEN for a private data "
+            "set"
+        ) from error
+    return info.sha, [file.rfilename for file in info.siblings or ()]
 
 
 def _cached(repo: str, revision: str | None, inner: str) -> Path | None:

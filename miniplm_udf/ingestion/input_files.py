@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import IO, Any
@@ -126,21 +127,23 @@ def _below(folder: str) -> Iterator[ListedFile]:
 def _remote_files(path: str, seconds: float | None) -> Iterator[ListedFile]:
     filesystem, inner = fsspec.core.url_to_fs(path)
     scheme = path.partition("://")[0]
-    places: dict[str, Any] = {inner.rstrip("/"): {"type": "directory"}}
-    if globs.has_magic(inner) and not _asked(filesystem, seconds, "exists", inner):
-        patterns = globs.without_braces(inner)
-        places = {k: v for each in patterns for k, v in _asked(filesystem, seconds, "glob", each, detail=True).items()}
-        if not places and scheme in ("s3", "s3a"):  # fails if there is no such bucket, which a glob does not tell
-            _asked(filesystem, seconds, "ls", inner.partition("/")[0])
-    for place, facts in places.items():
-        below = {place: facts}
-        if facts["type"] == "directory":
-            below = _asked(filesystem, seconds, "find", place, detail=True)
-        for name, entry in below.items():
-            parts = name.removeprefix(place).strip("/").split("/") if name != place else [name.rpartition("/")[2]]
-            if entry["type"] == "file" and not name.endswith("/") and not any(map(is_hidden, parts)):
-                uri = f"{scheme}://{filesystem.unstrip_protocol(name).partition('://')[2]}"
-                yield ListedFile(uri, int(entry["size"] or 0))
+    ask = functools.partial(_asked, filesystem, seconds)
+    entries: list[tuple[str, str, Any]] = []
+    if globs.has_magic(inner) and not ask("exists", inner):
+        for pattern in globs.without_braces(inner):
+            for place, facts in ask("glob", pattern, detail=True).items():
+                below = ask("find", place, detail=True) if facts["type"] == "directory" else {place: facts}
+                entries += [(place, name, entry) for name, entry in below.items()]
+        if not entries and scheme in ("s3", "s3a"):  # fails if there is no such bucket, which a glob does not tell
+            ask("ls", inner.partition("/")[0])
+    else:
+        place = inner.rstrip("/")
+        entries += [(place, name, entry) for name, entry in ask("find", place, detail=True).items()]
+    for place, name, entry in entries:
+        below_place = name.rpartition("/")[2] if name == place else name.removeprefix(place).strip("/")
+        if entry["type"] == "file" and not name.endswith("/") and not any(map(is_hidden, below_place.split("/"))):
+            uri = f"{scheme}://{filesystem.unstrip_protocol(name).partition('://')[2]}"
+            yield ListedFile(uri, int(entry["size"] or 0))
 
 
 def _asked(filesystem: Any, seconds: float | None, method: str, *arguments: Any, **options: Any) -> Any:

@@ -195,7 +195,7 @@ def _overlaps(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _problems_of(config: ExperimentConfig) -> Iterator[str]:
-    """What is wrong with the paths of the input, and with the files at them."""
+    """Checks the paths of the input, and the files at them."""
     inputs = config.ingest.inputs
     tables = [path for path in inputs if _is_visible_table(path)]
     if tables:

@@ -111,14 +111,14 @@ def _hub_problems(config: ExperimentConfig, alias: str, model: ModelConfig) -> I
         yield f"{key}: {model.path}: expected a model with a config.json on the hub, found none; name another model"
 
 
-def _names_on_hub(config: ExperimentConfig, key: str, model: ModelConfig, found: str) -> set[str]:
+def _names_on_hub(config: ExperimentConfig, key: str, model: ModelConfig, here: str) -> set[str]:
     """The names of a model's files on the hub.
 
     Args:
         config: the experiment.
         key: the key of the model's path.
         model: a model with the name of the hub.
-        found: what of it is on this machine, in words.
+        here: which of its files are on this machine, in words.
 
     Returns:
         The names; empty if they are not known here, and may be known where the executors are.
@@ -137,14 +137,14 @@ def _names_on_hub(config: ExperimentConfig, key: str, model: ModelConfig, found:
             f"{start}the hub gives it to users who accepted its terms; accept them, and set HF_TOKEN"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ConfigError(f"{start}{found}, and the hub has no such model; correct the name") from error
+        raise ConfigError(f"{start}{here}, and the hub has no such model; correct the name") from error
     except Exception as error:  # the errors of several HTTP clients
         if not is_local_session(config):
             return set()
         raise ConfigError(
-            f"{start}{found}, and HF_HUB_OFFLINE forbids to ask the hub; correct the path, or unset HF_HUB_OFFLINE"
+            f"{start}{here}, and HF_HUB_OFFLINE forbids to ask the hub; correct the path, or unset HF_HUB_OFFLINE"
             if isinstance(error, OfflineModeIsEnabled)
-            else f"{start}{found}, and the hub cannot be reached ({type(error).__name__}); correct the path, or fetch "
+            else f"{start}{here}, and the hub cannot be reached ({type(error).__name__}); correct the path, or fetch "
             "the model where there is a network"
         ) from error
     return {file.rfilename for file in info.siblings or ()}
@@ -186,7 +186,7 @@ def _will_be_fetched(config: ExperimentConfig, key: str, model: ModelConfig, fol
     """Whether a folder of the hub's cache lacks files of the model, which the run fetches from the hub."""
     if Path(str(model.path)).expanduser().exists() or not storage.is_local(str(model.path)):
         return False
-    names = _names_on_hub(config, key, model, "the hub's cache has only a part of it")
+    names = _names_on_hub(config, key, model, "the hub's cache has only some of its files")
     needed = {name for name in names if name.endswith(".safetensors") or name in _TOKENIZER_FILES}
     return not names or any(not (folder / name).is_file() for name in needed)
 

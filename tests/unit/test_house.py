@@ -414,6 +414,7 @@ JSON_USES = {
     "miniplm_udf/config/student_models.py": 3,
     "miniplm_udf/config/training.py": 2,
     "miniplm_udf/estimate/measure.py": 1,
+    "miniplm_udf/ingestion/beginnings.py": 8,
     "miniplm_udf/ingestion/documents.py": 5,
     "miniplm_udf/object_storage.py": 2,
     "miniplm_udf/scoring/batching.py": 1,

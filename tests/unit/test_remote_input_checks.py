@@ -213,7 +213,7 @@ def test_the_command_uses_the_endpoint_of_the_config(
 
 
 @dataclasses.dataclass
-class Hub:
+class AskedHub:
     """A hub that this process asks.
 
     Attributes:
@@ -232,18 +232,18 @@ class Hub:
 
 
 @contextlib.contextmanager
-def asked_hub(folder: Path, cache: Path, repo: str, kind: Literal["datasets", "models"]) -> Iterator[Hub]:
+def asked_hub(folder: Path, cache: Path, repo: str, kind: Literal["datasets", "models"]) -> Iterator[AskedHub]:
     """A hub with one data set or model, and an empty cache."""
     with pytest.MonkeyPatch.context() as patch, hub_server(folder, repo, kind) as (url, requests):
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        asked = Hub(requests, patch)
+        asked = AskedHub(requests, patch)
         asked.move(url)
         yield asked
 
 
 @pytest.fixture
-def texts_hub(tmp_path: Path) -> Iterator[Hub]:
+def texts_hub(tmp_path: Path) -> Iterator[AskedHub]:
     repo = tmp_path / "repo"
     contents = {"data/a.jsonl": LINES, "data/_b.jsonl": LINES, "data/README.md": b"#", "tab/c.csv": b"text\n"}
     for name, content in contents.items():
@@ -270,13 +270,13 @@ def texts_hub(tmp_path: Path) -> Iterator[Hub]:
         ("texts", "expected hf://datasets/ORG/NAME"),
     ],
 )
-def test_a_data_set_of_the_hub(place: Place, texts_hub: Hub, path: str, message: str | None) -> None:
+def test_a_data_set_of_the_hub(place: Place, texts_hub: AskedHub, path: str, message: str | None) -> None:
     problems = problems_with(place, f"hf://datasets/{path}", "ingest.fields.text=body")
     assert [message in problem for problem in problems if message] == [True] * (message is not None), problems
     assert not [request for request in texts_hub.requests if "/resolve/" in request], "a check has fetched a file"
 
 
-def test_what_is_fetched_already_is_checked(place: Place, texts_hub: Hub) -> None:
+def test_what_is_fetched_already_is_checked(place: Place, texts_hub: AskedHub) -> None:
     path = "hf://datasets/org/texts/data"
     assert problems_with(place, path, "ingest.fields.text=body") == []
     hub.local_copy(path)
@@ -288,10 +288,10 @@ def test_what_is_fetched_already_is_checked(place: Place, texts_hub: Hub) -> Non
     assert len(problems_with(place, path, "ingest.fields.text=body")) == 1
 
 
-def test_a_hub_that_cannot_be_reached(place: Place, texts_hub: Hub) -> None:
+def test_a_hub_that_cannot_be_reached(place: Place, texts_hub: AskedHub) -> None:
     texts_hub.move("http://127.0.0.1:1")
     (problem,) = problems_with(place, "hf://datasets/org/texts")
-    assert f"the hub cannot be reached (ConnectError), and {hub.folder()} does not have all its files" in problem
+    assert f"the hub cannot be asked (ConnectError), and {hub.folder()} does not have all files" in problem
     assert "hf download org/texts" in problem
 
 
@@ -323,4 +323,4 @@ def test_a_model_of_the_hub_with_its_small_files_in_the_cache(
         (offline,) = problems_with(place, str(place.texts), stages=("score",))
     assert [problem in each for each in problems if problem] == [True] * (problem is not None), problems
     assert elsewhere == []
-    assert "the hub's cache has only a part of it, and HF_HUB_OFFLINE forbids to ask the hub" in offline
+    assert "the hub's cache has only some of its files, and HF_HUB_OFFLINE forbids to ask the hub" in offline
