@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -106,6 +107,18 @@ def test_the_checks_take_what_it_writes(place: Place, kind: str, capsys: pytest.
     where = str(config.refine.corpora["difference"].where)
     assert all(name in where for name in ("duplicate_of", "near_duplicate_of", "duplicate_5gram_share"))
     assert where == config.refine.corpora["random"].where
+
+
+def test_texts_in_an_object_storage(place: Place) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/init/a.jsonl", lines(NESTED).encode())
+    filesystem.pipe("/init/_b.jsonl", b"hidden")
+    try:
+        assert init(place, inputs="memory://init/*.jsonl") == 0
+        assert written(place).ingest.fields.text == "doc.body"
+        assert init(place, "--force", inputs="memory://init/*.parquet") == 2
+    finally:
+        filesystem.store.clear()
 
 
 def test_a_file_is_replaced_only_with_force(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
