@@ -4,7 +4,8 @@ Input: a data set, or a folder, file or glob in it, perhaps with `@REVISION`. Ou
 on this machine (`HF_HOME`), where Spark reads it like any local folder; on a cluster, the cache has to be on storage
 that all nodes share. Only files of formats that ingest reads are fetched, each once. A file's path has the commit in
 it: a newer commit of the hub gives new paths, whose known documents are duplicates. Without a network, the files that
-were fetched before are read. A retry continues the download.
+were fetched before are read. A retry continues the download. `listed_files` fetches nothing: it lists for the checks
+before a command starts.
 """
 
 import functools
