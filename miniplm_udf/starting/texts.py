@@ -2,9 +2,9 @@
 
     paths, globs, folders, hf://datasets/NAME, a Delta table  ->  `TextSample`: rows, files, bytes
 
-Owns the choice of the files that are read, evenly spaced over the sorted list; ingestion/beginnings.py reads them. Totals
-are estimates from the sample: bytes of all files, times what the bytes that were read have held. Reads at most about 20
-MB of text. JSON lines and text need the base install alone; other formats need pyarrow, `.zst` zstandard.
+Owns the choice of the files that are read, evenly spaced over the sorted list; ingestion/beginnings.py reads them.
+Totals are estimates from the sample: bytes of all files, times what the bytes that were read have held. Reads at most
+about 20 MB of text. JSON lines and text need the base install alone; other formats need pyarrow, `.zst` zstandard.
 """
 
 import dataclasses
