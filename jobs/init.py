@@ -19,7 +19,9 @@ import shtab
 
 from jobs.command import Parser, guarded, make_parser
 from jobs.text import as_json, table
+from miniplm_udf import object_storage
 from miniplm_udf.config.experiment import load_config
+from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError
 from miniplm_udf.starting.start import as_plain, look
 from miniplm_udf.starting.template import Start, render, si
@@ -45,6 +47,7 @@ def run(arguments: argparse.Namespace) -> Start:
         raise ConfigError(f"--out: {out} exists already; name another file, or replace it with --force")
     if arguments.gpus is not None and arguments.gpus < 0:
         raise ConfigError(f"--gpus: expected 0 or more, found {arguments.gpus}")
+    object_storage.use(StorageConfig())
     start = look(arguments.input, arguments.teacher, arguments.root, arguments.separator, arguments.gpus)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(start), encoding="utf-8")

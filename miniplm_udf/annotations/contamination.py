@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
-_KEY = "annotate.contamination.files"
+KEY = "annotate.contamination.files"
 _KINDS, _PACKED = ("jsonl", "txt"), ("", ".gz", ".zst")
 _SUFFIXES = tuple(f".{kind}{packed}" for kind in _KINDS for packed in _PACKED)
 # As for inputs of ingest: the extension in any case, the suffix of a compressed file in lower case.
@@ -96,17 +96,35 @@ def files_of(spark: "SparkSession", config: ContaminationConfig) -> list[InputFi
 
 
 def _spark_path(spark: "SparkSession", configured: str) -> str:
-    return existing_or_glob(spark, storage.to_uri(configured), _KEY)
+    return existing_or_glob(spark, storage.to_uri(configured), KEY)
 
 
 def _files_at(spark: "SparkSession", configured: str, path: str) -> list[InputFile]:
-    check_names(path, all_files(spark, path, _KEY), _KEY)
-    files = [file for file in matching(spark, configured, path, _KEY) if _NAMES.search(file.path)]
+    check_names(path, all_files(spark, path, KEY), KEY)
+    files = [file for file in matching(spark, configured, path, KEY) if is_evaluation_file(file.path)]
     if not files:
-        raise ConfigError(
-            f"{_KEY}: expected files ending in {', '.join(_SUFFIXES)} at {storage.redact(configured)}, found none"
-        )
+        raise ConfigError(no_evaluation_file(configured))
     return files
+
+
+def is_evaluation_file(path: str) -> bool:
+    """Whether a file is read as evaluation data, by its name.
+
+    Args:
+        path: path or URI of the file.
+    """
+    return bool(_NAMES.search(path))
+
+
+def no_evaluation_file(path: str) -> str:
+    """Returns the message for a path that has files, of which none is an evaluation file.
+
+    Args:
+        path: the path as the config has it.
+    """
+    return (
+        f"{KEY}: expected files ending in {', '.join(_SUFFIXES)} at {storage.redact(path)}, found none; name such files"
+    )
 
 
 def load(spark: "SparkSession", config: ContaminationConfig) -> EvaluationNgrams:
@@ -125,8 +143,8 @@ def load(spark: "SparkSession", config: ContaminationConfig) -> EvaluationNgrams
     from pyspark.sql import functions as F
 
     paths = [_spark_path(spark, path) for path in config.paths]
-    all_listed = {file for path in paths for file in all_files(spark, path, _KEY)}
-    warn_of_left_out(left_out(all_listed, [file.path for file in files_of(spark, config)]), _KEY)
+    all_listed = {file for path in paths for file in all_files(spark, path, KEY)}
+    warn_of_left_out(left_out(all_listed, [file.path for file in files_of(spark, config)]), KEY)
     records = _records(spark, paths)
     by_text = F.transform(F.transform("texts", words_of_plain), lambda words: ngram_hashes(words, config.ngram_words))
     hashed = records.select("file", "problem", F.flatten(by_text).alias("ngrams")).persist()
@@ -143,7 +161,7 @@ def load(spark: "SparkSession", config: ContaminationConfig) -> EvaluationNgrams
     if n_ngrams == 0:
         ngrams.unpersist()
         raise ConfigError(
-            f"{_KEY}: expected texts of {config.ngram_words} words or more, found none in {n_records} records"
+            f"{KEY}: expected texts of {config.ngram_words} words or more, found none in {n_records} records"
         )
     return EvaluationNgrams(ngrams, n_ngrams, n_records, n_short, f"{xor & 0xFFFFFFFFFFFFFFFF:016x}-{n_ngrams}")
 
@@ -214,7 +232,7 @@ def _refuse_problems(records: "DataFrame") -> None:
     problems = records.where("problem is not null").select("file", "problem").limit(1).collect()
     if problems:
         raise ConfigError(
-            f"{_KEY}: {storage.redact(plain_path(problems[0].file))}: expected one JSON object per line, found a line "
+            f"{KEY}: {storage.redact(plain_path(problems[0].file))}: expected one JSON object per line, found a line "
             f"that is none: {problems[0].problem}"
         )
 

@@ -44,6 +44,8 @@ from miniplm_udf.errors import ConfigError
 from miniplm_udf.layout import Root
 from miniplm_udf.storage import Json
 
+_NO_ROOT = "root: where the tables go; set it in the file or as root=PATH"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(LinkedSections):
@@ -79,17 +81,20 @@ class ExperimentConfig(LinkedSections):
     wandb: WandbConfig | None = None
 
     def __post_init__(self) -> None:
-        self._settle_places()
+        self._settle_root()
+        self._check_report_folder()
         self._pass_on_separator()
         problems = list(self.link_problems())
         if problems:
             raise ConfigError.of_all(problems)
 
-    def _settle_places(self) -> None:
-        """Makes `root` a URI, and refuses places with characters that cannot stand there."""
-        check(bool(self.root), "root: where the tables go; set it in the file or as root=PATH")
+    def _settle_root(self) -> None:
+        """Makes `root` a URI, and refuses characters that cannot stand in it."""
+        check(bool(self.root), _NO_ROOT)
         object.__setattr__(self, "root", storage.to_uri(self.root))
         storage.check_location("root", self.root)
+
+    def _check_report_folder(self) -> None:
         if self.report.folder is not None:
             storage.check_location("report.folder", storage.to_uri(self.report.folder))
 
@@ -180,28 +185,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     for override in overrides:
         apply_override(raw, override, ExperimentConfig)
     raw = {key: value for key, value in raw.items() if value is not None}
-    check(bool(raw.get("root")), "root: where the tables go; set it in the file or as root=PATH")
     checked = check_sections(raw, ExperimentConfig)
-    config, problems = _linked(checked.values)
+    config, problems = _linked(checked.values, is_root_wrong="root" in raw and "root" not in checked.values)
     problems = [*checked.problems, *problems]
     if problems:
         raise ConfigError.of_all(problems, config)
     return config
 
 
-def _linked(sections: Json) -> tuple[ExperimentConfig, list[str]]:
-    """An experiment of sections that are right by themselves, and what does not fit between them."""
+def _linked(sections: Json, is_root_wrong: bool) -> tuple[ExperimentConfig, list[str]]:
+    """An experiment of sections that are right by themselves, and what does not fit between them.
+
+    Its root is empty if there is none that can be used.
+    """
     # The experiment's own check would raise, and leave nothing for further checks.
     config = object.__new__(ExperimentConfig)
     for field in dataclasses.fields(ExperimentConfig):
         default = None if field.default_factory is dataclasses.MISSING else field.default_factory()
         object.__setattr__(config, field.name, sections.get(field.name, default))
+    problems = []
     try:
-        config._settle_places()
+        config._settle_root()
     except ConfigError as error:
-        return config, [str(error)]
+        # A root of the wrong type has been reported as that.
+        problems += [] if is_root_wrong else [f"root: {str(error).removeprefix('root: ')}"]
+        object.__setattr__(config, "root", "")
+    try:
+        config._check_report_folder()
+    except ConfigError as error:
+        problems.append(str(error))
     config._pass_on_separator()
-    return config, list(config.link_problems())
+    return config, [*problems, *config.link_problems()]
 
 
 def to_dict(config: Any) -> Json:

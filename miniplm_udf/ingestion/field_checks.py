@@ -1,17 +1,19 @@
 """Checks before the stream starts that the input has the fields that the config names. Driver only.
 
 Input: the types of a table's columns, or files; and `FieldsConfig`. Output: nothing, or a ConfigError with the nearest
-name. Executors read the first rows of the first files. Writes nothing; a retry checks again.
+name. Executors read the first rows of the first files. `column_problems` and `line_problems` need no Spark: the checks
+before a command starts use them. Writes nothing; a retry checks again.
 """
 
 import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from miniplm_udf import storage
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.ingestion.column_kinds import ColumnKind, kind_at
 from miniplm_udf.ingestion.first_rows import array_keys, field_names_in
 from miniplm_udf.ingestion.listing import escape_glob
 from miniplm_udf.ingestion.nested import NestedSql, place_of, sql_of
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _FILES, _LINES = 5, 100
 _KEYS_DDL = "keys array<string>"
+_FIRST_LINES = "the input's first lines"
 
 
 def check_columns(path: str, types: dict[str, str], fields: FieldsConfig) -> None:
@@ -41,12 +44,50 @@ def check_columns(path: str, types: dict[str, str], fields: FieldsConfig) -> Non
     """
     if not types:
         return
-    for key, name in _required(fields):
+    for key, name in required(fields):
         if _type_of(name, types) is None:
             raise ConfigError(no_field(key, name, types, storage.redact(path)))
     kind = _type_of(fields.text, types) or ""
     if not kind.startswith(("string", "varchar", "char", "binary")):
-        raise ConfigError(f"ingest.fields.text: expected a column of text, found {fields.text!r} of {kind}")
+        raise ConfigError(_no_text(fields, kind))
+
+
+def column_problems(place: str, columns: Mapping[str, ColumnKind], fields: FieldsConfig) -> Iterator[str]:
+    """Yields what `check_columns` would refuse, as far as it can be said without Spark.
+
+    Args:
+        place: where the columns are, in words.
+        columns: the kinds of the columns by name; empty if they are not known.
+        fields: names of the columns.
+    """
+    if not columns:
+        return
+    for key, name in required(fields):
+        kind = kind_at(name, columns)
+        if kind is None:
+            yield no_field(key, name, columns, place)
+        elif key == "text" and not kind.is_text:
+            yield _no_text(fields, kind.name)
+
+
+def line_problems(names: Collection[str], fields: FieldsConfig) -> Iterator[str]:
+    """Yields what `check_lines` would refuse.
+
+    Args:
+        names: the names of the fields in the first rows; empty if they are not known.
+        fields: names of the fields.
+    """
+    for key, name in required(fields):
+        # Metadata fields may be rare, so that the first lines have none of them.
+        if names and key != "metadata" and name not in names:
+            yield no_field(key, name, names, _FIRST_LINES)
+
+
+def _no_text(fields: FieldsConfig, kind: str) -> str:
+    return (
+        f"ingest.fields.text: expected a column of text, found {fields.text!r} of {kind}; name another column with "
+        "ingest.fields.text"
+    )
 
 
 def _type_of(name: str, types: dict[str, str]) -> str | None:
@@ -73,7 +114,7 @@ def check_text_fields(fields: FieldsConfig) -> None:
         ConfigError: a name is not a default.
     """
     default = FieldsConfig()
-    for key, name in _required(fields):
+    for key, name in required(fields):
         if key == "metadata" or name != getattr(default, key):
             raise ConfigError(
                 f"ingest.fields.{key}: expected no name for text files, each of which is one document without fields, "
@@ -97,8 +138,7 @@ def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: Fie
     from pyspark.errors import PySparkException
 
     keys: set[str] = set()
-    # Metadata fields may be rare, so that the first lines have none of them.
-    required = [(key, name) for key, name in _required(fields) if key != "metadata"]
+    needed = [name for key, name in required(fields) if key != "metadata"]
     for row_keys in array_keys(spark, files) if kind == "json" else []:
         keys.update(row_keys)
     for file in [file for file in files if file.n_bytes and kind == "jsonl"][:_FILES]:
@@ -109,15 +149,21 @@ def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: Fie
         except (Py4JJavaError, PySparkException):
             continue  # an unreadable file, which quarantine.py reports
         keys.update(key for row in rows for key in row[0])
-        if all(name in keys for _, name in required):
+        if keys.issuperset(needed):
             return
-    for key, name in required:
-        if keys and name not in keys:
-            raise ConfigError(no_field(key, name, keys, "the input's first lines"))
+    for problem in line_problems(keys, fields):
+        raise ConfigError(problem)
 
 
-def _required(fields: FieldsConfig) -> list[tuple[str, str]]:
-    """The fields that must exist (the text, and names that are not defaults), as (key of the config, name)."""
+def required(fields: FieldsConfig) -> list[tuple[str, str]]:
+    """Returns the fields that must exist: the text, and names that are not defaults.
+
+    Args:
+        fields: names of the fields.
+
+    Returns:
+        (key of the config, name) of each.
+    """
     default = FieldsConfig()
     names = [("text", fields.text)]
     names += [(key, getattr(fields, key)) for key in ("id", "source") if getattr(fields, key) != getattr(default, key)]

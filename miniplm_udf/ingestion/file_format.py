@@ -2,13 +2,14 @@
 
 Input: listed files. Output: a format. Owns the rules for folders with several kinds of files: text files next to data
 (README.txt) and the records of `datasets` are not counted; JSON files are arrays if one of the first is an array.
-Driver only; executors read the beginnings of some `.json` files. Writes nothing; a retry decides the same.
+Driver only. For `file_format`, executors read the beginnings of some `.json` files; `choose_format` needs no Spark, and
+the checks before a command starts use it too. Writes nothing; a retry decides the same.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -17,8 +18,8 @@ from miniplm_udf import storage
 from miniplm_udf.config.sections import IngestConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.ingestion.first_rows import holds_arrays
-from miniplm_udf.ingestion.formats import SUFFIXES
-from miniplm_udf.ingestion.listing import format_of, is_datasets_cache, is_datasets_record, plain_path
+from miniplm_udf.ingestion.formats import SUFFIXES, format_of
+from miniplm_udf.ingestion.listing import is_datasets_cache, is_datasets_record, plain_path
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -40,29 +41,49 @@ def file_format(spark: "SparkSession", ingest: IngestConfig, files: "Sequence[In
     Raises:
         ConfigError: the names tell no format or several, or the config expects a Delta table.
     """
+    by_path = {file.path: file for file in files}
+
+    def has_arrays(paths: Sequence[str]) -> bool:
+        return holds_arrays(spark, [by_path[path] for path in paths])
+
+    return choose_format(ingest, [file.path for file in files], has_arrays)
+
+
+def choose_format(ingest: IngestConfig, paths: Sequence[str], has_arrays: Callable[[Sequence[str]], bool]) -> str:
+    """Returns the config's format, or the format that the names of files tell.
+
+    Args:
+        ingest: the paths and the format.
+        paths: paths or URIs of the files, percent-encoded; at least one.
+        has_arrays: whether one of the first of some `.json` files is a JSON array; gets their sorted paths.
+
+    Raises:
+        ConfigError: the names tell no format or several, or the config expects a Delta table.
+    """
     if ingest.format == "delta":
         raise ConfigError(
-            f"ingest.input: expected a Delta table (a folder with _delta_log), found files: {ingest.inputs}"
+            f"ingest.input: expected a Delta table (a folder with _delta_log), found files: {ingest.inputs}; correct "
+            "the path or ingest.format"
         )
     if ingest.format != "auto":
         return ingest.format
-    kinds = {format_of(file.path) for file in files if not is_datasets_record(file.path)} - {None}
-    kinds = kinds or {format_of(file.path) for file in files} - {None}
+    formats = {path: kind for path in paths if (kind := format_of(path)) is not None}
+    kinds = {kind for path, kind in formats.items() if not is_datasets_record(path)} or set(formats.values())
     if len(kinds) > 1:
         kinds.discard("text")
     if not kinds:
-        raise ConfigError(_no_format(files))
-    jsons = [file for file in files if _JSON.search(file.path)]
-    if "jsonl" in kinds and jsons and holds_arrays(spark, sorted(jsons, key=lambda file: file.path)):
+        raise ConfigError(_no_format(paths))
+    jsons = sorted(path for path in paths if _JSON.search(path))
+    if "jsonl" in kinds and jsons and has_arrays(jsons):
         kinds.add("JSON arrays")
-        if all(_JSON.search(file.path) for file in files if format_of(file.path) == "jsonl"):
+        if all(_JSON.search(path) for path, kind in formats.items() if kind == "jsonl"):
             kinds.discard("jsonl")
     if len(kinds) > 1:
         raise ConfigError(
-            f"ingest.input: expected files of one format, found {sorted(map(str, kinds))} among {ingest.inputs}; "
+            f"ingest.input: expected files of one format, found {sorted(kinds)} among {ingest.inputs}; "
             "ingest one format, for example ingest.input='texts/*.jsonl.gz', and the other after it into the same root"
         )
-    return str(kinds.pop()).replace("JSON arrays", "json")
+    return kinds.pop().replace("JSON arrays", "json")
 
 
 def is_of_format(path: str, kind: str) -> bool:
@@ -101,10 +122,11 @@ def csv_hint(files: "Sequence[str]") -> str | None:
     )
 
 
-def _no_format(files: "Sequence[InputFile]") -> str:
-    if hint := csv_hint([file.path for file in files]):
+def _no_format(paths: Sequence[str]) -> str:
+    if hint := csv_hint(paths):
         return f"ingest.input: {hint}"
     return (
         f"ingest.input: expected names that end in {' '.join(s for v in SUFFIXES.values() for s in v)}, found "
-        f"{Path(unquote(files[0].path)).name!r} and the like; set ingest.format=jsonl, parquet, text, json or arrow"
+        f"{Path(unquote(paths[0])).name!r} and the like; rename the files, or set ingest.format=jsonl, parquet, text, "
+        "json or arrow"
     )

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 INPUT = "ingest.input"
-_PATTERNS = {
-    kind: re.compile(rf"\.(?i:{'|'.join(names)})({'|'.join(map(re.escape, PACKED[kind]))})$")
-    for kind, names in NAMES.items()
-}
 _GLOB = re.compile(r"[\[\]{}*?\\]")
 # The text form of Hadoop's FileStatus. Many of them come as one text, because each call into the JVM is slow.
 _STATUS = re.compile(r"\w*\{path=(.*?); isDirectory=(true|false)(?:; length=(\d+))?;", re.DOTALL)
@@ -78,18 +74,6 @@ def glob_filter(names: Sequence[str], packed: Sequence[str]) -> str:
 
 
 GLOB_FILTERS = {kind: glob_filter(names, PACKED[kind]) for kind, names in NAMES.items()}
-
-
-def format_of(path: str) -> str | None:
-    """Returns the format that belongs to a file's suffix.
-
-    Args:
-        path: path or URI of the file.
-
-    Returns:
-        A key of `formats.NAMES`; None for other names.
-    """
-    return next((kind for kind, pattern in _PATTERNS.items() if pattern.search(path)), None)
 
 
 def escape_glob(path: str) -> str:

@@ -20,13 +20,15 @@ from miniplm_udf.config.evaluate import TextInputConfig
 from miniplm_udf.config.sections import FieldsConfig, SplitConfig
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.ingestion.documents import Document, DocumentReader, Reject
-from miniplm_udf.ingestion.formats import SUFFIXES
+from miniplm_udf.ingestion.formats import format_of
 from miniplm_udf.ingestion.unpacking import unpacked_chunks
 from miniplm_udf.store import delta_files
 from miniplm_udf.store.delta_log import has_commits, newest_version
 
 _GLOB = re.compile(r"[*?\[\]]")
 _PROBED_LINES = 100
+# A remote file is fetched in blocks; the default size is for whole files.
+_PROBED_BYTES = 1_000_000
 _ROWS_AT_ONCE = 256
 
 
@@ -99,7 +101,7 @@ class TextSet:
         if self.format != "jsonl":
             next(iter(self._table_rows(self.files[0])), None)
             return
-        lines = list(itertools.islice(self._lines(self.files[0]), _PROBED_LINES))
+        lines = list(itertools.islice(self._lines(self.files[0], block_size=_PROBED_BYTES), _PROBED_LINES))
         without = [row for row in lines if isinstance(row, Reject) and row.reason == "missing_text"]
         if without and not any(isinstance(row, Document) for row in lines):
             raise ConfigError(
@@ -113,10 +115,10 @@ class TextSet:
         fields = FieldsConfig(text=self.config.text_column, source=self.config.source_column)
         return DocumentReader(fields, self.name, SplitConfig(reference=0.0, heldout=0.0))
 
-    def _lines(self, file: str) -> Iterator[Document | Reject | None]:
-        reader = self._reader
+    def _lines(self, file: str, **options: int) -> Iterator[Document | Reject | None]:
+        reader, (filesystem, path) = self._reader, fsspec.core.url_to_fs(file)
         try:
-            with fsspec.open(file, "rb") as handle:
+            with filesystem.open(path, "rb", **options) as handle:
                 parts: list[bytes] = []
                 for chunk in unpacked_chunks(file, handle):
                     parts.append(chunk)
@@ -247,7 +249,8 @@ def _files(config: TextInputConfig) -> list[str]:
 
 
 def _format(file: str) -> str | None:
-    return next((kind for kind in ("jsonl", "parquet") if file.lower().endswith(SUFFIXES[kind])), None)
+    kind = format_of(file)
+    return kind if kind in ("jsonl", "parquet") else None
 
 
 def _is_text(kind: Any) -> bool:

@@ -16,7 +16,9 @@ from miniplm_udf.annotations.packages import NEEDED
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import IngestConfig, ModelConfig
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.ingestion.beginnings import TEXT
 from miniplm_udf.ingestion.documents import find_field
+from miniplm_udf.ingestion.input_files import listed_once
 from miniplm_udf.starting import cleaning, fields, teacher, texts
 from miniplm_udf.starting.cautions import cautions
 from miniplm_udf.starting.fields import Fields
@@ -51,8 +53,9 @@ def look(
         ModelLoadError: there is no such teacher, or its files cannot be read.
     """
     named = [_absolute(path) for path in inputs]
-    _check_input(named, root)
-    sample = texts.read_sample(named)
+    with listed_once():
+        _check_input(named, root)
+        sample = texts.read_sample(named)
     chosen, values, n_bad = _texts_of(sample)
     facts = teacher.examine(teacher_path, separator, values)
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in values)
@@ -109,7 +112,7 @@ def _texts_of(sample: TextSample) -> tuple[Fields, list[str], int]:
             f"none of which can be read{sample.encoding_hint}"
         )
     dataclass_fields = Fields() if sample.format == "text" else fields.choose(rows)
-    name = dataclass_fields.text or texts.TEXT
+    name = dataclass_fields.text or TEXT
     values = [value for row in rows if isinstance(value := find_field(row, name), str) and value and "\0" not in value]
     if not values:
         raise ConfigError(f"--input: expected texts in the field {name!r}, found none in the first rows")

@@ -1,35 +1,49 @@
 """Checks of ingest's input before a command starts: files, format, fields of the first rows. Driver only, no Spark.
 
-Input: a config. Output: problems, each a sentence with its key and its remedy. Looks only at local paths and at Delta
-tables: Spark lists other places itself, once it has started (ingestion/inputs.py, which checks again). Reads the first
-lines of the first files, and footers of Parquet files. Reports only what is certain.
+Input: a config. Output: problems, each a sentence with its key and its remedy. Checks local paths, Delta tables, object
+storages and data sets of the hub. Lists the files as fsspec sees them, and reads the first rows of the first files, and
+footers; fetches nothing from the hub. Reports only what is certain. A damaged file is left to ingest, and so is a
+storage that does not answer in a few seconds, or that Spark may reach in another way than this process. Ingest checks
+again with Spark's own listing (ingestion/inputs.py).
 """
 
-import glob
-import itertools
+import contextvars
 import json
-import re
-from collections.abc import Collection, Iterator
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
-from miniplm_udf import storage
+from miniplm_udf import object_storage, storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import FieldsConfig
+from miniplm_udf.errors import ConfigError
+from miniplm_udf.ingestion import globs, hub
+from miniplm_udf.ingestion.beginnings import N_FIRST, Limits, columns_of, first_holds_array, read_beginning
+from miniplm_udf.ingestion.column_kinds import ColumnKind, kinds_of_delta
 from miniplm_udf.ingestion.documents import field_names
-from miniplm_udf.ingestion.field_checks import no_field
-from miniplm_udf.ingestion.formats import SUFFIXES
-from miniplm_udf.ingestion.unpacking import unpacked_chunks
-from miniplm_udf.storage import Json
-from miniplm_udf.store.delta_log import has_commits
+from miniplm_udf.ingestion.field_checks import check_text_fields, column_problems, line_problems
+from miniplm_udf.ingestion.file_format import choose_format, is_of_format
+from miniplm_udf.ingestion.input_files import ListedFile, list_files
+from miniplm_udf.storage_errors import explain
+from miniplm_udf.store.delta_log import encoded, has_commits
+from miniplm_udf.upkeep.storage_probe import connect
+
+LOGGER = logging.getLogger("miniplm.preflight")
 
 KEY = "ingest.input"
-_FILES, _LINES = 5, 100
-_FIRST_BYTES = 1_000_000
-_GLOB = re.compile(r"[\[\]{}*?\\]")
-_BRACES = re.compile(r"\{([^{}]*)\}")
+# Storages of objects, which fsspec and Spark list alike; memory: is for tests.
+_OBJECT_STORES = ("s3a", "s3", "gs", "gcs", "abfs", "abfss", "az", "memory")
+_LIMITS = Limits(rows=100, n_bytes=1_000_000)
+# Time for everything that is not on this machine, and for a single request.
+_SECONDS, _REQUEST_SECONDS = 5.0, 4.0
+_CONNECT_SECONDS, _HUB_SECONDS = 2.0, 2.0
+# At most this many footers of Parquet files are read, evenly spaced: a field may be in some of the files only.
+_FOOTERS, _REMOTE_FOOTERS = 200, 10
 # Bytes of text in a byte of a compressed file, at least; other files hold about as much text as bytes.
 _COMPRESSED, _EXPANSION = (".gz", ".zst", ".bz2", ".parquet"), 2
-_TABULAR = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
 
 
 def input_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -43,19 +57,10 @@ def input_problems(config: ExperimentConfig) -> Iterator[str]:
         yield f"{KEY}: expected paths, globs or a Delta table, found nothing; set {KEY}=PATH"
         return
     yield from _overlaps(config)
-    if not all(storage.is_local(path) for path in inputs) or any(map(_is_table, inputs)):
-        return
-    every: list[Path] = []
-    for path in inputs:
-        files = local_files(path)
-        if not files:
-            yield (
-                f"{KEY}: {path} matches no file; correct the path or the pattern (relative paths are taken from "
-                f"{Path.cwd()}, and names that begin with _ or . are not read)"
-            )
-        every += files
-    if every:
-        yield from _content_problems(config, every)
+    if all(map(storage.is_local, inputs)):
+        yield from _problems_of(config)
+    elif all(storage.is_local(path) or hub.is_on_hub(path) or is_seen_alike(config, path) for path in inputs):
+        yield from within_seconds(lambda: list(_problems_of(config)))
 
 
 def chunking_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -75,10 +80,6 @@ def chunking_problems(config: ExperimentConfig) -> Iterator[str]:
         )
 
 
-def _is_table(path: str) -> bool:
-    return has_commits(storage.to_uri(path))
-
-
 def text_bytes(config: ExperimentConfig) -> int | None:
     """Returns about how many bytes of text the input has, by the sizes of its files; None if it is not local files.
 
@@ -88,42 +89,98 @@ def text_bytes(config: ExperimentConfig) -> int | None:
     inputs = config.ingest.inputs
     if not inputs or not all(storage.is_local(path) for path in inputs) or any(map(_is_table, inputs)):
         return None
-    files = {file for path in inputs for file in local_files(path)}
-    return sum(file.stat().st_size * (_EXPANSION if file.suffix in _COMPRESSED else 1) for file in files)
+    files = {file for path in inputs for file in list_files(path)}
+    return sum(file.n_bytes * (_EXPANSION if file.place.endswith(_COMPRESSED) else 1) for file in files)
 
 
-def local_files(path: str) -> list[Path]:
-    """Returns the files of a local path, folder or glob, sorted, without those that Spark hides.
+def is_seen_alike(config: ExperimentConfig, path: str) -> bool:
+    """Whether Spark certainly reaches a path on an object storage in the same way as this process.
 
     Args:
-        path: the path as the config has it.
+        config: the experiment.
+        path: a path or URI.
     """
-    plain = storage.local_path(storage.to_uri(path))
-    places = [plain] if not _GLOB.search(plain) or Path(plain).exists() else _globbed(plain)
-    files: list[Path] = []
-    for place in map(Path, places):
-        below = [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else []
-        files += [file for file in below if not _is_hidden(file, place)] if below else [place] * place.is_file()
-    return sorted(set(files))
+    # Spark may be told elsewhere how to reach the storage.
+    is_told = any(key.startswith("spark.hadoop.fs.") for key in config.spark.conf)
+    return is_object_store(path) and not is_told and not {"PYSPARK_GATEWAY_PORT", "SPARK_CONF_DIR"} & os.environ.keys()
 
 
-def _globbed(pattern: str) -> list[str]:
-    """The names that a glob of Hadoop matches; it may have alternatives in braces."""
-    if (braces := _BRACES.search(pattern)) is None:
-        # Hadoop escapes a character by \\ and negates a set by ^.
-        pattern = re.sub(r"\\(.)", r"[\1]", pattern).replace("[^", "[!")
-        return glob.glob(pattern, recursive=True, include_hidden=False)
-    parts = (pattern[: braces.start()] + part + pattern[braces.end() :] for part in braces.group(1).split(","))
-    return list(itertools.chain.from_iterable(map(_globbed, parts)))
+def is_object_store(path: str) -> bool:
+    """Whether a path is on an object storage that fsspec lists.
+
+    Args:
+        path: a path or URI.
+    """
+    return not storage.is_local(path) and path.partition("://")[0] in _OBJECT_STORES
 
 
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+def within_seconds(find: Callable[[], list[str]]) -> list[str]:
+    """Returns the problems that a function finds in a few seconds; no problems if it takes longer, or fails.
+
+    Args:
+        find: looks at places that are not on this machine.
+    """
+    results: list[list[str]] = []
+
+    def work() -> None:
+        try:
+            results.append(find())
+        except Exception as error:  # a client of a storage that is not installed, or fails: the command will report it
+            LOGGER.debug("a check was left out: %r", error)
+
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(work,), daemon=True, name="miniplm-checks")
+    thread.start()
+    thread.join(_SECONDS)
+    return results[0] if results else []
+
+
+def seen_files(key: str, path: str) -> list[ListedFile] | None:
+    """Lists the files at a path, as far as it can be done at once.
+
+    Args:
+        key: the key of the config that holds the path, for messages.
+        path: a path or URI.
+
+    Returns:
+        The files; None if it is not known which files there are.
+
+    Raises:
+        ConfigError: no file is there, or the storage refuses the request; the message says what to do.
+    """
+    shown = storage.redact(path)
+    try:
+        if hub.is_on_hub(path):
+            return hub.listed_files(path, _HUB_SECONDS)
+        if object_storage.is_s3(path):
+            connect(_CONNECT_SECONDS)
+        files = list_files(path, None if storage.is_local(path) else _REQUEST_SECONDS)
+    except ConfigError as error:
+        if str(error).startswith(KEY):
+            raise
+        raise ConfigError(f"{key}: {shown} cannot be listed: {error}") from error
+    except ImportError:  # the client of this storage is not installed here
+        return None
+    except Exception as error:
+        if object_storage.is_s3(path) and (sentence := explain(error)) and not isinstance(error, TimeoutError):
+            raise ConfigError(f"{key}: {shown} cannot be listed: {sentence}") from error
+        raise
+    if not files:
+        place = f"relative paths are taken from {Path.cwd()}, and " if storage.is_local(path) else ""
+        raise ConfigError(
+            f"{key}: {shown} matches no file; correct the path or the pattern ({place}names that begin with _ or . "
+            "are not read)"
+        )
+    return files
+
+
+def _is_table(path: str) -> bool:
+    return not globs.has_magic(path) and has_commits(storage.to_uri(path))
 
 
 def _overlaps(config: ExperimentConfig) -> Iterator[str]:
     """An input folder that holds the root would be read together with the root's own tables."""
-    if not storage.is_local(config.root):
+    if not config.root or not storage.is_local(config.root):
         return
     root = Path(storage.local_path(config.root))
     for path in config.ingest.inputs:
@@ -137,130 +194,124 @@ def _overlaps(config: ExperimentConfig) -> Iterator[str]:
             )
 
 
-def _content_problems(config: ExperimentConfig, files: list[Path]) -> Iterator[str]:
-    """The format by the names of the files, and the fields of the first rows."""
-    kind: str | None = config.ingest.format
-    if kind == "delta":
-        places = ", ".join(config.ingest.inputs)
-        yield f"{KEY}: expected a Delta table (a folder with _delta_log), found files: {places}; correct ingest.format"
+def _problems_of(config: ExperimentConfig) -> Iterator[str]:
+    """Checks the paths of the input, and the files at them."""
+    inputs = config.ingest.inputs
+    tables = [path for path in inputs if _is_visible_table(path)]
+    if tables:
+        if config.ingest.format in ("auto", "delta"):
+            yield from _table_problems(config, tables)
         return
-    if kind == "auto":
-        kinds = {kind for file in files if (kind := _format(file))}
-        if len(kinds) > 1:
-            kinds.discard("text")  # a README next to the files
-        if "arrow" in kinds:
-            kinds.discard("jsonl")  # the records of a data set next to its files
-        if not kinds:
-            yield _unknown_format(files[0])
-        if len(kinds) > 1:
-            yield (
-                f"{KEY}: expected files of one format, found {' and '.join(sorted(kinds))} among "
-                f"{', '.join(config.ingest.inputs)}; ingest one format, for example {KEY}='texts/*.jsonl.gz'"
-            )
-        if len(kinds) != 1:
-            return
-        (kind,) = kinds
-        files = [file for file in files if _format(file) == kind]
-    first = [file for file in files if file.stat().st_size][:_FILES]
-    if kind == "jsonl":
-        yield from _line_problems(config.ingest.fields, first)
-    elif kind == "parquet":
-        yield from _parquet_problems(config.ingest.fields, first)
-
-
-def _format(file: Path) -> str | None:
-    return next((kind for kind, suffixes in SUFFIXES.items() if file.name.lower().endswith(suffixes)), None)
-
-
-def _unknown_format(file: Path) -> str:
-    suffixes = " ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-    if file.name.lower().endswith(_TABULAR):
-        separator = ", sep='\\t'" if ".tsv" in file.name.lower() else ""
-        return (
-            f"{KEY}: expected names that end in {suffixes}, found {file.name!r}: CSV is not read, because its quotes "
-            'and line breaks have no one meaning; convert it, for example with python -c "import pandas; '
-            f"pandas.read_csv('{file.name}'{separator}).to_parquet('texts.parquet')\""
-        )
-    return (
-        f"{KEY}: expected names that end in {suffixes}, found {file.name!r} and the like; rename the files, or set "
-        "ingest.format=jsonl or ingest.format=parquet"
-    )
-
-
-def _required(fields: FieldsConfig) -> dict[str, str]:
-    """The fields that the input must have, by key: the text, and names that are not defaults."""
-    default = FieldsConfig()
-    named = {key: getattr(fields, key) for key in ("id", "source")}
-    return {"text": fields.text} | {key: name for key, name in named.items() if name != getattr(default, key)}
-
-
-def _line_problems(fields: FieldsConfig, files: list[Path]) -> Iterator[str]:
-    names: set[str] = set()
-    required = _required(fields)
-    for file in files:
-        names.update(_first_names(file))
-        if names.issuperset(required.values()):
-            return
-    if names:
-        yield from (
-            no_field(key, name, names, "the input's first lines") for key, name in required.items() if name not in names
-        )
-
-
-def _first_names(file: Path) -> set[str]:
-    """The names of the fields in the first lines of a file; none if it cannot be read, which ingest reports."""
-    names: set[str] = set()
-    for line in _first_lines(file):
+    every: list[ListedFile] = []
+    is_known = True
+    for path in inputs:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
+            files = seen_files(KEY, path)
+        except ConfigError as error:
+            yield str(error)
             continue
-        names.update(_names_in(row) if isinstance(row, dict) else ())
+        is_known = is_known and files is not None
+        every += files or []
+    if every and is_known:
+        yield from _content_problems(config, sorted(set(every)))
+
+
+def _is_visible_table(path: str) -> bool:
+    """Whether there is a Delta table, as far as the storage lets this process see; its refusal is reported later."""
+    if storage.is_local(path):
+        return _is_table(path)
+    try:
+        if object_storage.is_s3(path):
+            connect(_CONNECT_SECONDS)
+        return not hub.is_on_hub(path) and _is_table(path)
+    except Exception:
+        return False
+
+
+def _table_problems(config: ExperimentConfig, tables: Sequence[str]) -> Iterator[str]:
+    inputs = config.ingest.inputs
+    if len(inputs) > 1:
+        yield f"{KEY}: expected one Delta table alone, found {inputs}; ingest it by itself"
+        return
+    columns = _columns_of_table(storage.to_uri(tables[0]))
+    yield from column_problems(storage.redact(tables[0]), columns, config.ingest.fields)
+
+
+def _columns_of_table(uri: str) -> dict[str, ColumnKind]:
+    """The columns of a Delta table; none if they cannot be read, which ingest reports."""
+    try:
+        from deltalake import DeltaTable
+
+        return kinds_of_delta(json.loads(DeltaTable(encoded(uri), without_files=True).schema().to_json()))
+    except Exception as error:
+        LOGGER.debug("the schema of %s was not checked: %r", storage.redact(uri), error)
+        return {}
+
+
+def _content_problems(config: ExperimentConfig, files: list[ListedFile]) -> Iterator[str]:
+    """The format by the names of the files, and the fields of the first rows."""
+    ingest = config.ingest
+    by_path = {quote(file.place): file for file in files}
+    try:
+        kind = choose_format(ingest, list(by_path), lambda paths: first_holds_array([by_path[path] for path in paths]))
+        if kind == "text":
+            check_text_fields(ingest.fields)
+    except ConfigError as error:
+        yield str(error)
+        return
+    except ImportError:  # the package for a compression
+        return
+    kept = [file for path, file in by_path.items() if ingest.format != "auto" or is_of_format(path, kind)]
+    if kind in ("jsonl", "json"):
+        yield from line_problems(_names_in_rows(kind, kept), ingest.fields)
+    elif kind in ("parquet", "arrow"):
+        columns = _columns_of_files(kind, kept, ingest.fields)
+        yield from column_problems(f"the {kind.capitalize()} files", columns, ingest.fields)
+
+
+def _first(files: Sequence[ListedFile]) -> list[ListedFile]:
+    """The first files with rows, which ingest checks; none if one of them is not on this machine."""
+    first = [file for file in files if file.n_bytes or not file.is_here][:N_FIRST]
+    return first if all(file.is_here for file in first) else []
+
+
+def _names_in_rows(kind: str, files: Sequence[ListedFile]) -> set[str]:
+    """The names of the fields in the first rows; none if a file cannot be read, which ingest reports."""
+    names: set[str] = set()
+    for file in _first(files):
+        try:
+            rows = read_beginning(kind, file, _LIMITS).rows
+        except ImportError:  # the package for a compression
+            return set()
+        names.update(name for row in rows if row is not None for name in field_names(row))
     return names
 
 
-def _names_in(row: Json) -> Iterator[str]:
-    """The names of the fields of a row, also of those in texts that are JSON objects."""
-    yield from field_names(row)
-    for key, value in row.items():
-        if isinstance(value, str) and value.startswith("{"):
-            try:
-                inner = json.loads(value)
-            except (ValueError, RecursionError):
-                continue
-            yield from (f"{key}.{name}" for name in field_names(inner))
-
-
-def _first_lines(file: Path) -> list[bytes]:
-    content = b""
-    try:
-        with file.open("rb") as handle:
-            for chunk in unpacked_chunks(file.name, handle):
-                content += chunk
-                if len(content) >= _FIRST_BYTES:
-                    break
-    except Exception:  # a damaged file, or a package for its compression that only executors have
-        return []
-    return content.split(b"\n")[:_LINES]
-
-
-def _parquet_problems(fields: FieldsConfig, files: list[Path]) -> Iterator[str]:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        return
-    names: set[str] = set()
-    for file in files:
+def _columns_of_files(kind: str, files: Sequence[ListedFile], fields: FieldsConfig) -> dict[str, ColumnKind]:
+    """The columns of the files, of a text if one of the files has a text; none if they are not known."""
+    chosen = _first(files) if kind == "arrow" else _spread(files)
+    columns: dict[str, ColumnKind] = {}
+    for file in chosen:
         try:
-            names.update(pq.read_schema(file).names)
-        except Exception:  # a damaged file, which ingest reports
+            read = columns_of(kind, file)
+        except ImportError:
+            return {}
+        except Exception as error:  # a damaged file, which ingest reports
+            LOGGER.debug("%s was not checked: %r", storage.redact(file.place), error)
             continue
-    if names:
-        required = [*_required(fields).items(), *(("metadata", name) for name in fields.metadata)]
-        missing = [(key, name) for key, name in required if not _is_in(name, names)]
-        yield from (no_field(key, name, names, "the Parquet files") for key, name in missing)
+        columns = {**read, **{name: column for name, column in columns.items() if not _is_better(name, read, column)}}
+        if not any(column_problems("", columns, fields)):
+            break
+    return columns
 
 
-def _is_in(name: str, columns: Collection[str]) -> bool:
-    """Whether a column has this name, or a column may hold the field: a struct, or a string with an object as JSON."""
-    return any(name == column or name.startswith(f"{column}.") for column in columns)
+def _is_better(name: str, columns: dict[str, ColumnKind], known: ColumnKind) -> bool:
+    return name in columns and columns[name].is_text and not known.is_text
+
+
+def _spread(files: Sequence[ListedFile]) -> list[ListedFile]:
+    """The files whose footers are read; none if one of them is not on this machine."""
+    files = [file for file in files if file.n_bytes or not file.is_here]
+    most = _FOOTERS if all(storage.is_local(file.place) for file in files) else _REMOTE_FOOTERS
+    chosen = files[:: max(1, -(-len(files) // most))]
+    return chosen if all(file.is_here for file in chosen) else []

@@ -25,7 +25,7 @@ def root_problems(config: ExperimentConfig) -> Iterator[str]:
     Args:
         config: the experiment.
     """
-    if not storage.is_local(config.root):
+    if not config.root or not storage.is_local(config.root):
         return
     path = Path(storage.local_path(config.root))
     # A link that leads nowhere is in the way, too.
@@ -45,7 +45,7 @@ def disk_problems(config: ExperimentConfig) -> Iterator[str]:
     Args:
         config: the experiment.
     """
-    n_bytes = text_bytes(config) if storage.is_local(config.root) else None
+    n_bytes = text_bytes(config) if config.root and storage.is_local(config.root) else None
     if not n_bytes or storage.exists(config.layout.stage("ingest")):
         return
     place = existing(Path(storage.local_path(config.root)))

@@ -93,8 +93,8 @@ def _model_problems(config: ExperimentConfig, alias: str, model: ModelConfig) ->
         if place is not None and place.suffix == ".gguf":
             yield from _gguf_problems(alias, model, place)
         elif place is not None:
-            yield from _folder_problems(alias, model, place)
-        elif is_hub_name(str(model.path)) and not storage.exists(config.layout.model_record(alias)):
+            yield from _folder_problems(config, alias, model, place)
+        elif is_hub_name(str(model.path)) and not (config.root and storage.exists(config.layout.model_record(alias))):
             yield from _hub_problems(config, alias, model)
     except ConfigError as error:
         yield str(error)
@@ -105,33 +105,52 @@ def _model_problems(config: ExperimentConfig, alias: str, model: ModelConfig) ->
 
 def _hub_problems(config: ExperimentConfig, alias: str, model: ModelConfig) -> Iterator[str]:
     """Asks the hub whether it has a model that is not in the cache."""
+    key = f"models.{alias}.path"
+    names = _names_on_hub(config, key, model, f"there is no such local folder (searched in {Path.cwd()})")
+    if names and "config.json" not in names:
+        yield f"{key}: {model.path}: expected a model with a config.json on the hub, found none; name another model"
+
+
+def _names_on_hub(config: ExperimentConfig, key: str, model: ModelConfig, here: str) -> set[str]:
+    """The names of a model's files on the hub.
+
+    Args:
+        config: the experiment.
+        key: the key of the model's path.
+        model: a model with the name of the hub.
+        here: which of its files are on this machine, in words.
+
+    Returns:
+        The names; empty if they are not known here, and may be known where the executors are.
+
+    Raises:
+        ConfigError: the hub has no such model, does not give it, or cannot be asked.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    key = f"models.{alias}.path"
-    nowhere = f"{key}: {model.path}: there is no such local folder (searched in {Path.cwd()})"
+    start = f"{key}: {model.path}: "
     try:
         info = HfApi().model_info(str(model.path), revision=model.revision, timeout=_HUB_SECONDS)
-    except GatedRepoError:
-        yield f"{key}: {model.path}: the hub gives it to users who accepted its terms; accept them, and set HF_TOKEN"
-    except RepositoryNotFoundError:
-        yield f"{nowhere}, and the hub has no such model; correct the name"
-    except OfflineModeIsEnabled:
-        if is_local_session(config):
-            yield f"{nowhere}, and HF_HUB_OFFLINE forbids to ask the hub; correct the path, or unset HF_HUB_OFFLINE"
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{start}the hub gives it to users who accepted its terms; accept them, and set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(f"{start}{here}, and the hub has no such model; correct the name") from error
     except Exception as error:  # the errors of several HTTP clients
-        if is_local_session(config):
-            yield (
-                f"{nowhere}, and the hub cannot be reached ({type(error).__name__}); correct the path, or fetch the "
-                "model where there is a network"
-            )
-    else:
-        names = {file.rfilename for file in info.siblings or ()}
-        if names and "config.json" not in names:
-            yield f"{key}: {model.path}: expected a model with a config.json on the hub, found none; name another model"
+        if not is_local_session(config):
+            return set()
+        raise ConfigError(
+            f"{start}{here}, and HF_HUB_OFFLINE forbids to ask the hub; correct the path, or unset HF_HUB_OFFLINE"
+            if isinstance(error, OfflineModeIsEnabled)
+            else f"{start}{here}, and the hub cannot be reached ({type(error).__name__}); correct the path, or fetch "
+            "the model where there is a network"
+        ) from error
+    return {file.rfilename for file in info.siblings or ()}
 
 
-def _folder_problems(alias: str, model: ModelConfig, folder: Path) -> Iterator[str]:
+def _folder_problems(config: ExperimentConfig, alias: str, model: ModelConfig, folder: Path) -> Iterator[str]:
     """Checks the folder of a model."""
     key = f"models.{alias}.path"
     if not (folder / "config.json").is_file():
@@ -148,15 +167,28 @@ def _folder_problems(alias: str, model: ModelConfig, folder: Path) -> Iterator[s
             "(llama, qwen2, gpt2, mamba, ...)"
         )
         return
-    if model.server is None:
-        yield from _weight_problems(key, folder)
+    missing = [*(_weight_problems(key, folder) if model.server is None else ()), *_tokenizer_problems(key, folder)]
+    if not missing or not _will_be_fetched(config, key, model, folder):
+        yield from missing
+    if (folder / "tokenizer.json").is_file():
+        yield from _token_problems(alias, model, folder, facts)
+
+
+def _tokenizer_problems(key: str, folder: Path) -> Iterator[str]:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         yield (
             f"{key}: {folder}: expected a tokenizer.json next to the config.json, found no tokenizer; save it there "
             "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
-    elif (folder / "tokenizer.json").is_file():
-        yield from _token_problems(alias, model, folder, facts)
+
+
+def _will_be_fetched(config: ExperimentConfig, key: str, model: ModelConfig, folder: Path) -> bool:
+    """Whether a folder of the hub's cache lacks files of the model, which the run fetches from the hub."""
+    if Path(str(model.path)).expanduser().exists() or not storage.is_local(str(model.path)):
+        return False
+    names = _names_on_hub(config, key, model, "the hub's cache has only some of its files")
+    needed = {name for name in names if name.endswith(".safetensors") or name in _TOKENIZER_FILES}
+    return not names or any(not (folder / name).is_file() for name in needed)
 
 
 def _other_kind(facts: Json) -> str | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.ingestion.input_files import listed_once
 from miniplm_udf.layout import Root, shown_table
 from miniplm_udf.schemas import table_names
 from miniplm_udf.schemas.table_kinds import EFFECT_OF_REMOVAL, KINDS, TableKind, find_kind
@@ -30,6 +31,7 @@ from miniplm_udf.streams import checkpoints
 from miniplm_udf.streams.checkpoints import Checkpoint
 from miniplm_udf.streams.offsets import end_offset
 from miniplm_udf.upkeep import storage_probe
+from miniplm_udf.upkeep.evaluation_checks import contamination_problems, evaluation_problems
 from miniplm_udf.upkeep.expression_checks import expression_problems
 from miniplm_udf.upkeep.input_checks import chunking_problems, input_problems
 from miniplm_udf.upkeep.machine_checks import disk_problems, port_problems, root_problems
@@ -83,6 +85,8 @@ _CHECKS: tuple[tuple[Callable[[ExperimentConfig], Iterator[str]], frozenset[str]
     (expression_problems, frozenset({"refine", "proxy"})),
     (tokenizer_problems, frozenset({"pack"})),
     (student_problems, frozenset({"train"})),
+    (contamination_problems, frozenset({"annotate"})),
+    (evaluation_problems, frozenset({"evaluate"})),
     (port_problems, frozenset({"ingest", "score", "proxy", "generate", "stream"})),
 )
 
@@ -93,7 +97,7 @@ def problems(config: ExperimentConfig, stages: Collection[str]) -> list[str]:
     Reads the first rows of the input and the small files of the models; starts no Spark and writes nothing.
 
     Args:
-        config: the experiment.
+        config: the experiment; its root is empty if the config has none that can be used.
         stages: the stages that the command will run.
 
     Returns:
@@ -101,9 +105,10 @@ def problems(config: ExperimentConfig, stages: Collection[str]) -> list[str]:
     """
     result = list(root_problems(config))
     result += model_problems(config, _models_of(config, stages))
-    for check_of, needing in _CHECKS:
-        if needing & set(stages):
-            result += check_of(config)
+    with listed_once():
+        for check_of, needing in _CHECKS:
+            if needing & set(stages):
+                result += check_of(config)
     return list(dict.fromkeys(result))
 
 

@@ -20,7 +20,6 @@ from miniplm_udf.layout import Root
 from miniplm_udf.storage_errors import explain
 
 _CONTENT = b"probe"
-_CONNECT_SECONDS = 10.0
 
 
 def probe(root: str) -> None:
@@ -36,7 +35,7 @@ def probe(root: str) -> None:
         return
     step = "be reached"
     try:
-        _connect()
+        connect()
         filesystem, path = fsspec.core.url_to_fs(Root(root).probe(uuid.uuid4().hex))
         step = "be written"
         _create(filesystem, path)
@@ -54,15 +53,24 @@ def probe(root: str) -> None:
         )
 
 
-def _connect() -> None:
-    """Connects to the service once, because its client tries for half a minute to reach one that is not there."""
+def connect(seconds: float = 10.0) -> None:
+    """Connects to the service once, because its client tries for half a minute to reach one that is not there.
+
+    Does nothing for AWS, and behind a proxy.
+
+    Args:
+        seconds: how long to wait for the connection.
+
+    Raises:
+        ConfigError: the service does not answer; the message says what to do.
+    """
     endpoint = object_storage.service(StorageConfig(), os.environ).endpoint
     if endpoint is None or any(os.environ.get(name) for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")):
         return
     parts = urllib.parse.urlsplit(endpoint)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        with socket.create_connection((parts.hostname, port), _CONNECT_SECONDS) as connection:
+        with socket.create_connection((parts.hostname, port), seconds) as connection:
             if parts.scheme == "https":
                 context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
                 context.wrap_socket(connection, server_hostname=parts.hostname).close()

@@ -48,7 +48,9 @@ def reference_problems(config: ExperimentConfig) -> Iterator[str]:
         config: the experiment.
     """
     reference = config.reference
-    if reference is None or storage.exists(config.layout.model(reference.alias, "config.json")):
+    if reference is None:
+        return
+    if config.root and storage.exists(config.layout.model(reference.alias, "config.json")):
         return
     place, model = "reference.architecture", config.models.get(reference.alias)
     yield from architecture_problems(place, reference.architecture)

@@ -1,4 +1,4 @@
-"""A hub on loopback: the part of its protocol that fetching a data set needs, over files in a folder."""
+"""A hub on loopback: the part of its protocol that fetching a data set or a model needs, over files in a folder."""
 
 import contextlib
 import hashlib
@@ -7,15 +7,17 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def hub_server(folder: Path, repo: str) -> Iterator[tuple[str, list[str]]]:
-    """Serves a folder as the data set `repo`.
+def hub_server(
+    folder: Path, repo: str, kind: Literal["datasets", "models"] = "datasets"
+) -> Iterator[tuple[str, list[str]]]:
+    """Serves a folder as the data set or the model `repo`.
 
     Yields:
         The address for HF_ENDPOINT, and the list of requests, which grows.
@@ -35,7 +37,8 @@ def hub_server(folder: Path, repo: str) -> Iterator[tuple[str, list[str]]]:
         def _answer(self, with_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             requests.append(f"{self.command} {path}")
-            api, files = f"/api/datasets/{repo}", f"/datasets/{repo}/resolve/"
+            api, files = f"/api/{kind}/{repo}", f"/{repo}/resolve/"
+            files = f"/datasets{files}" if kind == "datasets" else files
             if path.startswith(files):
                 file = folder / path.removeprefix(files).partition("/")[2]
                 if file.is_file():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -108,6 +109,18 @@ def test_the_checks_take_what_it_writes(place: Place, kind: str, capsys: pytest.
     assert where == config.refine.corpora["random"].where
 
 
+def test_texts_in_an_object_storage(place: Place) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/init/a.jsonl", lines(NESTED).encode())
+    filesystem.pipe("/init/_b.jsonl", b"hidden")
+    try:
+        assert init(place, inputs="memory://init/*.jsonl") == 0
+        assert written(place).ingest.fields.text == "doc.body"
+        assert init(place, "--force", inputs="memory://init/*.parquet") == 2
+    finally:
+        filesystem.store.clear()
+
+
 def test_a_file_is_replaced_only_with_force(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     write_input(place.texts, "txt")
     (place.folder / "e.yaml").write_text("mine")
@@ -121,7 +134,7 @@ def test_a_file_is_replaced_only_with_force(place: Place, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"text\nhello\n", "to_parquet"),
+        ("a.csv", b"text\nhello\n", "write_table"),
         ("a.jsonl", '{"text": "größer"}\n'.encode("utf-16"), "iconv -f UTF-16"),
         ("a.jsonl", '{"text": "größer und schöner"}\n'.encode("latin-1"), "iconv -f WINDOWS-1252"),
         ("a.jsonl", b'{"n": 1}\n', "a field with a text"),

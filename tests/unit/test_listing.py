@@ -5,7 +5,8 @@ import re
 import pytest
 
 from miniplm_udf.errors import ConfigError
-from miniplm_udf.ingestion.listing import GLOB_FILTERS, check_names, escape_glob, format_of, left_out, one_path
+from miniplm_udf.ingestion.formats import format_of
+from miniplm_udf.ingestion.listing import GLOB_FILTERS, check_names, escape_glob, left_out, one_path
 
 
 def test_what_is_left_out_is_named_once() -> None:

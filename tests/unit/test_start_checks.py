@@ -11,10 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from jobs import cli
 from miniplm_udf.config.experiment import load_config
+from miniplm_udf.ingestion import input_files
+from miniplm_udf.ingestion.input_files import list_files
 from miniplm_udf.upkeep import architectures, preflight
 from tests.support.ports import free_port
 from tests.support.right_experiment import SEPARATOR, Place
@@ -30,8 +36,10 @@ def sets(**changes: Any) -> Callable[[Place], None]:
 
     def change(place: Place) -> None:
         for key, value in changes.items():
-            paths = {"folder": place.folder, "texts": place.texts, "teacher": place.teacher}
-            place.set(key.replace("__", "."), value.format(**paths) if isinstance(value, str) else value)
+            paths = {"{folder}": place.folder, "{texts}": place.texts, "{teacher}": place.teacher}
+            for name, path in paths.items() if isinstance(value, str) else ():
+                value = value.replace(name, str(path))
+            place.set(key.replace("__", "."), value)
 
     return change
 
@@ -68,15 +76,111 @@ def chat_template(place: Place) -> None:
     file.write_text(json.dumps({"eos_token": "t", "chat_template": "{{ messages }}t"}))
 
 
+def inputs(write: Callable[[Path], None], **changes: Any) -> Callable[[Place], None]:
+    """Other input files than those of the place."""
+
+    def change(place: Place) -> None:
+        folder = place.folder / "others"
+        folder.mkdir()
+        write(folder)
+        sets(ingest__input=str(folder), **changes)(place)
+
+    return change
+
+
+# As much text as the reference needs.
+ROWS = [{"text": "a text about something else " * 8, "n": n, "meta": {"set": "web"}} for n in range(60)]
+
+
+def write_delta(folder: Path) -> None:
+    write_deltalake(str(folder), pa.Table.from_pylist(ROWS))
+
+
+def two_tables(place: Place) -> None:
+    for name in ("a", "b"):
+        write_delta(place.folder / name)
+    place.set("ingest.input", [str(place.folder / "a"), str(place.folder / "b")])
+
+
+def write_array(folder: Path) -> None:
+    (folder / "a.json").write_text(json.dumps(ROWS))
+
+
+def write_arrow(folder: Path) -> None:
+    pa.feather.write_feather(pa.Table.from_pylist(ROWS), folder / "a.arrow")
+
+
+def write_parquet(folder: Path) -> None:
+    for number in range(7):
+        pq.write_table(pa.Table.from_pylist(ROWS), folder / f"{number}.parquet")
+
+
+def write_text(folder: Path) -> None:
+    (folder / "a.txt").write_text("a text " * 2000)
+
+
+def write_mixed(folder: Path) -> None:
+    write_parquet(folder)
+    write_arrow(folder)
+
+
+def external(**keys: str) -> Callable[[Place], None]:
+    return sets(**{f"evaluate__inputs__other__{key}": value for key, value in keys.items()})
+
+
 SELECT = "refine__corpora__best__select"
 STUDENT = "students__small__architecture"
 # A mistake, the key that the message begins with, and the remedy in it.
 MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
     "no file": (sets(ingest__input="{texts}/*.parquet"), "ingest.input", "correct the path or the pattern"),
     "no folder": (sets(ingest__input="{folder}/nothing"), "ingest.input", "correct the path or the pattern"),
-    "CSV": (csv_input, "ingest.input", "to_parquet"),
+    "CSV": (csv_input, "ingest.input", "write_table"),
     "wrong text field": (sets(ingest__fields__text="txt"), "ingest.fields.text", "ingest.fields.text=text"),
     "wrong dotted field": (sets(ingest__fields__source="meta.sets"), "ingest.fields.source", "meta.set"),
+    "upper-case gz": (
+        inputs(lambda folder: (folder / "A.JSONL.GZ").write_bytes(b"x" * 9000), ingest__fields__text="text"),
+        "ingest.input", "rename the files",
+    ),
+    "wrong field of arrays": (inputs(write_array, ingest__fields__text="body"), "ingest.fields.text", "['meta'"),
+    "wrong field of Arrow": (inputs(write_arrow, ingest__fields__text="txt"), "ingest.fields.text", "fields.text=text"),
+    "numbers in Arrow": (inputs(write_arrow, ingest__fields__text="n"), "ingest.fields.text", "a column of text"),
+    "wrong field of Parquet": (
+        inputs(write_parquet, ingest__fields__source="meta.sets"), "ingest.fields.source", "found ['meta'"
+    ),
+    "numbers in Parquet": (inputs(write_parquet, ingest__fields__text="n"), "ingest.fields.text", "a column of text"),
+    "wrong metadata of Parquet": (
+        inputs(write_parquet, ingest__fields__metadata=["lang"]), "ingest.fields.metadata", "found ['meta'"
+    ),
+    "field of text files": (inputs(write_text, ingest__fields__text="body"), "ingest.fields.text", "remove the key"),
+    "several formats": (inputs(write_mixed), "ingest.input", "ingest one format"),
+    "wrong field of a Delta table": (
+        inputs(write_delta, ingest__fields__text="txt"), "ingest.fields.text", "fields.text=text"
+    ),
+    "wrong dotted field of a Delta table": (
+        inputs(write_delta, ingest__fields__source="meta.sets"), "ingest.fields.source", "found ['meta'"
+    ),
+    "numbers in a Delta table": (
+        inputs(write_delta, ingest__fields__text="n"), "ingest.fields.text", "a column of text"
+    ),
+    "two Delta tables": (two_tables, "ingest.input", "ingest it by itself"),
+    "no Delta table": (sets(ingest__format="delta"), "ingest.input", "ingest.format"),
+    "no evaluation file": (
+        sets(annotate__contamination__files="{folder}/none/*"), "annotate.contamination.files", "correct the path"
+    ),
+    "evaluation files of no format": (
+        sets(annotate__contamination__files="{teacher}"), "annotate.contamination.files", "name such files"
+    ),
+    "no external set": (external(path="{folder}/none"), "evaluate.inputs.other.path", "correct the path"),
+    "wrong field of an external set": (
+        external(path="{texts}/a.jsonl", text_column="body"), "evaluate.inputs.other.text_column", "name another"
+    ),
+    "no folder of tasks": (
+        sets(evaluate__tasks=["mine"], evaluate__tasks_folder="{folder}/none"),
+        "evaluate.tasks_folder", "remove the key",
+    ),
+    "no root": (sets(root=None), "root", "set it in the file"),
+    "root of a wrong type": (sets(root=5), "root", "expected text"),
+    "root in brackets": (sets(root="{folder}/[a]"), "root", "choose another name"),
     "root in the input": (sets(ingest__input="{folder}"), "ingest.input", "choose another root"),
     "root is the input": (sets(ingest__input="{texts}", root="{texts}"), "ingest.input", "choose another root"),
     "root is a file": (file_as_root, "root", "choose another root"),
@@ -218,6 +322,57 @@ def test_all_mistakes_are_named_at_once(place: Place, capsys: pytest.CaptureFixt
     keys = [MISTAKES[mistake][1] for mistake in together] + ["students.small.corpus"]
     assert len(problems) == len(keys), problems
     assert all(any(problem.startswith(key) for problem in problems) for key in keys)
+
+
+def test_without_a_root_all_other_mistakes_are_named(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    del place.config["root"]
+    together = ("no file", "no weights", "shares above 1", "warm-up beyond the steps", "unknown section")
+    for mistake in together:
+        MISTAKES[mistake][0](place)
+    place.set("students.small.corpus", "bst")
+    problems = named(place, capsys)
+    keys = ["root", "students.small.corpus", *(MISTAKES[mistake][1] for mistake in together)]
+    assert len(problems) == len(keys), problems
+    assert all(any(problem.startswith(key) for problem in problems) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("write", "source"),
+    [(write_array, "meta.set"), (write_arrow, "meta.set"), (write_parquet, "meta.set"), (write_delta, "Meta.set"),
+     (write_text, "source")],
+)  # fmt: skip
+def test_a_right_input_of_each_format_is_taken(place: Place, write: Callable[[Path], None], source: str) -> None:
+    inputs(write, ingest__fields__source=source)(place)
+    assert preflight.problems(load(place), ["ingest"]) == []
+
+
+def test_a_field_that_only_a_later_parquet_file_has_is_left_to_ingest(place: Place) -> None:
+    inputs(write_parquet, ingest__fields__text="body")(place)
+    assert preflight.problems(load(place), ["ingest"]) != []
+    pq.write_table(pa.table({"body": ["a"]}), place.folder / "others" / "9.parquet")
+    assert preflight.problems(load(place), ["ingest"]) == []
+
+
+def test_files_behind_a_link_are_found_once(place: Place) -> None:
+    (place.folder / "links").mkdir()
+    (place.folder / "links" / "texts").symlink_to(place.texts)
+    (place.texts / "loop").symlink_to(place.folder / "links")
+    (place.texts / "_hidden.jsonl").write_text("no object")
+    place.set("ingest.input", str(place.folder / "links"))
+    assert preflight.problems(load(place), ["ingest"]) == []
+    files = list_files(str(place.folder / "links"))
+    assert [Path(file.place).name for file in files] == ["a.jsonl"]
+
+
+def test_a_listing_is_kept_only_during_the_checks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[str] = []
+    original = input_files._local_files
+    monkeypatch.setattr(input_files, "_local_files", lambda path: listed.append(path) or original(path))
+    config = load(place)
+    assert preflight.problems(config, ["ingest", "reference"]) == []
+    assert len(listed) == 1
+    (place.texts / "a.jsonl").unlink()
+    assert "matches no file" in preflight.problems(config, ["ingest"])[0]
 
 
 def test_a_port_that_is_taken(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
