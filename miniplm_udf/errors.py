@@ -63,6 +63,10 @@ class CorpusError(MiniplmError):
     """A corpus, a version of a corpus, or a table is missing, empty or inconsistent."""
 
 
+class VersionGoneError(CorpusError):
+    """The rows of a version of a corpus cannot be read any more."""
+
+
 class DamagedRecordError(CorpusError, ValueError):
     """A small file of a root cannot be parsed: restore it from a copy, or remove it."""
 

@@ -16,7 +16,7 @@ import fsspec
 
 from miniplm_udf import storage
 from miniplm_udf.corpora.shown import CountsBySource, ListedVersion, ShownInstance, ShownVersion, VersionDifference
-from miniplm_udf.errors import CorpusError
+from miniplm_udf.errors import CorpusError, VersionGoneError
 from miniplm_udf.layout import Root
 from miniplm_udf.schemas.types import TableRow
 from miniplm_udf.store import corpus_records, delta_files, delta_log
@@ -30,10 +30,6 @@ _TEXT_CHARACTERS = 240
 _BATCH_ROWS = 65_536
 # Ids that a comparison holds at once, about 200 bytes each; with more, it reads the versions several times.
 _IDS_AT_ONCE = 2_000_000
-
-
-class _VersionGoneError(CorpusError):
-    """The rows of a version cannot be read any more."""
 
 
 def find(root: str, address: str) -> tuple[str, int]:
@@ -99,7 +95,7 @@ def show(root: str, address: str) -> ShownVersion:
     pin = next((pin for pin in _pins(root) if (pin.name, pin.version) == (name, number)), None)
     row = corpus_records.parsed(corpus_records.choose_version(_corpora(root), name, number))
     by_source = None
-    with contextlib.suppress(_VersionGoneError):
+    with contextlib.suppress(VersionGoneError):
         by_source = _Version(root, name, number, pin is not None).by_source()
     return {**row, "pinned": pin is not None, "tag": pin.tag if pin else None, "by_source": by_source}
 
@@ -185,7 +181,7 @@ class _Version:
     """The rows of one version, from its pinned copy if it is pinned.
 
     Raises:
-        _VersionGoneError: the version or one of its files is gone.
+        VersionGoneError: the version or one of its files is gone.
         CorpusError: its files alone do not hold its rows (`delta_features`).
     """
 
@@ -195,7 +191,7 @@ class _Version:
         self.name, self.number = name, number
         layout = Root(root)
         if not is_pinned and not delta_log.has_commits(layout.refined(name)):
-            raise _VersionGoneError(corpus_records.no_table_message(root, name, [number]))
+            raise VersionGoneError(corpus_records.no_table_message(root, name, [number]))
         uri, version = (layout.pinned(name, number), None) if is_pinned else (layout.refined(name), number)
         try:
             self._files = delta_files.parquet_files(uri, version)
@@ -206,8 +202,8 @@ class _Version:
             raise _unreadable(uri, error) from error
         self.n_rows = sum(self._n_rows(file) for file in self._files)
 
-    def _gone(self) -> _VersionGoneError:
-        return _VersionGoneError(corpus_records.gone_message(self.name, self.number))
+    def _gone(self) -> VersionGoneError:
+        return VersionGoneError(corpus_records.gone_message(self.name, self.number))
 
     def _n_rows(self, file: str) -> int:
         import pyarrow.parquet as pq
