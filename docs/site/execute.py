@@ -18,9 +18,10 @@ from docs.site.build import REPOSITORY
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 LARGEST_NOTEBOOK, LARGEST_IMAGE = 300_000, 60_000
-# A path on the machine that ran the notebook. A path in an address (`http://host/home/`) is not one.
-_LOCAL_PATH = re.compile(r"(?<![\w.:/])(?:file:/+)?/+(?:work|root|tmp|home|Users|mnt|var|usr|opt)/|[A-Z]:\\\\")
-# Of a process that Spark has started, a kernel would inherit the connection to its JVM.
+# A path on the machine that ran the notebook, and an address, in which such a path is part of a page's name.
+_LOCAL_PATH = re.compile(r"(?<![\w./])/+(?:work|root|tmp|home|Users|mnt|var|usr|opt)/")
+_ADDRESS = re.compile(r"https?://\S+")
+# A kernel must not inherit the connection of this process to a JVM.
 _OF_A_JVM = ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET")
 
 
@@ -84,7 +85,7 @@ def _output_problems(output: dict[str, Any]) -> Iterator[str]:
     texts = [output.get("text", ""), *(value for kind, value in data.items() if kind.startswith("text/"))]
     for value in texts:
         for line in "".join(value).splitlines():
-            if _LOCAL_PATH.search(line):
+            if _LOCAL_PATH.search(_ADDRESS.sub("", line)):
                 yield f"an output has a path of this machine: {line.strip()[:80]}"
 
 

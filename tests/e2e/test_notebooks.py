@@ -40,8 +40,7 @@ def run(experiment: Experiment, name: str) -> str:
 def rows(experiment: Experiment, name: str, version: int | None = None) -> list[dict[str, Any]]:
     """The rows of a table, read without Spark."""
     uri = Root(experiment.root.as_uri()).table(*name.split("/"))
-    found: list[dict[str, Any]] = pq.ParquetDataset(parquet_files(uri, version)).read().to_pylist()
-    return found
+    return list(pq.ParquetDataset(parquet_files(uri, version)).read().to_pylist())
 
 
 def version_of(experiment: Experiment, name: str) -> int | None:
