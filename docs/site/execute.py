@@ -18,7 +18,7 @@ from docs.site.build import REPOSITORY
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 LARGEST_NOTEBOOK, LARGEST_IMAGE = 300_000, 60_000
-# A path on the machine that ran the notebook, and an address, in which such a path is part of a page's name.
+# A path on the machine that ran the notebook; and an address, in which the same letters are no path.
 _LOCAL_PATH = re.compile(r"(?<![\w./])/+(?:work|root|tmp|home|Users|mnt|var|usr|opt)/")
 _ADDRESS = re.compile(r"https?://\S+")
 # A kernel must not inherit the connection of this process to a JVM.
