@@ -43,6 +43,8 @@ def _defaults(cores: int) -> dict[str, str]:
         "spark.sql.shuffle.partitions": str(cores),
         "spark.databricks.delta.snapshotPartitions": str(cores),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
+        # A worker sends its rows when so many bytes are full: with the default of 64 KiB, progress comes minutes late.
+        "spark.sql.execution.pandas.udf.buffer.size": "8192",
         # Small parts, so that scorers get even shares of a micro-batch's files without a shuffle of the text.
         "spark.hadoop.parquet.block.size": str(16 * 1024 * 1024),
         "spark.sql.files.maxPartitionBytes": "16m",
