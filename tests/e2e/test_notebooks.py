@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from docs.site.execute import NOTEBOOKS, execute
+from miniplm_udf import storage
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.layout import Root
 from miniplm_udf.scoring.models import describe, load_model
@@ -39,12 +40,12 @@ def run(experiment: Experiment, name: str) -> str:
 
 def rows(experiment: Experiment, name: str, version: int | None = None) -> list[dict[str, Any]]:
     """The rows of a table, read without Spark."""
-    uri = Root(experiment.root.as_uri()).table(*name.split("/"))
+    uri = Root(storage.to_uri(str(experiment.root))).table(*name.split("/"))
     return list(pq.ParquetDataset(parquet_files(uri, version)).read().to_pylist())
 
 
 def version_of(experiment: Experiment, name: str) -> int | None:
-    return newest_version(Root(experiment.root.as_uri()).table(*name.split("/")))
+    return newest_version(Root(storage.to_uri(str(experiment.root))).table(*name.split("/")))
 
 
 def difference(row: dict[str, Any]) -> float:
