@@ -34,7 +34,7 @@ def test_a_notebook_can_be_read_without_running_it(file: Path) -> None:
         if cell["cell_type"] == "code"
         for output in cell["outputs"]
     ]
-    assert len(outputs) > 5
+    assert len(outputs) >= 5
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -49,7 +49,7 @@ def test_a_notebook_says_what_it_reads_and_writes(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_cells_are_short(file: Path) -> None:
-    assert [source for source in cells(file, "code") if source.count("\n") > 25] == []
+    assert [source for source in cells(file, "code") if source.count("\n") > 30] == []
 
 
 def output(**values: Any) -> dict[str, Any]:
