@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup java demo docs lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-noise bench-loader bench-storage s3-jar format constraints clean
+.PHONY: help setup java demo notebooks docs lint test test-long check faults bench-score bench-engines bench-train bench-gpu bench-soak bench-stream bench-refine bench-annotate bench-noise bench-loader bench-storage s3-jar format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: setup ## run the whole pipeline on about 500 KB of real text with a real teacher (SCALE=2 doubles the text; whole numbers only); writes build/demo/
 	miniplm demo-text --to build/demo-text --scale $(SCALE)
 	miniplm run -c conf/demo.yaml
+
+notebooks: setup ## run the notebooks on build/demo (`make demo` writes it), and write their outputs into notebooks/ (3 minutes)
+	python -m docs.site.execute
 
 docs: setup ## build the documentation site, strictly; writes build/site/
 	python -m docs.site

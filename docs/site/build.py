@@ -61,7 +61,8 @@ def build(site: Path) -> int:
     pages_of_notebooks = write_pages(project / "docs")
     shutil.rmtree(site, ignore_errors=True)
     settings = yaml.safe_load((REPOSITORY / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8"))
-    settings["nav"].append({"Notebooks": [{title: page} for title, page in pages_of_notebooks.items()]})
+    # After the pages for a start.
+    settings["nav"].insert(1, {"Notebooks": [{title: page} for title, page in pages_of_notebooks.items()]})
     # Zensical writes only below the folder of its config.
     settings |= {"docs_dir": "docs", "site_dir": "site"}
     config = project / "mkdocs.yml"

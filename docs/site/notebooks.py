@@ -7,6 +7,10 @@ navigation. Runs no notebook.
 import re
 from pathlib import Path
 
+# pandas styles its tables itself; without this the pages' own style is used.
+_STYLE_OF_PANDAS = re.compile(r"<style scoped>.*?</style>\n?", re.S)
+_TABLE_OF_PANDAS = '<table border="1" class="dataframe">'
+
 
 def write_pages(notebooks: Path, folder: Path) -> dict[str, str]:
     """Writes a page for each notebook.
@@ -23,6 +27,7 @@ def write_pages(notebooks: Path, folder: Path) -> dict[str, str]:
     pages = {}
     for notebook in sorted(notebooks.glob("*.ipynb")):
         text, resources = MarkdownExporter().from_filename(str(notebook), {"output_files_dir": notebook.stem})
+        text = _STYLE_OF_PANDAS.sub("", text).replace(_TABLE_OF_PANDAS, "<table>")
         for name, content in resources.get("outputs", {}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)

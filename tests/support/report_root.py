@@ -1,6 +1,6 @@
 """A small finished experiment, made by hand: tables, records of two students, MLflow runs.
 
-For the tests of the report and of the notebook.
+For the tests of the report and of the local page.
 300 scored pool instances, 20 more scored after the corpora were refined, 40 held out; two versions of the corpus
 `difference` (the highest 30 %, then 50 %) and one of `random`. The rows are returned as plain Python, so that a test
 counts for itself. Some names and texts are hostile on purpose: markup, mathematics, emoji, NUL.

@@ -20,7 +20,7 @@ SMALL = [
     "num_attention_heads: 2, tie_word_embeddings: true}",
     "reference.train={steps: 6, warmup_steps: 1}",
     "train={steps: 6, batch_sequences: 4, micro_batch_sequences: 4, learning_rate: 1.0e-3, warmup_steps: 1, "
-    "save_every_steps: 3}",
+    "save_every_steps: 3, log_every_steps: 1}",
     "refine.corpora.difference.where=teacher_n_tokens >= 8 and duplicate_of is null and n_words > 0",
     "refine.corpora.random.where=teacher_n_tokens >= 8",
     "tokenizers.bpe8k.vocab_size=400",

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -31,10 +32,19 @@ def declared(*extras: str) -> set[str]:
     }
 
 
+def source(file: Path) -> str:
+    """The Python code of a file; the cells of a notebook, without its magic lines."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".ipynb":
+        return text
+    code = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return "\n".join(line for cell in code for line in cell.splitlines() if not line.startswith(("%", "!")))
+
+
 def modules(file: Path) -> set[str]:
     """Dotted names that a file imports, at module level or inside functions."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source(file))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -46,6 +56,13 @@ def distributions(files: Iterable[Path]) -> set[str]:
     """Names of the distributions that files import."""
     names = {name.split(".")[0] for file in files for name in modules(file)} - OURS - sys.stdlib_module_names
     return {DISTRIBUTIONS.get(name, name).replace("_", "-").lower() for name in names}
+
+
+def python_files(folder: Path) -> list[Path]:
+    """The Python files and the notebooks below a folder; at least one."""
+    files = [file for suffix in ("py", "ipynb") for file in folder.rglob(f"*.{suffix}")]
+    assert files, folder
+    return [file for file in files if ".ipynb_checkpoints" not in file.parts]
 
 
 def with_imported_files(files: Iterable[Path]) -> set[Path]:
@@ -70,7 +87,8 @@ def with_imported_files(files: Iterable[Path]) -> set[Path]:
         ("jobs", ("spark", "explore")),
         ("trainer", ("train", "tensorboard", "wandb", "eval")),
         ("miniplm_udf", LIBRARY),
-        ("docs", ("docs",)),
+        ("docs", ("docs", "notebooks")),
+        ("notebooks", ("spark", "score", "train", "notebooks")),
         ("miniplm_udf/annotations", ("spark", "annotate")),
         ("miniplm_udf/store", ("spark",)),
         ("miniplm_udf/corpora", ("spark",)),
@@ -81,7 +99,7 @@ def with_imported_files(files: Iterable[Path]) -> set[Path]:
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...]) -> None:
-    assert distributions((ROOT / folder).rglob("*.py")) - declared(*extras) - NOT_DECLARED == set()
+    assert distributions(python_files(ROOT / folder)) - declared(*extras) - NOT_DECLARED == set()
 
 
 def test_a_trainer_node_has_what_the_trainer_imports_of_the_library() -> None:

@@ -92,6 +92,20 @@ def test_no_page_fetches_anything_from_elsewhere(site: Path) -> None:
         assert re.findall(r"(?:@import\s+|url\()['\"]?\s*(?:https?:)?//[^)'\"]*", text) == [], style.name
 
 
+@pytest.mark.slow
+def test_the_notebooks_are_pages_with_their_outputs(site: Path) -> None:
+    notebooks = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+    pages = {
+        notebook.stem: (site / f"notebooks/{notebook.stem}.html").read_text(encoding="utf-8") for notebook in notebooks
+    }
+    assert [name for name, page in pages.items() if "<table>" not in page] == [], "tables in the style of the pages"
+    assert not any("dataframe" in page for page in pages.values())
+    for name, page in pages.items():
+        images = re.findall(r'<img[^>]* src="([^"]+)"', page)
+        assert [image for image in images if not (site / "notebooks" / image).is_file()] == [], name
+    assert pages["1_explore_scores"].count("<img") == 2
+
+
 @pytest.mark.parametrize(
     "tag",
     [
