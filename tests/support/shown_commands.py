@@ -21,7 +21,7 @@ from tests.support.shell_blocks import commands_in
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md"]
 
-# What a page names, and what takes its place in a test, a field of `Places`: first the config after `-c`, then the rest.
+# What a page names, and what takes its place in a test, a field of `Places`: the config after `-c`, then the rest.
 CONFIGS = {
     **dict.fromkeys(("CONF", "CONFIG", "conf/demo.yaml", "conf/pile_qwen.yaml", "experiment.yaml"), "{config}"),
     "conf/pile_seqkd.yaml": "{seqkd}",
@@ -176,7 +176,7 @@ def filled_in(words: Sequence[str], places: Places) -> list[str]:
             filled.append(CONFIGS.get(word, word).format(**values))
             continue
         for pattern, replacement in REPLACEMENTS:
-            word = re.sub(pattern, lambda _, new=replacement: new.format(**values), word)
+            word = re.sub(pattern, replacement.format(**values), word)
         filled.append(word)
     return filled
 
