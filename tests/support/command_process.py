@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ class CommandProcess:
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        self._printed = open(folder / "printed.log", "w+", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._printed = tempfile.NamedTemporaryFile("w+", dir=folder, encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
             [sys.executable, str(REPOSITORY / "tests/support/commands.py")],
             cwd=folder, env=dict(environment), text=True,

@@ -45,9 +45,12 @@ NEEDS = {
     "Needs a clone",
     "Needs a cluster",
     "Needs a GPU cluster",
+    "Needs a hub model",
     "Needs Docker",
     "Needs GPUs",
 }
+# Overrides that only say where the files of an experiment are.
+_PLACES = {"ingest.input", "root"}
 # They leave the tables and the models as they are.
 _READ_ONLY = {
     *("compare", "corpus diff", "corpus list", "corpus pin", "corpus show", "doctor", "estimate", "explore", "init"),
@@ -198,7 +201,7 @@ def signature(words: Sequence[str]) -> tuple[object, ...]:
         for dest, value in sorted(parsed.items())
         if dest != "overrides" and value != parser.get_default(dest)
     )
-    keys = tuple(sorted(override.split("=")[0] for override in parsed.get("overrides") or ()))
+    keys = tuple(sorted({override.split("=")[0] for override in parsed.get("overrides") or ()} - _PLACES))
     config = parsed.get("config")
     return name, options, keys, CONFIGS.get(str(config), config)
 
