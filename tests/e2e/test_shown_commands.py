@@ -46,14 +46,16 @@ def write_config(path: Path, overrides: list[str]) -> str:
 
 @pytest.fixture
 def places(experiment: Experiment, tmp_path: Path) -> Places:
-    """The experiment, and what the commands write, in a folder that has `conf`, as a clone has."""
+    """A copy of the experiment, which the commands change, in a folder that has `conf`, as a clone has."""
     (tmp_path / "conf").symlink_to(REPOSITORY / "conf")
-    other_root = tmp_path / "other root"
-    shutil.copytree(experiment.root / "models", other_root / "models")
+    root, other_root = tmp_path / "root", tmp_path / "other root"
+    shutil.copytree(experiment.root, root)
+    shutil.copytree(root / "models", other_root / "models")
+    overrides = [*experiment.overrides, f"root={root}"]
     return Places(
-        config=write_config(tmp_path / "small.yaml", experiment.overrides),
-        seqkd=write_config(tmp_path / "seqkd.yaml", [*experiment.overrides, *GENERATE]),
-        root=str(experiment.root), other_root=str(other_root), texts=f"{experiment.texts}/*.jsonl",
+        config=write_config(tmp_path / "small.yaml", overrides),
+        seqkd=write_config(tmp_path / "seqkd.yaml", [*overrides, *GENERATE]),
+        root=str(root), other_root=str(other_root), texts=f"{experiment.texts}/*.jsonl",
         teacher=str(experiment.teacher), folder=str(tmp_path), student="miniplm", port=str(free_port()),
     )  # fmt: skip
 
