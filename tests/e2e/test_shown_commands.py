@@ -40,7 +40,7 @@ def write_config(path: Path, overrides: list[str]) -> str:
     raw: dict[str, Any] = yaml.safe_load((REPOSITORY / "conf/demo.yaml").read_text(encoding="utf-8"))
     for override in overrides:
         apply_override(raw, override, ExperimentConfig)
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     return str(path)
 
 
