@@ -110,7 +110,7 @@ def expected_codes(words: list[str]) -> set[int]:
 
 
 def mistake(words: list[str], result: Result) -> str:
-    """What is wrong with a result; empty if nothing is."""
+    """The mistake in a result; empty if the command did what the pages state."""
     if result.code not in expected_codes(words):
         return f"exit code {result.code}: {result.stderr[-1500:]}"
     if result.code == 1 and "found none" not in result.stderr:

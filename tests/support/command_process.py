@@ -20,7 +20,7 @@ _PATIENCE_SECONDS = 600.0
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a command left.
+    """The result of a command.
 
     Attributes:
         code: its exit code.

@@ -21,7 +21,8 @@ from tests.support.shell_blocks import commands_in
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md"]
 
-# What a page names, and what takes its place in a test, a field of `Places`: the config after `-c`, then the rest.
+# The replacements: a name or a path of the pages, and the field of `Places` that takes its place. `CONFIGS` has the files
+# after `-c`; `REPLACEMENTS` has patterns, which are applied in this order to all other words.
 CONFIGS = {
     **dict.fromkeys(("CONF", "CONFIG", "conf/demo.yaml", "conf/pile_qwen.yaml", "experiment.yaml"), "{config}"),
     "conf/pile_seqkd.yaml": "{seqkd}",
@@ -49,9 +50,9 @@ NEEDS = {
     "Needs Docker",
     "Needs GPUs",
 }
-# Overrides that only say where the files of an experiment are.
+# Overrides that only name the files of an experiment; all commands get the same files.
 _PLACES = {"ingest.input", "root"}
-# They leave the tables and the models as they are.
+# Commands that leave the tables and the models as they are.
 _READ_ONLY = {
     *("compare", "corpus diff", "corpus list", "corpus pin", "corpus show", "doctor", "estimate", "explore", "init"),
     *("inspect", "status", "verify"),
@@ -59,7 +60,7 @@ _READ_ONLY = {
 
 
 class Kind(enum.StrEnum):
-    """What the tests do with a command."""
+    """The closed list of what the tests do with a command, and of the reasons not to run it."""
 
     RUN = "it is run on a small experiment"
     NEEDS = "the title of its block says what it needs; in a sentence, its own words do"
@@ -90,7 +91,7 @@ class ShownCommand:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Places:
-    """What takes the place of the names on the pages.
+    """The files and names of a test that take the place of those on the pages.
 
     Attributes:
         config: the config of a small experiment whose stages have run.
