@@ -72,13 +72,14 @@ def service_of(words: list[str], places: Places) -> Callable[[str], bool] | None
     """For a service: whether it is up, by what it has printed."""
     if words[0] == "explore":
         return lambda printed: any(map(answers, re.findall(r"http://127\.0\.0\.1:\d+/", printed)))
-    if words[0] != "stream":
+    if words[0] != "stream" and "stream.trigger=processing_time" not in words:
         return None
+    has_port = any(word.startswith("stream.metrics_port=") for word in words)
+    queries = 3 if words[0] == "stream" else 1
 
     def is_up(_: str) -> bool:
         running = [query for query in status.read_all(places.root) if query.state == "running"]
-        has_port = any(word.startswith("stream.metrics_port=") for word in words)
-        return len(running) == 3 and (not has_port or answers(f"http://127.0.0.1:{places.port}/metrics"))
+        return len(running) == queries and (not has_port or answers(f"http://127.0.0.1:{places.port}/metrics"))
 
     return is_up
 
