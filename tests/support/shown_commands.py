@@ -21,8 +21,8 @@ from tests.support.shell_blocks import commands_in
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md"]
 
-# The replacements: a name or a path of the pages, and the field of `Places` that takes its place. `CONFIGS` has the files
-# after `-c`; `REPLACEMENTS` has patterns, which are applied in this order to all other words.
+# The replacements: a name or a path of the pages, and the field of `Places` that takes its place. `CONFIGS` has the
+# files after `-c`; `REPLACEMENTS` has patterns, which are applied in this order to all other words.
 CONFIGS = {
     **dict.fromkeys(("CONF", "CONFIG", "conf/demo.yaml", "conf/pile_qwen.yaml", "experiment.yaml"), "{config}"),
     "conf/pile_seqkd.yaml": "{seqkd}",
