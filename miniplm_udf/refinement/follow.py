@@ -99,7 +99,13 @@ class Follower(Query):
         self._matrix_query = _query_of(self._spark, self._matrix_uri)
         # A micro-batch has only the matrix's columns: other columns are refused here, before a full refinement.
         matrix = tables.read(self._spark, self._matrix_uri)
-        refine.candidate_rows(matrix, self._config, self._name, self._corpus)
+        try:
+            refine.candidate_rows(matrix, self._config, self._name, self._corpus)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; --follow reads score_matrix alone: refine a corpus that names columns of annotations or "
+                "instances without --follow, as often as needed"
+            ) from error
         newest = corpus_records.newest(self._uri)
         if newest is not None and newest.provenance is not None and self._can_continue(newest.provenance):
             # Repair: the previous run may have died before it recorded this version.

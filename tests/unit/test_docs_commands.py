@@ -1,13 +1,16 @@
 """The code that the documentation shows: commands, overrides, YAML, Python and names of config keys.
 
-Nothing is run but the two calculations whose output the pages show. A command is parsed by its own parser.
+A command is parsed by its own parser, and has a kind, which says whether `tests/e2e/test_shown_commands.py` runs it or
+why not. Only the two calculations whose output the pages show are run here.
 """
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,18 @@ from docs.site.markdown import CodeBlock, code_blocks
 from jobs.cli import COMMANDS
 from miniplm_udf.config.experiment import ExperimentConfig
 from tests.support.shell_blocks import commands_in, mistakes, unknown_keys
+from tests.support.shown_commands import (
+    PAGES,
+    REPOSITORY,
+    Kind,
+    Places,
+    ShownCommand,
+    filled_in,
+    kind_of,
+    shown_commands,
+    without_repetitions,
+)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md"]
 OURS = ("jobs", "miniplm_udf", "trainer")
 # Sections whose names begin no key of another system.
 SECTIONS = ("annotate", "evaluate", "generate", "ingest", "pack", "proxy", "refine", "report", "score", "stream")
@@ -38,22 +50,71 @@ def prose(page: Path) -> str:
 
 
 def test_every_command_is_one_that_its_parser_takes() -> None:
-    wrong = [
-        f"{block.page}:{block.line}: {' '.join(words)[:90]}: {mistake}"
-        for block in blocks("bash")
-        for words in commands_in(block.text)
-        for mistake in mistakes(words)
-    ]
-    # Lines that stand indented in the text.
-    wrong += [
-        f"{page.name}: {line}: {mistake}"
-        for page in PAGES
-        for line in re.findall(r"^    (miniplm [a-z].*)$", prose(page), re.M)
-        if "|" not in line and "[" not in line
-        for words in commands_in(line)
-        for mistake in mistakes(words)
-    ]
-    assert wrong == []
+    assert [f"{command}: {mistake}" for command in shown_commands() for mistake in mistakes(command.words)] == []
+
+
+def test_commands_stand_in_blocks() -> None:
+    """An indented line has no title, and no test takes it."""
+    assert [
+        f"{page.name}: {line}" for page in PAGES for line in re.findall(r"^    (miniplm [a-z].*)$", prose(page), re.M)
+    ] == []
+
+
+def test_every_command_is_run_or_says_why_not() -> None:
+    assert [str(command) for command in shown_commands() if kind_of(command) is None] == []
+
+
+def names_left(words: Sequence[str]) -> list[str]:
+    """Words of a command that is to be run in which a name of the pages, or a path elsewhere, stays."""
+    places = Places(**{field.name: f"<{field.name}>" for field in dataclasses.fields(Places)})
+    pattern = re.compile(r"(^|=)/|\b[A-Z]{4,}\b|://(bucket|HOST)")
+    return [word for word in filled_in(words, places) if pattern.search(word)]
+
+
+def test_no_command_that_is_run_names_a_file_of_a_reader() -> None:
+    run = [command for command in shown_commands() if kind_of(command) is Kind.RUN]
+    assert {str(command): left for command in run if (left := names_left(command.words))} == {}
+    assert len(without_repetitions(run)) > 50
+
+
+@pytest.mark.parametrize(
+    ("line", "title", "kind"),
+    [
+        ("miniplm score -c conf/demo.yaml", "", Kind.RUN),
+        ("miniplm score -c conf/demo.yaml", "Needs a cluster", Kind.NEEDS),
+        ("miniplm score -c conf/demo.yaml", "Needs patience", None),
+        ("torchrun --standalone -m trainer train -c CONF", "", None),
+        ("spark-submit --master yarn jobs/score.py -c CONF", "", None),
+        ("aws s3 ls", "", None),
+        ("make wheel", "", None),
+        ("make bench-score", "", Kind.LONG),
+        ("make test", "", Kind.ANOTHER_TEST),
+    ],
+)
+def test_a_command_has_its_kind(line: str, title: str, kind: Kind | None) -> None:
+    assert kind_of(ShownCommand("page.md", 1, title, tuple(line.split()))) is kind
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("miniplm run -c conf/demo.yaml root=/data/run1", []),
+        ("miniplm run -c conf/demo.yaml root=/scratch/run1", ["root=/scratch/run1"]),
+        ("miniplm run -c CONFIG root=s3a://bucket/run1", ["root=s3a://bucket/run1"]),
+        ("miniplm export CORPUS -c CONFIG --to parquet", ["CORPUS"]),
+        ("miniplm score -c FILE", ["FILE"]),
+    ],
+)
+def test_a_name_without_a_replacement_is_seen(line: str, left: list[str]) -> None:
+    assert names_left(line.split()) == left
+
+
+def test_commands_that_differ_in_values_are_run_once() -> None:
+    lines = ["inspect a --side kept -n 5", "inspect b -n 9 --side kept", "inspect a --side dropped -n 5", "refine"]
+    shown = [ShownCommand("page.md", 1, "", ("miniplm", *line.split(), "-c", "CONF")) for line in lines[::-1]]
+    assert [command.words[1:3] for command in without_repetitions(shown)] == [
+        ("inspect", "a"), ("inspect", "b"), ("refine", "-c"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
