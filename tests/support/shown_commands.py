@@ -162,8 +162,9 @@ def kind_of(command: ShownCommand) -> Kind | None:
 
 
 def _target_kind(target: str) -> Kind | None:
-    """The kind of `make TARGET`: CI runs `make test`, and this `setup`; the tests of the site build it."""
-    return Kind.ANOTHER_TEST if target in ("check", "docs", "setup", "test", "test-long") else None
+    """The kind of `make TARGET`: CI runs `make test`, and this `setup`; tests build the site and run the notebooks."""
+    targets = ("check", "docs", "notebooks", "setup", "test", "test-long")
+    return Kind.ANOTHER_TEST if target in targets else None
 
 
 def filled_in(words: Sequence[str], places: Places) -> list[str]:
