@@ -98,4 +98,8 @@ def _finished(record: StageRecord) -> str:
 
 
 def _names(places: Sequence[str]) -> str:
-    return ", ".join(storage.redact(place) for place in places) or "nothing"
+    return ", ".join(map(_shown, dict.fromkeys(places))) or "nothing"
+
+
+def _shown(place: str) -> str:
+    return storage.local_path(place) if place.startswith("file:") else storage.redact(place)
