@@ -181,19 +181,21 @@ def read_config(name: str, arguments: argparse.Namespace) -> ExperimentConfig:
     return config
 
 
-def print_plan(config: ExperimentConfig, plan: str, is_json: bool = False) -> None:
-    """Prints the resolved config, without secrets, and the plan of a dry run.
+def print_plan(config: ExperimentConfig, plan: str, is_json: bool = False, n_problems: int = 0) -> None:
+    """Prints the resolved config, without secrets, the plan of a dry run, and a last line that says what was found.
 
     Args:
         config: the experiment.
         plan: text of the plan.
         is_json: print one JSON object with `config` and the lines of `plan`.
+        n_problems: number of things that are wrong; their text follows on stderr.
     """
     resolved = printable(to_dict(config))
     if is_json:
         print(as_json({"config": resolved, "plan": plan.splitlines()}))
     else:
-        print(f"{json.dumps(resolved, indent=2)}\n\nplan:\n{plan}")
+        verdict = f"{n_problems} things are wrong" if n_problems > 1 else "one thing is wrong" * n_problems
+        print(f"{json.dumps(resolved, indent=2)}\n\nplan:\n{plan}\n\n{verdict or 'checked: nothing is wrong'}")
 
 
 def exit_code(summary: object) -> int:

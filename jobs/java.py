@@ -6,6 +6,7 @@ it would end during the running micro-batch, so a JVM that pyspark started ignor
 Python, and Java handles the signals.
 """
 
+import contextlib
 import logging
 import os
 from types import FrameType
@@ -53,8 +54,10 @@ def end_java() -> None:
         if context is not None:
             # This handler prints a trace when Java is gone.
             context._accumulatorServer.handle_error = lambda *_: None
-            context.setLogLevel("OFF")
-            context.cancelAllJobs()
+            # The main thread may stop the context at the same time.
+            with contextlib.suppress(Exception):
+                context.setLogLevel("OFF")
+                context.cancelAllJobs()
     finally:
         if process is not None:
             process.stdin.close()

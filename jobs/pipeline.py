@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ]
             )
         if arguments.dry_run:
-            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False), arguments.json)
+            print_plan(config, plan.plan_text(STAGES, config, options, is_named=False), arguments.json, len(problems))
         require_none(problems)
         if arguments.dry_run:
             return EXIT_DONE

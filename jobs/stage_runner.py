@@ -138,7 +138,7 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
         config, problems = read_checked(name, arguments, lambda config: [name] if stage.applies(config) else [])
         options = Options.of(arguments)
         if arguments.dry_run:
-            print_plan(config, plan.plan_text([stage], config, options, is_named=True), arguments.json)
+            print_plan(config, plan.plan_text([stage], config, options, is_named=True), arguments.json, len(problems))
         require_none(problems)
         if arguments.dry_run:
             return EXIT_DONE

@@ -51,7 +51,8 @@ def run_trainer(command: str, config_path: str, overrides: Sequence[str], *optio
         MiniplmError: the trainer failed, or a signal to the trainer alone stopped it.
     """
     line = [sys.executable, "-m", "trainer", command, "--started-by-miniplm", "-c", config_path, *options, *overrides]
-    LOGGER.info("starting the trainer: %s", " ".join([command, *options]))
+    name = " ".join([command, *options])
+    LOGGER.info("starting the trainer: %s", name)
     # An orphan would write the checkpoints that the next run's trainer writes.
     with task_progress.hidden(), subprocess.Popen(line, stdout=subprocess.PIPE, preexec_fn=_end_with_parent) as process:
         try:
@@ -63,11 +64,11 @@ def run_trainer(command: str, config_path: str, overrides: Sequence[str], *optio
     if stopped := stopping.received():
         raise stopped
     if code == EXIT_BAD_CONFIG:
-        raise ConfigError(f"the trainer refused `{command} {' '.join(options)}`: see its message above")
+        raise ConfigError(f"the trainer refused `{name}`: see its message above")
     if code != 0:
         raise MiniplmError(
-            f"the trainer ended `{command} {' '.join(options)}` with code {code}: see its log above; "
-            "the same command resumes from the last checkpoint"
+            f"the trainer ended `{name}` with code {code}: its last message above says why; when that is mended, the "
+            "same command resumes from the last checkpoint"
         )
     models = json.loads(output or "{}")
     for name, model in models.items():

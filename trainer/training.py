@@ -43,7 +43,7 @@ def run_steps(training: Training, run: Run | None, lease: Lease | None) -> tuple
         return training.state, True
     name, total, done = training.target.name, training.target.train.steps, training.state.steps_done
     is_first = training.world.is_first
-    shown = progress(f"train {name}", total, "step", done) if is_first else contextlib.nullcontext()
+    shown = progress(f"train {name}", total, "steps", done) if is_first else contextlib.nullcontext()
     with CheckpointWriter(training.checkpoints, *(() if run is None else (run.tag_checkpoint,))) as writer:
         with shown as bar:
             steps = _Steps(training, run, lease, agreement, writer, bar)

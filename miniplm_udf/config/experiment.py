@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from miniplm_udf import storage
+from miniplm_udf.config import strict_yaml
 from miniplm_udf.config.annotate import AnnotateConfig
 from miniplm_udf.config.collecting import check_sections
 from miniplm_udf.config.evaluate import EvaluateConfig
@@ -33,11 +34,11 @@ from miniplm_udf.config.sections import (
     PackConfig,
     ProxyConfig,
     ScoreConfig,
-    SparkConfig,
     StreamConfig,
     TokenizerConfig,
     check,
 )
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.config.tracking import MlflowConfig, TensorboardConfig, WandbConfig
 from miniplm_udf.config.training import ReferenceConfig, StudentConfig, TrainConfig
 from miniplm_udf.errors import ConfigError
@@ -175,7 +176,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     import yaml
 
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = strict_yaml.read(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"config {path}: no such file; conf/demo.yaml is a complete example") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -21,6 +21,10 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_share(key: str, share: float) -> None:
+    check(0 <= share <= 1, f"{key}: expected a share of 0 to 1, found {share}")
+
+
 def check_name(kind: str, name: str) -> None:
     """Refuses a `name` that cannot be part of a column or table name; `kind` says what it names, for the message."""
     message = name_problem(kind, name)
@@ -143,28 +147,6 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparkConfig:
-    """The Spark session of a command. A master or a setting that spark-submit is given wins over the one here.
-
-    Attributes:
-        master: Spark's master URL; null is local.
-        conf: Spark settings by key.
-        schema: `schema` or `catalog.schema` in which each stage registers the root's tables, for sessions that share
-            the catalog; null registers nothing.
-    """
-
-    master: str | None = None
-    conf: dict[str, str] = dataclasses.field(default_factory=dict)
-    schema: str | None = None
-
-    def __post_init__(self) -> None:
-        check(
-            self.schema is None or re.fullmatch(r"\w+(\.\w+)?", self.schema) is not None,
-            f"spark.schema: expected schema or catalog.schema, found {self.schema!r}",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class FieldsConfig:
     """Names of the input's fields. The input may lack `id` and `source`; the fields in `metadata` are copied.
 
@@ -250,6 +232,7 @@ class IngestConfig:
     def __post_init__(self) -> None:
         for name in ("state_partitions", "max_files_per_trigger"):
             check(getattr(self, name) >= 1, f"ingest.{name}: expected at least 1, found {getattr(self, name)}")
+        _check_share("ingest.max_reject_share", self.max_reject_share)
 
     @property
     def inputs(self) -> list[str]:
@@ -287,6 +270,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check(0 < self.sample <= 1, f"score.sample: expected a share above 0 and at most 1, found {self.sample}")
+        _check_share("score.max_reject_share", self.max_reject_share)
         check(
             self.tokens_per_batch is None or self.tokens_per_batch >= 1,
             f"score.tokens_per_batch: expected at least 1, found {self.tokens_per_batch}",

@@ -97,6 +97,8 @@ class TrainConfig:
             0 <= self.warmup_steps <= self.steps,
             f"train.warmup_steps: expected 0 to steps ({self.steps}), found {self.warmup_steps}",
         )
+        check(self.learning_rate > 0, f"train.learning_rate: expected more than 0, found {self.learning_rate}")
+        check(self.weight_decay >= 0, f"train.weight_decay: expected at least 0, found {self.weight_decay}")
         check(
             0 <= self.kd_ratio <= 1,
             f"train.kd_ratio: expected 0 (no teacher) to 1 (the teacher alone), found {self.kd_ratio}",

@@ -17,7 +17,10 @@ _TEXT_NAMES = (
     "text", "content", "body", "raw_content", "page_content", "article", "document", "passage", "markdown", "contents",
     "story", "code",
 )  # fmt: skip
-_ID_NAMES = ("id", "doc_id", "document_id", "docid", "_id", "uid", "uuid", "guid", "hash", "url", "key")
+_ID_NAMES = (
+    "id", "doc_id", "document_id", "docid", "_id", "uid", "uuid", "guid", "hash", "url", "key", "doc_key",
+    "document_key", "record_id", "text_id", "article_id", "page_id",
+)  # fmt: skip
 _SOURCE_NAMES = (
     "source", "pile_set_name", "set", "domain", "subset", "dataset", "corpus", "origin", "category",
     "redpajama_set_name", "source_name", "host", "site", "topic", "language", "lang",

@@ -1,18 +1,26 @@
 """Checks of the SQL in `refine.corpora` and `proxy.score` before a command starts. Driver only, no Spark.
 
 Input: a config. Output: problems, each a sentence with its key and its remedy: SQL that does not parse, columns that
-no table of the experiment has. Spark checks types and everything else when it refines (refinement/expressions.py).
-sqlglot parses, in the dialect of Spark. Reads nothing.
+no table of the experiment has, functions that Spark does not have, a `where` that is a number or a text. Spark checks
+all other types when it refines (refinement/expressions.py). sqlglot parses, in the dialect of Spark. Reads nothing.
 """
 
 import difflib
+import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.rules import plain_score
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import has_commits
+from miniplm_udf.upkeep.model_checks import has_no_prefix
+
+_SHOWN_CHARACTERS = 100
+# Functions of Spark's SQL that neither sqlglot nor `pyspark.sql.functions` names.
+_SQL_FUNCTIONS = frozenset({"bigint", "binary", "smallint", "tinyint", "luhn_check", "measure"})
 
 
 def expression_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -25,6 +33,8 @@ def expression_problems(config: ExperimentConfig) -> Iterator[str]:
     for name, corpus in config.refine.corpora.items():
         texts[f"refine.corpora.{name}.score"] = corpus.score
         texts[f"refine.corpora.{name}.where"] = corpus.where
+        if corpus.score is None:
+            yield from _null_columns(config, f"refine.corpora.{name}.rule", plain_score(corpus))
     for key, text in texts.items():
         if text is not None:
             yield from _problems(config, key, text)
@@ -37,12 +47,66 @@ def _problems(config: ExperimentConfig, key: str, text: str) -> Iterator[str]:
     try:
         tree = sqlglot.parse_one(text, dialect="spark")
     except SqlglotError as error:
-        yield f"{key}: {text!r} is no SQL expression{_position(error)}; correct it"
+        yield f"{key}: {_shown(text)} is no SQL expression{_position(error)}; correct it"
         return
     known = _columns(config)
+    by_remedy: dict[str, list[str]] = {}
     for name in sorted(_named(tree)):
         if name.lower() not in known:
-            yield f"{key}: {text!r} names the column {name!r}, which no table has{_remedy(name, known)}"
+            by_remedy.setdefault(_remedy(name, known), []).append(repr(name))
+    for remedy, names in by_remedy.items():
+        columns = f"the column{'s' * (len(names) > 1)} {', '.join(names)}"
+        yield f"{key}: {_shown(text)} names {columns}, which no table has{remedy}"
+    yield from _null_columns(config, key, text)
+    if "spark.sql.extensions" not in config.spark.conf:
+        yield from _unknown_functions(key, tree)
+    if key.endswith(".where") and (kind := _no_condition(tree)) is not None:
+        yield f"{key}: expected a condition, found {_shown(text)}, which is {kind}; compare it with a value"
+
+
+def _null_columns(config: ExperimentConfig, key: str, text: str) -> Iterator[str]:
+    """Yields the models whose bits per byte are null, because they do not score the first token of a text."""
+    for alias in config.scored_aliases:
+        if re.search(rf"\b{alias}_bits_per_byte\b", text) and has_no_prefix(config, alias):
+            yield (
+                f"{key}: {alias}_bits_per_byte is null for every text, because nothing stands in front of the first "
+                f"token, so that {alias} does not score it; set models.{alias}.context_prefix=token"
+            )
+
+
+def _unknown_functions(key: str, tree: Any) -> Iterator[str]:
+    """Functions that Spark does not have; none where pyspark is not installed."""
+    from sqlglot import exp
+
+    # sqlglot has a class for each function that it knows.
+    others = {part.name.lower() for part in tree.find_all(exp.Anonymous) if part.name} - _SQL_FUNCTIONS
+    others = {name for name in others if not name.startswith("vector_")}
+    if not others or find_spec("pyspark") is None:
+        return
+    from pyspark.sql import functions
+
+    known = {name.lower() for name in dir(functions) if not name.startswith("_")}
+    for name in sorted(others - known):
+        close = difflib.get_close_matches(name, sorted(known), n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else "use a function of Spark's SQL"
+        yield f"{key}: names the function {name!r}, which Spark does not have; {remedy}"
+
+
+def _no_condition(tree: Any) -> str | None:
+    """Returns what an expression is if it is certainly no condition, in words; else None."""
+    from sqlglot import exp
+
+    tree = tree.unnest()
+    if isinstance(tree, exp.Add | exp.Sub | exp.Mul | exp.Div | exp.Mod | exp.Neg):
+        return "a number"
+    if isinstance(tree, exp.Literal):
+        return "a text" if tree.is_string else "a number"
+    return None
+
+
+def _shown(text: str) -> str:
+    """The expression in quotes; a long one is not repeated for each of its problems."""
+    return repr(text) if len(text) <= _SHOWN_CHARACTERS else "the expression"
 
 
 def _position(error: Any) -> str:

@@ -40,6 +40,7 @@ _LIMITS = Limits(rows=100, n_bytes=1_000_000)
 # Time for everything that is not on this machine, and for a single request.
 _SECONDS, _REQUEST_SECONDS = 5.0, 4.0
 _CONNECT_SECONDS, _HUB_SECONDS = 2.0, 2.0
+_PARQUET_MARK = b"PAR1"
 # At most this many footers of Parquet files are read, evenly spaced: a field may be in some of the files only.
 _FOOTERS, _REMOTE_FOOTERS = 200, 10
 # Bytes of text in a byte of a compressed file, at least; other files hold about as much text as bytes.
@@ -266,7 +267,31 @@ def _content_problems(config: ExperimentConfig, files: list[ListedFile]) -> Iter
         yield from line_problems(_names_in_rows(kind, kept), ingest.fields)
     elif kind in ("parquet", "arrow"):
         columns = _columns_of_files(kind, kept, ingest.fields)
-        yield from column_problems(f"the {kind.capitalize()} files", columns, ingest.fields)
+        problems = list(column_problems(f"the {kind.capitalize()} files", columns, ingest.fields))
+        yield from problems
+        names = (ingest.fields.text, ingest.fields.id, ingest.fields.source)
+        if not problems and any("." in name for name in names):  # perhaps in a column that holds JSON as a string
+            yield from line_problems(_names_in_rows(kind, kept), ingest.fields)
+        if kind == "parquet":
+            yield from _no_parquet(kept)
+
+
+def _no_parquet(files: Sequence[ListedFile]) -> Iterator[str]:
+    """Files of which not one begins as a Parquet file does; single damaged files are left to ingest."""
+    first = _first(files)
+    for file in first:
+        try:
+            with file.open() as handle:
+                if handle.read(len(_PARQUET_MARK)) == _PARQUET_MARK:
+                    return
+        except Exception as error:  # which ingest reports
+            LOGGER.debug("%s was not checked: %r", storage.redact(file.place), error)
+            return
+    if first:
+        yield (
+            f"ingest.format: expected Parquet files, found {storage.redact(first[0].place)} and the like, which do not "
+            "begin with PAR1; set ingest.format=auto, or correct the input"
+        )
 
 
 def _first(files: Sequence[ListedFile]) -> list[ListedFile]:

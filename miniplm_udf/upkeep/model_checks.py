@@ -1,7 +1,7 @@
 """Checks of the models before a command starts: files, kind, context, separator, prefix. Driver only, no Spark.
 
 Input: a config and the aliases of the models that the command needs. Output: problems, each a sentence with its key and
-its remedy. Reads config.json, tokenizer.json and the header of a .gguf file; reads no weights, fetches and converts
+its remedy. Reads config.json, tokenizer.json and the headers of weight files; reads no weights, fetches and converts
 nothing, and needs neither torch nor transformers. A model that only executors may have is not looked for.
 """
 
@@ -28,6 +28,8 @@ _ENCODERS = (
 )  # fmt: skip
 # Files from which transformers can make a tokenizer.json.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+# Packages without which transformers cannot load quantised weights, by method.
+_QUANTISATION_PACKAGES = {"gptq": "optimum", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
 _HUB_SECONDS = 2.0
 
 
@@ -54,7 +56,46 @@ def model_problems(config: ExperimentConfig, aliases: Sequence[str]) -> Iterator
         model = config.models.get(alias)
         if model is not None and model.path is not None:
             yield from _model_problems(config, alias, model)
+    yield from _twins(config, aliases)
     yield from _separator_of_reference(config)
+
+
+def has_no_prefix(config: ExperimentConfig, alias: str) -> bool:
+    """Whether certainly no token stands in front of the texts that a model scores.
+
+    Args:
+        config: the experiment.
+        alias: alias of a model.
+    """
+    model = config.models[alias]
+    if model.context_prefix != "none" or find_spec("tokenizers") is None:
+        return False
+    if model.path is None:  # trained by this experiment, without a BOS
+        return True
+    from miniplm_udf.scoring.model_files import files_here
+    from miniplm_udf.scoring.prefix import find_prefix
+
+    try:
+        folder = files_here(model)
+        if folder is None or not (folder / "tokenizer.json").is_file():
+            return False
+        return find_prefix(alias, folder, _loaded(folder), model).token is None
+    except MiniplmError:
+        return False
+
+
+def _twins(config: ExperimentConfig, aliases: Sequence[str]) -> Iterator[str]:
+    """Models that are the same model, so that the difference of their scores is 0."""
+    first: dict[ModelConfig, str] = {}
+    for alias in aliases:
+        model = config.models.get(alias)
+        if model is None or model.path is None or alias not in config.scored_aliases:
+            continue
+        if (other := first.setdefault(model, alias)) != alias:
+            yield (
+                f"models.{alias}.path: is the same model as models.{other}.path, {model.path}, with the same settings: "
+                "the difference of their scores is 0 for every text; name another model"
+            )
 
 
 def tokenizer_of(path: str, revision: str | None = None) -> Any:
@@ -170,6 +211,8 @@ def _folder_problems(config: ExperimentConfig, alias: str, model: ModelConfig, f
     missing = [*(_weight_problems(key, folder) if model.server is None else ()), *_tokenizer_problems(key, folder)]
     if not missing or not _will_be_fetched(config, key, model, folder):
         yield from missing
+    if model.server is None and is_local_session(config):
+        yield from _quantisation_problems(key, str((facts.get("quantization_config") or {}).get("quant_method")))
     if (folder / "tokenizer.json").is_file():
         yield from _token_problems(alias, model, folder, facts)
 
@@ -203,12 +246,22 @@ def _other_kind(facts: Json) -> str | None:
 
 
 def _weight_problems(key: str, folder: Path) -> Iterator[str]:
-    from miniplm_udf.scoring.weights import weight_files
+    from miniplm_udf.scoring.weights import tensors
 
     try:
-        weight_files(folder)
+        tensors(folder)
     except MiniplmError as error:
         yield f"{key}: {error}"
+
+
+def _quantisation_problems(key: str, method: str) -> Iterator[str]:
+    """A package that transformers needs to load weights quantised by a method, and that is not installed."""
+    package = _QUANTISATION_PACKAGES.get(method)
+    if package is not None and find_spec(package) is None:
+        yield (
+            f"{key}: its weights are quantised by {method}, and transformers needs the package {package} to load them; "
+            f"pip install {package.replace('_', '-')}, or name the model with its original weights"
+        )
 
 
 def _token_problems(alias: str, model: ModelConfig, folder: Path, facts: Json) -> Iterator[str]:

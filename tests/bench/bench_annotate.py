@@ -26,7 +26,7 @@ from miniplm_udf import schemas
 from miniplm_udf.annotations import annotate, minhash
 from miniplm_udf.config.annotate import AnnotateConfig, ContaminationConfig, NearDuplicatesConfig
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.store import tables
 from tests.support import bench_results as results
 from tests.support.annotation_oracles import VOCABULARY, Planted, jaccard, plant, random_text

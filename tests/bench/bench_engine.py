@@ -25,7 +25,8 @@ from unittest import mock
 from jobs import score, session
 from miniplm_udf import schemas, storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import ScoreConfig, SparkConfig
+from miniplm_udf.config.sections import ScoreConfig
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.scores import run as scores_run
 from miniplm_udf.scoring.results import Score
 from miniplm_udf.store import tables

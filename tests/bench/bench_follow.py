@@ -19,7 +19,8 @@ from jobs.session import make_session
 from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
-from miniplm_udf.config.sections import ModelConfig, SparkConfig
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.refinement import cuts, refine
 from miniplm_udf.refinement.follow import Follower
 from miniplm_udf.refinement.keep import choose

@@ -26,7 +26,8 @@ from jobs import session
 from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
-from miniplm_udf.config.sections import ModelConfig, SparkConfig
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.packing import corpus as pack
 from miniplm_udf.refinement import refine
 from miniplm_udf.refinement.keep import choose

@@ -30,10 +30,10 @@ from miniplm_udf.config.sections import (
     ChunkingConfig,
     IngestConfig,
     ScoreConfig,
-    SparkConfig,
     SplitConfig,
     StreamConfig,
 )
+from miniplm_udf.config.spark import SparkConfig
 from tests.support import bench_results as results
 from tests.support.score_tables import texts, two_models
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from jobs.session import make_session
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.config.spark import SparkConfig
 from tests.support import bench_results as results
 from tests.support import s3_server
 from tests.support.s3_server import BUCKET, S3Server

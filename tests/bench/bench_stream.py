@@ -29,10 +29,10 @@ from miniplm_udf.config.sections import (
     ChunkingConfig,
     IngestConfig,
     ScoreConfig,
-    SparkConfig,
     SplitConfig,
     StreamConfig,
 )
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.ingestion import inputs
 from miniplm_udf.ingestion.query import IngestQuery
 from miniplm_udf.scores import query as scores

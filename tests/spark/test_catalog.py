@@ -12,7 +12,8 @@ from jobs.stage_runner import execute
 from jobs.stages import stage_named
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.refine import CorpusConfig
-from miniplm_udf.config.sections import ModelConfig, SparkConfig
+from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.store import catalog
 from tests.support.matrices import ALIASES, DIFFERENCE, matrix_rows, with_corpora, write_matrix, write_record

@@ -16,7 +16,7 @@ import psutil
 
 from jobs import score, session
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.scores import query as scores
 from miniplm_udf.workers.arrow import score_arrow
 from tests.support.crashing_scorer import CrashingFactory

@@ -20,7 +20,7 @@ from unittest import mock
 from jobs import ingest, score
 from jobs.session import make_session
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.ingestion import query as ingest_query
 from tests.support.faults import experiment
 from tests.support.faults.driver import stand_ins

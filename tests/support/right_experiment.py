@@ -1,6 +1,7 @@
 """An experiment that every check before a command takes, with a teacher that is written by hand: no torch, no JVM."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Place:
         }
 
     def write_model(self, folder: Path, eos: str = SEPARATOR, **changes: Any) -> None:
-        """A model folder without weights: no check reads them."""
+        """A model folder without weights: the checks read headers only."""
         folder.mkdir(exist_ok=True)
         facts = {
             **LLAMA,
@@ -52,9 +53,15 @@ class Place:
             "vocab_size": N_IDS,
         }
         (folder / "config.json").write_text(json.dumps(facts | changes))
-        (folder / "model.safetensors").touch()
+        self.write_weights(folder, {})
         (folder / "tokenizer.json").write_bytes(train_bpe(iter(["some text " * 9]), 300, SEPARATOR))
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+
+    @staticmethod
+    def write_weights(folder: Path, header: Json) -> None:
+        """A safetensors file that ends after its header."""
+        text = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
 
     def set(self, key: str, value: Any) -> None:
         """Sets a dotted key of the config."""

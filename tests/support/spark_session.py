@@ -11,7 +11,7 @@ from jobs import session as session_module
 from miniplm_udf import object_storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.object_storage import StorageConfig
-from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.config.spark import SparkConfig
 from tests.support import s3_server
 from tests.support.short_lived import SMALL_TABLES
 

@@ -12,7 +12,7 @@ from jobs import ingest
 from jobs.command import guarded
 from jobs.session import make_session
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.config.spark import SparkConfig
 from tests.support.faults import experiment
 from tests.support.faults.driver import stand_ins
 

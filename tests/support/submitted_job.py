@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.session import spark_session
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.config.spark import SparkConfig
 
 if __name__ == "__main__":
     answer, root, *names = sys.argv[1:]

@@ -19,10 +19,10 @@ from miniplm_udf.task_progress import QueryCounts, hidden, publish, watched_task
 
 def test_what_an_earlier_process_finished_counts_and_is_no_part_of_the_rate(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="miniplm")
-    with progress("train small", 40, "step", done=20) as shown:
-        assert caplog.messages == ["train small: 20 of 40 step"]
+    with progress("train small", 40, "steps", done=20) as shown:
+        assert caplog.messages == ["train small: 20 of 40 steps"]
         shown.update(5)
-    line = re.search(r"train small: 25 of 40 step, ([\d,]+\.\d) step/s, \d+ s left", caplog.text)
+    line = re.search(r"train small: 25 of 40 steps, ([\d,]+\.\d) steps/s, \d+ s left", caplog.text)
     assert line is not None
     assert shown.done == 25
 

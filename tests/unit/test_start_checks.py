@@ -102,6 +102,19 @@ def two_tables(place: Place) -> None:
     place.set("ingest.input", [str(place.folder / "a"), str(place.folder / "b")])
 
 
+def write_json_strings(folder: Path) -> None:
+    rows = [row | {"meta": json.dumps(row["meta"])} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
+
+
+def cut_weights(place: Place) -> None:
+    place.write_weights(place.teacher, {"weight": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}})
+
+
+def same_model(place: Place) -> None:
+    place.set("models.copy", dict(place.config["models"]["teacher"]))
+
+
 def write_array(folder: Path) -> None:
     (folder / "a.json").write_text(json.dumps(ROWS))
 
@@ -162,6 +175,36 @@ MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
     "numbers in a Delta table": (
         inputs(write_delta, ingest__fields__text="n"), "ingest.fields.text", "a column of text"
     ),
+    "wrong field in JSON strings of Parquet": (
+        inputs(write_json_strings, ingest__fields__source="meta.sets"), "ingest.fields.source", "source=meta.set"
+    ),
+    "text as Parquet": (inputs(write_text, ingest__format="parquet"), "ingest.format", "set ingest.format=auto"),
+    "no such function": (
+        sets(refine__corpora__best__where="lenght(text) > 3"), "refine.corpora.best.where", "did you mean 'length'?"
+    ),
+    "no condition": (
+        sets(refine__corpora__best__where="teacher_n_tokens + 1"), "refine.corpora.best.where", "compare it"
+    ),
+    "several columns of a part that is off": (
+        sets(refine__corpora__best__where="n_words > 3 and alphabetic_word_share > 0.5"), "refine.corpora.best.where",
+        "set annotate.quality, which makes",
+    ),
+    "bits per byte without a prefix": (
+        sets(refine__corpora__best__rule="bits_per_byte", models__teacher__context_prefix="token"),
+        "refine.corpora.best.rule", "models.reference.context_prefix=token",
+    ),
+    "cut-off weights": (cut_weights, "models.teacher.path", "the file is cut off"),
+    "quantised without the package": (
+        other_teacher(quantization_config={"quant_method": "gptq", "bits": 4}), "models.teacher.path", "optimum"
+    ),
+    "the same model twice": (same_model, "models.copy.path", "name another model"),
+    "learning rate": (sets(train__learning_rate=-1), "train.learning_rate", "more than 0"),
+    "weight decay": (sets(train__weight_decay=-3), "train.weight_decay", "at least 0"),
+    "memory of the driver": (
+        sets(spark__conf={"spark.driver.memory": "lots"}), "spark.conf.spark.driver.memory", "4g"
+    ),
+    "master": (sets(spark__master="local[x]"), "spark.master", "local[N]"),
+    "share of rejects": (sets(ingest__max_reject_share=5), "ingest.max_reject_share", "0 to 1"),
     "two Delta tables": (two_tables, "ingest.input", "ingest it by itself"),
     "no Delta table": (sets(ingest__format="delta"), "ingest.input", "ingest.format"),
     "no evaluation file": (

@@ -21,7 +21,7 @@ ROWS_A_WRITER = 1_000_000
 def spark_append(table: str, log_store: str) -> Callable[[int], None]:
     from jobs.session import make_session
     from miniplm_udf.config.experiment import ExperimentConfig
-    from miniplm_udf.config.sections import SparkConfig
+    from miniplm_udf.config.spark import SparkConfig
     from tests.support.short_lived import SMALL_TABLES
 
     conf = {"spark.driver.memory": "1g", "spark.delta.logStore.s3a.impl": log_store, **SMALL_TABLES}

@@ -28,7 +28,7 @@ from jobs import score as score_job
 from jobs.session import make_session
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.sections import SparkConfig
+from miniplm_udf.config.spark import SparkConfig
 from miniplm_udf.ingestion import query as ingest_query
 from miniplm_udf.progress import configure_logging
 from miniplm_udf.scores import run as scores_run
