@@ -27,7 +27,7 @@ _TASK = "tasks/"
 
 
 def text(result: Comparison) -> str:
-    """Returns the comparison as text: a table of the students, a table of tasks if there are any, MLflow's page.
+    """Returns the comparison as text: tables of the students, the differences and the tasks, and MLflow's page.
 
     Args:
         result: the comparison.
@@ -39,7 +39,7 @@ def text(result: Comparison) -> str:
         (*_facts(student), *(_shown(student.metrics.get(name), 4) for name in names)) for student in result.students
     ]
     head = ("student", "corpus", "version", "tokenizer", "trainings", "steps", "tokens", "FLOP", *heads)
-    parts = [table(head, rows), *_tasks(result.students)]
+    parts = [table(head, rows), *_differences(result.students), *_tasks(result.students)]
     if any(spread.n > 1 for student in result.students for spread in student.metrics.values()):
         parts.append("Mean ± standard deviation over the trainings that differ in their seeds.")
     if result.mlflow_url:
@@ -54,6 +54,16 @@ def _facts(student: ComparedStudent) -> tuple[object, ...]:
         student.name, student.corpus, versions or None, student.tokenizer, len(student.trainings), student.steps,
         student.tokens, f"{student.flop:.2e}",
     )  # fmt: skip
+
+
+def _differences(students: Sequence[ComparedStudent]) -> list[str]:
+    """The table of differences to the baselines; none without a baseline."""
+    rows = [
+        (each.name, each.baseline, f"{each.bits_per_byte:+.4f}", f"{each.relative:+.2%}", each.reading)
+        for student in students
+        if (each := student.difference) is not None
+    ]
+    return [table(("student", "against", "bits/byte", "relative", "reading"), rows)] if rows else []
 
 
 def _tasks(students: Sequence[ComparedStudent]) -> list[str]:

@@ -9,25 +9,10 @@ import difflib
 import json
 
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
-from miniplm_udf.config.training import TrainConfig
+from miniplm_udf.config.training import KEYS_WITHOUT_EFFECT, TrainConfig
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.schemas import table_names
 from miniplm_udf.storage import Json
-
-# These keys do not change the result of a training, so a run resumes and a finished model stays when they change.
-# Another micro-batch size, another division among ranks, or compilation adds up the same batch in another order.
-_NOT_IN_FINGERPRINT = (
-    "micro_batch_sequences",
-    "parallel",
-    "shard_ranks",
-    "save_every_steps",
-    "keep_checkpoints",
-    "log_every_steps",
-    "compile",
-    "activation_checkpointing",
-    "evaluate_every_steps",
-    "kd_teacher",  # a name; the fingerprint of the training has the hash of the teacher's weights
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +63,7 @@ class Target:
     def _train_values(self) -> dict[str, object]:
         """The values of the section `train` that the weights depend on."""
         train = dataclasses.asdict(self.train)
-        return {key: value for key, value in train.items() if key not in _NOT_IN_FINGERPRINT}
+        return {key: value for key, value in train.items() if key not in KEYS_WITHOUT_EFFECT}
 
     def config_fingerprint(self) -> str:
         """Returns a hash of every config value that the weights depend on."""

@@ -136,6 +136,19 @@ def is_random_corpus(corpora: Mapping[str, CorpusConfig], name: str) -> bool:
     return name in corpora and is_random(resolve(corpora[name]))
 
 
+def is_baseline_corpus(corpora: Mapping[str, CorpusConfig], name: str) -> bool:
+    """Whether a corpus that a student names keeps a random part of the candidates, or all of them.
+
+    Args:
+        corpora: the section `refine.corpora`.
+        name: name of the corpus.
+    """
+    if name not in corpora:
+        return False
+    corpus = resolve(corpora[name])
+    return is_random(corpus) or (corpus.select is not None and corpus.select.ratio == 1)
+
+
 def _name_of(corpus: CorpusConfig) -> str | None:
     return corpus.rule or (DEFAULT if corpus.score is None and not corpus.is_of_proxy else None)
 

@@ -12,6 +12,21 @@ from miniplm_udf.config.sections import check
 from miniplm_udf.config.values import FOLLOWS, follows
 from miniplm_udf.storage import Json
 
+# These keys do not change the result of a training, so a run resumes and a finished model stays when they change.
+# Another micro-batch size, another division among ranks, or compilation adds up the same batch in another order.
+KEYS_WITHOUT_EFFECT = (
+    "micro_batch_sequences",
+    "parallel",
+    "shard_ranks",
+    "save_every_steps",
+    "keep_checkpoints",
+    "log_every_steps",
+    "compile",
+    "activation_checkpointing",
+    "evaluate_every_steps",
+    "kd_teacher",  # a name; the fingerprint of the training has the hash of the teacher's weights
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:

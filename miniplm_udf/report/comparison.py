@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig, to_dict
+from miniplm_udf.config.rules import is_baseline_corpus
 from miniplm_udf.errors import CorpusError, MiniplmError, first_line, mlflow_errors
+from miniplm_udf.report.baselines import Difference, is_small, setting_without_corpus, with_baselines
 from miniplm_udf.storage import Json
 from miniplm_udf.store.model_records import Evaluation, TrainingRecord, read_evaluation, read_training
 
@@ -50,6 +52,11 @@ class Trained:
         steps, tokens: optimiser steps, and input tokens, counted again in each epoch.
         flop: training compute.
         metrics: by the name that MLflow has for it; those that were measured.
+        setting_without_corpus: the result of `baselines.setting_without_corpus` without the seed; None if the config
+            does not declare the student.
+        is_baseline: whether its corpus is a random choice or the whole of the candidates.
+        heldout_location: the held-out texts; None if the student was not evaluated on them. `heldout_tokens`: their
+            tokens.
         run_id: the MLflow run; None without one.
     """
 
@@ -64,6 +71,10 @@ class Trained:
     flop: float
     metrics: dict[str, float]
     run_id: str | None
+    setting_without_corpus: str | None = None
+    is_baseline: bool = False
+    heldout_location: str | None = None
+    heldout_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +97,7 @@ class ComparedStudent:
         corpus_versions: versions of the corpus; more than one: the trainings read different text.
         metrics: by name.
         run_ids: MLflow runs.
+        difference: the difference of the means to the baseline; None without a baseline.
     """
 
     name: str
@@ -99,6 +111,7 @@ class ComparedStudent:
     flop: float
     metrics: dict[str, Spread]
     run_ids: list[str]
+    difference: Difference | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,13 +153,18 @@ def _trained(config: ExperimentConfig, name: str, record: TrainingRecord) -> Tra
         setting = to_dict(student)
         del setting["train"]["seed"]
         setting["chosen"] = to_dict(config.refine.corpora[student.corpus]) if corpus in config.refine.corpora else None
+    evaluation = read_evaluation(config, name)
+    heldout = evaluation.sets.get(HELDOUT) if evaluation else None
     teacher = int((record.kd_teacher or {}).get("n_parameters") or 0)
     return Trained(
         name=name, setting=json.dumps(setting, sort_keys=True, default=str),
         seed=student.train.seed if student else None, corpus=corpus, corpus_version=lineage.get("refined_version"),
         tokenizer=record.tokenizer, steps=record.steps, tokens=record.tokens,
         flop=training_flop(record.n_parameters, teacher, record.tokens),
-        metrics=_metrics(read_evaluation(config, name)), run_id=record.run_id,
+        metrics=_metrics(evaluation), run_id=record.run_id,
+        setting_without_corpus=setting_without_corpus(student, with_seed=False) if student else None,
+        is_baseline=student is not None and is_baseline_corpus(config.refine.corpora, student.corpus),
+        heldout_location=heldout.location if heldout else None, heldout_tokens=heldout.n_tokens if heldout else 0,
     )  # fmt: skip
 
 
@@ -236,7 +254,11 @@ def compare(trainings: Iterable[Trained]) -> list[ComparedStudent]:
     settings: dict[str, list[Trained]] = {}
     for each in trainings:
         settings.setdefault(each.setting, []).append(each)
-    students = [_student(group) for group in settings.values()]
+    groups = list(settings.values())
+    evaluated = [group for group in groups if _evaluated(group)]
+    pairs = with_baselines(evaluated, setting=_shared_with_baseline, is_baseline=lambda group: group[0].is_baseline)
+    differences = {group[0].setting: _difference(group, baseline) for group, baseline in pairs}
+    students = [_student(group, differences.get(group[0].setting)) for group in groups]
     return sorted(students, key=lambda student: _mean(student, BITS_PER_BYTE))
 
 
@@ -244,7 +266,34 @@ def _mean(student: ComparedStudent, metric: str) -> float:
     return student.metrics[metric].mean if metric in student.metrics else float("inf")
 
 
-def _student(group: Sequence[Trained]) -> ComparedStudent:
+def _evaluated(group: Sequence[Trained]) -> list[Trained]:
+    return [each for each in group if each.metrics.get(BITS_PER_BYTE)]
+
+
+def _shared_with_baseline(group: Sequence[Trained]) -> tuple[object, ...] | None:
+    """The values that a student and its baseline have in common: the settings, and the texts of their losses."""
+    first = group[0]
+    if first.setting_without_corpus is None:
+        return None
+    locations = sorted({str(each.heldout_location) for each in _evaluated(group)})
+    return first.setting_without_corpus, first.steps, first.tokens, *locations
+
+
+def _difference(group: Sequence[Trained], baseline: Sequence[Trained]) -> Difference:
+    """The difference of the means of two groups."""
+    of_group, of_baseline = _evaluated(group), _evaluated(baseline)
+    bits = statistics.fmean(each.metrics[BITS_PER_BYTE] for each in of_group)
+    base = statistics.fmean(each.metrics[BITS_PER_BYTE] for each in of_baseline)
+    return Difference(
+        name=shared_name([each.name for each in group]),
+        baseline=shared_name([each.name for each in baseline]),
+        bits_per_byte=bits - base,
+        relative=bits / base - 1.0,
+        is_noise=any(is_small(each.tokens, each.heldout_tokens) for each in (*of_group, *of_baseline)),
+    )
+
+
+def _student(group: Sequence[Trained], difference: Difference | None) -> ComparedStudent:
     first = group[0]
     names = dict.fromkeys(name for each in group for name in each.metrics)
     return ComparedStudent(
@@ -255,6 +304,7 @@ def _student(group: Sequence[Trained]) -> ComparedStudent:
         corpus_versions=sorted({each.corpus_version for each in group if each.corpus_version is not None}),
         metrics={name: _spread([each.metrics[name] for each in group if name in each.metrics]) for name in names},
         run_ids=[each.run_id for each in group if each.run_id],
+        difference=difference,
     )  # fmt: skip
 
 

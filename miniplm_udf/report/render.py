@@ -17,7 +17,7 @@ import jinja2
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.report import figures, queries
+from miniplm_udf.report import baselines, figures, queries
 from miniplm_udf.report import students as students_module
 from miniplm_udf.report.queries import CorpusFacts
 from miniplm_udf.report.students import StudentFacts
@@ -91,8 +91,8 @@ def render(
             heldout=figures.heldout_bars(students, sources[: queries.SHOWN_SOURCES]) if sources else None,
             without_curve=[student.name for student in students if not student.curve],
             differences=students_module.differences(students),
-            noise_training_tokens=students_module.NOISE_TRAINING_TOKENS,
-            noise_heldout_tokens=students_module.NOISE_HELDOUT_TOKENS,
+            noise_training_tokens=baselines.NOISE_TRAINING_TOKENS,
+            noise_heldout_tokens=baselines.NOISE_HELDOUT_TOKENS,
             text_characters=queries.TEXT_CHARACTERS,
             mlflow_uri=storage.redact(config.mlflow_uri()),
             mlflow_experiment=config.mlflow.experiment,

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT, task_columns
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.config.rules import is_random_corpus
+from miniplm_udf.config.rules import is_baseline_corpus, is_random_corpus
 from miniplm_udf.errors import mlflow_errors
+from miniplm_udf.report.baselines import Difference, is_small, setting_without_corpus, with_baselines
 from miniplm_udf.report.summary import PipelineSummary
 from miniplm_udf.store.model_records import (
     Evaluation,
@@ -34,9 +35,6 @@ LOGGER = logging.getLogger("miniplm.report")
 
 COMPARISON_RUN = "comparison"
 ROOT_TAG = "miniplm_root"
-# Below these a difference between two students is noise. The paper's smallest comparison trains on 50 billion tokens.
-NOISE_TRAINING_TOKENS = 1_000_000_000
-NOISE_HELDOUT_TOKENS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +44,8 @@ class StudentFacts:
     Attributes:
         name, corpus, tokenizer: names of the student, its corpus and its tokenizer in the config.
         is_random: whether its corpus is a random choice.
+        is_baseline: whether its corpus is a random choice or the whole of the candidates.
+        setting: its settings except the corpus: the result of `baselines.setting_without_corpus`.
         training: its `training.json`.
         evaluation: its `evaluation.json`; None if the student was not evaluated.
         curve: (step, train_loss in nats per token), empty if MLflow has none.
@@ -55,6 +55,8 @@ class StudentFacts:
     corpus: str
     tokenizer: str
     is_random: bool
+    is_baseline: bool
+    setting: str
     training: TrainingRecord
     evaluation: Evaluation | None
     curve: list[tuple[int, float]]
@@ -94,29 +96,6 @@ class StudentFacts:
         return loss.bits_per_byte if loss else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A comparison of two students.
-
-    Attributes:
-        name, baseline: the student, and the student that it is compared with.
-        bits_per_byte: held-out bits per byte of `name` minus bits per byte of `baseline`; below 0, `name` is better.
-        relative: `bits_per_byte` as a share of the baseline's.
-        is_noise: whether a training or its held-out text is so small that the difference may be noise.
-    """
-
-    name: str
-    baseline: str
-    bits_per_byte: float
-    relative: float
-    is_noise: bool
-
-    @property
-    def is_win(self) -> bool:
-        """Whether `name` has fewer held-out bits per byte than `baseline`; noise is not considered."""
-        return self.bits_per_byte < 0
-
-
 def students(config: ExperimentConfig) -> list[StudentFacts]:
     """Returns the records of the trained students of the config, in its order.
 
@@ -134,6 +113,8 @@ def students(config: ExperimentConfig) -> list[StudentFacts]:
                 corpus=student.corpus,
                 tokenizer=student.tokenizer,
                 is_random=is_random_corpus(config.refine.corpora, student.corpus),
+                is_baseline=is_baseline_corpus(config.refine.corpora, student.corpus),
+                setting=setting_without_corpus(student, with_seed=True),
                 training=training,
                 evaluation=read_evaluation(config, name),
                 curve=_curve(config, training.run_id),
@@ -173,35 +154,35 @@ def tasks(students: Sequence[StudentFacts]) -> dict[str, str]:
 
 
 def differences(students: Sequence[StudentFacts]) -> list[Difference]:
-    """Compares every evaluated student with the baseline: the first on a random corpus, or else the first of all.
+    """Compares every evaluated student with the student that differs in the corpus only and has a random or whole one.
 
     Args:
         students: the result of `students`.
 
     Returns:
-        One difference per evaluated student except the baseline; empty if fewer than two were evaluated.
+        One difference per evaluated student that has an evaluated baseline, in the order of the students.
     """
-    evaluated = [student for student in students if student.bits_per_byte]
-    if len(evaluated) < 2:
-        return []
-    baseline = next((student for student in evaluated if student.is_random), evaluated[0])
-    base = baseline.bits_per_byte or 0.0
-    return [
-        Difference(
-            name=student.name,
-            baseline=baseline.name,
-            bits_per_byte=(student.bits_per_byte or 0.0) - base,
-            relative=(student.bits_per_byte or 0.0) / base - 1.0,
-            is_noise=_is_small(student) or _is_small(baseline),
-        )
-        for student in evaluated
-        if student is not baseline
-    ]
+    pairs = with_baselines(
+        [student for student in students if student.bits_per_byte],
+        setting=lambda student: (student.setting, student.training.tokens),
+        is_baseline=lambda student: student.is_baseline,
+    )
+    return [_difference(student, baseline) for student, baseline in pairs]
+
+
+def _difference(student: StudentFacts, baseline: StudentFacts) -> Difference:
+    bits, base = student.bits_per_byte or 0.0, baseline.bits_per_byte or 0.0
+    return Difference(
+        name=student.name,
+        baseline=baseline.name,
+        bits_per_byte=bits - base,
+        relative=bits / base - 1.0,
+        is_noise=_is_small(student) or _is_small(baseline),
+    )
 
 
 def _is_small(student: StudentFacts) -> bool:
-    heldout_tokens = student.heldout.n_tokens if student.heldout else 0
-    return student.training.tokens < NOISE_TRAINING_TOKENS or heldout_tokens < NOISE_HELDOUT_TOKENS
+    return is_small(student.training.tokens, student.heldout.n_tokens if student.heldout else 0)
 
 
 def _client(config: ExperimentConfig) -> "MlflowClient":

@@ -267,18 +267,19 @@ def test_many_sources_are_summed_up() -> None:
 
 
 def test_noise_ends_where_the_rule_says() -> None:
-    def student(name: str, tokens: int, heldout: int, is_random: bool = False) -> students.StudentFacts:
+    def student(name: str, heldout: int, is_random: bool = False, tokens: int = 10**9) -> students.StudentFacts:
         sets = {"heldout": model_records.set_evaluation(model_records.text_loss(1.0, heldout))}
         return students.StudentFacts(
-            name=name, corpus="c", tokenizer="t", is_random=is_random,
+            name=name, corpus="c", tokenizer="t", is_random=is_random, is_baseline=is_random, setting="",
             training=model_records.training_record(tokens=tokens), evaluation=model_records.evaluation(sets), curve=[],
         )  # fmt: skip
 
-    large, small = student("a", 10**9, 10**6), student("b", 10**9 - 1, 10**6, is_random=True)
-    assert [d.is_noise for d in students.differences([large, small])] == [True]
-    assert students.differences([large, small])[0].baseline == "b"
-    assert [d.is_noise for d in students.differences([large, student("c", 10**9, 10**6)])] == [False]
-    assert [d.is_noise for d in students.differences([large, student("c", 10**9, 10**6 - 1)])] == [True]
+    large, baseline = student("a", 10**6), student("b", 10**6, is_random=True)
+    assert [d.is_noise for d in students.differences([large, baseline])] == [False]
+    assert [d.is_noise for d in students.differences([student("c", 10**6 - 1), baseline])] == [True]
+    assert [d.is_noise for d in students.differences([large, student("d", 10**6 - 1, is_random=True)])] == [True]
+    short = student("e", 10**6, tokens=10**9 - 1), student("f", 10**6, is_random=True, tokens=10**9 - 1)
+    assert [d.is_noise for d in students.differences(short)] == [True]
     assert students.differences([large]) == []
 
 

@@ -87,6 +87,7 @@ def _student(number: int) -> StudentFacts:
     tasks = {f"task_{i}": 0.3 + i / 50 for i in range(9)}
     return StudentFacts(
         name=f"student_{number}", corpus="difference", tokenizer="qwen", is_random=number == 3,
+        is_baseline=number == 3, setting="",
         training=model_records.training_record(run_id="0" * 32, packed_uri=f"{ROOT}/tables/packed/difference/qwen"),
         evaluation=model_records.evaluation(sets, tasks),
         curve=[(step, 3 + 6 * math.exp(-step / 300) - number / 9) for step in range(10, 1001, 10)],
