@@ -18,7 +18,7 @@ StagesOf = Callable[[ExperimentConfig], Sequence[str]]
 
 
 def read_checked(name: str, arguments: argparse.Namespace, stages_of: StagesOf) -> tuple[ExperimentConfig, list[str]]:
-    """Reads a config and looks for everything that is wrong.
+    """Reads a config and looks for everything that is wrong; logs what the command may start with.
 
     Args:
         name: name of the command, for messages.
@@ -40,7 +40,11 @@ def read_checked(name: str, arguments: argparse.Namespace, stages_of: StagesOf) 
         object_storage.use(error.rest.storage)
         problems = preflight.problems(error.rest, stages_of(error.rest))
         raise ConfigError.of_all([*error.problems, *problems], error.rest) from error
-    return config, preflight.problems(config, stages_of(config))
+    stages = stages_of(config)
+    problems = preflight.problems(config, stages)
+    if not problems:
+        preflight.warn(config, stages)
+    return config, problems
 
 
 def require_none(problems: Sequence[str]) -> None:

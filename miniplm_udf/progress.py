@@ -48,9 +48,15 @@ def configure_logging(level: str | None = None) -> None:
     logging.basicConfig(
         level=logging.WARNING, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    LOGGER.setLevel(level or os.environ.get(LEVEL_VARIABLE, "INFO"))
+    _set_levels(level)
     # Our Arrow UDFs have no type hints, because these would import pyarrow on the driver; Spark warns about that.
     warnings.filterwarnings("ignore", message="It is preferred to specify type hints for arrow UDF")
+
+
+def _set_levels(level: str | None) -> None:
+    LOGGER.setLevel(level or os.environ.get(LEVEL_VARIABLE, "INFO"))
+    # A warning for each retry of MLflow's client, dozens while its server is away; our own warning names the server.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.NOTSET if is_debug() else logging.ERROR)
 
 
 def is_debug() -> bool:
@@ -75,7 +81,7 @@ def debugging(is_wanted: bool) -> Iterator[None]:
         if is_wanted:
             os.environ.pop(LEVEL_VARIABLE)
             os.environ.update({} if before is None else {LEVEL_VARIABLE: before})
-            LOGGER.setLevel(before or "INFO")
+            _set_levels(before)
 
 
 def is_terminal() -> bool:

@@ -153,7 +153,7 @@ class FieldsConfig:
     Attributes:
         id: field with the id of a document; without it, the id is a hash of the text.
         text: field with the text.
-        source: field with the domain; without it, the domain is `ingest.default_source`.
+        source: field with the domain; without it, the domain is `ingest.default_source` (of text files, their folder).
         metadata: fields that are copied into the column `metadata` of `instances`.
     """
 
@@ -211,7 +211,7 @@ class IngestConfig:
         input: paths, folders or globs of files of one format, the location of one Delta table, or hf://datasets/NAME.
         format: auto tells the format from the file names (docs/ingest.md) or from a `_delta_log`.
         fields: names of the input's fields.
-        default_source: source of documents whose input has none.
+        default_source: source of documents whose input has none; text files in a folder of the input have its name.
         chunking: how documents become instances.
         split: which documents are set aside.
         state_partitions: partitions of the deduplication state; cannot change after the query's first start.

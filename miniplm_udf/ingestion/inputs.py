@@ -75,7 +75,7 @@ class Inputs:
         odd: Parquet files whose column types Spark cannot read under `schema`.
         damaged: Parquet files that cannot be read.
         rows_per_byte: mean of the readable Parquet files; 0 if there is none.
-        bases: folders that the input names; ids of text files are names below them.
+        bases: folders that the input names; ids and sources of text files are parts of the names below them.
     """
 
     format: str

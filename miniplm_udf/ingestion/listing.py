@@ -140,6 +140,28 @@ def base_folders(paths: Sequence[str], files: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(bases, key=lambda base: (-len(base), base)))
 
 
+def name_below(path: str, bases: Sequence[str]) -> str:
+    """Returns the name of a file below the input's folder; without folders if no base holds the file.
+
+    Args:
+        path: URI of the file, percent-encoded.
+        bases: the result of `base_folders`.
+    """
+    plain = plain_path(path)
+    base = next((base for base in bases if plain.startswith(base)), plain[: plain.rfind("/") + 1])
+    return plain[len(base) :]
+
+
+def folder_source(path: str, bases: Sequence[str]) -> str | None:
+    """Returns the source of a text file: the first folder of its name below the input's folder; None without a folder.
+
+    Args:
+        path: URI of the file, percent-encoded.
+        bases: the result of `base_folders`.
+    """
+    return name_below(path, bases).rpartition("/")[0].partition("/")[0] or None
+
+
 def is_datasets_record(path: str) -> bool:
     """Whether a file is a record that `datasets.save_to_disk` writes; it holds no text.
 

@@ -1,6 +1,7 @@
 """Reads the files that Spark lists but cannot read itself, on executors: text, JSON arrays and Arrow.
 
-    text    a file is one document; its id is its name below the input's folder, without `.txt`
+    text    a file is one document; its id is its name below the input's folder, without `.txt`, and its source is the
+            first folder of that name
     json    the elements of an array are the rows (json_arrays.py)
     arrow   Arrow IPC, as a file or a stream: Feather version 2, and what `datasets.save_to_disk` writes
 
@@ -17,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from miniplm_udf.config.sections import FieldsConfig
 from miniplm_udf.ingestion.formats import SUFFIXES
 from miniplm_udf.ingestion.json_arrays import json_rows
-from miniplm_udf.ingestion.listing import plain_path
+from miniplm_udf.ingestion.listing import folder_source, name_below
 from miniplm_udf.ingestion.nested import same_name
 from miniplm_udf.ingestion.parquet_columns import converted, open_file, wanted_columns, with_place
 from miniplm_udf.ingestion.unpacking import DamagedDataError, unpacked_chunks
@@ -93,7 +94,8 @@ class FileReader:
         import pyarrow as pa
 
         text = b"".join(unpacked_chunks(path, handle)).removeprefix(_BYTE_ORDER_MARK)
-        row = {"text": text, "id": self.document_id(path).encode("utf-8", "surrogateescape"), "source": None}
+        names = {"id": self.document_id(path), "source": folder_source(path, self.bases)}
+        row = {"text": text, **{key: name and name.encode("utf-8", "surrogateescape") for key, name in names.items()}}
         types = {**dict.fromkeys(row, pa.binary()), "metadata": pa.string()}
         return pa.RecordBatch.from_pylist([{**row, "metadata": None}], schema=pa.schema(list(types.items())))
 
@@ -103,9 +105,7 @@ class FileReader:
         Args:
             path: URI of the file, percent-encoded.
         """
-        plain = plain_path(path)
-        base = next((base for base in self.bases if plain.startswith(base)), plain[: plain.rfind("/") + 1])
-        name = plain[len(base) :]
+        name = name_below(path, self.bases)
         suffix = next((suffix for suffix in SUFFIXES["text"] if name.lower().endswith(suffix)), "")
         return name.removesuffix(name[-len(suffix) :]) if suffix and len(name) > len(suffix) else name
 

@@ -39,7 +39,8 @@ class Fields:
         text: the text; None for text files, which have no fields.
         id: the id; None if there is none, so that ids are hashes of the texts.
         source: the source; None if there is none.
-        sources: the rows of each source in the sample, the most frequent first.
+        sources: the rows of each source in the sample (of text files, all files in each first folder), the most
+            frequent first.
     """
 
     text: str | None = None

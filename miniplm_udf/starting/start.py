@@ -111,7 +111,7 @@ def _texts_of(sample: TextSample) -> tuple[Fields, list[str], int]:
             f"--input: expected rows with a text, found {len(sample.rows)} rows of {sample.format} in the first files, "
             f"none of which can be read{sample.encoding_hint}"
         )
-    dataclass_fields = Fields() if sample.format == "text" else fields.choose(rows)
+    dataclass_fields = Fields(sources=sample.sources) if sample.format == "text" else fields.choose(rows)
     name = dataclass_fields.text or TEXT
     values = [value for row in rows if isinstance(value := find_field(row, name), str) and value and "\0" not in value]
     if not values:
@@ -140,7 +140,7 @@ def _text_line(sample: TextSample, corpus: Corpus, chosen: Fields, languages: Co
         f"{sample.n_files:,} files ({sample.format}), {about}{corpus.n_documents:,} documents, {about}"
         f"{si(corpus.n_bytes)}B of text"
     ]
-    if chosen.source:
+    if chosen.sources:
         parts.append(f"{len(chosen.sources)} sources")
     if languages:
         top = ", ".join(f"{name} {n / languages.total():.0%}" for name, n in languages.most_common(3))

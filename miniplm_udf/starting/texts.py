@@ -8,6 +8,8 @@ about 20 MB of text. JSON lines and text need the base install alone; other form
 """
 
 import dataclasses
+import os
+from collections import Counter
 from collections.abc import Sequence
 from urllib.parse import quote
 
@@ -18,6 +20,7 @@ from miniplm_udf.ingestion import hub
 from miniplm_udf.ingestion.beginnings import Limits, first_holds_array, read_beginning
 from miniplm_udf.ingestion.file_format import choose_format, is_of_format
 from miniplm_udf.ingestion.input_files import ListedFile, list_files
+from miniplm_udf.ingestion.listing import base_folders, escape_glob, folder_source
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import has_commits
 
@@ -37,6 +40,7 @@ class TextSample:
         read_bytes: bytes of the files that hold these rows, as stored.
         is_complete: whether the rows are all rows of the input.
         encoding_hint: what to do about files that are not UTF-8; empty if the sample is.
+        sources: the files of each source, the most frequent first; empty unless text files are in folders.
     """
 
     format: str
@@ -46,6 +50,7 @@ class TextSample:
     read_bytes: int
     is_complete: bool
     encoding_hint: str
+    sources: tuple[tuple[str, int], ...] = ()
 
     @property
     def scale(self) -> float:
@@ -88,7 +93,23 @@ def read_sample(inputs: Sequence[str]) -> TextSample:
         read_bytes=sum(part.n_bytes for part in beginnings),
         is_complete=len(chosen) == len(files) and all(part.is_whole for part in beginnings),
         encoding_hint=next((part.hint for part in beginnings if part.hint), ""),
+        sources=_folder_sources(inputs, files) if kind == "text" else (),
     )
+
+
+def _folder_sources(inputs: Sequence[str], files: Sequence[ListedFile]) -> tuple[tuple[str, int], ...]:
+    """The sources that ingest gives text files (whole_files.py); empty if no file is in a folder of the input."""
+    places = [hub.local_copy(path) if hub.is_on_hub(path) else path for path in inputs]
+    uris = [quote(storage.to_uri(file.place), safe="/:") for file in files]
+    paths = [storage.to_uri(place) for place in places]
+    bases = base_folders([escape_glob(path) if _exists(path) else path for path in paths], uris)
+    names = [folder_source(uri, bases) for uri in uris]
+    default = IngestConfig().default_source
+    return tuple(Counter(name or default for name in names).most_common()) if any(names) else ()
+
+
+def _exists(uri: str) -> bool:
+    return storage.is_local(uri) and os.path.exists(storage.local_path(uri))
 
 
 def _list_files(path: str) -> list[ListedFile]:

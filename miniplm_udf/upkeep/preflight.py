@@ -1,14 +1,14 @@
 """Checks before a command starts: everything that is wrong at once; every table of the root exists. Driver only.
 
 `problems` comes first, before Spark starts and before anything is written: it asks each check that a stage of the
-command needs (`_CHECKS`) for what is wrong with the config on this machine. Then, with Spark, `check` looks for lost
-tables. Input: a config, and the stages, tables and queries of the command; output: sentences, or a `MiniplmError` that
-names the lost table and the remedy. A checkpoint records what its query has read, but not the rows that the query
-wrote: if a table is lost or was made again, the query would skip rows that exist nowhere, or fail with Delta's message.
-A command is refused if it needs a lost table; for other lost tables a warning is logged. Queries that build their own
-table (the matrix, the proxy's table, a followed corpus) detect the loss by themselves. Reads the files of the
-checkpoints, the log of each table named there, and the rows of `corpora` and `pins`. Writes only an empty file, which
-it removes at once.
+command needs (`_CHECKS`) for what is wrong with the config on this machine. `warn` logs what does not stop the command.
+Then, with Spark, `check` looks for lost tables. Input: a config, and the stages, tables and queries of the command;
+output: sentences, or a `MiniplmError` that names the lost table and the remedy. A checkpoint records what its query has
+read, but not the rows that the query wrote: if a table is lost or was made again, the query would skip rows that exist
+nowhere, or fail with Delta's message. A command is refused if it needs a lost table; for other lost tables a warning is
+logged. Queries that build their own table (the matrix, the proxy's table, a followed corpus) detect the loss by
+themselves. Reads the files of the checkpoints, the log of each table named there, and the rows of `corpora` and `pins`.
+Writes only an empty file, which it removes at once.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ from miniplm_udf.upkeep.expression_checks import expression_problems
 from miniplm_udf.upkeep.input_checks import chunking_problems, input_problems
 from miniplm_udf.upkeep.machine_checks import disk_problems, port_problems, root_problems
 from miniplm_udf.upkeep.model_checks import model_problems
+from miniplm_udf.upkeep.tracking_checks import tracking_warnings
 from miniplm_udf.upkeep.training_checks import reference_problems, student_problems, tokenizer_problems
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ _CHECKS: tuple[tuple[Callable[[ExperimentConfig], Iterator[str]], frozenset[str]
     (port_problems, frozenset({"ingest", "score", "proxy", "generate", "stream"})),
 )
 
+# The stages that write to MLflow's store or read it.
+_TRACKED = frozenset({"reference", "train", "evaluate", "report"})
+
 
 def problems(config: ExperimentConfig, stages: Collection[str]) -> list[str]:
     """Returns everything that is wrong with a config on this machine, as far as it can be seen at once.
@@ -110,6 +114,18 @@ def problems(config: ExperimentConfig, stages: Collection[str]) -> list[str]:
             if needing & set(stages):
                 result += check_of(config)
     return list(dict.fromkeys(result))
+
+
+def warn(config: ExperimentConfig, stages: Collection[str]) -> None:
+    """Logs what a command may start with, but has to be fixed soon: MLflow's server does not answer.
+
+    Args:
+        config: the experiment, in which `problems` finds nothing.
+        stages: the stages that the command will run.
+    """
+    if _TRACKED & set(stages):
+        for warning in tracking_warnings(config):
+            LOGGER.warning("%s", warning)
 
 
 def _models_of(config: ExperimentConfig, stages: Collection[str]) -> list[str]:

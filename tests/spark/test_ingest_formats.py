@@ -75,6 +75,9 @@ def test_text_arrays_and_bz2(spark: Any, make: Make, tmp_path: Path) -> None:
     config = make(f"{texts}/**/*.txt*", root="texts-root", max_reject_share=0.5)
     run(spark, config)
     assert sorted(documents(spark, config)) == ["b", "de/a", "en/a", "y/z/1/2/3/4/deep"]
+    instances = tables.read(spark, config.layout.table("instances")).collect()
+    sources = {row.document_ids[0]: row.source for row in instances}
+    assert sources == {"b": "unknown", "de/a": "de", "en/a": "en", "y/z/1/2/3/4/deep": "y"}
     assert rejects(spark, config) == ["wide.txt invalid_utf8"]
 
     arrays = tmp_path / "arrays"

@@ -109,6 +109,17 @@ def test_the_checks_take_what_it_writes(place: Place, kind: str, capsys: pytest.
     assert where == config.refine.corpora["random"].where
 
 
+@pytest.mark.parametrize("pattern", ["", "/**/*.txt"])
+def test_folders_of_text_files_are_sources(place: Place, pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_input(place.texts, "txt")
+    for number, document in enumerate(DOCUMENTS[:20]):
+        folder = place.texts / f"set {number % 4}" / "below"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.txt").write_text(f"{number}. {document['text']}")
+    assert init(place, inputs=f"{place.texts}{pattern}") == 0
+    assert "; 5 sources; " in capsys.readouterr().out
+
+
 def test_texts_in_an_object_storage(place: Place) -> None:
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe("/init/a.jsonl", lines(NESTED).encode())

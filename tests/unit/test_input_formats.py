@@ -25,7 +25,7 @@ from miniplm_udf.ingestion.file_format import csv_hint, file_format
 from miniplm_udf.ingestion.globs import expand_recursive
 from miniplm_udf.ingestion.hub import patterns
 from miniplm_udf.ingestion.json_arrays import json_rows
-from miniplm_udf.ingestion.listing import InputFile, base_folders
+from miniplm_udf.ingestion.listing import InputFile, base_folders, folder_source
 from miniplm_udf.ingestion.readability import check_file
 from miniplm_udf.ingestion.taken import TakenFile, growth
 from miniplm_udf.ingestion.unpacking import DamagedDataError
@@ -58,6 +58,25 @@ def rows_of(kind: str, path: Path, fields: FieldsConfig | None = None, bases: tu
     return [row for batch in reader(iter([place])) for row in batch.to_pylist()]
 
 
+@pytest.mark.parametrize(
+    ("path", "file", "source"),
+    [
+        ("/texts", "/texts/json5/58.txt", "json5"),
+        ("/texts", "/texts/json5/deep/er/58.txt", "json5"),
+        ("/texts", "/texts/58.txt", None),
+        ("/texts/json5", "/texts/json5/58.txt", None),
+        ("/texts/**/*.txt", "/texts/a%20b/58.txt", "a b"),
+        ("/texts/*/58.txt", "/texts/json5/58.txt", "json5"),
+        ("/texts/json5/58.txt", "/texts/json5/58.txt", None),
+        ("s3a://bucket", "s3a://bucket/json5/58.txt", "json5"),
+    ],
+)
+def test_the_source_of_a_text_file_is_its_first_folder(path: str, file: str, source: str | None) -> None:
+    scheme = "" if "://" in path else "file://"
+    uri = f"{scheme}{file}"
+    assert folder_source(uri, base_folders([f"{scheme}{path}"], [uri])) == source
+
+
 def test_a_text_file_is_one_document_with_an_id_from_its_name(tmp_path: Path) -> None:
     text = "A text.\nIts second line.\n"
     (tmp_path / "sub").mkdir()
@@ -66,8 +85,9 @@ def test_a_text_file_is_one_document_with_an_id_from_its_name(tmp_path: Path) ->
         path = tmp_path / "sub" / f"a.b.txt{suffix}"
         path.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
         (row,) = rows_of("text", path, bases=base_folders([f"file://{tmp_path}"], [f"file:{path}"]))
-        assert (row["id"], row["text"].decode()) == (b"sub/a.b", text)
-    assert rows_of("text", path)[0]["id"] == b"a.b"
+        assert (row["id"], row["source"], row["text"].decode()) == (b"sub/a.b", b"sub", text)
+    (row,) = rows_of("text", path)
+    assert (row["id"], row["source"]) == (b"a.b", None)
     assert base_folders([f"file://{tmp_path}/*/a.*", "file:///x/y.txt"], ["file:/x/y.txt"])[1] == "file:/x/"
     with pytest.raises(ConfigError, match=r"ingest.fields.text: expected no name for text files"):
         check_text_fields(FieldsConfig(text="body"))

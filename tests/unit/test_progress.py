@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from miniplm_udf import task_progress
-from miniplm_udf.progress import LEVEL_VARIABLE, _Handler, progress, time_left
+from miniplm_udf.progress import LEVEL_VARIABLE, _Handler, debugging, progress, time_left
 from miniplm_udf.task_progress import QueryCounts, hidden, publish, watched_tasks
 
 
@@ -37,6 +37,18 @@ def test_errors_that_py4j_raises_are_not_logged_too(
         _Handler(written).emit(logging.LogRecord("root", logging.ERROR, path, 1, f"from {path}", (), None))
     assert ("from /lib/py4j" in written.getvalue()) == is_shown
     assert "from /lib/other.py" in written.getvalue()
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_the_retries_of_mlflows_client_are_shown_only_for_debugging(
+    is_wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(LEVEL_VARIABLE, raising=False)
+    retries = logging.getLogger("urllib3.connectionpool")
+    with debugging(is_wanted):
+        assert retries.isEnabledFor(logging.WARNING) == is_wanted
+    assert not retries.isEnabledFor(logging.WARNING)
+    assert retries.isEnabledFor(logging.ERROR)
 
 
 def test_the_time_left_is_in_a_unit_that_fits() -> None:

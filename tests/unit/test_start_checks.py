@@ -22,6 +22,7 @@ from miniplm_udf.config.experiment import load_config
 from miniplm_udf.ingestion import input_files
 from miniplm_udf.ingestion.input_files import list_files
 from miniplm_udf.upkeep import architectures, preflight
+from miniplm_udf.upkeep.tracking_checks import tracking_warnings
 from tests.support.ports import free_port
 from tests.support.right_experiment import SEPARATOR, Place
 
@@ -426,6 +427,42 @@ def test_a_port_that_is_taken(place: Place, capsys: pytest.CaptureFixture[str]) 
         (problem,) = named(place, capsys)
     assert problem.startswith("stream.metrics_port: expected a free port")
     assert "choose another port" in problem
+
+
+@pytest.mark.parametrize("by_key", [True, False])
+def test_a_server_of_mlflow_that_does_not_answer_is_a_warning(
+    place: Place, by_key: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"http://me:secret@127.0.0.1:{free_port()}"
+    if by_key:
+        place.set("mlflow.tracking_uri", uri)
+    else:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "miniplm.preflight"]
+    assert warning.startswith("mlflow.tracking_uri")
+    assert ("MLFLOW_TRACKING_URI" in warning) != by_key
+    assert "Connection refused" in warning
+    assert "mlflow server" in warning
+    assert "mlflow.wait_seconds (180 s)" in warning
+    assert "secret" not in warning
+    caplog.clear()
+    assert cli.main(["ingest", "-c", str(place.file()), "--dry-run"]) == 0
+    assert not [record for record in caplog.records if record.name == "miniplm.preflight"]
+
+
+@pytest.mark.parametrize("uri", ["http://[::1", "http://host:port", "sqlite:///x.db", "databricks", "/a/folder", ""])
+def test_an_address_of_mlflow_is_never_an_error(place: Place, uri: str) -> None:
+    place.set("mlflow.tracking_uri", uri)
+    assert len(list(tracking_warnings(load_config(place.file())))) == uri.startswith("http")
+
+
+def test_a_server_of_mlflow_that_listens_gives_no_warning(place: Place) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        place.set("mlflow.tracking_uri", f"http://127.0.0.1:{server.getsockname()[1]}/path")
+        assert not list(tracking_warnings(load_config(place.file())))
 
 
 def test_a_full_disk(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
