@@ -93,6 +93,7 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         "summary": storage.redact(config.report_file("summary.json")),
         "report": storage.redact(config.report_file("report.html")),
         "MLflow": mlflow_command(config),
+        **_next_commands(summary),
         **_local_store(config),
     }
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
@@ -104,6 +105,14 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
     if any(each.tasks or each.sets.keys() - {HELDOUT} for each in evaluations.values()):
         parts.append(evaluation_text(evaluations))
     return "\n\n".join([*parts, table(None, list(places.items()), "  ")])
+
+
+def _next_commands(summary: PipelineSummary) -> dict[str, str]:
+    """The commands that show and hand over the result, which all take the same `-c`."""
+    names = list(summary["refined"])
+    students = ["compare"] * bool(summary["students"])
+    commands = [f"inspect {names[0]}", f"export {names[0]} --to parquet", *students] if names else students
+    return {"look at it": "; ".join(f"miniplm {command}" for command in commands)} if commands else {}
 
 
 def mlflow_command(config: ExperimentConfig) -> str:
