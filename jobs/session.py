@@ -44,7 +44,7 @@ def _defaults(cores: int) -> dict[str, str]:
         "spark.databricks.delta.snapshotPartitions": str(cores),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
         # A worker sends its rows when so many bytes are full: with the default of 64 KiB, progress comes minutes late.
-        "spark.sql.execution.pandas.udf.buffer.size": "8192",
+        "spark.sql.execution.pandas.udf.buffer.size": "1024",
         # Small parts, so that scorers get even shares of a micro-batch's files without a shuffle of the text.
         "spark.hadoop.parquet.block.size": str(16 * 1024 * 1024),
         "spark.sql.files.maxPartitionBytes": "16m",
@@ -56,6 +56,8 @@ def _defaults(cores: int) -> dict[str, str]:
         ),
         "spark.sql.streaming.stateStore.rocksdb.changelogCheckpointing.enabled": "true",
         "spark.executorEnv.OMP_NUM_THREADS": str(cores),
+        # Threads of torch that wait for each other sleep: next to other work, threads that spin keep it from the cores.
+        "spark.executorEnv.OMP_WAIT_POLICY": "PASSIVE",
         "spark.driver.memory": "4g",
         "spark.sql.warehouse.dir": str(storage.cache_folder() / "warehouse"),
         "spark.log.level": "ERROR",

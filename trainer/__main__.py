@@ -235,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = _parse(argv)
+    # Before torch is loaded. Threads that spin while they wait keep each other from the cores if anything else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with debugging(arguments.debug), stopping.stops_on_signals():
         try:
             result, lines = _run(arguments)
