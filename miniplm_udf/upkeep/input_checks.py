@@ -23,10 +23,11 @@ from miniplm_udf.errors import ConfigError
 from miniplm_udf.ingestion import globs, hub
 from miniplm_udf.ingestion.beginnings import N_FIRST, Limits, columns_of, first_holds_array, read_beginning
 from miniplm_udf.ingestion.column_kinds import ColumnKind, kinds_of_delta
-from miniplm_udf.ingestion.documents import field_names
+from miniplm_udf.ingestion.documents import ABSENT, field_names, find_field
 from miniplm_udf.ingestion.field_checks import check_text_fields, column_problems, line_problems
 from miniplm_udf.ingestion.file_format import choose_format, is_of_format
 from miniplm_udf.ingestion.input_files import ListedFile, list_files
+from miniplm_udf.storage import Json
 from miniplm_udf.storage_errors import explain
 from miniplm_udf.store.delta_log import encoded, has_commits
 from miniplm_udf.upkeep.storage_probe import connect
@@ -264,14 +265,16 @@ def _content_problems(config: ExperimentConfig, files: list[ListedFile]) -> Iter
         return
     kept = [file for path, file in by_path.items() if ingest.format != "auto" or is_of_format(path, kind)]
     if kind in ("jsonl", "json"):
-        yield from line_problems(_names_in_rows(kind, kept), ingest.fields)
+        rows = _first_rows(kind, kept)
+        yield from line_problems(_names_in(rows), ingest.fields)
+        yield from _no_text(rows, ingest.fields.text)
     elif kind in ("parquet", "arrow"):
         columns = _columns_of_files(kind, kept, ingest.fields)
         problems = list(column_problems(f"the {kind.capitalize()} files", columns, ingest.fields))
         yield from problems
         names = (ingest.fields.text, ingest.fields.id, ingest.fields.source)
         if not problems and any("." in name for name in names):  # perhaps in a column that holds JSON as a string
-            yield from line_problems(_names_in_rows(kind, kept), ingest.fields)
+            yield from line_problems(_names_in(_first_rows(kind, kept)), ingest.fields)
         if kind == "parquet":
             yield from _no_parquet(kept)
 
@@ -300,16 +303,31 @@ def _first(files: Sequence[ListedFile]) -> list[ListedFile]:
     return first if all(file.is_here for file in first) else []
 
 
-def _names_in_rows(kind: str, files: Sequence[ListedFile]) -> set[str]:
-    """The names of the fields in the first rows; none if a file cannot be read, which ingest reports."""
-    names: set[str] = set()
+def _first_rows(kind: str, files: Sequence[ListedFile]) -> list[Json]:
+    """The first rows that are objects; none if a file cannot be read, which ingest reports."""
+    rows: list[Json] = []
     for file in _first(files):
         try:
-            rows = read_beginning(kind, file, _LIMITS).rows
+            rows += [row for row in read_beginning(kind, file, _LIMITS).rows if row is not None]
         except ImportError:  # the package for a compression
-            return set()
-        names.update(name for row in rows if row is not None for name in field_names(row))
-    return names
+            return []
+    return rows
+
+
+def _names_in(rows: Sequence[Json]) -> set[str]:
+    return {name for row in rows for name in field_names(row)}
+
+
+def _no_text(rows: Sequence[Json], name: str) -> Iterator[str]:
+    """A text field that holds something else in each of the first rows."""
+    values = [value for row in rows if (value := find_field(row, name)) is not ABSENT and value is not None]
+    if values and not any(isinstance(value, str) for value in values):
+        inner = [each for each in field_names(values[0]) if "." not in each] if isinstance(values[0], dict) else []
+        named = f"one of its fields {sorted(inner)}" if inner else "another field"
+        yield (
+            f"ingest.fields.text: expected a field with text, found {name!r} with {type(values[0]).__name__} in the "
+            f"input's first lines; name {named}, with dots"
+        )
 
 
 def _columns_of_files(kind: str, files: Sequence[ListedFile], fields: FieldsConfig) -> dict[str, ColumnKind]:

@@ -429,6 +429,7 @@ JSON_USES = {
     "miniplm_udf/starting/texts.py": 1,
     "miniplm_udf/upkeep/architectures.py": 6,
     "miniplm_udf/upkeep/expression_checks.py": 1,
+    "miniplm_udf/upkeep/input_checks.py": 4,
     "miniplm_udf/upkeep/model_checks.py": 2,
     "miniplm_udf/upkeep/training_checks.py": 2,
     "trainer/losses/lm_loss.py": 1,

@@ -155,6 +155,8 @@ MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
         inputs(lambda folder: (folder / "A.JSONL.GZ").write_bytes(b"x" * 9000), ingest__fields__text="text"),
         "ingest.input", "rename the files",
     ),
+    "an object as text": (sets(ingest__fields__text="meta"), "ingest.fields.text", "one of its fields ['set']"),
+    "a number as text": (inputs(write_array, ingest__fields__text="n"), "ingest.fields.text", "another field"),
     "wrong field of arrays": (inputs(write_array, ingest__fields__text="body"), "ingest.fields.text", "['meta'"),
     "wrong field of Arrow": (inputs(write_arrow, ingest__fields__text="txt"), "ingest.fields.text", "fields.text=text"),
     "numbers in Arrow": (inputs(write_arrow, ingest__fields__text="n"), "ingest.fields.text", "a column of text"),
