@@ -44,7 +44,7 @@ class QueryCounts:
         behind: what still waits, in `unit`; None if it was not counted.
         total: what waited when the command began, in `unit`; None if the query goes on with new input.
         unit: rows or files.
-        seconds: time since the query began.
+        began_at: when the query began, by `time.monotonic`.
         outputs_per_row: rows that the query's Python workers return for each row that waits; None if they are not
             counted while a micro-batch runs.
     """
@@ -55,7 +55,7 @@ class QueryCounts:
     behind: int | None
     total: int | None
     unit: str
-    seconds: float
+    began_at: float
     outputs_per_row: float | None = None
 
     def with_outputs(self, outputs: int) -> "QueryCounts":
@@ -67,9 +67,12 @@ class QueryCounts:
         if not self.outputs_per_row or not outputs:
             return self
         rows = self.rows + round(outputs / self.outputs_per_row)
-        return dataclasses.replace(
-            self, rows=rows, rows_per_second=self.rows_per_second or rows / max(self.seconds, 1e-9)
-        )
+        return dataclasses.replace(self, rows=rows, rows_per_second=self.rows_per_second or rows / self.seconds)
+
+    @property
+    def seconds(self) -> float:
+        """The time since the query began."""
+        return max(time.monotonic() - self.began_at, 1e-9)
 
     @property
     def fraction(self) -> float | None:

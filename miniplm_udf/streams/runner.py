@@ -97,7 +97,7 @@ class _Running:
         return QueryCounts(
             rows=status.rows, rows_per_second=status.rows_per_second, tokens_per_second=status.tokens_per_second,
             behind=status.backlog, total=self.waited if has_end else None, unit=self.query.backlog_unit,
-            seconds=time.monotonic() - self.started_at, outputs_per_row=self.query.outputs_per_row,
+            began_at=self.started_at, outputs_per_row=self.query.outputs_per_row,
         )  # fmt: skip
 
 

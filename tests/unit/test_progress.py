@@ -58,7 +58,7 @@ def test_the_time_left_is_in_a_unit_that_fits() -> None:
 
 def counts(**values: Any) -> QueryCounts:
     given = {"rows": 300, "rows_per_second": 30.0, "tokens_per_second": {"teacher": 1200.0}, "behind": 700}
-    return QueryCounts(**{**given, "total": 1000, "unit": "rows", "seconds": 10.0, **values})
+    return QueryCounts(**{**given, "total": 1000, "unit": "rows", "began_at": time.monotonic() - 10.0, **values})
 
 
 def test_counts_of_a_query_in_words() -> None:
@@ -73,7 +73,8 @@ def test_the_rows_of_a_running_micro_batch_count() -> None:
     first = counts(rows=0, rows_per_second=0.0, behind=1000, outputs_per_row=1.5, tokens_per_second={})
     assert first.with_outputs(0) == first
     assert first.with_outputs(300).text() == "200 of 1,000 rows, 20.0 rows/s, 40 s left"
-    assert counts().with_outputs(300) == counts()
+    uncounted = counts()
+    assert uncounted.with_outputs(300) == uncounted
 
 
 def until(has_happened: Callable[[], object]) -> None:
