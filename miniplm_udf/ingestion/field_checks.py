@@ -44,9 +44,9 @@ def check_columns(path: str, types: dict[str, str], fields: FieldsConfig) -> Non
     """
     if not types:
         return
-    for key, name in required(fields):
+    for key, name in _required(fields):
         if _type_of(name, types) is None:
-            raise ConfigError(no_field(key, name, types, storage.redact(path)))
+            raise ConfigError(_no_field(key, name, types, storage.redact(path)))
     kind = _type_of(fields.text, types) or ""
     if not kind.startswith(("string", "varchar", "char", "binary")):
         raise ConfigError(_no_text(fields, kind))
@@ -62,10 +62,10 @@ def column_problems(place: str, columns: Mapping[str, ColumnKind], fields: Field
     """
     if not columns:
         return
-    for key, name in required(fields):
+    for key, name in _required(fields):
         kind = kind_at(name, columns)
         if kind is None:
-            yield no_field(key, name, columns, place)
+            yield _no_field(key, name, columns, place)
         elif key == "text" and not kind.is_text:
             yield _no_text(fields, kind.name)
 
@@ -77,10 +77,10 @@ def line_problems(names: Collection[str], fields: FieldsConfig) -> Iterator[str]
         names: the names of the fields in the first rows; empty if they are not known.
         fields: names of the fields.
     """
-    for key, name in required(fields):
+    for key, name in _required(fields):
         # Metadata fields may be rare, so that the first lines have none of them.
         if names and key != "metadata" and name not in names:
-            yield no_field(key, name, names, _FIRST_LINES)
+            yield _no_field(key, name, names, _FIRST_LINES)
 
 
 def _no_text(fields: FieldsConfig, kind: str) -> str:
@@ -114,7 +114,7 @@ def check_text_fields(fields: FieldsConfig) -> None:
         ConfigError: a name is not a default.
     """
     default = FieldsConfig()
-    for key, name in required(fields):
+    for key, name in _required(fields):
         if key == "metadata" or name != getattr(default, key):
             raise ConfigError(
                 f"ingest.fields.{key}: expected no name for text files, each of which is one document without fields, "
@@ -138,7 +138,7 @@ def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: Fie
     from pyspark.errors import PySparkException
 
     keys: set[str] = set()
-    needed = [name for key, name in required(fields) if key != "metadata"]
+    needed = [name for key, name in _required(fields) if key != "metadata"]
     for row_keys in array_keys(spark, files) if kind == "json" else []:
         keys.update(row_keys)
     for file in [file for file in files if file.n_bytes and kind == "jsonl"][:_FILES]:
@@ -155,30 +155,15 @@ def check_lines(spark: "SparkSession", files: "Sequence[InputFile]", fields: Fie
         raise ConfigError(problem)
 
 
-def required(fields: FieldsConfig) -> list[tuple[str, str]]:
-    """Returns the fields that must exist: the text, and names that are not defaults.
-
-    Args:
-        fields: names of the fields.
-
-    Returns:
-        (key of the config, name) of each.
-    """
+def _required(fields: FieldsConfig) -> list[tuple[str, str]]:
+    """The fields that must exist (the text, and names that are not defaults), as (key of the config, name)."""
     default = FieldsConfig()
     names = [("text", fields.text)]
     names += [(key, getattr(fields, key)) for key in ("id", "source") if getattr(fields, key) != getattr(default, key)]
     return names + [("metadata", name) for name in fields.metadata]
 
 
-def no_field(key: str, name: str, names: Collection[str], place: str) -> str:
-    """Returns the message for a field that the input does not have, with the nearest field.
-
-    Args:
-        key: key of the section `ingest.fields`.
-        name: its value.
-        names: the fields of the input.
-        place: where they were found, in words.
-    """
+def _no_field(key: str, name: str, names: Collection[str], place: str) -> str:
     nearest = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.3)
     hint = f"; did you mean ingest.fields.{key}={nearest[0]}?" if nearest else f"; set ingest.fields.{key}"
     return f"ingest.fields.{key}: expected a column or field {name!r} in {place}, found {sorted(names)[:30]}{hint}"

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 INPUT = "ingest.input"
-_GLOB = re.compile(r"[\[\]{}*?\\]")
 # The text form of Hadoop's FileStatus. Many of them come as one text, because each call into the JVM is slow.
 _STATUS = re.compile(r"\w*\{path=(.*?); isDirectory=(true|false)(?:; length=(\d+))?;", re.DOTALL)
 # Files that Spark, Hadoop and Delta write next to their data; they are not reported as left out.
@@ -107,7 +106,7 @@ def existing_or_glob(spark: "SparkSession", path: str, key: str = INPUT) -> str:
     Raises:
         ConfigError: Hadoop refuses the path.
     """
-    if not _GLOB.search(path):
+    if not globs.has_magic(path):
         return path
     filesystem, place = _filesystem(spark, path, key)
     if filesystem.exists(place):
@@ -229,7 +228,7 @@ def all_files(spark: "SparkSession", path: str, key: str = INPUT) -> list[str]:
     filesystem, place = _filesystem(spark, path, key)
     jvm: Any = spark._jvm
     with _named(path, key):
-        if _GLOB.search(path):
+        if globs.has_magic(path):
             statuses = jvm.org.apache.commons.lang3.ArrayUtils.toString(filesystem.globStatus(place))
         else:
             statuses = filesystem.getFileStatus(place).toString() if filesystem.exists(place) else ""
@@ -316,7 +315,7 @@ def check_names(path: str, files: Iterable[str], key: str = INPUT) -> None:
     Raises:
         ConfigError: a name cannot be read; the message has the first unreadable name, and their number.
     """
-    is_glob = bool(_GLOB.search(path))
+    is_glob = globs.has_magic(path)
     refused = []
     for file in files:
         place = re.sub(r"^[\w+.-]+:(//[^/]*)?", "", file)
