@@ -160,6 +160,28 @@ def add_config_arguments(parser: argparse.ArgumentParser, takes_root: bool = Fal
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. root=/data/run1")
 
 
+def add_version_argument(parser: argparse.ArgumentParser, name: str = "version", metavar: str | None = None) -> None:
+    """Adds a positional argument for a version of a corpus.
+
+    Args:
+        parser: the parser of a command.
+        name: its name in the parsed options.
+        metavar: its name in the help; None takes `name`.
+    """
+    parser.add_argument(
+        name, metavar=metavar, type=_version, help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin"
+    )
+
+
+def _version(word: str) -> str:
+    """Refuses an override in the place of a version: argparse gives the first words to the version."""
+    if "=" in word:
+        raise argparse.ArgumentTypeError(
+            f"expected a version (NAME, NAME@NUMBER or NAME@TAG) before the overrides, found {word!r}"
+        )
+    return word
+
+
 def read_config(name: str, arguments: argparse.Namespace) -> ExperimentConfig:
     """Returns the config that the options name; with `--root`, the defaults on that root. From here on, this process
     reaches the storage that the config describes.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import corpus_text
-from jobs.command import Command, make_parser
+from jobs.command import Command, add_version_argument, make_parser
 from jobs.session import command_session
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -109,7 +109,7 @@ def _takes(*names: str, **options: Mapping[str, Any]) -> Callable[[argparse.Argu
 
     def add(parser: argparse.ArgumentParser) -> None:
         for name in names:
-            parser.add_argument(name, help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin")
+            add_version_argument(parser, name)
         for option, settings in options.items():
             parser.add_argument("--" + option.replace("_", "-"), **settings)
 

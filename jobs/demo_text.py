@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.command import guarded, make_parser
+from jobs.stage_text import stage_text
 from jobs.text import as_json
 from miniplm_udf.errors import EXIT_DONE
 from miniplm_udf.ingestion.demo_text import write_demo_text
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         planned = {"folder": str(arguments.to), "scale": arguments.scale}
-        print(as_json({"demo-text": planned if arguments.dry_run else run(arguments.to, arguments.scale)}))
+        result = planned if arguments.dry_run else run(arguments.to, arguments.scale)
+        print(as_json({"demo-text": result}) if arguments.json else stage_text("demo-text", result))
         return EXIT_DONE
 
     return guarded(body, arguments.debug)

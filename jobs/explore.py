@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.command import Command
+from jobs.command import Command, add_version_argument
 from jobs.text import as_json
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import ConfigError
@@ -44,9 +44,7 @@ def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> str:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "version", metavar="CORPUS", help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin"
-    )
+    add_version_argument(parser, metavar="CORPUS")
     parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.command import Command
+from jobs.command import Command, add_version_argument
 from jobs.session import command_session
 from jobs.text import plain
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -35,9 +35,7 @@ def text(manifest: Any) -> str:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "version", metavar="CORPUS", help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin"
-    )
+    add_version_argument(parser, metavar="CORPUS")
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
     parser.add_argument(
         "--out", metavar="FOLDER", help="path or URI of the new folder (default: ROOT/exports/NAME-VERSION.FORMAT)"

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.command import Command
+from jobs.command import Command, add_version_argument
 from jobs.session import command_session
 from jobs.text import plain
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -67,9 +67,7 @@ def visible(shown: str) -> str:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "version", metavar="CORPUS", help="NAME (its newest version), NAME@NUMBER, or NAME@TAG of a pin"
-    )
+    add_version_argument(parser, metavar="CORPUS")
     parser.add_argument(
         "--side", choices=SIDES, default="kept", help="rows that were kept, or candidates that were not (default: kept)"
     )

@@ -4,11 +4,10 @@ Input: the stages, the config and the root's records and logs. Output: text. Onl
 plan of a stage that reads them says that it runs if they have changed. Writes nothing.
 """
 
-import datetime
 import enum
 from collections.abc import Sequence
 
-from jobs.records import StageRecord
+from jobs.records import StageRecord, utc
 from jobs.stage import Options, Stage
 from jobs.text import table
 from miniplm_udf import storage
@@ -94,7 +93,7 @@ def _finished(record: StageRecord) -> str:
     seconds = f"{record.seconds:.0f} s"
     if (at := record.finished_at) is None:
         return seconds
-    return f"{datetime.datetime.fromtimestamp(at, datetime.UTC):%Y-%m-%d %H:%M} UTC, {seconds}"
+    return f"{utc(at)} UTC, {seconds}"
 
 
 def _names(places: Sequence[str]) -> str:

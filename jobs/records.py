@@ -6,6 +6,7 @@ skipped is decided in `stage.py`.
 """
 
 import dataclasses
+import datetime
 import json
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import DamagedRecordError
 from miniplm_udf.json_records import from_json
+from miniplm_udf.layout import Root
 from miniplm_udf.storage import Json
 
 
@@ -34,6 +36,47 @@ class StageRecord:
     finished_at: float | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinishedStage:
+    """When a stage of a root last finished.
+
+    Attributes:
+        stage: its name.
+        finished_at: UTC, as text; None in a record of an earlier release.
+        seconds: how long it ran.
+    """
+
+    stage: str
+    finished_at: str | None
+    seconds: float
+
+
+def finished_stages(root: Root) -> list[FinishedStage]:
+    """Returns the stages of a root that have finished, in the order in which they did.
+
+    Args:
+        root: its records are read.
+
+    Raises:
+        DamagedRecordError: a file is not a record.
+    """
+    files = storage.list_folder(root.stage())
+    records = {name: _read(root, name) for file in files if (name := file.removesuffix(".json")) != file}
+    finished = sorted((record.finished_at or 0.0, name, record.seconds) for name, record in records.items() if record)
+    return [
+        FinishedStage(stage=name, finished_at=utc(at) if at else None, seconds=seconds) for at, name, seconds in finished
+    ]
+
+
+def utc(seconds: float) -> str:
+    """Returns a time to the minute.
+
+    Args:
+        seconds: since 1970.
+    """
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M}"
+
+
 def read_record(config: ExperimentConfig, stage: str, summary_class: Any) -> StageRecord | None:
     """Reads the record of a stage.
 
@@ -49,17 +92,23 @@ def read_record(config: ExperimentConfig, stage: str, summary_class: Any) -> Sta
     Raises:
         DamagedRecordError: the file is not a record.
     """
-    raw = storage.read_json(config.layout.stage(stage))
+    record = _read(config.layout, stage)
+    summary = None if record is None else from_json(summary_class, record.summary)
+    return None if record is None or summary is None else dataclasses.replace(record, summary=summary)
+
+
+def _read(root: Root, stage: str) -> StageRecord | None:
+    """The record with its summary as JSON; None if there is none."""
+    raw = storage.read_json(root.stage(stage))
     if raw is None:
         return None
     record = from_json(StageRecord, raw)
     if record is None:
         raise DamagedRecordError(
-            f"record {storage.redact(config.layout.stage(stage))}: expected ['fingerprint', 'seconds', 'summary'], "
+            f"record {storage.redact(root.stage(stage))}: expected ['fingerprint', 'seconds', 'summary'], "
             "found something else; remove it, and the stage runs again"
         )
-    summary = from_json(summary_class, record.summary)
-    return None if summary is None else dataclasses.replace(record, summary=summary)
+    return record
 
 
 def write_record(config: ExperimentConfig, stage: str, fingerprint: str, summary: Json, seconds: float) -> None:

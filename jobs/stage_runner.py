@@ -19,6 +19,7 @@ from jobs.command import add_config_arguments, exit_code, guarded, make_parser, 
 from jobs.reject_text import reject_sentence
 from jobs.session import spark_session
 from jobs.stage import Options, Stage
+from jobs.stage_text import stage_text
 from jobs.stages import stage_named
 from jobs.text import as_json
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -129,7 +130,8 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
         argv: the words after the name; None takes the arguments of the process.
 
     Returns:
-        The exit code. The summary is printed as JSON, `{NAME: summary}`; with `--dry-run`, the config and the plan.
+        The exit code. The summary is printed as text, or with `--json` as `{NAME: summary}`; with `--dry-run`, the
+        config and the plan.
     """
     stage = stage_named(name)
     arguments = stage_parser(name).parse_intermixed_args(argv)
@@ -145,9 +147,11 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
         if not stage.applies(config):
             raise ConfigError(f"{name}: the config has nothing for this stage; expected {stage.needs}, found none")
         summary = _run_or_skip(stage, config, options)
-        print(as_json({name: {} if summary is None else stage.to_json(summary)}), flush=True)
+        plain = {} if summary is None else stage.to_json(summary)
+        last_line = "" if summary is None else stage.last_line(summary)
+        print(as_json({name: plain}) if arguments.json else stage_text(name, plain, [last_line]), flush=True)
         # After the summary, which may be long.
-        if last_line := "" if summary is None else stage.last_line(summary):
+        if last_line:
             print(last_line, file=sys.stderr)
         if sentence := reject_sentence(name, config, summary):
             print(f"miniplm: {sentence}", file=sys.stderr)

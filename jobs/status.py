@@ -1,4 +1,6 @@
-"""`miniplm status`: the progress of a root's queries. Reads the records under `<root>/_status/`; starts no Spark.
+"""`miniplm status`: whether a run works on a root, the progress of its queries, and the stages that have finished.
+
+Reads the records under `<root>/_status/`, `_stages/` and `_leases/`; starts no Spark and writes nothing.
 
 miniplm status -c conf/demo.yaml
 miniplm status --root s3://bucket/run1 --prometheus
@@ -6,50 +8,80 @@ spark-submit --properties-file conf/spark/local.conf jobs/status.py -c conf/demo
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from jobs.command import Command
+from jobs.records import FinishedStage, finished_stages
 from jobs.text import table
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
-from miniplm_udf.lease import is_held
+from miniplm_udf.lease import holder, is_held
 from miniplm_udf.streams import status as statuses
 from miniplm_udf.streams.status import QueryStatus
 
 _HEAD = ("query", "state", "micro-batch", "rows", "rows/s", "tokens/s", "behind", "last commit (UTC)", "seen (UTC)")
 
 
-def read(root: str) -> list[QueryStatus]:
-    """Reads the status records of a root.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RootStatus:
+    """What has run on a root, and what runs.
+
+    Attributes:
+        run: the process in which `miniplm run` works on the root; None if there is none.
+        queries: a record for each query. A query recorded as running whose lease nobody holds is `gone`.
+        stages: the stages that have finished, in the order in which they did.
+    """
+
+    run: str | None
+    queries: list[QueryStatus]
+    stages: list[FinishedStage]
+
+
+def read(root: str) -> RootStatus:
+    """Reads the records of a root.
 
     Args:
         root: URI of the root.
 
     Returns:
-        One record a query. A query recorded as running whose lease nobody holds is reported as `gone`.
+        Its status.
 
     Raises:
-        CorpusError: no query has run there yet.
+        CorpusError: nothing has run there yet.
+        DamagedRecordError: a file is not a record.
     """
-    records = statuses.read_all(root)
-    if not records:
-        raise CorpusError(f"root {storage.redact(root)}: expected records of queries, found none; nothing ran here yet")
-    for record in records:
-        if record.state == "running" and not is_held(Root(root).lease(record.lease)):
+    layout = Root(root)
+    queries, stages = statuses.read_all(root), finished_stages(layout)
+    run = holder(layout.lease("run"))
+    if not queries and not stages and run is None:
+        raise CorpusError(f"root {storage.redact(root)}: expected records of stages, found none; nothing ran here yet")
+    for record in queries:
+        if record.state == "running" and not is_held(layout.lease(record.lease)):
             record.state = "gone"
-    return records
+    return RootStatus(run=run, queries=queries, stages=stages)
 
 
-def text(records: Sequence[QueryStatus]) -> str:
-    """Returns the status records as a table of text, and below it the problems.
+def text(status: RootStatus) -> str:
+    """Returns the status as tables of text, with the problems below the queries.
 
     Args:
-        records: the result of `read`.
+        status: the result of `read`.
     """
+    stages = [(each.stage, each.finished_at, f"{each.seconds:,.1f} s") for each in status.stages]
+    parts = [
+        f"miniplm run works here: {status.run}" if status.run else "",
+        _queries_text(status.queries) if status.queries else "",
+        table(("stage", "finished (UTC)", "took"), stages) if stages else "",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _queries_text(records: Sequence[QueryStatus]) -> str:
     lines = [table(_HEAD, [_row(record) for record in records])]
     for record in records:
         if record.error:
@@ -76,13 +108,13 @@ def _row(record: QueryStatus) -> tuple[Any, ...]:
     )
 
 
-def _prometheus(records: list[QueryStatus]) -> str:
+def _prometheus(status: RootStatus) -> str:
     from prometheus_client import generate_latest
 
-    return generate_latest(statuses.prometheus_registry(lambda: records)).decode().removesuffix("\n")
+    return generate_latest(statuses.prometheus_registry(lambda: status.queries)).decode().removesuffix("\n")
 
 
-def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> list[QueryStatus]:
+def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> RootStatus:
     return read(config.root)
 
 

@@ -154,10 +154,10 @@ class Root:
         """URI of the status file of the query that holds a lease; without a name, of the folder of all status files."""
         return storage.join(self.uri, "_status", *(f"{name}.json" for name in lease))
 
-    def stage(self, name: str) -> str:
-        """Returns the URI of the record of a stage's last run.
+    def stage(self, *name: str) -> str:
+        """Returns the URI of the record of a stage's last run; without a name, of the folder of all records.
 
         Args:
             name: name of the stage: `ingest`, `score`, ...
         """
-        return storage.join(self.uri, "_stages", f"{name}.json")
+        return storage.join(self.uri, "_stages", *(f"{each}.json" for each in name))

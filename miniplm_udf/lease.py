@@ -221,8 +221,8 @@ def _beat(record: LeaseRecord | None) -> tuple[str, int] | None:
     return (record.token, record.renewals) if record else None
 
 
-def is_held(uri: str) -> bool:
-    """Whether a process holds the lease.
+def holder(uri: str) -> str | None:
+    """Returns the process that holds the lease, in words; None if there is none.
 
     A holder that died on another machine counts until its lease is taken.
 
@@ -230,7 +230,16 @@ def is_held(uri: str) -> bool:
         uri: URI of the file of the lease (`Root.lease`).
     """
     record = read(uri)
-    return record is not None and not _has_ended_here(record)
+    return None if record is None or _has_ended_here(record) else record.holder
+
+
+def is_held(uri: str) -> bool:
+    """Whether a process holds the lease.
+
+    Args:
+        uri: URI of the file of the lease (`Root.lease`).
+    """
+    return holder(uri) is not None
 
 
 def _has_ended_here(record: LeaseRecord) -> bool:

@@ -1,10 +1,10 @@
 """Progress of work on Spark: finished tasks, and the rows and tokens of streaming queries. Driver only.
 
-    score: 1,200 of 5,000 rows, 120.3 rows/s, teacher 9,341 tokens/s, 32 s left; 3 of 8 tasks of stage 17; 10 s so far
+    score: 1,200 of 5,000 rows, 120.3 rows/s, teacher 9,341 tokens/s, 32 s left; 10 s so far
 
 Input: Spark's status tracker, and the counts that the runner of queries publishes. Output: a bar on a terminal, drawn
-twice a second; elsewhere a log line after 1.5 seconds and then every ten. While one piece of work runs inside another,
-only the inner one is shown. Owns no table; imports no Spark.
+twice a second; elsewhere a log line after 1.5 seconds and then every ten. Tasks are shown until rows are counted. While
+one piece of work runs inside another, only the inner one is shown. Owns no table; imports no Spark.
 """
 
 import contextlib
@@ -222,8 +222,10 @@ class _Watcher:
         several = len(queries) > 1
         parts = [f"{name} {counts.text()}" if several else counts.text() for name, counts in queries.items()]
         fractions = [counts.fraction for counts in queries.values() if counts.fraction is not None]
-        tasks, share = self._tasks(with_time_left=not any(fractions))
-        parts += [tasks] if tasks else []
+        share = None
+        if not any(fractions):
+            tasks, share = self._tasks()
+            parts += [tasks] if tasks else []
         parts.append(f"{duration(time.monotonic() - self._started)} so far")
         return f"{self._label}: {'; '.join(parts)}", min(fractions, default=share)
 
@@ -234,7 +236,7 @@ class _Watcher:
         self._live[name] = live if live.rows >= before.rows else before
         return self._live[name]
 
-    def _tasks(self, with_time_left: bool) -> tuple[str | None, float | None]:
+    def _tasks(self) -> tuple[str | None, float | None]:
         """The tasks of the active stages of Spark in words, and the share of them that has finished."""
         stages = [stage for stage in map(self._tracker.getStageInfo, self._tracker.getActiveStageIds()) if stage]
         if not stages:
@@ -242,10 +244,9 @@ class _Watcher:
         now = time.monotonic()
         self._stages_since = {stage.stageId: self._stages_since.get(stage.stageId, now) for stage in stages}
         done, total = sum(stage.numCompletedTasks for stage in stages), sum(stage.numTasks for stage in stages)
-        names = ", ".join(str(stage.stageId) for stage in stages)
-        text = f"{done:,} of {total:,} tasks of stage{'s' if len(stages) > 1 else ''} {names}"
+        text = f"{done:,} of {total:,} Spark tasks"
         seconds = now - min(self._stages_since.values())
-        if with_time_left and (left := time_left(done / max(total, 1), seconds)):
+        if left := time_left(done / max(total, 1), seconds):
             text += f", {left}"
         return text, done / max(total, 1)
 

@@ -12,6 +12,10 @@ from typing import Literal
 from miniplm_udf.config.sections import check, check_name
 
 PAPER = "paper"  # stands for the nine tasks in `evaluate.tasks`
+LM_EVAL_MISSING = (
+    "evaluate.tasks: expected the package lm-eval, which runs the tasks, found none; install it with "
+    "`pip install 'miniplm[eval]'`, or remove the key"
+)
 HELDOUT = "heldout"  # name of the set of the experiment's own held-out text
 # Task of lm-eval by the name of its column in the paper's table, in the order of the columns.
 PAPER_TASKS: Mapping[str, str] = types.MappingProxyType(

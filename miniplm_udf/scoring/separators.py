@@ -88,7 +88,7 @@ def _stated_separator(alias: str, folder: Path, tokenizer: "Tokenizer") -> str:
     # A model of this project's trainer has the separator that its sequences were packed with.
     if eos is not None and (folder / TRAINING_FILE).is_file():
         return eos
-    return default_separator(alias, eos, _template(folder), lambda token: tokenizer.token_to_id(token) is not None)
+    return default_separator(alias, eos, chat_template(folder), lambda token: tokenizer.token_to_id(token) is not None)
 
 
 def usual_separators(has_token: Callable[[str], bool]) -> list[str]:
@@ -112,17 +112,13 @@ def default_separator(alias: str, eos: str | None, template: str, has_token: Cal
     Raises:
         ConfigError: it may end a chat turn, or there is none.
     """
-    if eos in _SEPARATORS:
-        return str(eos)
     candidates = usual_separators(has_token)
-    if eos is None:
-        problem = "a tokenizer without an eos_token"
-    elif eos in template:
-        problem = f"eos_token {eos!r}, which the chat template writes, so that it ends a chat turn"
-    elif candidates:
-        problem = f"eos_token {eos!r} next to {candidates[0]!r} in one vocabulary, so that it may end a chat turn"
+    if eos is not None:
+        if (doubt := chat_doubt(eos, template, has_token)) is None:
+            return eos
+        problem = f"eos_token {eos!r}{doubt}"
     else:
-        return eos
+        problem = "a tokenizer without an eos_token"
     key = f"models.{alias}.document_separator"
     raise ConfigError(
         f"{key}: expected the token that ended documents in pre-training, found {problem}; set {key}"
@@ -130,8 +126,28 @@ def default_separator(alias: str, eos: str | None, template: str, has_token: Cal
     )
 
 
-def _template(folder: Path) -> str:
-    """The text of a folder's chat template; "" if it has none."""
+def chat_doubt(token: str, template: str, has_token: Callable[[str], bool]) -> str | None:
+    """Returns why a token may end a chat turn instead of a document, to stand after the token; None for no reason.
+
+    Args:
+        token: the token.
+        template: text of the chat template; "" for none.
+        has_token: whether the vocabulary has a token.
+    """
+    if token in _SEPARATORS:
+        return None
+    if token in template:
+        return ", which the chat template writes, so that it ends a chat turn"
+    candidates = usual_separators(has_token)
+    return f" next to {candidates[0]!r} in one vocabulary, so that it may end a chat turn" if candidates else None
+
+
+def chat_template(folder: Path) -> str:
+    """Returns the text of a folder's chat template; "" if it has none.
+
+    Args:
+        folder: a model's folder.
+    """
     template = _tokenizer_config(folder).get("chat_template") or ""
     file = folder / "chat_template.jinja"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -60,6 +60,35 @@ def model_problems(config: ExperimentConfig, aliases: Sequence[str]) -> Iterator
     yield from _separator_of_reference(config)
 
 
+def model_warnings(config: ExperimentConfig, aliases: Sequence[str]) -> Iterator[str]:
+    """Yields document separators of the config that seem to end chat turns.
+
+    Args:
+        config: the experiment, in which `model_problems` finds nothing.
+        aliases: the models that the command needs.
+    """
+    if find_spec("tokenizers") is None:
+        return
+    from miniplm_udf.scoring.model_files import files_here
+    from miniplm_udf.scoring.separators import chat_doubt, chat_template, usual_separators
+
+    for alias in aliases:
+        model = config.models.get(alias)
+        if model is None or model.path is None or model.document_separator is None:
+            continue
+        folder = files_here(model)
+        if folder is None or not (folder / "tokenizer.json").is_file():
+            continue
+        has_token = _loaded(folder).get_vocab(with_added_tokens=True).__contains__
+        if doubt := chat_doubt(model.document_separator, chat_template(folder), has_token):
+            others = usual_separators(has_token)
+            yield (
+                f"models.{alias}.document_separator: {model.document_separator!r}{doubt}; if it did not end documents "
+                "in pre-training, the losses of first tokens are wrong"
+                + (f"; the vocabulary has {', '.join(others)}" if others else "")
+            )
+
+
 def has_no_prefix(config: ExperimentConfig, alias: str) -> bool:
     """Whether certainly no token stands in front of the texts that a model scores.
 

@@ -35,7 +35,7 @@ from miniplm_udf.upkeep.evaluation_checks import contamination_problems, evaluat
 from miniplm_udf.upkeep.expression_checks import expression_problems
 from miniplm_udf.upkeep.input_checks import chunking_problems, input_problems
 from miniplm_udf.upkeep.machine_checks import disk_problems, port_problems, root_problems
-from miniplm_udf.upkeep.model_checks import model_problems
+from miniplm_udf.upkeep.model_checks import model_problems, model_warnings
 from miniplm_udf.upkeep.tracking_checks import tracking_warnings
 from miniplm_udf.upkeep.training_checks import reference_problems, student_problems, tokenizer_problems
 
@@ -117,15 +117,17 @@ def problems(config: ExperimentConfig, stages: Collection[str]) -> list[str]:
 
 
 def warn(config: ExperimentConfig, stages: Collection[str]) -> None:
-    """Logs what a command may start with, but has to be fixed soon: MLflow's server does not answer.
+    """Logs what a command may start with, but may have to be fixed: a server that does not answer, a chat token.
 
     Args:
         config: the experiment, in which `problems` finds nothing.
         stages: the stages that the command will run.
     """
+    warnings = list(model_warnings(config, _models_of(config, stages)))
     if _TRACKED & set(stages):
-        for warning in tracking_warnings(config):
-            LOGGER.warning("%s", warning)
+        warnings += tracking_warnings(config)
+    for warning in warnings:
+        LOGGER.warning("%s", warning)
 
 
 def _models_of(config: ExperimentConfig, stages: Collection[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checks of trainings before a command starts: architectures, lengths, tokenizers, text of the reference. No Spark.
+"""Checks of trainings before a command starts: architectures, lengths, tokenizers, passes over the text. No Spark.
 
 Input: a config. Output: problems, each a sentence with its key and its remedy. Reads tokenizer.json of the tokenizers
 that have a path, and sizes of input files. A reference that is trained already is not checked. Driver only; writes
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import TokenizerConfig
-from miniplm_udf.config.training import ReferenceConfig
+from miniplm_udf.config.training import ReferenceConfig, TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError
 from miniplm_udf.storage import Json
 from miniplm_udf.upkeep.architectures import architecture_problems, find_class
@@ -18,17 +18,18 @@ from miniplm_udf.upkeep.input_checks import text_bytes
 from miniplm_udf.upkeep.model_checks import is_local_session, tokenizer_of
 
 _BYTES_PER_TOKEN = 3
-# A reference that sees its text more often than this has learned it by heart: the number of steps is a mistake.
+# A model that sees its text more often than this has learned it by heart: the number of steps is a mistake.
 _MOST_PASSES = 100
 _GOOD_PASSES, _GOOD_STEPS = 4, 200
 
 
 def student_problems(config: ExperimentConfig) -> Iterator[str]:
-    """Yields what is wrong with the students' architectures.
+    """Yields what is wrong with the students' architectures, and with their steps.
 
     Args:
         config: the experiment.
     """
+    yield from _passes_of_students(config)
     for name, student in config.students.items():
         if student.model is not None and not student.architecture:
             continue  # the name of its model is wrong, which the config reports
@@ -136,19 +137,49 @@ def _text_problems(config: ExperimentConfig, reference: ReferenceConfig) -> Iter
             "ingest.split.reference=0.05, or name a trained reference in models and remove the section reference"
         )
         return
-    n_bytes = text_bytes(config)
+    if n_bytes := text_bytes(config):
+        yield from _pass_problems(config, "reference.train", train, share * n_bytes, f"{share:.0%} of the input")
+
+
+def _passes_of_students(config: ExperimentConfig) -> Iterator[str]:
+    """The most text that a corpus can have is its share of the pool; with another rule than a ratio, all of the pool."""
+    n_bytes, split = text_bytes(config), config.ingest.split
     if not n_bytes:
         return
-    available = max(1.0, share * n_bytes / _BYTES_PER_TOKEN)
+    keys: dict[tuple[TrainConfig, float], list[str]] = {}
+    for name, student in config.students.items():
+        if (corpus := config.refine.corpora.get(student.corpus)) is not None:
+            # The section is None if it is wrong, which the config reports.
+            share = (1 - split.reference - split.heldout) * (getattr(corpus.select, "ratio", None) or 1.0)
+            keys.setdefault((student.train, share), []).append(f"students.{name}.train")
+    for (train, share), alike in keys.items():
+        where = f"at most {share:.0%} of the input"
+        for problem in _pass_problems(config, alike[0], train, share * n_bytes, where):
+            yield problem + (f"; the same for {', '.join(alike[1:])}" if alike[1:] else "")
+
+
+def _pass_problems(
+    config: ExperimentConfig, key: str, train: TrainConfig, n_bytes: float, where: str
+) -> Iterator[str]:
+    """A training whose steps go over its text again and again.
+
+    Args:
+        config: the experiment.
+        key: the key of the training.
+        train: its settings.
+        n_bytes: bytes of its text, at most.
+        where: which text that is, in words.
+    """
+    available = max(1.0, n_bytes / _BYTES_PER_TOKEN)
     per_step = train.batch_sequences * config.pack.sequence_length
     passes = train.steps * per_step / available
     if passes > _MOST_PASSES:
         batch, steps = _good_batches(_GOOD_PASSES * available / config.pack.sequence_length, train.batch_sequences)
         yield (
-            f"reference.train.steps: expected at most {_MOST_PASSES} passes over the reference's text, found "
+            f"{key}.steps: expected at most {_MOST_PASSES} passes over the text, found "
             f"{passes:,.0f}: {train.steps:,} steps of {per_step:,} tokens, and about {available:,.0f} tokens in "
-            f"{share:.0%} of the input; set reference.train.steps={steps} and reference.train.batch_sequences={batch} "
-            f"for about {_GOOD_PASSES} passes, or add text"
+            f"{where}; set {key}.steps={steps} and {key}.batch_sequences={batch} for about {_GOOD_PASSES} passes, or "
+            "add text"
         )
 
 

@@ -150,7 +150,7 @@ def test_a_stage_is_a_file_for_spark_submit(experiment: Experiment) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYSPARK_PYTHON": sys.executable}
     done = subprocess.run(
-        [*submit, "refine.corpora.difference.select.ratio=0.4"],
+        [*submit, "refine.corpora.difference.select.ratio=0.4", "--json"],
         cwd=experiment.home, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

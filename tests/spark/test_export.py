@@ -198,7 +198,7 @@ def test_tasks_at_work_are_told_of(spark: Any, caplog: pytest.LogCaptureFixture)
 
     with caplog.at_level("INFO", logger="miniplm"), watched_tasks(spark, "the work", every_seconds=0.05):
         assert len(spark.range(0, 4, 1, 4).mapInArrow(slow, "id bigint").collect()) == 4
-    assert re.search(r"the work: \d of 4 tasks of stage \d+", caplog.text)
+    assert re.search(r"the work: \d of 4 Spark tasks", caplog.text)
 
 
 def size_of(folder: Path) -> int:

@@ -111,10 +111,12 @@ def test_both_ways_to_start_a_stage_print_the_same_and_exit_alike(
 
     faked = dataclasses.replace(stage, run=work, listed=None, needs_spark=False, last_line=lambda summary: "the end")
     monkeypatch.setattr(stage_runner, "stage_named", {name: faked}.__getitem__)
-    command, file = outcomes_both_ways(name, config, capsys, monkeypatch)
+    shown, _ = outcomes_both_ways(name, config, capsys, monkeypatch)
+    assert shown[1].startswith(f"{name}:")
+    command, file = outcomes_both_ways(name, [*config, "--json"], capsys, monkeypatch)
     assert command == file
     code, printed, last_line = command
-    assert code == (3 if has_rejects else 0)
+    assert code == shown[0] == (3 if has_rejects else 0)
     assert json.loads(printed) == {name: json.loads(as_json(stage.to_json(summary)))}
     if has_rejects:
         assert re.fullmatch(

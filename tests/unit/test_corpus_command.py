@@ -35,6 +35,20 @@ def test_a_wrong_command_line_is_a_usage_error(arguments: list[str], capsys: pyt
     assert "usage: miniplm corpus" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["corpus", "restore"], ["corpus", "diff", "a@1"], ["inspect"], ["export", "--to", "parquet"], ["explore"]]
+)
+def test_a_version_after_the_overrides_is_a_usage_error_that_says_so(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "-c", str(CONF / "demo.yaml"), "root=/data/run1", "difference@1"])
+    assert ended.value.code == 2
+    assert "expected a version (NAME, NAME@NUMBER or NAME@TAG) before the overrides, found 'root=/data/run1'" in (
+        capsys.readouterr().err
+    )
+
+
 def test_options_and_overrides_stand_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

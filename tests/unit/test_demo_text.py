@@ -162,7 +162,7 @@ def test_no_text_is_an_error_and_leaves_nothing(tmp_path: Path):
 
 @pytest.mark.slow
 def test_this_installation_has_all_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["--to", str(tmp_path / "out"), "--scale", "0.1"]) == 0
+    assert main(["--to", str(tmp_path / "out"), "--scale", "0.1", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)["demo-text"]
     assert set(summary["sources"]) == set(demo_text._SOURCES)
     assert all(count["documents"] > 0 for count in summary["sources"].values())

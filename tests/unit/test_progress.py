@@ -91,13 +91,22 @@ def spark_with_tasks(done: int, total: int) -> Any:
     return SimpleNamespace(sparkContext=SimpleNamespace(statusTracker=lambda: tracker))
 
 
-def test_work_on_spark_shows_its_queries_and_tasks(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({}, r"score: 300 of 1,000 rows, 30\.0 rows/s, teacher 1,200 tokens/s, 23 s left; \d s"),
+        ({"rows": 0, "behind": 1000, "rows_per_second": 0.0, "tokens_per_second": {}},
+         r"score: 0 of 1,000 rows; 3 of 8 Spark tasks, \d s left; \d s"),
+    ],
+)  # fmt: skip
+def test_work_on_spark_shows_its_queries_and_until_rows_are_counted_its_tasks(
+    caplog: pytest.LogCaptureFixture, values: dict[str, Any], line: str
+) -> None:
     caplog.set_level("INFO", logger="miniplm")
-    publish("score", counts())
+    publish("score", counts(**values))
     with watched_tasks(spark_with_tasks(3, 8), "score", every_seconds=0.05):
         until(lambda: caplog.messages)
     publish("score", None)
-    line = r"score: 300 of 1,000 rows, 30\.0 rows/s, teacher 1,200 tokens/s, 23 s left; 3 of 8 tasks of stage 7; \d s"
     assert re.match(line, caplog.messages[0])
 
 
@@ -109,7 +118,7 @@ def test_the_first_line_comes_within_two_seconds(
     caplog.set_level("INFO", logger="miniplm")
     with watched_tasks(spark_with_tasks(0, 1), "pack"):
         until(lambda: caplog.messages)
-    assert [message.split(";")[0] for message in caplog.messages] == ["pack: 0 of 1 tasks of stage 7"]
+    assert [message.split(";")[0] for message in caplog.messages] == ["pack: 0 of 1 Spark tasks"]
 
 
 def test_only_the_innermost_work_is_shown(caplog: pytest.LogCaptureFixture) -> None:
@@ -132,5 +141,5 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         shown: list[str] = []
         until(lambda: shown.append(capsys.readouterr().err) or "25%" in "".join(shown))
     bar = "".join(shown)
-    assert re.search(r" 25%\|█+ +\| pack: 2 of 8 tasks of stage 7", bar)
+    assert re.search(r" 25%\|█+ +\| pack: 2 of 8 Spark tasks", bar)
     assert not sys.stderr.isatty()

@@ -224,6 +224,7 @@ MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
         sets(evaluate__tasks=["mine"], evaluate__tasks_folder="{folder}/none"),
         "evaluate.tasks_folder", "remove the key",
     ),
+    "unknown task": (sets(evaluate__tasks=["paper", "hellaswagg"]), "evaluate.tasks", "did you mean 'hellaswag'?"),
     "no root": (sets(root=None), "root", "set it in the file"),
     "root of a wrong type": (sets(root=5), "root", "expected text"),
     "root in brackets": (sets(root="{folder}/[a]"), "root", "choose another name"),
@@ -288,6 +289,10 @@ MISTAKES: dict[str, tuple[Callable[[Place], None], str, str]] = {
     "reference on more than there is": (
         sets(reference__train__steps=100_000), "reference.train.steps", "set reference.train.steps="
     ),
+    "student on more than there is": (
+        sets(students__small__train={"steps": 100_000}), "students.small.train.steps",
+        "set students.small.train.steps=",
+    ),
     "heads that do not divide": (
         sets(**{f"{STUDENT}__num_attention_heads": 5, f"{STUDENT}__num_key_value_heads": 5}),
         "students.small.architecture.num_attention_heads", "change one of them",
@@ -346,6 +351,36 @@ def test_a_mistake_is_named_with_key_and_remedy(mistake: str, place: Place, caps
     assert [problem for problem in problems if key in problem.partition(": ")[0] and remedy in problem], problems
     assert named(place, capsys) == problems
     assert len(problems) == 1 or mistake.startswith("root")
+
+
+def test_students_with_one_mistake_are_named_together(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.set("train.steps", 100_000)
+    place.set("reference.train.steps", 4)
+    student = place.config["students"]["small"]
+    place.set("students.other", student)
+    (problem,) = named(place, capsys)
+    assert problem.startswith("students.other.train.steps: expected at most 100 passes")
+    assert problem.endswith("; the same for students.small.train")
+
+
+def test_a_task_of_ones_own_folder_is_taken(place: Place) -> None:
+    (place.folder / "tasks").mkdir()
+    (place.folder / "tasks" / "mine.yaml").write_text('task: "our_task"\noutput_type: multiple_choice\n')
+    sets(evaluate__tasks=["our_task", "arc_easy"], evaluate__tasks_folder="{folder}/tasks")(place)
+    assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_separator_of_the_config_that_ends_chat_turns_is_a_warning(
+    is_chat: bool, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.write_model(place.teacher, "t")
+    settings = {"eos_token": "t", **({"chat_template": "{{ message }}t"} if is_chat else {})}
+    (place.teacher / "tokenizer_config.json").write_text(json.dumps(settings))
+    place.set("models.teacher.document_separator", "t" if is_chat else SEPARATOR)
+    assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
+    warnings = [message for message in caplog.messages if "models.teacher.document_separator" in message]
+    assert [SEPARATOR in message and "ends a chat turn" in message for message in warnings] == [True] * is_chat
 
 
 def test_the_config_without_a_mistake_is_taken(place: Place) -> None:

@@ -1,11 +1,15 @@
 """Status records: what they count, what `miniplm status` prints of them, and the same as Prometheus text. No Spark."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from jobs import cli
+from jobs.records import write_record
+from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.layout import Root
 from miniplm_udf.lease import Lease
 from miniplm_udf.streams import status as statuses
@@ -53,7 +57,27 @@ def test_prometheus_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert 'miniplm_backlog{lease="score-1",query="score"} 1234.0' in lines
     assert 'miniplm_tokens_per_second{lease="score-1",model="teacher",query="score"} 300.0' in lines
     assert cli.main(["status", "--root", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["tokens"] == {"teacher": 1600}
+    status = json.loads(capsys.readouterr().out)
+    assert status["queries"][0]["tokens"] == {"teacher": 1600}
+    assert (status["stages"], status["run"]) == ([], None)
+
+
+def test_status_says_that_a_run_works_and_which_stages_have_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ExperimentConfig(root=f"file://{tmp_path}")
+    for stage, seconds in (("score", 61.25), ("ingest", 1234.0)):
+        write_record(config, stage, "f", {"rows": 1}, seconds)
+    with Lease(config.layout.lease("run"), "miniplm run", what="pipeline"):
+        assert cli.main(["status", "--root", str(tmp_path)]) == 0
+    run, empty, head, first, second = capsys.readouterr().out.splitlines()
+    assert run == f"miniplm run works here: process {os.getpid()} on {socket.gethostname()}"
+    assert empty == ""
+    assert head.split() == ["stage", "finished", "(UTC)", "took"]
+    assert [line.split()[0] for line in (first, second)] == ["score", "ingest"]
+    assert [line.split()[-2] for line in (first, second)] == ["61.2", "1,234.0"]
+    assert cli.main(["status", "--root", str(tmp_path)]) == 0
+    assert "works here" not in capsys.readouterr().out
 
 
 def test_nothing_ran_yet_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

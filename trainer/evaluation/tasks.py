@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from miniplm_udf import storage
-from miniplm_udf.config.evaluate import EvaluateConfig
+from miniplm_udf.config.evaluate import LM_EVAL_MISSING, EvaluateConfig
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.scoring.loading import load_causal_lm
@@ -129,10 +129,7 @@ class Tasks:
 
 def _require_library() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(
-            "evaluate.tasks: expected the package lm-eval, which runs the tasks, found none; install it with "
-            "`pip install 'miniplm[eval]'`, or remove the key"
-        )
+        raise ConfigError(LM_EVAL_MISSING)
 
 
 def _load_task(manager: Any, name: str, folder: Path | None) -> Any:
