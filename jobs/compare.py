@@ -9,6 +9,7 @@ one row: mean ± standard deviation over the trainings.
 """
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,9 +22,27 @@ from miniplm_udf.config.evaluate import task_columns
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.report import comparison
-from miniplm_udf.report.comparison import AVERAGE, BITS_PER_BYTE, ComparedStudent, Comparison, Spread
+from miniplm_udf.report.comparison import AVERAGE, BITS_PER_BYTE, ComparedStudent, Spread
+from miniplm_udf.report.newer_versions import NewerVersion, newer_versions
 
 _TASK = "tasks/"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The result of the command.
+
+    Attributes:
+        students: one entry per setting, the best held-out loss first.
+        newer_versions: corpora that have been refined again since students were trained on them.
+        mlflow_url: MLflow's page that compares the runs; None without runs.
+        mlflow_command: starts the server of that page; None if a server is configured.
+    """
+
+    students: list[ComparedStudent]
+    newer_versions: list[NewerVersion]
+    mlflow_url: str | None
+    mlflow_command: list[str] | None
 
 
 def text(result: Comparison) -> str:
@@ -42,10 +61,19 @@ def text(result: Comparison) -> str:
     parts = [table(head, rows), *_differences(result.students), *_tasks(result.students)]
     if any(spread.n > 1 for student in result.students for spread in student.metrics.values()):
         parts.append("Mean ± standard deviation over the trainings that differ in their seeds.")
+    parts += map(_newer_version, result.newer_versions)
     if result.mlflow_url:
         start = f"{shlex.join(result.mlflow_command)}\n" if result.mlflow_command else ""
         parts.append(f"These runs in MLflow:\n{start}{result.mlflow_url}")
     return "\n\n".join(parts)
+
+
+def _newer_version(newer: NewerVersion) -> str:
+    trained = ", ".join(f"{name} (version {version})" for name, version in newer.trained.items())
+    return (
+        f"The corpus {newer.corpus} has a newer version, {newer.newest}, than the students {trained} were trained on: "
+        "`miniplm run` packs it and trains them again."
+    )
 
 
 def _facts(student: ComparedStudent) -> tuple[object, ...]:
@@ -100,7 +128,8 @@ def _other(place: str) -> ExperimentConfig:
 def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Comparison:
     experiments = list({each.root: each for each in [config, *map(_other, arguments.also)]}.values())
     read = comparison.trainings_in_mlflow if arguments.mlflow else comparison.trainings_of_experiment
-    students = comparison.compare(each for experiment in experiments for each in read(experiment))
+    trainings = {experiment.root: list(read(experiment)) for experiment in experiments}
+    students = comparison.compare(each for of_root in trainings.values() for each in of_root)
     if not students:
         roots = ", ".join(storage.redact(experiment.root) for experiment in experiments)
         raise CorpusError(
@@ -109,7 +138,10 @@ def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Comparison:
     page = comparison.mlflow_page(config, students)
     is_server = config.mlflow_uri().startswith(("http:", "https:"))
     return Comparison(
-        students=students, mlflow_url=page, mlflow_command=mlflow_arguments(config) if page and not is_server else None
+        students=students,
+        newer_versions=[each for root, of_root in trainings.items() for each in newer_versions(root, of_root)],
+        mlflow_url=page,
+        mlflow_command=mlflow_arguments(config) if page and not is_server else None,
     )
 
 

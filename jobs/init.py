@@ -48,7 +48,10 @@ def run(arguments: argparse.Namespace) -> Start:
     if arguments.gpus is not None and arguments.gpus < 0:
         raise ConfigError(f"--gpus: expected 0 or more, found {arguments.gpus}")
     object_storage.use(StorageConfig())
-    start = look(arguments.input, arguments.teacher, arguments.root, arguments.separator, arguments.gpus)
+    start = look(
+        arguments.input, arguments.teacher, arguments.root, arguments.separator, arguments.gpus,
+        has_students=not arguments.no_students,
+    )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(start), encoding="utf-8")
     load_config(out)
@@ -82,7 +85,7 @@ def text(start: Start, out: str) -> str:
 def _costs(start: Start) -> str:
     """About what the run costs, from known factors."""
     plan = start.plan
-    n_students = 4
+    n_students = 4 if plan.has_students else 0
     rows = [
         ("score", f"{si(plan.pool)}tokens, both models", plan.score_flops),
         ("reference", f"{si(plan.reference.n_tokens)}tokens, {plan.reference.steps:,} steps", plan.reference.flops),
@@ -92,7 +95,9 @@ def _costs(start: Start) -> str:
             n_students * plan.student.flops,
         ),
     ]
-    lines = [(name, what, f"{si(flops)}FLOPs", _duration(flops / plan.machine.flops)) for name, what, flops in rows]
+    lines = [
+        (name, what, f"{si(flops)}FLOPs", _duration(flops / plan.machine.flops)) for name, what, flops in rows if flops
+    ]
     costs = table(("about", "", "", f"on {start.seen['machine']}"), lines)
     # Measured with `make demo` on 2 cores: 74 s for ingest, annotate, refine, pack, evaluate and report.
     rest = (
@@ -129,6 +134,9 @@ def command_parser() -> Parser:
     out.complete = shtab.FILE  # type: ignore[attr-defined]
     parser.add_argument(
         "--separator", metavar="TOKEN", help="the teacher's end-of-document token, if its files hide it"
+    )
+    parser.add_argument(
+        "--no-students", action="store_true", help="end with scores and corpora, and hold out no text; train elsewhere"
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to plan for (default: those of this machine)")
     parser.add_argument("--estimate", action="store_true", help="then measure the cost, as `miniplm estimate` does")

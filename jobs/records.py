@@ -64,7 +64,8 @@ def finished_stages(root: Root) -> list[FinishedStage]:
     records = {name: _read(root, name) for file in files if (name := file.removesuffix(".json")) != file}
     finished = sorted((record.finished_at or 0.0, name, record.seconds) for name, record in records.items() if record)
     return [
-        FinishedStage(stage=name, finished_at=utc(at) if at else None, seconds=seconds) for at, name, seconds in finished
+        FinishedStage(stage=name, finished_at=utc(at) if at else None, seconds=seconds)
+        for at, name, seconds in finished
     ]
 
 

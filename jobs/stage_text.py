@@ -60,7 +60,10 @@ def _rows(label: str, value: Any) -> list[tuple[str, str]]:
 
 def _group_table(key: str, group: Mapping[str, Mapping[str, Any]]) -> str:
     columns = dict.fromkeys(
-        name for item in group.values() for name in item if not any(_has_parts(each.get(name)) for each in group.values())
+        name
+        for item in group.values()
+        for name in item
+        if not any(_has_parts(each.get(name)) for each in group.values())
     )
     rows = [(name, *(_shown(item.get(column)) for column in columns)) for name, item in group.items()]
     return table((_words(key), *map(_words, columns)), rows, "  ")

@@ -29,7 +29,7 @@ _HEAD = ("query", "state", "micro-batch", "rows", "rows/s", "tokens/s", "behind"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootStatus:
-    """What has run on a root, and what runs.
+    """The run that works on a root, the queries of the root, and its finished stages.
 
     Attributes:
         run: the process in which `miniplm run` works on the root; None if there is none.

@@ -160,7 +160,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Json, list[str]]:
     object_storage.use(config.storage)
     # Imported here, so that --help and config errors come at once: torch and transformers take seconds to import.
     if arguments.command == "train":
-        from trainer import targets
+        from miniplm_udf.config import targets
         from trainer.ranks.distributed import process_group
         from trainer.train import plan, train
 
@@ -194,7 +194,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Json, list[str]]:
         options = _scaling_options(arguments)
         compute = scaling_command.plan if arguments.dry_run else scaling_command.scaling
         return compute(config, options), []
-    from trainer import targets
+    from miniplm_udf.config import targets
     from trainer.evaluation import run
 
     chosen = [targets.student_target(config, name) for name in arguments.student or ()] or targets.all_targets(config)

@@ -13,6 +13,7 @@ import torch
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
+from miniplm_udf.config.targets import Target
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.scoring.description import ModelDescription
@@ -32,7 +33,6 @@ from trainer.models.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from trainer.ranks.distributed import World
 from trainer.ranks.parallel import divide
 from trainer.ranks.state import check_equal_weights, set_optimizer, set_weights
-from trainer.targets import Target
 
 LOGGER = logging.getLogger("miniplm.trainer.preparation")
 

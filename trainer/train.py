@@ -18,6 +18,7 @@ import torch
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.targets import Target
 from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.layout import TOKENIZER_RECORD_FILE
 from miniplm_udf.lease import Lease
@@ -33,7 +34,6 @@ from trainer.ranks.distributed import World, process_group
 from trainer.ranks.state import gather_weights
 from trainer.records import TrainResult
 from trainer.results.model_folder import set_run, write_model
-from trainer.targets import Target
 from trainer.tracking.callbacks import callbacks_of, require_packages
 from trainer.tracking.environment import start_files, start_tags
 from trainer.tracking.run import Run, tracked_run
@@ -47,7 +47,7 @@ def train(config: ExperimentConfig, target: Target, *, retrain: bool = False) ->
 
     Args:
         config: the experiment.
-        target: the model, from `trainer.targets`.
+        target: the model, from `miniplm_udf.config.targets`.
         retrain: train from new weights, even if a finished or frozen model exists.
 
     Returns:
@@ -210,7 +210,7 @@ def plan(config: ExperimentConfig, target: Target) -> Json:
 
     Args:
         config: the experiment.
-        target: the model, from `trainer.targets`.
+        target: the model, from `miniplm_udf.config.targets`.
 
     Returns:
         What is read and written, the sizes (sequences, tokens, number of weights) and a `status`.

@@ -1,8 +1,8 @@
 """Students × metrics: the trainings of one or several experiments, with the spread over seeds. Driver only; no Spark.
 
 Inputs: `<root>/models/<student>/training.json` and `evaluation.json`, or the finished runs of an MLflow experiment.
-Outputs: a `Comparison`: one row for all trainings that differ in nothing but the seed, and the address of MLflow's page
-that compares their runs. Losses in bits per byte, accuracies from 0 to 1, compute in FLOP: 6 x parameters x tokens for
+Outputs: one row for all trainings that differ in nothing but the seed, and the address of MLflow's page that compares
+their runs. Losses in bits per byte, accuracies from 0 to 1, compute in FLOP: 6 x parameters x tokens for
 a student, and 2 x parameters x tokens for its teacher. Reads only, so a retry repeats it.
 """
 
@@ -112,21 +112,6 @@ class ComparedStudent:
     metrics: dict[str, Spread]
     run_ids: list[str]
     difference: Difference | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The students, the best held-out loss first.
-
-    Attributes:
-        students: one entry per setting.
-        mlflow_url: MLflow's page that compares the runs; None without runs.
-        mlflow_command: starts the server of that page; None if a server is configured.
-    """
-
-    students: list[ComparedStudent]
-    mlflow_url: str | None
-    mlflow_command: list[str] | None
 
 
 def trainings_of_experiment(config: ExperimentConfig) -> list[Trained]:

@@ -15,7 +15,8 @@ from miniplm_udf.starting.teacher import TeacherFacts
 _CLOSE, _FAR = 4.0, 200.0
 _FEW_DOCUMENTS = 1000
 _MOST_BAD = 0.05
-_LONG_SECONDS = 3600.0
+# A first run on cores should show scores within minutes; GPUs are for large corpora.
+_LONG_SECONDS = {"cores": 600.0, "gpus": 3600.0}
 
 
 def cautions(
@@ -34,7 +35,7 @@ def cautions(
     yield from _of_teacher(teacher)
     yield from _of_distance(teacher, plan)
     yield from _of_reference(plan)
-    if round(plan.student.epochs) > sizes.MOST_EPOCHS:
+    if plan.has_students and round(plan.student.epochs) > sizes.MOST_EPOCHS:
         yield (
             f"the students see their text {plan.student.epochs:.0f} times; they learn it by heart after about "
             f"{sizes.MOST_EPOCHS}: add text, or lower train.steps"
@@ -46,10 +47,12 @@ def cautions(
             f"allows: correct the files or ingest.fields{hint}"
         )
     seconds = plan.score_flops / plan.machine.flops
-    if seconds > _LONG_SECONDS:
+    if seconds > _LONG_SECONDS["gpus" if plan.machine.n_gpus else "cores"]:
+        time = f"{seconds / 3600:,.0f} hours" if seconds > 7200 else f"{seconds / 60:,.0f} minutes"
         yield (
-            f"scoring takes about {seconds / 3600:,.0f} hours on {_words(plan)}: use more GPUs, a smaller teacher, or "
-            "score a part with score.sample=0.1"
+            f"scoring takes about {time} on {_words(plan)}: use {'more GPUs' if plan.machine.n_gpus else 'a GPU'} or a "
+            "smaller teacher; or score a part first with score.sample=0.1, since a larger share later scores only what "
+            "is missing"
         )
 
 

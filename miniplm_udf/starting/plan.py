@@ -79,6 +79,7 @@ class Plan:
         workers: concurrent scorers.
         score_flops: FLOPs of the scoring with both models.
         machine: the machine.
+        has_students: whether students are trained. Without them no text is held out.
     """
 
     n_tokens: int
@@ -92,6 +93,7 @@ class Plan:
     workers: int
     score_flops: float
     machine: Machine
+    has_students: bool = True
 
     @property
     def pool(self) -> float:
@@ -99,20 +101,21 @@ class Plan:
         return self.n_tokens * (1 - self.split.reference - self.split.heldout)
 
 
-def make_plan(corpus: Corpus, teacher: TeacherFacts, machine: Machine) -> Plan:
+def make_plan(corpus: Corpus, teacher: TeacherFacts, machine: Machine, has_students: bool = True) -> Plan:
     """Returns the numbers of an experiment.
 
     Args:
         corpus: the text.
         teacher: the teacher.
         machine: what computes.
+        has_students: whether students are trained.
     """
     n_tokens = max(1, round(corpus.n_bytes / teacher.bytes_per_token))
     context = _context(n_tokens, teacher)
     n_teacher = teacher.n_parameters or 10**9
     shape = sizes.largest(teacher.n_ids, _SHARES[1] * n_tokens, machine.budget, n_teacher / _LEAST_RATIO)
     wanted = sizes.wanted_tokens(shape, machine.budget)
-    split = _split(corpus, min(max(wanted / n_tokens, _SHARES[0]), _SHARES[1]))
+    split = _split(corpus, min(max(wanted / n_tokens, _SHARES[0]), _SHARES[1]), has_students)
     has_gpu = machine.n_gpus > 0
     reference = sizes.training(shape, split.reference * n_tokens, machine.budget, context, has_gpu)
     pool = n_tokens * (1 - split.reference - split.heldout)
@@ -130,6 +133,7 @@ def make_plan(corpus: Corpus, teacher: TeacherFacts, machine: Machine) -> Plan:
         workers=max(1, machine.n_gpus),
         score_flops=2.0 * (n_teacher + shape.n_parameters) * pool,
         machine=machine,
+        has_students=has_students,
     )
 
 
@@ -144,20 +148,22 @@ def _context(n_tokens: int, teacher: TeacherFacts) -> int:
     return min(context, longest)
 
 
-def _split(corpus: Corpus, reference: float) -> SplitConfig:
+def _split(corpus: Corpus, reference: float, has_heldout: bool) -> SplitConfig:
     """Returns the shares of the splits. In a small corpus, they grow until each split has a text.
 
     The split of a text follows from its hash, so it is known before ingest.
     """
-    heldout = min(max(_HELDOUT_DOCUMENTS / max(1, corpus.n_documents), 0.001), 0.1)
+    heldout = min(max(_HELDOUT_DOCUMENTS / max(1, corpus.n_documents), 0.001), 0.1) if has_heldout else 0.0
     split = SplitConfig(reference=round(reference, 3), heldout=round(heldout, 3))
     if len(corpus.texts) >= 10 * _HELDOUT_DOCUMENTS or not corpus.texts:
         return split
     while split.reference + split.heldout < 0.8:
         counts = _counts(corpus.texts, split)
-        if counts["heldout"] and counts["reference"]:
-            return split
         grown = {name: 0.0 if counts[name] else 0.05 for name in ("reference", "heldout")}
+        if not has_heldout:
+            grown["heldout"] = 0.0
+        if not any(grown.values()):
+            return split
         split = SplitConfig(
             reference=round(split.reference + grown["reference"], 3), heldout=round(split.heldout + grown["heldout"], 3)
         )

@@ -34,8 +34,9 @@ _LANGUAGE_TEXTS = 200
 
 
 def look(
-    inputs: Sequence[str], teacher_path: str, root: str, separator: str | None = None, n_gpus: int | None = None
-) -> Start:
+    inputs: Sequence[str], teacher_path: str, root: str, separator: str | None = None, n_gpus: int | None = None,
+    has_students: bool = True,
+) -> Start:  # fmt: skip
     """Looks at everything and plans an experiment.
 
     Args:
@@ -44,6 +45,7 @@ def look(
         root: where the experiment will write.
         separator: the teacher's separator; None takes it from its files.
         n_gpus: GPUs to plan for; None counts those of this machine.
+        has_students: whether the experiment trains students.
 
     Returns:
         What the config says.
@@ -65,7 +67,7 @@ def look(
         texts=tuple(values) if sample.is_complete else (),
     )
     machine = Machine(_count_gpus() if n_gpus is None else n_gpus, len(os.sched_getaffinity(0)))
-    plan = make_plan(corpus, facts, machine)
+    plan = make_plan(corpus, facts, machine, has_students)
     packages = [group for group, name in NEEDED.items() if find_spec("pyspark") is None or find_spec(name)]
     languages = _languages(values)
     pieces = cleaning.cut(values, _CHARACTERS_PER_TOKEN * plan.context)

@@ -57,8 +57,8 @@ def _task_problems(section: EvaluateConfig) -> Iterator[str]:
         return
     if folder is not None and not folder.is_dir():
         yield (
-            f"evaluate.tasks_folder: expected a local folder with YAML files of tasks, found no {section.tasks_folder}; "
-            "correct the path, or remove the key"
+            "evaluate.tasks_folder: expected a local folder with YAML files of tasks, found no "
+            f"{section.tasks_folder}; correct the path, or remove the key"
         )
         return
     library = find_spec("lm_eval")

@@ -5,14 +5,16 @@ that have a path, and sizes of input files. A reference that is trained already 
 nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import TokenizerConfig
+from miniplm_udf.config.targets import Target, reference_target, student_target
 from miniplm_udf.config.training import ReferenceConfig, TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError
 from miniplm_udf.storage import Json
+from miniplm_udf.store.model_records import read_training
 from miniplm_udf.upkeep.architectures import architecture_problems, find_class
 from miniplm_udf.upkeep.input_checks import text_bytes
 from miniplm_udf.upkeep.model_checks import is_local_session, tokenizer_of
@@ -30,6 +32,7 @@ def student_problems(config: ExperimentConfig) -> Iterator[str]:
         config: the experiment.
     """
     yield from _passes_of_students(config)
+    yield from _checkpoint_problems(config, [student_target(config, name) for name in config.students])
     for name, student in config.students.items():
         if student.model is not None and not student.architecture:
             continue  # the name of its model is wrong, which the config reports
@@ -66,6 +69,43 @@ def reference_problems(config: ExperimentConfig) -> Iterator[str]:
         n_ids = _size_of(origin.path, origin.revision)
         yield from _vocabulary_problems(place, reference.architecture, n_ids, f"models.{reference.tokenizer}")
     yield from _text_problems(config, reference)
+    if model is not None:
+        yield from _checkpoint_problems(config, [reference_target(config)])
+
+
+def _checkpoint_problems(config: ExperimentConfig, targets: Iterable[Target]) -> Iterator[str]:
+    """Unfinished trainings whose values have changed, so that the trainer neither resumes them nor begins again."""
+    for target in targets:
+        finished = read_training(config, target.name)
+        if not config.root or (finished is not None and target.frozen):
+            continue
+        folder = config.layout.training(target.name)
+        names = [name for name in storage.list_folder(folder) if name.startswith("step-")]
+        states = [storage.read_json(storage.join(folder, name, "state.json")) or {} for name in names]
+        # A checkpoint of the finished model is replaced; one of an earlier release has no settings.
+        others = [
+            state["settings"]
+            for state in states
+            if state.get("settings") and (finished is None or state.get("fingerprint") != finished.fingerprint)
+        ]
+        differences = [_differences(recorded, target.settings()) for recorded in others]
+        if differences and all(differences):
+            yield (
+                f"{target.where.removesuffix('.architecture')}: expected the values of its unfinished training in "
+                f"{_shown(folder)}, found {differences[-1]}; go back to these values to resume it, or delete the "
+                "folder to give it up"
+            )
+
+
+def _differences(recorded: Json, settings: Mapping[str, str]) -> str:
+    """The values of the config that differ from those of a checkpoint; a new key of this release is no difference."""
+    names = [name for name in settings if name in recorded and recorded[name] != settings[name]]
+    names += [name for name in recorded if name.startswith("architecture.") and name not in settings]
+    return ", ".join(f"{name} {settings.get(name, 'no value')} (there {recorded[name]})" for name in names)
+
+
+def _shown(uri: str) -> str:
+    return storage.local_path(uri) if storage.is_local(uri) else storage.redact(uri)
 
 
 def tokenizer_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -142,7 +182,7 @@ def _text_problems(config: ExperimentConfig, reference: ReferenceConfig) -> Iter
 
 
 def _passes_of_students(config: ExperimentConfig) -> Iterator[str]:
-    """The most text that a corpus can have is its share of the pool; with another rule than a ratio, all of the pool."""
+    """Students that go over their text again and again, even if their corpus has all the text that it can have."""
     n_bytes, split = text_bytes(config), config.ingest.split
     if not n_bytes:
         return
@@ -158,9 +198,7 @@ def _passes_of_students(config: ExperimentConfig) -> Iterator[str]:
             yield problem + (f"; the same for {', '.join(alike[1:])}" if alike[1:] else "")
 
 
-def _pass_problems(
-    config: ExperimentConfig, key: str, train: TrainConfig, n_bytes: float, where: str
-) -> Iterator[str]:
+def _pass_problems(config: ExperimentConfig, key: str, train: TrainConfig, n_bytes: float, where: str) -> Iterator[str]:
     """A training whose steps go over its text again and again.
 
     Args:

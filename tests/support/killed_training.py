@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig
-from trainer.targets import student_target
+from miniplm_udf.config.targets import student_target
 from trainer.tracking.run import Run
 from trainer.train import train
 

@@ -13,7 +13,7 @@ from jobs import compare as compare_job
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.report import comparison
-from tests.support import model_records
+from tests.support import corpus_rows, model_records
 from tests.support.browser import chromium as chromium
 from tests.support.browser import opened
 from tests.support.mlflow_server import MlflowServer
@@ -120,6 +120,26 @@ def test_table_for_a_terminal(made: tuple[Path, dict[str, str]], capsys: pytest.
     assert ["conventional", "random", "3", "bpe", "1", "100", "204,800", "1.23e+12", "1.3000"] in lines
     assert ["miniplm", "28.8", "±", "1.2", "28.8", "±", "1.2"] in lines
     assert ["mlflow", "ui", "--backend-store-uri"] in [line[:3] for line in lines]
+
+
+def test_a_newer_version_of_a_corpus_is_said(
+    made: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The students were trained on version 3."""
+    file, _ = made
+    root = file.parent / "root"
+    corpus_rows.record(root, "difference", 3)
+    corpus_rows.record(root, "random", 3)
+    assert result(capsys, "-c", str(file))["newer_versions"] == []
+    corpus_rows.record(root, "difference", 5)
+    (newer,) = result(capsys, "-c", str(file))["newer_versions"]
+    students = {name: 3 for name in LOSSES if name != "conventional"}
+    assert newer == {"corpus": "difference", "newest": 5, "trained": students}
+    assert compare_job.main(["-c", str(file)]) == 0
+    assert (
+        "The corpus difference has a newer version, 5, than the students miniplm_s0 (version 3), "
+        in capsys.readouterr().out
+    )
 
 
 def test_a_root_without_its_config_and_a_second_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from miniplm_udf.config.experiment import load_config
+from miniplm_udf.config.targets import reference_target, student_target
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError
 from tests.support.trainer_roots import FAMILIES, LLAMA, make_root, write_config
@@ -16,7 +17,6 @@ from trainer.losses.lm_loss import CausalLMWithLoss
 from trainer.models.document_masks import check_follows_positions, document_positions
 from trainer.models.model import build_model, model_config
 from trainer.ranks.distributed import World
-from trainer.targets import reference_target, student_target
 from trainer.train import train
 
 SEPARATOR, VOCAB, LENGTH = 3, 40, 12

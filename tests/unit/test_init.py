@@ -109,6 +109,18 @@ def test_the_checks_take_what_it_writes(place: Place, kind: str, capsys: pytest.
     assert where == config.refine.corpora["random"].where
 
 
+def test_without_students_no_text_is_held_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    write_input(place.texts, "txt")
+    assert init(place, "--no-students") == 0
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("students")]
+    config = written(place)
+    assert (config.students, config.tokenizers, config.ingest.split.heldout) == ({}, {}, 0.0)
+    assert config.ingest.split.reference > 0
+    assert list(config.refine.corpora) == ["difference", "random"]
+    assert cli.main(["run", "-c", str(place.folder / "e.yaml"), "--dry-run"]) == 0
+    assert "train      not part of this experiment" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("pattern", ["", "/**/*.txt"])
 def test_folders_of_text_files_are_sources(place: Place, pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_input(place.texts, "txt")

@@ -1,42 +1,25 @@
 """Versions of corpora without a JVM: listed, shown and compared over tables that delta-rs has written."""
 
-import datetime
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable
 
 from miniplm_udf import schemas
 from miniplm_udf.corpora import listing
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.layout import Root
 from miniplm_udf.store.delta_log import newest_version
+from tests.support.corpus_rows import MADE_AT, record, write
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MADE_AT = datetime.datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=datetime.UTC)
 
 
 def instance_id(number: int) -> str:
     return f"{number * 2654435761 % 2**32:08x}" + "0" * 24
-
-
-def write(root: Path, name: str, rows: list[dict[str, Any]], schema: pa.Schema, mode: str = "append") -> None:
-    place = Root(str(root)).table(name).removeprefix("file://")
-    write_deltalake(Path(place).as_uri(), pa.Table.from_pylist(rows, schema=schema), mode=mode)  # type: ignore[arg-type]
-
-
-def record(root: Path, name: str, version: int, **inputs: Any) -> None:
-    row = {
-        "name": name, "version": version, "config": json.dumps({"models": []}), "inputs": json.dumps(inputs),
-        "threshold": 0.5, "n_candidates": 9, "candidate_tokens": 90, "n_instances": 3, "n_tokens": 30,
-        "fingerprint": f"f{version}", "code_revision": "c", "created_at": MADE_AT,
-    }  # fmt: skip
-    write(root, "corpora", [row], schemas.CORPORA.arrow_schema())
 
 
 def kept(numbers: list[int]) -> list[dict[str, Any]]:

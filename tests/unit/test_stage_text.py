@@ -1,4 +1,4 @@
-"""The summary of a stage as text: every number of it is shown, and what is not shown is named."""
+"""The summary of a stage as text: every number is shown, and the last line names the parts that are not shown."""
 
 from jobs.stage_text import stage_text
 

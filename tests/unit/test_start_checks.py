@@ -18,7 +18,9 @@ import pytest
 from deltalake import write_deltalake
 
 from jobs import cli
+from miniplm_udf import storage
 from miniplm_udf.config.experiment import load_config
+from miniplm_udf.config.targets import all_targets
 from miniplm_udf.ingestion import input_files
 from miniplm_udf.ingestion.input_files import list_files
 from miniplm_udf.upkeep import architectures, preflight
@@ -361,6 +363,31 @@ def test_students_with_one_mistake_are_named_together(place: Place, capsys: pyte
     (problem,) = named(place, capsys)
     assert problem.startswith("students.other.train.steps: expected at most 100 passes")
     assert problem.endswith("; the same for students.small.train")
+
+
+@pytest.mark.parametrize("name", ["small", "reference"])
+def test_an_unfinished_training_of_other_values_is_named(
+    name: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoint has the values that the trainer writes into it."""
+    config = load_config(place.file(), [])
+    target = next(target for target in all_targets(config) if target.name == name)
+    state = {"fingerprint": "f", "settings": target.settings() | {"tokenizer": "another hash"}}
+    folder = config.layout.training(name)
+    storage.write_json(storage.join(folder, "step-2", "state.json"), state)
+    assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
+    section = "reference" if name == "reference" else "students.small"
+    place.set(f"{section}.train", {"learning_rate": 0.5})
+    (problem,) = named(place, capsys)
+    assert problem.startswith(
+        f"{section}: expected the values of its unfinished training in {storage.local_path(folder)}"
+    )
+    assert "found train.learning_rate 0.5 (there 0.0006); go back" in problem
+    # An older checkpoint of the same values is resumed.
+    changed = next(target for target in all_targets(load_config(place.file(), [])) if target.name == name)
+    older = {"fingerprint": "g", "settings": changed.settings()}
+    storage.write_json(storage.join(folder, "step-1", "state.json"), older)
+    assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
 
 
 def test_a_task_of_ones_own_folder_is_taken(place: Place) -> None:

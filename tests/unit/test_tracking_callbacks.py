@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.targets import student_target
 from miniplm_udf.errors import ConfigError
 from tests.support.killed_training import killed_after_logging, train_small
 from tests.support.trainer_roots import make_root, write_config
 from trainer.__main__ import main
 from trainer.evaluation.run import evaluate
-from trainer.targets import student_target
 from trainer.tracking import callbacks
 from trainer.tracking import run as tracking
 from trainer.tracking.callbacks import Callbacks

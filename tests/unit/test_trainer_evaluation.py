@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.targets import all_targets, student_target
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError, ModelLoadError
 from miniplm_udf.store.model_records import read_evaluation, read_training
 from tests.support.tracking_store import own_tracking_store
@@ -30,7 +31,6 @@ from trainer.evaluation import losses, texts
 from trainer.evaluation import run as evaluation
 from trainer.evaluation.during_training import TrainingEvaluation
 from trainer.evaluation.records import EvaluateResult
-from trainer.targets import all_targets, student_target
 from trainer.tracking.run import Run
 from trainer.tracking.store import connect
 from trainer.train import train

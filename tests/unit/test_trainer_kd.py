@@ -15,6 +15,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.targets import student_target
 from miniplm_udf.config.training import TrainConfig
 from miniplm_udf.errors import ConfigError, MiniplmError, ModelLoadError
 from miniplm_udf.scoring.gguf_models import gguf_folder
@@ -29,7 +30,6 @@ from trainer.models.flops import training_flops_per_token
 from trainer.models.teacher_loading import describe_teacher, has_shorter_windows, load_teacher
 from trainer.preparation import open_inputs
 from trainer.ranks.distributed import World
-from trainer.targets import student_target
 from trainer.tracking.store import connect
 from trainer.train import plan, train
 

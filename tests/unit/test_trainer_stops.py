@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import trainer.train
 from miniplm_udf import stopping
 from miniplm_udf.config.experiment import load_config
+from miniplm_udf.config.targets import student_target
 from tests.support.ranks import run_processes
 from tests.support.trainer_process import KillableTraining, check_killed_training, copied, until
 from tests.support.trainer_roots import (
@@ -31,7 +32,6 @@ from tests.support.trainer_roots import (
 from trainer.__main__ import main
 from trainer.checkpoints.checkpoint import Checkpoints, SavedState
 from trainer.records import TrainResult
-from trainer.targets import student_target
 from trainer.train import train
 
 pytestmark = pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 
 from miniplm_udf.config.evaluate import PAPER_TASKS
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.targets import student_target
 from miniplm_udf.errors import ConfigError
 from miniplm_udf.store.model_records import read_training
 from tests.support.local_tasks import write_tasks
@@ -20,7 +21,6 @@ from tests.support.tracking_store import own_tracking_store
 from tests.support.trainer_roots import MakeConfig, make_root, write_config
 from trainer.evaluation import losses, run
 from trainer.evaluation.records import EvaluateResult
-from trainer.targets import student_target
 from trainer.tracking.store import connect
 from trainer.train import train
 

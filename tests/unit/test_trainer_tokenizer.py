@@ -12,13 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.config.targets import reference_target, student_target
 from miniplm_udf.scoring.models import describe
 from miniplm_udf.scoring.tokenizer import load_tokenizer, tokenizer_hash, without_additions
 from tests.support import tiny_models
 from tests.support.tiny_models import BOS, BOS_ID, SEPARATOR
 from tests.support.trainer_roots import make_root
 from trainer.models.tokenizer_files import check_auto_tokenizer, read_tokenizer_files
-from trainer.targets import reference_target, student_target
 from trainer.train import train
 
 TEXT = "  the fox's 2024 naïve\n\n\te\u0301 東京 ---- "

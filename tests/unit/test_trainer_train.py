@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.targets import reference_target, student_target
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
 from miniplm_udf.store.model_records import read_training
 from tests.support.full_disk import largest_file
@@ -34,7 +35,6 @@ from trainer.checkpoints.checkpoint import Checkpoints, SavedState
 from trainer.loader.order import ORDER_VERSION
 from trainer.records import TrainResult
 from trainer.results import model_folder
-from trainer.targets import reference_target, student_target
 from trainer.tracking.store import connect
 from trainer.train import train
 

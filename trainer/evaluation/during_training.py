@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError
 
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.targets import Target
 from miniplm_udf.errors import ConfigError, MiniplmError, reason
 from miniplm_udf.store.model_records import Evaluation
 from trainer.evaluation.losses import EvaluatedModel
 from trainer.evaluation.records import metrics
 from trainer.evaluation.texts import evaluation_sets
-from trainer.targets import Target
 
 
 class TrainingEvaluation:

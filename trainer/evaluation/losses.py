@@ -20,6 +20,7 @@ import torch
 
 from miniplm_udf.config.experiment import ExperimentConfig, fingerprint
 from miniplm_udf.config.sections import ModelConfig
+from miniplm_udf.config.targets import Target
 from miniplm_udf.errors import CorpusError
 from miniplm_udf.ingestion.text_sets import BadRow
 from miniplm_udf.progress import progress
@@ -32,7 +33,6 @@ from miniplm_udf.scoring.tokenizer import load_tokenizer
 from miniplm_udf.store.model_records import SetEvaluation, TextLoss
 from trainer.evaluation.texts import EvaluationSet, InstanceCutter, TextRow
 from trainer.loader.data import read_tokenizer
-from trainer.targets import Target
 
 LOGGER = logging.getLogger("miniplm.trainer.evaluation")
 METHOD = 2  # raise it when the meaning of a number changes: models are then evaluated again

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from miniplm_udf import storage
 from miniplm_udf.config.evaluate import HELDOUT
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.targets import Target
 from miniplm_udf.errors import ConfigError, CorpusError
 from miniplm_udf.layout import TRAINING_FILE
 from miniplm_udf.lease import Lease
@@ -23,7 +24,6 @@ from trainer.evaluation.losses import EvaluatedModel
 from trainer.evaluation.records import EvaluateResult, metrics, write_evaluation
 from trainer.evaluation.tasks import Tasks
 from trainer.evaluation.texts import EvaluationSet, evaluation_sets, external_sets, heldout_set
-from trainer.targets import Target
 from trainer.tracking.callbacks import callbacks_of, require_packages
 from trainer.tracking.run import tracked_run
 
@@ -35,7 +35,7 @@ def evaluate(config: ExperimentConfig, targets: Sequence[Target]) -> dict[str, E
 
     Args:
         config: the experiment.
-        targets: the models, from `trainer.targets`.
+        targets: the models, from `miniplm_udf.config.targets`.
 
     Returns:
         The result of each model, by name.

@@ -12,6 +12,7 @@ import torch
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.targets import Target
 from miniplm_udf.errors import ConfigError, ModelLoadError
 from miniplm_udf.scoring.attention import plain_attention
 from miniplm_udf.scoring.description import ModelDescription
@@ -23,7 +24,6 @@ from miniplm_udf.store.model_records import TokenizerRecord
 from trainer.losses.kd_teacher import Teacher
 from trainer.models.blocks import drop_mask
 from trainer.models.document_masks import check_follows_positions
-from trainer.targets import Target
 
 # Parts of a tokenizer.json that do not change the ids of a text here (`scoring.tokenizer.load_tokenizer`).
 _NOT_COMPARED = ("version", "decoder", "truncation", "padding", "post_processor")

@@ -12,10 +12,10 @@ from pathlib import Path
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.rules import is_random_corpus
+from miniplm_udf.config.targets import student_target
 from miniplm_udf.storage import Json
 from trainer.scaling.laws import COVERAGE, IntervalEstimate, ScalingFit, compute_saved, extrapolate, fit_law
 from trainer.scaling.runs import StudentRuns, read_runs
-from trainer.targets import student_target
 
 LOGGER = logging.getLogger("miniplm.trainer.scaling")
 
