@@ -1,7 +1,8 @@
 """`miniplm explore`: a local page over a version of a corpus: texts kept and dropped, side by side, with their scores.
 
-Reads `corpora`, `refined/<name>` (or its pinned copy), `score_matrix`, `annotations`, `instances`; writes nothing under
-the root, and starts no Spark. The page can be opened on this machine only; Ctrl-C ends it. Needs the extra `explore`.
+Reads `corpora`, `refined/<name>` (or its pinned copy), `score_matrix`, `proxy_scores`, `annotations`, `instances`;
+writes nothing under the root, and starts no Spark. The page can be opened on this machine only; Ctrl-C ends it. Needs
+the extra `explore`.
 
     miniplm explore CORPUS -c conf/demo.yaml [--port N] [key=value ...]
     spark-submit --properties-file conf/spark/local.conf jobs/explore.py CORPUS -c conf/demo.yaml

@@ -134,7 +134,7 @@ class _ExportedVersion:
     @property
     def columns(self) -> list[schemas.Column]:
         """The columns of the files, in order: the id, columns of the instance, then columns of the corpus."""
-        refined = schemas.refined(self.name, self.provenance.config["models"]).columns
+        refined = schemas.refined_as(self.name, self.provenance.config).columns
         of_instances = {column.name: column for column in schemas.INSTANCES.columns}
         return [refined[0], *(of_instances[name] for name in _INSTANCE_COLUMNS), *refined[1:]]
 

@@ -73,9 +73,9 @@ class Inspection:
         threshold: the lowest kept score.
         order: how the rows were chosen, in words.
         n_matching: rows that match the question.
-        rows: each with the columns of `schemas.refined`; `cut_distance`, the score minus the score of the nearest cut,
-            None without a cut; and from its instance `document_ids`, `start_byte`, `metadata`, the beginning of the
-            `text`, and `is_cut`, whether the text is longer.
+        rows: each with the columns of `schemas.refined_as`; `cut_distance`, the score minus the score of the nearest
+            cut, None without a cut; and from its instance `document_ids`, `start_byte`, `metadata`, the beginning of
+            the `text`, and `is_cut`, whether the text is longer.
     """
 
     version: str
@@ -147,8 +147,8 @@ class _Search:
     question: Question
 
     def side(self) -> "DataFrame":
-        """All rows of the side that is asked for: columns of `schemas.refined`."""
-        columns = schemas.refined(self.name, self.provenance.config["models"]).column_names
+        """All rows of the side that is asked for: columns of `schemas.refined_as`."""
+        columns = schemas.refined_as(self.name, self.provenance.config).column_names
         kept = corpus_records.read_corpus(self.spark, self.root, self.name, self.version)
         if self.question.side == "kept":
             return kept.select(*columns)

@@ -1,14 +1,15 @@
 """The candidates of a version of a corpus in DuckDB: kept or dropped, with their scores and distance to the cut.
 
-Inputs: `corpora`, `refined/<name>`, `score_matrix` at the version that the corpus was made from, `annotations`,
-`instances`, read by delta-rs. Output: one local DuckDB file in a temporary folder, one row per candidate without its
-text; texts are read from `instances` for the rows that are shown, or searched. The recorded `where` and `score` are
-Spark SQL, which sqlglot translates. Scores are nats per token unless the corpus has its own expression. Driver only; no
-Spark. Writes nothing under the root; a retry reads everything again.
+Inputs: `corpora`, `refined/<name>`, `score_matrix` or `proxy_scores` at the version that the corpus was made from,
+`annotations`, `instances`, read by delta-rs. Output: one local DuckDB file in a temporary folder, one row per candidate
+without its text; texts are read from `instances` for the rows that are shown, or searched. The recorded `where` and
+`score` are Spark SQL, which sqlglot translates. Scores are nats per token unless the corpus has its own expression.
+Driver only; no Spark. Writes nothing under the root; a retry reads everything again.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 ROWS_PER_PAGE = 20
 TEXT_CHARACTERS = 1500
+_MEAN = "_nll_mean"
+# The candidates are the rows of the first of these that a corpus has.
+_CANDIDATE_VIEWS = ("predicted", "matrix", "annotations", "instances")
 ORDERS = {
     "cut": "abs(cut_distance) nulls last, instance_id",
     "highest": "score desc, instance_id",
@@ -94,10 +98,10 @@ class ExploredCorpus:
         corpus = config.refine.corpora.get(self.name, CorpusConfig())
         self.score = rules.plain_score(corpus) if is_random else str(recorded["score"])
         self.cut = None if is_random else float(shown["threshold"])
-        if recorded.get("candidates", "score_matrix") != "score_matrix":
-            raise self._needs_spark("its candidates have predicted scores")
         self._connection = duckdb.connect(database)
         self._datasets: dict[str, ds.Dataset] = {}
+        if recorded.get("candidates") == "proxy_scores":
+            self._register("predicted", config.layout.table("proxy_scores"), shown["inputs"].get("proxy_version"))
         self._register("matrix", config.layout.table("score_matrix"), shown["inputs"].get("matrix_version"))
         uri = config.layout.pinned(self.name, self.version) if shown["pinned"] else config.layout.refined(self.name)
         self._register("kept", uri, None if shown["pinned"] else self.version)
@@ -129,8 +133,7 @@ class ExploredCorpus:
         import sqlglot
         from sqlglot.errors import SqlglotError
 
-        matrix = self._columns("matrix")
-        means = [column for column in matrix if column.endswith("_nll_mean")]
+        means = [column for column in self._columns("matrix") if column.endswith(_MEAN)]
         by_source = "partition by source" if select.get("per_source") is not None else ""
         # A band also has an upper cut.
         nearest = "if(score - high < low - score or score < low, score - low, score - high)"
@@ -145,7 +148,7 @@ class ExploredCorpus:
                 with scored as (
                   select instance_id, source, {", ".join(means)}, cast({score} as double) as score,
                     instance_id in (select instance_id from kept) as kept
-                  from {self._joined()} where split = 'pool' and ({condition})
+                  from {self._joined(where, self.score)} where split = 'pool' and ({condition})
                 ), cuts as (
                   select *, min(score) filter (kept) over ({by_source}) as low,
                     max(score) filter (kept) over ({by_source}) as high
@@ -158,12 +161,16 @@ class ExploredCorpus:
         except (SqlglotError, duckdb.Error) as error:
             raise self._needs_spark(f"DuckDB cannot compute its candidates ({str(error).splitlines()[0]})") from error
 
-    def _joined(self) -> str:
-        """The matrix, and the columns of `annotations` that it has not."""
-        own = [column for column in self._columns("annotations") if column not in self._columns("matrix")]
-        if not own:
-            return "matrix"
-        return f"(select matrix.*, {', '.join(own)} from matrix left join annotations using (instance_id))"
+    def _joined(self, *expressions: str) -> str:
+        """The table of the candidates, with the columns of the other tables that the page shows or a rule names."""
+        first, *others = (view for view in _CANDIDATE_VIEWS if view in self._datasets)
+        joined, seen = first, set(self._columns(first))
+        for view in others:
+            own = [name for name in self._columns(view) if name not in seen and _is_needed(name, expressions)]
+            seen.update(own)
+            if own:
+                joined += f" left join (select instance_id, {', '.join(own)} from {view}) using (instance_id)"
+        return joined
 
     def _columns(self, view: str) -> list[str]:
         return list(self._datasets[view].schema.names) if view in self._datasets else []
@@ -205,6 +212,10 @@ class ExploredCorpus:
     def close(self) -> None:
         """Closes the database."""
         self._connection.close()
+
+
+def _is_needed(column: str, expressions: Sequence[str]) -> bool:
+    return column.endswith(_MEAN) or any(re.search(rf"\b{column}\b", text) for text in expressions)
 
 
 def _condition(wanted: Filter, side: str) -> tuple[str, list[Any]]:

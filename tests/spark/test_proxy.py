@@ -15,7 +15,10 @@ from miniplm_udf.config.refine import CorpusConfig, RefineConfig, SelectConfig
 from miniplm_udf.config.rules import in_sample
 from miniplm_udf.config.sections import ProxyConfig
 from miniplm_udf.corpora import takedown, versions
+from miniplm_udf.corpora.export import ExportRequest, export
+from miniplm_udf.corpora.inspection import MOST_ROWS, SIDES, Question, inspect
 from miniplm_udf.errors import ConfigError, CorpusError
+from miniplm_udf.explorer.candidates import ROWS_PER_PAGE, ExploredCorpus, Filter
 from miniplm_udf.proxy import features, fit, quality
 from miniplm_udf.proxy.report import PoolRows
 from miniplm_udf.scores.summary import ScoreSummary
@@ -216,6 +219,42 @@ def test_corpora_are_chosen_by_predictions_and_go_through_all_that_corpora_do(
     removed = takedown.take_down(spark, more, [document], Takedown("a test")).removed
     assert removed["proxy_scores"] == removed["refined/cheap"] == 1
     assert wrong(spark, more) == []
+
+
+def explored(config: ExperimentConfig, name: str, folder: Path) -> dict[str, tuple[bool, float, float]]:
+    """Whether each candidate was kept, its score and its distance to the cut, from all pages of `miniplm explore`."""
+    corpus = ExploredCorpus(config, name, str(folder / f"{name}.duckdb"))
+    shown = {}
+    for side in SIDES:
+        for page in range(-(-corpus.side(Filter(), side).n_matching // ROWS_PER_PAGE)):
+            for row in corpus.side(Filter(page=page), side).rows:
+                shown[row["instance_id"]] = (row["kept"], row["score"], row["cut_distance"])
+    corpus.close()
+    return shown
+
+
+def inspected(spark: Any, config: ExperimentConfig, name: str) -> dict[str, tuple[bool, float, float]]:
+    """The same from `miniplm inspect`."""
+    answers = {side: inspect(spark, config.root, name, Question(side=side, n_rows=MOST_ROWS)) for side in SIDES}
+    return {
+        row["instance_id"]: (side == "kept", row["score"], row["cut_distance"])
+        for side, answer in answers.items()
+        for row in answer.rows
+    }
+
+
+def test_a_corpus_of_predictions_is_explored_inspected_and_exported(
+    spark: Any, copied: ExperimentConfig, tmp_path: Path
+) -> None:
+    summary = refine.run(spark, copied)
+    for name in CORPORA:
+        exported = export(spark, copied, name, ExportRequest())
+        assert (exported.n_instances, exported.n_candidates) == (summary.kept[name], 360)
+        assert "teacher_nll_mean" not in exported.columns
+        shown, expected = explored(copied, name, tmp_path), inspected(spark, copied, name)
+        assert len(expected) == 360
+        assert {key: row[0] for key, row in shown.items()} == {key: row[0] for key, row in expected.items()}
+        assert all(row[1:] == pytest.approx(expected[key][1:], abs=1e-12) for key, row in shown.items())
 
 
 @pytest.mark.long
