@@ -47,6 +47,10 @@ def measure_gains(spark: "SparkSession", config: ExperimentConfig, plan: Scoring
     try:
         if sample.isEmpty():
             return {}
+        LOGGER.info(
+            "scoring the first halves of at most %d texts, to measure what %s gain from the context",
+            SAMPLE_ROWS, " and ".join(missing),
+        )  # fmt: skip
         firsts = _score_first_halves(sample, plan, missing).collect()
         wholes = _whole_scores(spark, sample, plan).collect()
     finally:
