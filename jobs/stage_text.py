@@ -9,10 +9,9 @@ from typing import Any
 
 from jobs.text import cell, table
 from miniplm_udf import storage
-from miniplm_udf.storage import Json
 
 
-def stage_text(name: str, summary: Json, left_out: Sequence[str] = ()) -> str:
+def stage_text(name: str, summary: Mapping[str, Any], left_out: Sequence[str] = ()) -> str:
     """Returns a summary as text.
 
     Args:
@@ -24,7 +23,8 @@ def stage_text(name: str, summary: Json, left_out: Sequence[str] = ()) -> str:
     rows = [
         row
         for key, value in summary.items()
-        if key not in groups and not _is_empty(value) and value not in left_out
+        # Seconds of the stage's own work; the log has those of the whole stage.
+        if key not in (*groups, "seconds") and not _is_empty(value) and value not in left_out
         for row in _rows(_words(key), value)
     ]
     deeper = {

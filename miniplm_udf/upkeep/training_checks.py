@@ -97,7 +97,7 @@ def _checkpoint_problems(config: ExperimentConfig, targets: Iterable[Target]) ->
             )
 
 
-def _differences(recorded: Json, settings: Mapping[str, str]) -> str:
+def _differences(recorded: Mapping[str, str], settings: Mapping[str, str]) -> str:
     """The values of the config that differ from those of a checkpoint; a new key of this release is no difference."""
     names = [name for name in settings if name in recorded and recorded[name] != settings[name]]
     names += [name for name in recorded if name.startswith("architecture.") and name not in settings]

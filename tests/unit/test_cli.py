@@ -95,7 +95,7 @@ def test_both_ways_to_start_a_stage_print_the_same_and_exit_alike(
     """Only the work of the stage and Spark's session are replaced."""
     config = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root", "proxy={}", "annotate.language=true"]
     config += [f"ingest.input={Place(tmp_path).texts}"]
-    config += ["generate={prompt_tokens: 64, new_tokens: 64}"]
+    config += ["generate={prompt_tokens: 64, new_tokens: 64}", "train.steps=2", "train.warmup_steps=0"]
     stage = stages.stage_named(name)
     summary = summary_of(stage)
     has_rejects = hasattr(summary, "too_many_rejects")

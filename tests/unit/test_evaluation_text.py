@@ -72,7 +72,7 @@ def test_one_student_without_spark(
     arguments = ["-c", str(CONF / "demo.yaml"), f"root={tmp_path}/root"]
     config = load_config(CONF / "demo.yaml", [f"root={tmp_path}/root"])
     write_evaluation(config, "miniplm", evaluation("piqa"))
-    assert cli.main(["evaluate", *arguments, "--student", "miniplm"]) == 0
+    assert cli.main(["evaluate", *arguments, "--student", "miniplm", "--json"]) == 0
     printed = capsys.readouterr()
     students = json.loads(printed.out)["evaluate"]["students"]
     assert students == {"miniplm": storage.read_json(config.layout.model("miniplm", EVALUATION_FILE))}

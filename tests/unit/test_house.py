@@ -412,6 +412,7 @@ JSON_USES = {
     "miniplm_udf/config/overrides.py": 1,
     "miniplm_udf/config/rules.py": 1,
     "miniplm_udf/config/student_models.py": 3,
+    "miniplm_udf/config/targets.py": 1,
     "miniplm_udf/config/training.py": 2,
     "miniplm_udf/estimate/measure.py": 1,
     "miniplm_udf/ingestion/beginnings.py": 8,
@@ -435,7 +436,6 @@ JSON_USES = {
     "trainer/losses/lm_loss.py": 1,
     "trainer/models/model.py": 2,
     "trainer/ranks/state.py": 1,
-    "trainer/targets.py": 1,
     # Delta's log, and Spark's offsets and progress.
     "miniplm_udf/store/delta_log.py": 2,
     "miniplm_udf/store/tables.py": 3,

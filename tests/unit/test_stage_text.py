@@ -31,8 +31,6 @@ def test_numbers_by_name_are_one_line_and_what_is_empty_is_left_out() -> None:
 def test_outputs_by_name_are_a_table_and_their_parts_are_named() -> None:
     assert stage_text("pack", PACK).splitlines() == [
         "pack:",
-        "  seconds  6",
-        "",
         "  packed  tokens  path                   skipped",
         "  a/bpe   7       /root/tables/packed/a  yes",
         "  b/bpe   1,200   s3a://bucket/b         no",
