@@ -97,8 +97,8 @@ def _of_reference(plan: Plan) -> Iterator[str]:
         yield (
             f"the reference sees {reference.tokens_per_parameter:.2g} tokens for each weight outside its embeddings, "
             f"and needs about {sizes.TOKENS_PER_PARAMETER}: its losses will hardly differ from text to text, and the "
-            "difference is the teacher's loss alone; add text, or name a trained small model in models.reference.path "
-            "and remove the section reference"
+            "difference is the teacher's loss alone; add text, or name a small model that was trained on other text in "
+            "models.reference.path and remove the section reference"
         )
     if round(reference.epochs) > sizes.MOST_EPOCHS:
         yield (

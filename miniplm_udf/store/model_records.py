@@ -21,6 +21,19 @@ from miniplm_udf.store.provenance import PackedMetadata
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedText:
+    """Where the text of a training came from, so that no other run scores it with the model by mistake.
+
+    Attributes:
+        inputs: `ingest.input` of the experiment, without secrets.
+        reference_share: `ingest.split.reference` of the experiment.
+    """
+
+    inputs: list[str]
+    reference_share: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
     """`training.json`: how a model was trained, and on what.
 
@@ -47,6 +60,7 @@ class TrainingRecord:
         tracking_id: id of the training in other trackers than MLflow; None in a file of an earlier version.
         kd_ratio: share of the KL divergence from the teacher in the loss.
         kd_teacher: facts about the teacher; None without one.
+        text: where its text came from; None in a file of an earlier version.
     """
 
     name: str
@@ -71,6 +85,7 @@ class TrainingRecord:
     tracking_id: str | None = None
     kd_ratio: float = 0.0
     kd_teacher: Json | None = None
+    text: TrainedText | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +201,18 @@ class Evaluation:
     run_id: str | None = None
 
 
+def read_training_in(folder: str) -> TrainingRecord | None:
+    """Returns `training.json` of a model folder; None if it has none.
+
+    Args:
+        folder: path or URI of the folder.
+
+    Raises:
+        DamagedRecordError: the file is not JSON.
+    """
+    return from_json(TrainingRecord, storage.read_json(storage.join(folder, TRAINING_FILE)))
+
+
 def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:
     """Returns `training.json` of the model `name`; None if it is absent.
 
@@ -196,8 +223,7 @@ def read_training(config: ExperimentConfig, name: str) -> TrainingRecord | None:
     Raises:
         DamagedRecordError: the file is not JSON.
     """
-    raw = storage.read_json(config.layout.model(name, TRAINING_FILE))
-    return from_json(TrainingRecord, raw)
+    return read_training_in(config.layout.model(name))
 
 
 def read_tokenizer_record(folder_uri: str) -> TokenizerRecord | None:

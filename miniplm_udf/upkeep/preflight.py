@@ -36,6 +36,7 @@ from miniplm_udf.upkeep.expression_checks import expression_problems
 from miniplm_udf.upkeep.input_checks import chunking_problems, input_problems
 from miniplm_udf.upkeep.machine_checks import disk_problems, port_problems, root_problems
 from miniplm_udf.upkeep.model_checks import model_problems, model_warnings
+from miniplm_udf.upkeep.seen_text_checks import seen_text_problems, seen_text_warnings
 from miniplm_udf.upkeep.tracking_checks import tracking_warnings
 from miniplm_udf.upkeep.training_checks import reference_problems, student_problems, tokenizer_problems
 
@@ -82,6 +83,7 @@ _CHECKS: tuple[tuple[Callable[[ExperimentConfig], Iterator[str]], frozenset[str]
     (input_problems, frozenset({"ingest"})),
     (chunking_problems, frozenset({"ingest", "stream"})),
     (disk_problems, frozenset({"ingest"})),
+    (seen_text_problems, frozenset({"score", "stream"})),
     (reference_problems, frozenset({"reference"})),
     (expression_problems, frozenset({"refine", "proxy"})),
     (tokenizer_problems, frozenset({"pack"})),
@@ -124,6 +126,8 @@ def warn(config: ExperimentConfig, stages: Collection[str]) -> None:
         stages: the stages that the command will run.
     """
     warnings = list(model_warnings(config, _models_of(config, stages)))
+    if {"score", "stream"} & set(stages):
+        warnings += seen_text_warnings(config)
     if _TRACKED & set(stages):
         warnings += tracking_warnings(config)
     for warning in warnings:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from miniplm_udf import lease, storage
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
+from miniplm_udf.config.sections import SplitConfig
 from miniplm_udf.config.targets import reference_target, student_target
 from miniplm_udf.errors import ConfigError, CorpusError, MiniplmError
-from miniplm_udf.store.model_records import read_training
+from miniplm_udf.store.model_records import TrainedText, read_training
 from tests.support.full_disk import largest_file
 from tests.support.killed_training import Killed
 from tests.support.s3_server import BUCKET, S3Server
@@ -68,6 +69,16 @@ def same_weights(first: Path, second: Path) -> bool:
 
 
 @pytest.mark.slow
+def test_a_model_says_where_its_text_came_from(config: ExperimentConfig) -> None:
+    inputs = ["/texts/a.jsonl", "s3a://key:secret@bucket/b"]
+    ingest = dataclasses.replace(config.ingest, input=inputs, split=SplitConfig(reference=0.2))
+    trained = dataclasses.replace(config, ingest=ingest)
+    train(trained, student_target(trained, "small"))
+    record = read_training(trained, "small")
+    assert record is not None
+    assert record.text == TrainedText(inputs=["file:///texts/a.jsonl", "s3a://bucket/b"], reference_share=0.2)
+
+
 def test_a_model_folder_is_whole(config: ExperimentConfig) -> None:
     training = student(config)
     found = folder(config, "small")

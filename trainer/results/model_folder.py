@@ -22,7 +22,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.errors import MiniplmError, reason
 from miniplm_udf.layout import TRAINING_FILE
-from miniplm_udf.store.model_records import TrainingRecord
+from miniplm_udf.store.model_records import TrainedText, TrainingRecord
 from trainer.checkpoints.checkpoint import SavedState
 from trainer.models.model import n_parameters
 from trainer.models.teacher_loading import teacher_record
@@ -60,6 +60,10 @@ def _record(training: Training, run: Run, state: SavedState) -> TrainingRecord:
         tracking_id=training.checkpoints.tracking_id(),
         kd_ratio=target.train.kd_ratio,
         kd_teacher=teacher_record(inputs.teacher),
+        text=TrainedText(
+            inputs=[storage.redact(storage.to_uri(path)) for path in training.config.ingest.inputs],
+            reference_share=training.config.ingest.split.reference,
+        ),
     )
 
 
