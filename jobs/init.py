@@ -23,6 +23,7 @@ from miniplm_udf import object_storage
 from miniplm_udf.config.experiment import load_config
 from miniplm_udf.config.object_storage import StorageConfig
 from miniplm_udf.errors import EXIT_DONE, ConfigError
+from miniplm_udf.starting.plan import Aims
 from miniplm_udf.starting.start import as_plain, look
 from miniplm_udf.starting.template import Start, render, si
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> Start:
     object_storage.use(StorageConfig())
     start = look(
         arguments.input, arguments.teacher, arguments.root, arguments.separator, arguments.gpus,
-        has_students=not arguments.no_students,
+        Aims(has_students=not arguments.no_students, has_whole_texts=arguments.whole_texts),
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(start), encoding="utf-8")
@@ -85,7 +86,7 @@ def text(start: Start, out: str) -> str:
 def _costs(start: Start) -> str:
     """About what the run costs, from known factors."""
     plan = start.plan
-    n_students = 4 if plan.has_students else 0
+    n_students = 4 if plan.aims.has_students else 0
     rows = [
         ("score", f"{si(plan.pool)}tokens, both models", plan.score_flops),
         ("reference", f"{si(plan.reference.n_tokens)}tokens, {plan.reference.steps:,} steps", plan.reference.flops),
@@ -137,6 +138,11 @@ def command_parser() -> Parser:
     )
     parser.add_argument(
         "--no-students", action="store_true", help="end with scores and corpora, and hold out no text; train elsewhere"
+    )
+    parser.add_argument(
+        "--whole-texts",
+        action="store_true",
+        help="an instance for each text; default: texts joined and cut to a length",
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to plan for (default: those of this machine)")
     parser.add_argument("--estimate", action="store_true", help="then measure the cost, as `miniplm estimate` does")

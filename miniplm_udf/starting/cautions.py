@@ -35,7 +35,7 @@ def cautions(
     yield from _of_teacher(teacher)
     yield from _of_distance(teacher, plan)
     yield from _of_reference(plan)
-    if plan.has_students and round(plan.student.epochs) > sizes.MOST_EPOCHS:
+    if plan.aims.has_students and round(plan.student.epochs) > sizes.MOST_EPOCHS:
         yield (
             f"the students see their text {plan.student.epochs:.0f} times; they learn it by heart after about "
             f"{sizes.MOST_EPOCHS}: add text, or lower train.steps"

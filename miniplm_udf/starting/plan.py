@@ -16,6 +16,10 @@ from miniplm_udf.starting.teacher import TeacherFacts
 
 ALPHA = 0.5
 _LONGEST, _SHORTEST = 1024, 64
+# Whole texts: the longest input, and the share of the texts that fit into one. Some texts have shorter tokens than the
+# mean, and the mean of a tokenizer that is not here is only assumed.
+_LONGEST_WHOLE, _WHOLE_SHARE = 8192, 0.99
+_MARGIN, _MARGIN_OF_ASSUMED = 1.25, 1.75
 # Instances to choose among, at least; documents to evaluate on.
 _INSTANCES, _HELDOUT_DOCUMENTS = 1000, 50
 _SHARES = (0.05, 0.35)
@@ -56,11 +60,29 @@ class Corpus:
         n_documents: number of documents.
         n_bytes: bytes of their texts.
         texts: all texts, if the sample was the whole input; else empty.
+        lengths: bytes of each sampled text.
     """
 
     n_documents: int
     n_bytes: int
     texts: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Aims:
+    """What the user wants from an experiment.
+
+    Attributes:
+        has_students: whether students are trained. Without them no text is held out.
+        has_whole_texts: whether each text is an instance by itself, instead of a part of packed ones.
+    """
+
+    has_students: bool = True
+    has_whole_texts: bool = False
+
+
+DEFAULT_AIMS = Aims()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +101,8 @@ class Plan:
         workers: concurrent scorers.
         score_flops: FLOPs of the scoring with both models.
         machine: the machine.
-        has_students: whether students are trained. Without them no text is held out.
+        aims: what the user wants.
+        cut_share: share of the sampled texts that are longer than an instance; 0 for packed instances.
     """
 
     n_tokens: int
@@ -93,7 +116,8 @@ class Plan:
     workers: int
     score_flops: float
     machine: Machine
-    has_students: bool = True
+    aims: Aims = DEFAULT_AIMS
+    cut_share: float = 0.0
 
     @property
     def pool(self) -> float:
@@ -101,21 +125,23 @@ class Plan:
         return self.n_tokens * (1 - self.split.reference - self.split.heldout)
 
 
-def make_plan(corpus: Corpus, teacher: TeacherFacts, machine: Machine, has_students: bool = True) -> Plan:
+def make_plan(corpus: Corpus, teacher: TeacherFacts, machine: Machine, aims: Aims = DEFAULT_AIMS) -> Plan:
     """Returns the numbers of an experiment.
 
     Args:
         corpus: the text.
         teacher: the teacher.
         machine: what computes.
-        has_students: whether students are trained.
+        aims: what the user wants.
     """
     n_tokens = max(1, round(corpus.n_bytes / teacher.bytes_per_token))
-    context = _context(n_tokens, teacher)
+    lengths = [length / teacher.bytes_per_token for length in corpus.lengths]
+    is_whole = aims.has_whole_texts and bool(lengths)
+    context = _whole_context(lengths, teacher) if is_whole else _context(n_tokens, teacher)
     n_teacher = teacher.n_parameters or 10**9
     shape = sizes.largest(teacher.n_ids, _SHARES[1] * n_tokens, machine.budget, n_teacher / _LEAST_RATIO)
     wanted = sizes.wanted_tokens(shape, machine.budget)
-    split = _split(corpus, min(max(wanted / n_tokens, _SHARES[0]), _SHARES[1]), has_students)
+    split = _split(corpus, min(max(wanted / n_tokens, _SHARES[0]), _SHARES[1]), aims.has_students)
     has_gpu = machine.n_gpus > 0
     reference = sizes.training(shape, split.reference * n_tokens, machine.budget, context, has_gpu)
     pool = n_tokens * (1 - split.reference - split.heldout)
@@ -133,7 +159,8 @@ def make_plan(corpus: Corpus, teacher: TeacherFacts, machine: Machine, has_stude
         workers=max(1, machine.n_gpus),
         score_flops=2.0 * (n_teacher + shape.n_parameters) * pool,
         machine=machine,
-        has_students=has_students,
+        aims=aims,
+        cut_share=sum(length > context for length in lengths) / len(lengths) if is_whole else 0.0,
     )
 
 
@@ -145,6 +172,17 @@ def _context(n_tokens: int, teacher: TeacherFacts) -> int:
         context //= 2
     while context > longest and context > _SHORTEST:
         context //= 2
+    return min(context, longest)
+
+
+def _whole_context(lengths: Sequence[float], teacher: TeacherFacts) -> int:
+    """Tokens of the longest input, so that nearly all texts fit into one; at most the teacher's context."""
+    margin = _MARGIN if teacher.is_measured else _MARGIN_OF_ASSUMED
+    wanted = margin * sorted(lengths)[int(_WHOLE_SHARE * (len(lengths) - 1))]
+    longest = min((teacher.longest or _LONGEST_WHOLE) - (teacher.prefix is not None), _LONGEST_WHOLE)
+    context = _SHORTEST
+    while context < wanted and context < longest:
+        context *= 2
     return min(context, longest)
 
 

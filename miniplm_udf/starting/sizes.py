@@ -11,7 +11,7 @@ TOKENS_PER_PARAMETER = 20
 _MOST_TOKENS_PER_PARAMETER = 48
 MOST_EPOCHS = 4
 _LEAST_STEPS, _GOOD_STEPS = 10, 300
-_LARGEST_BATCH = 512
+_LARGEST_BATCH, _LEAST_STEP_TOKENS = 512, 1024
 # Hidden size, layers, attention heads.
 _SHAPES = (
     (32, 1, 2), (64, 2, 2), (128, 3, 4), (192, 4, 6), (256, 6, 4), (384, 6, 6), (512, 8, 8), (768, 12, 12),
@@ -130,7 +130,8 @@ def training(shape: Shape, n_text: float, budget: float, sequence: int, has_gpu:
         has_gpu: whether it is trained on a GPU, with larger forward passes.
     """
     n_tokens = max(1.0, min(wanted_tokens(shape, budget), MOST_EPOCHS * n_text))
-    batch = 4
+    # About a thousand tokens in a step: a small model learns more from many small steps.
+    batch = max(1, _LEAST_STEP_TOKENS // sequence)
     while batch < _LARGEST_BATCH and n_tokens / (2 * batch * sequence) >= _GOOD_STEPS:
         batch *= 2
     steps = max(_LEAST_STEPS, round(n_tokens / (batch * sequence)))

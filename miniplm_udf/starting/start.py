@@ -22,7 +22,7 @@ from miniplm_udf.ingestion.input_files import listed_once
 from miniplm_udf.starting import cleaning, fields, teacher, texts
 from miniplm_udf.starting.cautions import cautions
 from miniplm_udf.starting.fields import Fields
-from miniplm_udf.starting.plan import Corpus, Machine, make_plan
+from miniplm_udf.starting.plan import DEFAULT_AIMS, Aims, Corpus, Machine, make_plan
 from miniplm_udf.starting.teacher import TeacherFacts
 from miniplm_udf.starting.template import Start, si
 from miniplm_udf.starting.texts import TextSample
@@ -35,7 +35,7 @@ _LANGUAGE_TEXTS = 200
 
 def look(
     inputs: Sequence[str], teacher_path: str, root: str, separator: str | None = None, n_gpus: int | None = None,
-    has_students: bool = True,
+    aims: Aims = DEFAULT_AIMS,
 ) -> Start:  # fmt: skip
     """Looks at everything and plans an experiment.
 
@@ -45,7 +45,7 @@ def look(
         root: where the experiment will write.
         separator: the teacher's separator; None takes it from its files.
         n_gpus: GPUs to plan for; None counts those of this machine.
-        has_students: whether the experiment trains students.
+        aims: what the user wants from the experiment.
 
     Returns:
         What the config says.
@@ -60,14 +60,15 @@ def look(
         sample = texts.read_sample(named)
     chosen, values, n_bad = _texts_of(sample)
     facts = teacher.examine(teacher_path, separator, values)
-    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in values)
+    lengths = tuple(len(text.encode("utf-8", "replace")) for text in values)
     corpus = Corpus(
         n_documents=round(len(values) * sample.scale),
-        n_bytes=round(n_bytes * sample.scale),
+        n_bytes=round(sum(lengths) * sample.scale),
         texts=tuple(values) if sample.is_complete else (),
+        lengths=lengths,
     )
     machine = Machine(_count_gpus() if n_gpus is None else n_gpus, len(os.sched_getaffinity(0)))
-    plan = make_plan(corpus, facts, machine, has_students)
+    plan = make_plan(corpus, facts, machine, aims)
     packages = [group for group, name in NEEDED.items() if find_spec("pyspark") is None or find_spec(name)]
     languages = _languages(values)
     pieces = cleaning.cut(values, _CHARACTERS_PER_TOKEN * plan.context)

@@ -171,6 +171,8 @@ def _field_lines(fields: Fields) -> list[tuple[str, str, str]]:
 
 def _context_reason(start: Start) -> str:
     plan, longest = start.plan, start.teacher.longest
+    if plan.aims.has_whole_texts:
+        return "Tokens of the longest input: nearly all texts of the sample fit into it, or the teacher reads no more."
     if plan.context == 1024:
         return "Tokens of the longest input, the paper's number."
     if longest is not None and plan.context * 2 > longest:

@@ -109,6 +109,20 @@ def test_the_checks_take_what_it_writes(place: Place, kind: str, capsys: pytest.
     assert where == config.refine.corpora["random"].where
 
 
+@pytest.mark.parametrize(("n_words", "context"), [(10, 64), (600, 128)])
+def test_whole_texts_fit_into_an_instance(place: Place, n_words: int, context: int) -> None:
+    """The teacher reads 128 tokens, and a word of this text is about one token."""
+    rows = [{"text": f"text {n} " + "some " * (n_words - 2)} for n in range(100)]
+    (place.texts / "a.jsonl").write_text(lines(rows))
+    assert init(place, "--whole-texts") == 0
+    config = written(place)
+    assert (config.ingest.chunking.mode, config.ingest.chunking.max_tokens) == ("document", context + 1)
+    lengths = {model.context_tokens for model in config.models.values()} | {config.pack.sequence_length}
+    assert lengths == {context}
+    cut = "about 0 of the sample" if n_words == 10 else "about 100 % of the sample"
+    assert cut in (place.folder / "e.yaml").read_text()
+
+
 def test_without_students_no_text_is_held_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     write_input(place.texts, "txt")
     assert init(place, "--no-students") == 0
