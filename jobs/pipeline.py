@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = run_stages(config, options)
         summary = build_summary(config)
         write_summary(config, summary)
-        print(as_json(summary) if arguments.json else summary_text(config, summary), flush=True)
+        print(as_json(summary) if arguments.json else summary_text(config, summary, options), flush=True)
         tell_rejects(STAGES, config)
         return code
 

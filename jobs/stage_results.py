@@ -104,12 +104,14 @@ def refine_numbers(config: ExperimentConfig, summary: "RefineSummary") -> Pipeli
         summary: of the stage `refine`.
     """
     paths = {name: storage.redact(config.layout.refined(name)) for name in summary.refined}
-    refined = {name: version.version for name, version in summary.refined.items()}
     pairs = {name: pair for name, version in summary.refined.items() if (pair := version.diagnostics.get("pair"))}
     return {
         "kept": summary.kept,
         "pairs": pairs,
-        "refined": {name: {"path": paths[name], "version": refined[name]} for name in refined},
+        "refined": {
+            name: {"path": paths[name], "version": version.version, "candidates": version.n_candidates}
+            for name, version in summary.refined.items()
+        },
     }
 
 

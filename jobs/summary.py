@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping
 
 from jobs.evaluation_text import evaluation_text
+from jobs.stage import Options
 from jobs.stages import STAGES
 from jobs.text import decimal, table
 from miniplm_udf import storage
@@ -60,19 +61,20 @@ def write_summary(config: ExperimentConfig, summary: PipelineSummary) -> None:
     storage.write_json(config.report_file("summary.json"), summary)
 
 
-def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
+def summary_text(config: ExperimentConfig, summary: PipelineSummary, options: Options) -> str:
     """Returns the summary as text for a terminal.
 
     Args:
         config: the experiment.
         summary: the result of `build_summary`.
+        options: the options of the command line, which the next commands need too.
     """
     counts = [
         ("instances in", f"{summary['instances']:,}"),
         ("rejected", f"{summary['rejected']:,}"),
         *((f"scored by {alias}", f"{n:,}") for alias, n in summary["scored"].items()),
         *([("predicted by the proxy", _predicted(summary["proxy"]))] if summary["proxy"] else []),
-        *((f"kept in {name}", f"{n:,}") for name, n in summary["kept"].items()),
+        *((f"kept in {name}", _kept(summary, name)) for name in summary["kept"]),
         *([("generated", f"{summary['generated']:,}")] if summary["generated"] is not None else []),
     ]
     speeds = [
@@ -93,7 +95,7 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
         "summary": storage.redact(config.report_file("summary.json")),
         "report": storage.redact(config.report_file("report.html")),
         "MLflow": mlflow_command(config),
-        **_next_commands(summary),
+        **_next_commands(summary, options),
         **_local_store(config),
     }
     parts = [table(None, counts, "  "), table(("stage", "took", "tokens per second"), speeds, "  ")]
@@ -107,12 +109,21 @@ def summary_text(config: ExperimentConfig, summary: PipelineSummary) -> str:
     return "\n\n".join([*parts, table(None, list(places.items()), "  ")])
 
 
-def _next_commands(summary: PipelineSummary) -> dict[str, str]:
-    """The commands that show and hand over the result, which all take the same `-c`."""
-    names = list(summary["refined"])
-    students = ["compare"] * bool(summary["students"])
-    commands = [f"inspect {names[0]}", f"export {names[0]} --to parquet", *students] if names else students
-    return {"look at it": "; ".join(f"miniplm {command}" for command in commands)} if commands else {}
+def _kept(summary: PipelineSummary, name: str) -> str:
+    kept, corpus = summary["kept"][name], summary["refined"].get(name)
+    return f"{kept:,} of the {corpus['candidates']:,} that pass `where`" if corpus else f"{kept:,}"
+
+
+def _next_commands(summary: PipelineSummary, options: Options) -> dict[str, str]:
+    """The commands that show and hand over the result, ready to be pasted into a terminal."""
+    config = shlex.join(["-c", options.config_path, *options.overrides])
+    commands: dict[str, str] = {}
+    if names := list(summary["refined"]):
+        commands["texts"] = f"miniplm inspect {names[0]} {config}"
+        commands["for another trainer"] = f"miniplm export {names[0]} --to jsonl.zst {config}"
+    if summary["students"]:
+        commands["students"] = f"miniplm compare {config}"
+    return commands
 
 
 def mlflow_command(config: ExperimentConfig) -> str:

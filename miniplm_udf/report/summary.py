@@ -17,10 +17,11 @@ class ProxyNumbers(TypedDict):
 
 
 class RefinedCorpus(TypedDict):
-    """The table of a corpus, a path or URI without secrets, and its newest version."""
+    """The table of a corpus, a path or URI without secrets; its newest version; the instances that passed `where`."""
 
     path: str
     version: int
+    candidates: int
 
 
 class PipelineSummary(TypedDict, total=False):

@@ -128,6 +128,6 @@ def test_the_summary_has_the_heldout_losses_and_the_tasks(tmp_path: Path) -> Non
         write_evaluation(config, name, numbers)
     summary = build_summary(config)
     assert summary["students"] == {"miniplm": {"heldout_nats_per_token": 2.5, "heldout_bits_per_byte": 2.5}}
-    text = summary_text(config, summary)
+    text = summary_text(config, summary, Options())
     assert "PIQA" in text
     assert "3.0000" in text

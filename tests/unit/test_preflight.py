@@ -74,7 +74,11 @@ def test_the_summary_of_a_root_that_was_moved_names_the_new_place(tmp_path: Path
     old = dataclasses.replace(version, path=f"file://{tmp_path}/old/tables/refined/kept", version=3)
     write_record(config, "refine", "x", refine.to_json(summary_of(refine, refined={"kept": old})), 1.0)
     assert build_summary(config)["refined"] == {
-        "kept": {"path": f"file://{tmp_path}/new/tables/refined/kept", "version": 3}
+        "kept": {
+            "path": f"file://{tmp_path}/new/tables/refined/kept",
+            "version": 3,
+            "candidates": version.n_candidates,
+        }
     }
 
 
@@ -106,4 +110,4 @@ def test_the_summary_counts_generated_instances_and_the_rejects_of_every_stage(t
         write_record(config, name, "x", stage.to_json(summary_of(stage, **numbers)), 1.0)
     summary = build_summary(config)
     assert (summary["generated"], summary["rejected"]) == (4, 6)
-    assert re.search(r"generated +4\b", summary_text(config, summary))
+    assert re.search(r"generated +4\b", summary_text(config, summary, Options()))

@@ -1,12 +1,16 @@
 """The numbers of stages in `summary.json`, the rates of trainings, and a result that `miniplm run` refuses."""
 
 import dataclasses
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import export, inspect_corpus
 from jobs.records import write_record
+from jobs.stage import Options
 from jobs.stages import STAGES, stage_named
 from jobs.summary import build_summary, summary_text
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
@@ -50,13 +54,31 @@ def test_the_table_of_a_run_has_the_rates_of_scoring_and_training(config: Experi
     finish(config, "score", tokens_per_second={"teacher": 10.0, "reference": None})
     write_training(config, "reference", tokens=300, seconds=3.0)
     write_training(config, "miniplm", tokens=800, seconds=2.0)
-    lines = summary_text(config, build_summary(config)).splitlines()
+    lines = summary_text(config, build_summary(config), Options()).splitlines()
     rates = {words[0]: words[3:] for words in map(str.split, lines) if words[1:3] == ["2.0", "s"]}
     assert set(rates) == {stage.name for stage in STAGES}
     assert (rates["score"], rates["reference"], rates["train"]) == (
         ["teacher", "10"], ["reference", "100"], ["miniplm", "400"],
     )  # fmt: skip
     assert rates["ingest"] == []
+
+
+def test_the_next_commands_take_the_words_of_this_one(config: ExperimentConfig) -> None:
+    """Pasted into a terminal, they parse, and name the same experiment."""
+    for stage in STAGES:
+        finish(config, stage.name)
+    (version,) = summary_of(stage_named("refine")).refined.values()
+    refined = {"half": dataclasses.replace(version, n_candidates=1234)}
+    finish(config, "refine", kept={"half": 4}, refined=refined)
+    options = Options(config_path="my configs/e.yaml", overrides=[f"root={config.root}", "spark.conf={a: b}"])
+    text = summary_text(config, build_summary(config), options)
+    assert re.search(r"kept in half +4 of the 1,234 that pass `where`", text)
+    commands = [shlex.split(line[line.index("miniplm ") :])[1:] for line in text.splitlines() if " miniplm " in line]
+    assert [words[:2] for words in commands] == [["inspect", "half"], ["export", "half"]]
+    for name, *words in commands:
+        arguments = {"inspect": inspect_corpus, "export": export}[name].COMMAND.parser().parse_intermixed_args(words)
+        assert (arguments.version, arguments.config) == ("half", "my configs/e.yaml")
+        assert arguments.overrides == options.overrides
 
 
 @pytest.mark.parametrize(
