@@ -9,6 +9,8 @@ changed; `--retrain-reference` trains it again.
 """
 
 import dataclasses
+import logging
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,10 +19,18 @@ from jobs.pack import PackedSummary, run_reference
 from jobs.stage import Options
 from jobs.stage_runner import stage_main
 from jobs.trainer_process import run_trainer
+from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.store.model_records import read_training
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+
+LOGGER = logging.getLogger("miniplm.jobs")
+
+# Above this share of the loss of guessing, a model knows little more than how frequent each token is.
+_WEAK_SHARE = 0.65
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +57,31 @@ def run(spark: "SparkSession", config: ExperimentConfig, options: Options) -> Re
     retrain = ["--retrain"] if options.retrain_reference else []
     run_trainer("train", options.config_path, options.overrides, "--reference", *retrain)
     model = config.layout.model(config.reference.alias)
+    if warning := weakness(config, config.reference.alias):
+        LOGGER.warning("%s", warning)
     return ReferenceSummary(packed=packing.packed, seconds=packing.seconds, model=model)
+
+
+def weakness(config: ExperimentConfig, alias: str) -> str | None:
+    """Returns a warning about a reference that has learned too little to tell texts apart; None if it has not.
+
+    Args:
+        config: the experiment.
+        alias: alias of the trained reference.
+    """
+    record, facts = read_training(config, alias), storage.read_json(config.layout.model(alias, "config.json"))
+    n_ids = (facts or {}).get("vocab_size")
+    if record is None or record.final_loss is None or not isinstance(n_ids, int):
+        return None
+    guessing = math.log(n_ids)
+    if record.final_loss <= _WEAK_SHARE * guessing:
+        return None
+    return (
+        f"reference: its loss is {record.final_loss:.2f} nats/token at the end of its training, and guessing has "
+        f"{guessing:.2f}: it knows little more than how frequent each token is, so the difference is the teacher's "
+        "loss alone; train it longer (reference.train.steps), larger (reference.architecture) or with a higher "
+        "reference.train.learning_rate, with `miniplm reference --retrain-reference`, before the corpus is scored"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

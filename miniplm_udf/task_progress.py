@@ -47,6 +47,8 @@ class QueryCounts:
         began_at: when the query began, by `time.monotonic`.
         outputs_per_row: rows that the query's Python workers return for each row that waits; None if they are not
             counted while a micro-batch runs.
+        first_rows, first_at: rows of the first count above 0 while a micro-batch ran, and its time by
+            `time.monotonic`: the models are loaded before, which says nothing about the time that is left.
     """
 
     rows: int
@@ -57,6 +59,8 @@ class QueryCounts:
     unit: str
     began_at: float
     outputs_per_row: float | None = None
+    first_rows: int = 0
+    first_at: float | None = None
 
     def with_outputs(self, outputs: int) -> "QueryCounts":
         """Returns the counts with the rows of the running micro-batch, and their rate before the first one is finished.
@@ -96,9 +100,17 @@ class QueryCounts:
         if self.rows_per_second:
             parts.append(f"{self.rows_per_second:,.1f} rows/s")
         parts += [f"{alias} {rate:,.0f} tokens/s" for alias, rate in sorted(self.tokens_per_second.items())]
-        if left := time_left(self.fraction or 0.0, self.seconds):
-            parts.append(left)
+        if self._left:
+            parts.append(self._left)
         return ", ".join(parts)
+
+    @property
+    def _left(self) -> str | None:
+        """The time that is left, in words; None if it cannot be told yet."""
+        if not self.total or self.first_at is None:
+            return time_left(self.fraction or 0.0, self.seconds)
+        since_first = (self._done - self.first_rows) / max(self.total - self.first_rows, 1)
+        return time_left(since_first, time.monotonic() - self.first_at)
 
 
 # The running queries, by name; and the watchers of the running pieces of work, the innermost last.
@@ -233,8 +245,13 @@ class _Watcher:
         """The counts with the rows of the running micro-batch; never fewer than before, until its event arrives."""
         live = counts.with_outputs(self._outputs.count())
         before = self._live.get(name, live)
-        self._live[name] = live if live.rows >= before.rows else before
-        return self._live[name]
+        counts = live if live.rows >= before.rows else before
+        if before.first_at is not None:
+            counts = dataclasses.replace(counts, first_rows=before.first_rows, first_at=before.first_at)
+        elif counts.rows:
+            counts = dataclasses.replace(counts, first_rows=counts.rows, first_at=time.monotonic())
+        self._live[name] = counts
+        return counts
 
     def _tasks(self) -> tuple[str | None, float | None]:
         """The tasks of the active stages of Spark in words, and the share of them that has finished."""

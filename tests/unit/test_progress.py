@@ -1,6 +1,7 @@
 """The lines and bars of a progress, on a terminal and elsewhere."""
 
 import contextlib
+import dataclasses
 import io
 import logging
 import re
@@ -75,6 +76,15 @@ def test_the_rows_of_a_running_micro_batch_count() -> None:
     assert first.with_outputs(300).text() == "200 of 1,000 rows, 20.0 rows/s, 40 s left"
     uncounted = counts()
     assert uncounted.with_outputs(300) == uncounted
+
+
+def test_the_time_until_the_first_rows_does_not_count() -> None:
+    """200 rows came after 90 s, in which models were loaded, and 100 in the 10 s since then."""
+    now = time.monotonic()
+    live = counts(rows=300, began_at=now - 100, outputs_per_row=1.0, first_rows=200, first_at=now - 10)
+    assert live.text().endswith(", 70 s left")
+    just_begun = dataclasses.replace(live, rows=200, behind=800)
+    assert "left" not in just_begun.text()
 
 
 def until(has_happened: Callable[[], object]) -> None:
