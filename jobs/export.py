@@ -3,7 +3,7 @@
 Reads `refined/<name>` (or its pinned copy), `corpora` and `instances`; writes one new folder: files of about
 `--rows-per-file` rows, `manifest.json`, and a `README.md` that `datasets.load_dataset(FOLDER)` reads.
 
-    miniplm export CORPUS --to jsonl.zst|parquet -c conf/demo.yaml [--out FOLDER] [--overwrite]
+    miniplm export CORPUS --to jsonl|jsonl.gz|jsonl.zst|parquet -c conf/demo.yaml [--out FOLDER] [--overwrite]
     spark-submit --properties-file conf/spark/local.conf jobs/export.py CORPUS --to parquet -c conf/demo.yaml
 """
 
@@ -36,7 +36,9 @@ def text(manifest: Any) -> str:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_version_argument(parser, metavar="CORPUS")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
+    parser.add_argument(
+        "--to", choices=FORMATS, required=True, help="the format: JSON lines, with or without compression, or Parquet"
+    )
     parser.add_argument(
         "--out", metavar="FOLDER", help="path or URI of the new folder (default: ROOT/exports/NAME-VERSION.FORMAT)"
     )

@@ -3,7 +3,8 @@
 Reads `refined/<name>` (or its pinned copy), `corpora`, `instances`, and for dropped rows `score_matrix`; writes
 nothing. (The file is not called inspect.py, because that name would hide Python's module from spark-submit.)
 
-    miniplm inspect CORPUS -c conf/demo.yaml [--side dropped] [--near-cut] [--source S] [--sql CONDITION] [-n ROWS]
+    miniplm inspect CORPUS -c conf/demo.yaml [--side dropped] [--near-cut | --highest | --lowest] [--source S]
+        [--sql CONDITION] [-n ROWS]
     spark-submit --properties-file conf/spark/local.conf jobs/inspect_corpus.py CORPUS -c conf/demo.yaml
 """
 
@@ -17,7 +18,7 @@ from jobs.command import Command, add_version_argument
 from jobs.session import command_session
 from jobs.text import plain
 from miniplm_udf.config.experiment import ExperimentConfig
-from miniplm_udf.corpora.inspection import SIDES, Question, inspect
+from miniplm_udf.corpora.inspection import ORDERS, SIDES, Question, inspect
 
 
 def text(answer: Any) -> str:
@@ -44,7 +45,8 @@ def _row(number: int, row: Mapping[str, Any]) -> str:
     lines = [f"{number}. {row['source']}  score {score}  {sizes}  {row['instance_id']}"]
     if "document_ids" in row:
         from_byte = f" from byte {row['start_byte']:,}" if row["start_byte"] else ""
-        means.append(f"of {', '.join(row['document_ids'])}{from_byte}")
+        noun = "document" if len(row["document_ids"]) == 1 else "documents"
+        means.append(f"{noun} {', '.join(row['document_ids'])}{from_byte}")
     lines.append("   " + "  ".join(means))
     shown = "(no such instance)" if row["text"] is None else row["text"] + (" ..." if row["is_cut"] else "")
     lines += [f"   | {line}" for line in shown.split("\n")]
@@ -71,7 +73,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--side", choices=SIDES, default="kept", help="rows that were kept, or candidates that were not (default: kept)"
     )
-    parser.add_argument("--near-cut", action="store_true", help="rows nearest to the cut; without it, a random sample")
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--near-cut", action="store_true", help="rows nearest to the cut (default: a random sample)")
+    order.add_argument("--highest", action="store_true", help="rows with the highest scores, the highest first")
+    order.add_argument("--lowest", action="store_true", help="rows with the lowest scores, the lowest first")
     parser.add_argument("--source", metavar="S", help="only rows of this source")
     parser.add_argument(
         "--sql", metavar="CONDITION", help="only rows for which this holds, e.g. \"cut_distance < 0.1 and text like "
@@ -85,8 +90,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: ExperimentConfig, arguments: argparse.Namespace) -> Any:
+    order = next((order for order in ORDERS if getattr(arguments, order, False)), Question.order)
     question = Question(
-        side=arguments.side, source=arguments.source, sql=arguments.sql, near_cut=arguments.near_cut,
+        side=arguments.side, source=arguments.source, sql=arguments.sql, order=order,
         n_rows=arguments.rows, n_characters=arguments.chars, seed=arguments.seed,
     )  # fmt: skip
     with command_session(config, "inspect", ["corpora", "instances"]) as spark:

@@ -120,7 +120,7 @@ def _next_commands(summary: PipelineSummary, options: Options) -> dict[str, str]
     commands: dict[str, str] = {}
     if names := list(summary["refined"]):
         commands["texts"] = f"miniplm inspect {names[0]} {config}"
-        commands["for another trainer"] = f"miniplm export {names[0]} --to jsonl.zst {config}"
+        commands["for another trainer"] = f"miniplm export {names[0]} --to jsonl {config}"
     if summary["students"]:
         commands["students"] = f"miniplm compare {config}"
     return commands

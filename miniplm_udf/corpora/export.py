@@ -51,7 +51,7 @@ class ExportRequest:
     """How to export.
 
     Attributes:
-        to: the format.
+        to: the format, one of `file_writers.FORMATS`.
         out: path or URI of the folder to make; None is `<root>/exports/<name>-<version>.<to>`.
         rows_per_file: about as many rows as a file, and the task that writes it, gets.
         overwrite: whether an earlier export in the folder is replaced; anything else never is.

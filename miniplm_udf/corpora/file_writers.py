@@ -1,4 +1,4 @@
-"""Writing rows to files on executors: one file per task, JSON lines under zstandard or Parquet. Knows no corpus.
+"""Writing rows to files on executors: one file per task, JSON lines or Parquet. Knows no corpus.
 
     Arrow batches of the columns (for JSON lines: one column `line`) and COUNTED -> a file, and one row of WRITTEN_DDL
 
@@ -9,6 +9,7 @@ no file. Only executors load numpy, pyarrow and zstandard.
 
 import contextlib
 import dataclasses
+import gzip
 import itertools
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 COUNTED = ("counted_hash", "counted_tokens", "counted_bytes")
 _ROW_GROUP_BYTES = 64 * 2**20
 _ZSTD_LEVEL = 3
+_GZIP_LEVEL = 6
 _LOW_BITS = 0xFFFFFFFF
 
 
@@ -66,7 +68,7 @@ def write_function(folder: str, to: str) -> Callable[[Iterator["pa.RecordBatch"]
 
     Args:
         folder: URI of an existing folder.
-        to: `jsonl.zst` or `parquet`; also the extension of the files.
+        to: one of FORMATS; also the extension of the files.
 
     Returns:
         A function from batches to at most one row of `WRITTEN_DDL`.
@@ -92,7 +94,7 @@ def write_file(uri: str, to: str, batches: Iterator["pa.RecordBatch"]) -> dict[s
 
     Args:
         uri: URI of the new file.
-        to: `jsonl.zst` or `parquet`.
+        to: one of FORMATS.
         batches: rows to write, with the columns COUNTED.
 
     Returns:
@@ -130,18 +132,38 @@ class _Sink(Protocol):
 
 
 class _JsonLines:
+    """Lines without compression."""
+
+    def __init__(self, handle: IO[bytes], schema: "pa.Schema") -> None:
+        self._stream: Any = handle
+
+    def write(self, batch: "pa.RecordBatch") -> None:
+        for line in batch.column("line").to_pylist():
+            self._stream.write(line.encode("utf-8"))
+            self._stream.write(b"\n")
+
+    def close(self) -> None:
+        """Ends the compression; the caller closes the file."""
+
+
+class _GzipJsonLines(_JsonLines):
+    """One gzip member, without a name or a time."""
+
+    def __init__(self, handle: IO[bytes], schema: "pa.Schema") -> None:
+        self._stream = gzip.GzipFile(filename="", mode="wb", compresslevel=_GZIP_LEVEL, fileobj=handle, mtime=0)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _ZstandardJsonLines(_JsonLines):
     """One zstandard frame, with a checksum."""
 
     def __init__(self, handle: IO[bytes], schema: "pa.Schema") -> None:
         import zstandard
 
         compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True)
-        self._stream: Any = compressor.stream_writer(handle, closefd=False)
-
-    def write(self, batch: "pa.RecordBatch") -> None:
-        for line in batch.column("line").to_pylist():
-            self._stream.write(line.encode("utf-8"))
-            self._stream.write(b"\n")
+        self._stream = compressor.stream_writer(handle, closefd=False)
 
     def close(self) -> None:
         self._stream.close()
@@ -178,5 +200,10 @@ class _Parquet:
         self._writer.close()
 
 
-_SINKS: dict[str, Callable[[IO[bytes], "pa.Schema"], _Sink]] = {"jsonl.zst": _JsonLines, "parquet": _Parquet}
+_SINKS: dict[str, Callable[[IO[bytes], "pa.Schema"], _Sink]] = {
+    "jsonl.zst": _ZstandardJsonLines,
+    "jsonl.gz": _GzipJsonLines,
+    "jsonl": _JsonLines,
+    "parquet": _Parquet,
+}
 FORMATS = tuple(_SINKS)

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
 SIDES = ("kept", "dropped")
+# The words of each order in the answer. Only a random sample has rows without a finite score.
+ORDERS = {
+    "sample": "a random sample, seed {seed}",
+    "near_cut": "nearest to the cut",
+    "highest": "highest score first",
+    "lowest": "lowest score first",
+}
 # The most rows that may be shown: they come to the driver.
 MOST_ROWS = 1000
 _TEXT_COLUMNS = ("document_ids", "start_byte", "metadata")
@@ -43,7 +50,7 @@ class Question:
         side: rows that were kept, or candidates that were not.
         source: only rows of this source; None: all sources.
         sql: a condition over `cut_distance` and the columns of the version, of `annotations` and of `instances`.
-        near_cut: the rows nearest to the cut, on their side, instead of a random sample.
+        order: a key of `ORDERS`: which rows of the side come first.
         n_rows: largest number of rows.
         n_characters: largest number of characters of each text, from its beginning.
         seed: seed of the random sample.
@@ -52,13 +59,14 @@ class Question:
     side: Literal["kept", "dropped"] = "kept"
     source: str | None = None
     sql: str | None = None
-    near_cut: bool = False
+    order: str = "sample"
     n_rows: int = 10
     n_characters: int = 400
     seed: int = 0
 
     def __post_init__(self) -> None:
         check(self.side in SIDES, f"--side: expected one of {', '.join(SIDES)}, found {self.side!r}")
+        check(self.order in ORDERS, f"order: expected one of {', '.join(ORDERS)}, found {self.order!r}")
         check(1 <= self.n_rows <= MOST_ROWS, f"-n: expected 1 to {MOST_ROWS} rows, found {self.n_rows}")
         check(self.n_characters >= 1, f"--chars: expected at least 1 character, found {self.n_characters}")
 
@@ -116,7 +124,7 @@ def inspect(spark: "SparkSession", root: str, address: str, question: Question) 
         version=f"{name}@{version}",
         side=question.side,
         threshold=provenance.threshold,
-        order="nearest to the cut" if question.near_cut else f"a random sample, seed {question.seed}",
+        order=ORDERS[question.order].format(seed=question.seed),
         n_matching=n_matching,
         rows=[{**row, **texts.get(row["instance_id"], {"text": None, "is_cut": False})} for row in rows],
     )
@@ -130,9 +138,13 @@ def _finite(value: Any) -> Any:
 def _order(question: Question) -> "list[Column]":
     from pyspark.sql import functions as F
 
-    nearest = F.abs("cut_distance").asc_nulls_last()
-    first = nearest if question.near_cut else F.xxhash64("instance_id", F.lit(question.seed))
-    return [first, F.col("instance_id")]
+    first = {
+        "sample": F.xxhash64("instance_id", F.lit(question.seed)),
+        "near_cut": F.abs("cut_distance").asc_nulls_last(),
+        "highest": F.desc("score"),
+        "lowest": F.asc("score"),
+    }
+    return [first[question.order], F.col("instance_id")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +176,7 @@ class _Search:
         rows = self.side().withColumn("cut_distance", cut_distance(self.provenance))
         if self.question.source is not None:
             rows = rows.where(F.col("source") == self.question.source)
-        if self.question.near_cut:
+        if self.question.order != "sample":
             rows = rows.where(is_finite())
         annotated = self._annotated(rows)
         if self.question.sql is None:
@@ -212,7 +224,7 @@ class _Search:
         sources = sorted(row[0] for row in self.side().select("source").distinct().collect())
         limits = [f"of source {question.source!r}"] if question.source is not None else []
         limits += [f"where {question.sql}"] if question.sql is not None else []
-        limits += ["with a finite score"] if question.near_cut else []
+        limits += ["with a finite score"] if question.order != "sample" else []
         wanted = f"{question.side} rows {' and '.join(limits)}".strip()
         of_side = f"the sources of the {question.side} rows are {sources}"
         return CorpusError(f"{self.name}@{self.version}: expected {wanted}, found none; {of_side}")

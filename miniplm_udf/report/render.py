@@ -67,7 +67,7 @@ def render(
         summary: the result of `jobs.summary.build_summary`.
         overview: counts of the tables.
         corpora: the newest version of each corpus.
-        students: the trained students.
+        students: the trained students. The page has no section about students if the config names none.
     """
     sources = students_module.sources(students)
     curves = [student for student in students if student.curve]
@@ -82,6 +82,7 @@ def render(
             tokens_per_second=summary.get("tokens_per_second") or {},
             overview=overview,
             corpora=[(corpus, _corpus_figures(corpus)) for corpus in corpora],
+            has_students=bool(config.students),
             students=students,
             evaluated=[student for student in students if student.heldout],
             external_sets=students_module.external_sets(students),

@@ -1,4 +1,4 @@
-"""Exports are read back with `datasets`: every byte of the kept texts, in both formats, and whole documents of them."""
+"""Exports are read back with `datasets`: every byte of the kept texts, in each format, and whole documents of them."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from delta.tables import DeltaTable
 
 from jobs import cli, corpus_text, refine, session
@@ -78,6 +79,7 @@ def test_every_byte_is_found_again(spark: Any, world: TakedownRoot, tmp_path: Pa
         for row in corpus_records.read_corpus(spark, world.config.root, "kept").collect()
     }
     assert len(rows) == len(kept) == len(instances) == made["n_instances"] > 3
+    assert (made["to"], made["n_bytes"]) == (to, size_of(out))
     columns = list(made["columns"])
     assert {"score", "text", "metadata", "document_ids", "teacher_nll_mean", "reference_n_tokens"} <= set(columns)
     for name, row in rows.items():
@@ -95,6 +97,9 @@ def test_every_byte_is_found_again(spark: Any, world: TakedownRoot, tmp_path: Pa
         assert manifest[key] == known[key], key
     assert manifest["text_bytes"] == sum(map(len, originals.values()))
     assert manifest["model_revisions"] == known["inputs"]["model_revisions"]
+    card = (out / "README.md").read_text()
+    (entry,) = yaml.safe_load(card.split("---\n")[1])["configs"]
+    assert entry == {"config_name": "default", "data_files": f"*.{to}"}
     files = {path.name: path.stat().st_size for path in out.glob(f"part-*.{to}")}
     assert {file["name"]: file["n_bytes"] for file in manifest["files"]} == files
     assert len(files) > 1
@@ -103,12 +108,13 @@ def test_every_byte_is_found_again(spark: Any, world: TakedownRoot, tmp_path: Pa
     assert [path.name for path in out.parent.iterdir()] == ["kept"]
 
 
+@pytest.mark.parametrize("to", [to for to in FORMATS if to != "parquet"])
 def test_json_lines_that_begin_with_nothing_are_loaded_with_their_types(
-    world: TakedownRoot, spark: Any, tmp_path: Path
+    world: TakedownRoot, spark: Any, tmp_path: Path, to: str
 ):
     """`datasets` alone would take a column of empty lists, or of nulls, for one that has no type."""
     out = tmp_path / "kept"
-    export(spark, world.config, "kept", ExportRequest(to="jsonl.zst", out=str(out)))
+    export(spark, world.config, "kept", ExportRequest(to=to, out=str(out)))
     import datasets
 
     found = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache")).features
@@ -125,6 +131,14 @@ def copy(world: TakedownRoot, tmp_path: Path) -> TakedownRoot:
     shutil.copytree(storage.local_path(world.config.root), tmp_path / "root")
     copied.config = dataclasses.replace(world.config, root=str(tmp_path / "root"))
     return copied
+
+
+def test_another_format_replaces_an_export(spark: Any, world: TakedownRoot, tmp_path: Path) -> None:
+    out = tmp_path / "kept"
+    for to in ("jsonl.gz", "jsonl"):
+        export(spark, world.config, "kept", ExportRequest(to=to, out=str(out), overwrite=True))
+    assert [path.name.split(".", 1)[1] for path in out.glob("part-*")] == ["jsonl"]
+    assert len(loaded(out, tmp_path / "cache")) == len(world.rows("instances"))
 
 
 @pytest.mark.long

@@ -100,8 +100,25 @@ def test_rows_near_the_cut_come_first(spark: Any, config: ExperimentConfig) -> N
     threshold = min(scores()[name] for name in kept_ids())  # type: ignore[type-var]
     finite = {name: score for name, score in scores().items() if score is not None and name not in kept_ids()}
     order = sorted(finite, key=lambda name: (abs(finite[name] - threshold), name))
-    assert names(asked(spark, config, side="dropped", near_cut=True, n_rows=7)) == order[:7]
-    assert names(asked(spark, config, side="dropped", near_cut=True, n_rows=ALL)) == order
+    assert names(asked(spark, config, side="dropped", order="near_cut", n_rows=7)) == order[:7]
+    assert names(asked(spark, config, side="dropped", order="near_cut", n_rows=ALL)) == order
+
+
+@pytest.mark.parametrize("side", ["kept", "dropped"])
+@pytest.mark.parametrize(("order", "sign"), [("highest", -1), ("lowest", 1)])
+def test_rows_with_the_highest_or_the_lowest_scores_come_first(
+    spark: Any, config: ExperimentConfig, side: Any, order: str, sign: int
+) -> None:
+    finite = {
+        name: score
+        for name, score in scores().items()
+        if score is not None and (name in kept_ids()) == (side == "kept")
+    }
+    expected = sorted(finite, key=lambda name: (sign * finite[name], name))
+    found = asked(spark, config, side=side, order=order, n_rows=len(expected) - 1)
+    assert names(found) == expected[:-1]
+    # The row without a finite score is not counted.
+    assert (found["order"], found["n_matching"]) == (f"{order} score first", len(expected))
 
 
 @pytest.mark.long
@@ -152,7 +169,7 @@ def test_distances_are_from_the_nearest_cut(spark: Any, config: ExperimentConfig
             distances = [row["score"] - of[key][0] for key in ("down_to", "below") if key in of]
             assert len(distances) == (2 if name == "middle" else 1)
             assert row["distance"] == min(distances, key=abs)
-    found = asked(spark, config, "middle", side="dropped", near_cut=True, n_rows=ALL)
+    found = asked(spark, config, "middle", side="dropped", order="near_cut", n_rows=ALL)
     assert {row["cut_distance"] > 0 for row in found["rows"] if row["cut_distance"]} == {True, False}
 
 
@@ -178,6 +195,8 @@ def test_the_command_shows_rows_or_prints_json(
     )
     assert shown.count("   | text ") == 3
     assert "\x1b" not in shown
+    assert cli.main(["inspect", *given, "--highest"]) == 0
+    assert " rows, highest score first; threshold " in capsys.readouterr().out
     assert cli.main(["inspect", *given, "--json", "--sql", "score is null or isnan(score)"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert (row["score"], row["instance_id"]) == (None, rows_of_matrix()[NAN]["instance_id"])

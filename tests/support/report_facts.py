@@ -1,9 +1,11 @@
 """The facts that a report shows, made by hand without a table: for tests of the page and not of its numbers."""
 
+import dataclasses
 import datetime
 import math
+from pathlib import Path
 
-from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.experiment import load_config
 from miniplm_udf.report.histogram import BUCKETS, Histogram
 from miniplm_udf.report.queries import CorpusFacts, Example, Overview, RejectCount, SourceShare, TableFacts
 from miniplm_udf.report.render import render
@@ -12,17 +14,25 @@ from miniplm_udf.scoring.description import ModelDescription
 from miniplm_udf.store.provenance import CorpusRow
 from tests.support import model_records
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 LONG_NAME = "a_source_whose_name_is_far_longer_than_a_phone_is_wide_and_has_no_space_in_it"
 SOURCES = ("docstrings", "readmes", "<b>bold</b>", LONG_NAME)
 ROOT = "file:///" + "a-folder-with-a-long-name/" * 6 + "root"
 ALIASES = ("teacher", "reference")
 
 
-def page() -> str:
-    """A report with all its parts: long names, wide tables, texts without a space."""
-    config = ExperimentConfig(root=ROOT)
+def page(has_students: bool = True, n_trained: int = 4) -> str:
+    """A report with all its parts: long names, wide tables, texts without a space.
+
+    Args:
+        has_students: whether the config has students.
+        n_trained: number of trained students.
+    """
+    config = load_config(REPOSITORY / "conf/demo.yaml", [f"root={ROOT}"])
+    if not has_students:
+        config = dataclasses.replace(config, students={})
     seconds = dict.fromkeys(("ingest", "annotate", "reference", "score", "refine", "pack", "train", "evaluate"), 75.2)
-    return render(config, {"seconds": seconds}, _overview(), [_corpus()], [_student(i) for i in range(4)])
+    return render(config, {"seconds": seconds}, _overview(), [_corpus()], [_student(i) for i in range(n_trained)])
 
 
 def _histogram(middle: float) -> Histogram:

@@ -47,7 +47,7 @@ def test_bash_completes_commands_and_options(scripts: Path, words: str, complete
 def test_bash_completes_files_and_choices(scripts: Path, tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").touch()
     assert in_bash(scripts / "miniplm.bash", f"run -c {tmp_path}/exp") == f"{tmp_path}/experiment.yaml"
-    assert in_bash(scripts / "miniplm.bash", "export --to ''") == "jsonl.zst parquet"
+    assert in_bash(scripts / "miniplm.bash", "export --to ''") == "jsonl.zst jsonl.gz jsonl parquet"
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")

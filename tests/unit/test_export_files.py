@@ -1,7 +1,9 @@
 """Exports: a folder is complete or absent, and its files hold the rows that were written."""
 
+import gzip
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +138,25 @@ def batches(to: str) -> list[pa.RecordBatch]:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         columns["ends"] = pa.array(columns["ends"], pa.list_(pa.int32()))
         columns["metadata"] = pa.array(columns["metadata"], pa.string())
-        if to == "jsonl.zst":
+        if to != "parquet":
             columns = {"line": [json.dumps(row, ensure_ascii=False) for row in rows]}
         found.append(pa.RecordBatch.from_pydict({**columns, **counted}))
     nothing = found[0].slice(0, 0)
     return [nothing, found[0], nothing, found[1], nothing]
+
+
+def lines_of(path: Path, to: str) -> list[str]:
+    """The lines of a file, unpacked by the program that its extension names."""
+    unpack: dict[str, Callable[[bytes], bytes]] = {
+        "jsonl": bytes, "jsonl.gz": gzip.decompress, "jsonl.zst": decompress_frame,
+    }  # fmt: skip
+    *lines, end = unpack[to](path.read_bytes()).decode("utf-8").split("\n")
+    assert end == ""
+    return lines
+
+
+def decompress_frame(content: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompressobj().decompress(content)
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -151,8 +167,7 @@ def test_a_file_holds_its_rows_and_says_what_they_are(to: str, tmp_path: Path) -
         rows = pq.read_table(path).to_pylist()
         assert pq.read_schema(path).metadata is None
     else:
-        with zstandard.open(path, "rt", encoding="utf-8", newline="\n") as handle:
-            rows = [json.loads(line) for line in handle.read().split("\n")[:-1]]
+        rows = [json.loads(line) for line in lines_of(path, to)]
     assert [row["text"] for row in rows] == TEXTS
     assert [row["ends"] for row in rows] == [[1, 2], []] * 2
     assert [row["metadata"] for row in rows] == [None, "[]"] * 2
@@ -181,7 +196,23 @@ def test_json_lines_are_one_frame_with_a_checksum(tmp_path: Path) -> None:
     content = (tmp_path / "part").read_bytes()
     parameters = zstandard.get_frame_parameters(content)
     assert parameters.has_checksum
-    assert zstandard.ZstdDecompressor().decompressobj().decompress(content).count(b"\n") == 4
+    assert decompress_frame(content).count(b"\n") == 4
+
+
+@pytest.mark.parametrize("to", ["jsonl", "jsonl.gz"])
+def test_json_lines_are_written_without_zstandard(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    write_file(f"file://{tmp_path}/part", to, iter(batches(to)))
+    assert len(lines_of(tmp_path / "part", to)) == 4
+
+
+def test_a_gzip_file_depends_on_its_rows_alone(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_file(f"file://{tmp_path}/{name}", "jsonl.gz", iter(batches("jsonl.gz")))
+    content = (tmp_path / "first").read_bytes()
+    assert content == (tmp_path / "second").read_bytes()
+    # Neither the flag of a name nor a time.
+    assert content[3:8] == bytes(5)
 
 
 def test_parquet_has_a_row_group_every_64_mib(tmp_path: Path) -> None:

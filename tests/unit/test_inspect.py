@@ -1,12 +1,14 @@
 """`miniplm inspect` and `miniplm export`: command lines, what they print, and the cuts that distances are from."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs import cli, export, inspect_corpus
-from miniplm_udf.corpora.inspection import cuts_of
+from miniplm_udf.corpora.inspection import Question, cuts_of
+from miniplm_udf.errors import ConfigError
 from miniplm_udf.store import corpus_records
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -26,11 +28,19 @@ def test_a_row_is_shown_with_its_score_and_its_text_set_in() -> None:
         "kept@3, dropped: 1 of 1,234 rows, nearest to the cut; threshold 0.6",
         "",
         f"1. web  score 0.123457 (cut -0.5)  1,200 tokens, 3 bytes  {'i' * 32}",
-        "   teacher_nll_mean 2.25  of one, two from byte 4,096",
+        "   teacher_nll_mean 2.25  documents one, two from byte 4,096",
         "   | a\tb",
         "   | ",
         "   | c\\x1b[31m ...",
     ]
+
+
+def test_the_documents_of_a_row_are_named() -> None:
+    def second_line(**changes: Any) -> str:
+        return inspect_corpus.text({**FOUND, "rows": [{**ROW, **changes}]}).split("\n")[3]
+
+    assert second_line(document_ids=["172"], start_byte=0) == "   teacher_nll_mean 2.25  document 172"
+    assert second_line(document_ids=["a", "b"], start_byte=0) == "   teacher_nll_mean 2.25  documents a, b"
 
 
 def test_a_row_without_a_score_and_one_without_an_instance_are_shown() -> None:
@@ -74,13 +84,43 @@ def test_a_number_out_of_range_is_one_line(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["export", "kept"], ["export", "kept", "--to", "csv"], ["inspect", "kept", "--side", "both"], ["inspect"]],
+    [
+        ["export", "kept"],
+        ["export", "kept", "--to", "csv"],
+        ["inspect", "kept", "--side", "both"],
+        ["inspect"],
+        ["inspect", "kept", "--highest", "--lowest"],
+        ["inspect", "kept", "--near-cut", "--highest"],
+        ["inspect", "kept", "--lowest", "--near-cut"],
+    ],
 )
 def test_a_wrong_command_line_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([*arguments, "-c", str(CONF / "demo.yaml")])
     assert ended.value.code == 2
     assert f"usage: miniplm {arguments[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "order"),
+    [([], "sample"), (["--near-cut"], "near_cut"), (["--highest"], "highest"), (["--lowest"], "lowest")],
+)
+def test_an_option_chooses_the_order(arguments: list[str], order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Question] = []
+
+    def answer(spark: object, root: str, address: str, question: Question) -> dict[str, Any]:
+        asked.append(question)
+        return FOUND
+
+    monkeypatch.setattr(inspect_corpus, "command_session", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(inspect_corpus, "inspect", answer)
+    assert inspect_corpus.main(["kept", "-c", str(CONF / "demo.yaml"), *arguments]) == 0
+    assert [question.order for question in asked] == [order]
+
+
+def test_an_unknown_order_is_refused() -> None:
+    with pytest.raises(ConfigError, match="order: expected one of sample, near_cut, highest, lowest, found 'first'"):
+        Question(order="first")
 
 
 def test_what_was_exported_is_told_on_one_line() -> None:
