@@ -29,7 +29,10 @@ def expression_problems(config: ExperimentConfig) -> Iterator[str]:
     Args:
         config: the experiment.
     """
-    keys: dict[tuple[str, str | None], list[str]] = {("score", config.proxy and config.proxy.score): ["proxy.score"]}
+    # Expressions that are alike have one problem, with all their keys.
+    keys: dict[tuple[str, str | None], list[str]] = {}
+    if config.proxy is not None:
+        keys["score", config.proxy.score] = ["proxy.score"]
     for name, corpus in config.refine.corpora.items():
         texts = {"score": corpus.score, "where": corpus.where}
         if corpus.score is None:
