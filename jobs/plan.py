@@ -36,7 +36,7 @@ def plan_text(stages: Sequence[Stage], config: ExperimentConfig, options: Option
         For each stage one line that says whether it would run, and below it what it reads and writes.
     """
     rows: list[tuple[str, str]] = []
-    changing: set[str] = set()
+    changing: dict[str, list[str]] = {}
     for stage in stages:
         outcome, reason = _outcome(stage, config, options, is_named, changing)
         rows.append((stage.name, f"{outcome.value}{reason}"))
@@ -45,16 +45,17 @@ def plan_text(stages: Sequence[Stage], config: ExperimentConfig, options: Option
         outputs = stage.outputs(config)
         written = [*outputs.tables, *stage.may_write, *outputs.files]
         if outcome is not _Outcome.SKIPPED:
-            changing.update(written)
+            for place in written:
+                changing.setdefault(place.rstrip("/"), []).append(stage.name)
         places = table(None, [("reads", _names(stage.reads(config))), ("writes", _names(written))])
         rows += [("", line) for line in places.splitlines()]
     return table(None, rows, "  ")
 
 
 def _outcome(
-    stage: Stage, config: ExperimentConfig, options: Options, is_named: bool, changing: set[str]
+    stage: Stage, config: ExperimentConfig, options: Options, is_named: bool, changing: dict[str, list[str]]
 ) -> tuple[_Outcome, str]:
-    """Whether a stage would run, and the reason; `changing` are outputs of stages before it that may run."""
+    """Whether a stage would run, and the reason; `changing` has the stages before it that may change each place."""
     if not stage.applies(config):
         return _Outcome.ABSENT, f": it needs {stage.needs}"
     if stage.is_service(options):
@@ -81,11 +82,16 @@ def _outcome(
         return _Outcome.RUNS, f" again, because you named it; it finished before ({finished})"
     if fingerprint is None:
         return _Outcome.MAY_RUN, f" its config or its input files have changed since it finished ({finished})"
-    changed = [place.rstrip("/") for place in changing]
-    if before := [
-        place for place in stage.reads(config) if any(f"{each}/".startswith(f"{place}/") for each in changed)
-    ]:
-        return _Outcome.MAY_RUN, f" the stages before it change {_names(before)}"
+    changed = [
+        (place, name)
+        for place in stage.reads(config)
+        for written, names in changing.items()
+        for name in names
+        if f"{written}/".startswith(f"{place}/")
+    ]
+    if changed:
+        names = dict.fromkeys(name for _, name in changed)
+        return _Outcome.MAY_RUN, f" {' or '.join(names)} changes {_names([place for place, _ in changed])}"
     return _Outcome.SKIPPED, f": unchanged since it finished ({finished})"
 
 

@@ -105,7 +105,9 @@ def make_session(config: ExperimentConfig, name: str) -> "SparkSession":
     for_s3 = service.spark_properties() if with_s3 else {}
     has_jars = submitted.contains("spark.jars.packages") or submitted.contains("spark.jars")
     jars = {} if has_jars else spark_jars.jar_properties(with_s3, config.spark.conf)
-    for key, value in {**_defaults(cores), **for_s3, **config.spark.conf, **jars}.items():
+    # The JVM of spark-submit runs already.
+    start = {} if is_submitted else spark_log.start_properties()
+    for key, value in {**_defaults(cores), **start, **for_s3, **config.spark.conf, **jars}.items():
         if not submitted.contains(key):
             builder = builder.config(key, value)
     if submitted.get("spark.master", _NO_MASTER) == _NO_MASTER:

@@ -158,12 +158,18 @@ def _refused(owner: type, values: Json) -> str | None:
 
 
 def _wrong_key(owner: type, values: Json, message: str) -> str | None:
-    """The key without which a section no longer says this message; the key that the message names first comes first."""
+    """The key that makes a section say this message; the key that the message names first comes first."""
     required = {field.name for field in dataclasses.fields(owner) if _is_required(field)}
     places = {name: re.search(rf"\b{name}\b", message) for name in sorted(values.keys() - required)}
     names = sorted(places, key=lambda name: place.start() if (place := places[name]) else len(message))
     without = ((name, _refused(owner, {key: values[key] for key in values if key != name})) for name in names)
-    return next((name for name, refused in without if refused != message), None)
+    # A key that is left out has its default, with which the section may say the same of another value.
+    return next((name for name, refused in without if _expected(refused or "") != _expected(message)), None)
+
+
+def _expected(message: str) -> str:
+    """The beginning of a message, without the values that were found."""
+    return message.partition(", found ")[0]
 
 
 def _with_full_key(message: str, place: str) -> str:

@@ -42,6 +42,7 @@ from miniplm_udf.ingestion.listing import (
     plain_path,
 )
 from miniplm_udf.ingestion.parquet_columns import make_reader
+from miniplm_udf.ingestion.path_hints import path_hint
 from miniplm_udf.ingestion.row_sql import batch_columns, read_schema
 from miniplm_udf.ingestion.survey import Survey, survey_parquet
 from miniplm_udf.ingestion.whole_files import FileReader
@@ -360,7 +361,7 @@ def matching(spark: "SparkSession", name: str, path: str, key: str = INPUT) -> l
     """
     files = list_files(spark, path)
     if not files:
-        hint = "" if not storage.is_local(name) else f"; relative paths are taken from {Path.cwd()}"
+        hint = "" if not storage.is_local(name) else f"; relative paths are taken from {Path.cwd()}{path_hint(name)}"
         if hidden := left_out(all_files(spark, path, key), ()):
             names = ", ".join(hidden[:3])
             hint = f" that Spark reads; names that begin with _ or . are hidden from it: {names}; rename them"

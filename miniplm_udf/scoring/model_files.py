@@ -18,6 +18,7 @@ from miniplm_udf.errors import ModelLoadError
 from miniplm_udf.scoring.gguf_models import gguf_folder
 from miniplm_udf.scoring.tokenizer import TOKENIZER_FILE
 from miniplm_udf.scoring.weights import weight_files
+from miniplm_udf.similar_paths import did_you_mean
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -105,7 +106,7 @@ def _existing(path: str) -> Path | None:
 def _missing(path: str) -> Path:
     raise ModelLoadError(
         f"{path}: expected a model folder, a .gguf file or a hub name (owner/name), found no such file or folder; "
-        f"relative paths are taken from {Path.cwd()}"
+        f"relative paths are taken from {Path.cwd()}{did_you_mean(path)}"
     )
 
 
@@ -133,6 +134,7 @@ def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
             f"{name}: there is no such local folder (searched in {Path.cwd()}), and as a hub name"
             f"{f' at revision {revision}' if revision else ''} it cannot be fetched "
             f"({type(error).__name__}: {error}); correct the path, or fetch the model where there is a network"
+            f"{did_you_mean(name)}"
         ) from error
 
 

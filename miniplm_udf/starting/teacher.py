@@ -17,6 +17,7 @@ from typing import Any
 
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, MiniplmError, ModelLoadError
+from miniplm_udf.similar_paths import did_you_mean
 from miniplm_udf.storage import Json
 
 _ALIAS = "teacher"
@@ -114,7 +115,7 @@ def _files(path: str) -> Iterator[Path]:
         if not Path(path).expanduser().exists():
             raise ModelLoadError(
                 f"--teacher: {path}: expected a folder or a .gguf file, found none; a hub name or package: path needs "
-                "pip install 'miniplm[score]'"
+                "pip install 'miniplm[score]'{did_you_mean(path)}"
             )
         yield Path(path).expanduser().absolute()
         return
@@ -141,7 +142,7 @@ def _fetched(name: str, folder: Path) -> Path:
         raise ModelLoadError(
             f"--teacher: {name}: there is no such local folder (searched in {Path.cwd()}), and the hub does not give "
             f"it ({type(error).__name__}); correct the name, set HF_TOKEN for a gated model, or fetch it where there "
-            "is a network"
+            f"is a network{did_you_mean(name)}"
         ) from error
 
 
@@ -205,7 +206,7 @@ def _gguf_facts(path: str, file: Path, named: str | None) -> TeacherFacts:
         prefix_reason=f"tokenizer.ggml.add_bos_token is {adds_bos}".replace("None", "not set"),
         dtype="GGUF",
         tuned=_tuned(path, eos, separator),
-        quantised="" if file_type in _UNQUANTISED else f"a GGUF file of type {file_type}",
+        quantised="" if file_type in _UNQUANTISED else f"a GGUF file of type {_type_name(file_type)}",
     )
 
 
@@ -248,6 +249,15 @@ def _separator(folder: Path, tokenizer: Any, named: str | None) -> tuple[str, st
         return find_separator(_ALIAS, folder, tokenizer, ModelConfig(document_separator=named))[0]
 
     return *_settled(find, named, eos, lambda token: tokenizer.token_to_id(token) is not None), eos
+
+
+def _type_name(file_type: Any) -> str:
+    """The name of a value of general.file_type, such as Q4_1; the value if the package gguf does not tell."""
+    with contextlib.suppress(ImportError, ValueError):
+        from gguf import LlamaFileType
+
+        return LlamaFileType(file_type).name.removeprefix("MOSTLY_")
+    return str(file_type)
 
 
 def _settled(

@@ -21,6 +21,7 @@ from miniplm_udf.ingestion.beginnings import Limits, first_holds_array, read_beg
 from miniplm_udf.ingestion.file_format import choose_format, is_of_format
 from miniplm_udf.ingestion.input_files import ListedFile, list_files
 from miniplm_udf.ingestion.listing import base_folders, escape_glob, folder_source
+from miniplm_udf.ingestion.path_hints import path_hint
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import has_commits
 
@@ -74,6 +75,7 @@ def read_sample(inputs: Sequence[str]) -> TextSample:
     if not files:
         raise ConfigError(
             "--input: expected files with rows, found none; name the files, with a glob in quotes if there are many"
+            + "".join(map(path_hint, inputs))
         )
     try:
         kind, files = _of_one_format(inputs, files)

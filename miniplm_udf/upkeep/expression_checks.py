@@ -29,15 +29,21 @@ def expression_problems(config: ExperimentConfig) -> Iterator[str]:
     Args:
         config: the experiment.
     """
-    texts: dict[str, str | None] = {"proxy.score": config.proxy.score if config.proxy else None}
+    # Expressions that are alike have one problem, with all their keys.
+    keys: dict[tuple[str, str | None], list[str]] = {}
+    if config.proxy is not None:
+        keys["score", config.proxy.score] = ["proxy.score"]
     for name, corpus in config.refine.corpora.items():
-        texts[f"refine.corpora.{name}.score"] = corpus.score
-        texts[f"refine.corpora.{name}.where"] = corpus.where
+        texts = {"score": corpus.score, "where": corpus.where}
         if corpus.score is None:
-            yield from _null_columns(config, f"refine.corpora.{name}.rule", plain_score(corpus))
-    for key, text in texts.items():
+            texts["rule"] = plain_score(corpus)
+        for kind, text in texts.items():
+            keys.setdefault((kind, text), []).append(f"refine.corpora.{name}.{kind}")
+    for (kind, text), alike in keys.items():
         if text is not None:
-            yield from _problems(config, key, text)
+            find = _null_columns if kind == "rule" else _problems
+            for problem in find(config, alike[0], text):
+                yield problem + (f"; the same for {', '.join(alike[1:])}" if alike[1:] else "")
 
 
 def _problems(config: ExperimentConfig, key: str, text: str) -> Iterator[str]:

@@ -27,6 +27,7 @@ from miniplm_udf.ingestion.documents import ABSENT, field_names, find_field
 from miniplm_udf.ingestion.field_checks import check_text_fields, column_problems, line_problems
 from miniplm_udf.ingestion.file_format import choose_format, is_of_format
 from miniplm_udf.ingestion.input_files import ListedFile, list_files
+from miniplm_udf.ingestion.path_hints import path_hint
 from miniplm_udf.storage import Json
 from miniplm_udf.storage_errors import explain
 from miniplm_udf.store.delta_log import encoded, has_commits
@@ -171,7 +172,7 @@ def seen_files(key: str, path: str) -> list[ListedFile] | None:
         place = f"relative paths are taken from {Path.cwd()}, and " if storage.is_local(path) else ""
         raise ConfigError(
             f"{key}: {shown} matches no file; correct the path or the pattern ({place}names that begin with _ or . "
-            "are not read)"
+            f"are not read){path_hint(path)}"
         )
     return files
 

@@ -17,6 +17,7 @@ from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
 from miniplm_udf.config.sections import ModelConfig
 from miniplm_udf.errors import ConfigError, MiniplmError
+from miniplm_udf.similar_paths import did_you_mean
 from miniplm_udf.storage import Json
 
 # Ends of the names of classes that predict the next token.
@@ -176,7 +177,11 @@ def _model_problems(config: ExperimentConfig, alias: str, model: ModelConfig) ->
 def _hub_problems(config: ExperimentConfig, alias: str, model: ModelConfig) -> Iterator[str]:
     """Asks the hub whether it has a model that is not in the cache."""
     key = f"models.{alias}.path"
-    names = _names_on_hub(config, key, model, f"there is no such local folder (searched in {Path.cwd()})")
+    try:
+        names = _names_on_hub(config, key, model, f"there is no such local folder (searched in {Path.cwd()})")
+    except ConfigError as error:
+        yield f"{error}{did_you_mean(str(model.path))}"
+        return
     if names and "config.json" not in names:
         yield f"{key}: {model.path}: expected a model with a config.json on the hub, found none; name another model"
 

@@ -55,7 +55,7 @@ def test_the_base_install(distributions: tuple[Path, Path], number: int, python:
         # Files of the package: rules, students, the page of the report, the jar.
         assert set(json.loads(base.output("miniplm", "refine", "--rules", "--json"))) >= {"miniplm", "random"}
         folder = Path(base.output("python", "-c", "import miniplm_udf; print(miniplm_udf.__path__[0])").strip())
-        kept = ("config/*/*.yaml", "report/*.j2", "s3_commits/*.jar")
+        kept = ("config/*/*.yaml", "report/*.j2", "s3_commits/*.jar", "streams/*.properties")
         here = REPOSITORY / "miniplm_udf"
         for pattern in kept:
             names = {str(file.relative_to(here)) for file in here.glob(pattern)}

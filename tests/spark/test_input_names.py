@@ -77,6 +77,7 @@ def test_names_that_cannot_be_read_are_refused(spark: Any, tmp_path: Path) -> No
         "tables/scores/*.parquet": "expected a Delta table, found files of one, .*; name the table's folder",
         "a[x": "cannot be listed: Illegal file pattern",
         "none": "matches no file; relative paths are taken from",
+        "tim": "matches no file; relative paths are taken from .*; did you mean '.*/time'?",
     }
     for given, message in cases.items():
         with pytest.raises(ConfigError, match=f"^ingest.input: .*{message}"):

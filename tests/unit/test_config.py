@@ -150,6 +150,24 @@ def test_mistakes_are_named(override: str, message: str) -> None:
         load_config(DEMO, [override])
 
 
+@pytest.mark.parametrize(
+    ("shares", "values"),
+    [
+        (["reference=1.0", "heldout=0.0"], "1.0 + 0.0"),
+        (["heldout=0.0", "reference=1.0"], "1.0 + 0.0"),
+        (["reference=0.6", "heldout=0.5"], "0.6 + 0.5"),
+        (["reference=2", "heldout=-1"], "2.0 + -1.0"),
+        (["heldout=2.0"], "0.35 + 2.0"),
+    ],
+)
+def test_one_mistake_of_two_keys_is_named_once(shares: list[str], values: str) -> None:
+    """A default that takes the place of one of the keys makes no second problem."""
+    with pytest.raises(ConfigError) as raised:
+        load_config(DEMO, [f"ingest.split.{share}" for share in shares])
+    expected = "ingest.split: expected shares of at least 0 that sum to less than 1, found "
+    assert str(raised.value) == expected + values
+
+
 def test_no_file_and_no_mapping(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.yaml")

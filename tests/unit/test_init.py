@@ -17,7 +17,7 @@ from jobs import cli
 from miniplm_udf.config.experiment import ExperimentConfig, load_config
 from miniplm_udf.starting.cleaning import conditions
 from miniplm_udf.starting.plan import Corpus, Machine, make_plan
-from miniplm_udf.starting.teacher import TeacherFacts
+from miniplm_udf.starting.teacher import TeacherFacts, examine
 from tests.support.right_experiment import Place
 from tests.support.user_corpus import make_documents
 
@@ -196,6 +196,20 @@ def test_a_chat_token_is_not_taken_as_separator(place: Place, capsys: pytest.Cap
     for caution in ("chat-tuned", "quantised (quantization_config: awq)", "only 120 documents", "needs about 20"):
         assert caution in " ".join(out.split())
     assert init(place, "--force", "--separator", "no such token") == 2
+
+
+@pytest.mark.parametrize(("file_type", "name"), [(3, "Q4_1"), (7, "Q8_0"), (1, ""), (9999, "9999")])
+def test_the_type_of_a_quantised_gguf_file_has_its_name(tmp_path: Path, file_type: int, name: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_file_type(file_type)
+    writer.add_token_list(["a", "<|endoftext|>"])
+    writer.add_eos_token_id(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    quantised = examine(str(tmp_path / "a.gguf"), None, []).quantised
+    assert quantised == (f"a GGUF file of type {name}" if name else "")
 
 
 def test_mixed_languages_and_close_models_are_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,15 @@ import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 from py4j.java_gateway import JavaPackage
 
 from jobs import session, spark_jars
 from miniplm_udf.errors import ConfigError
+from miniplm_udf.streams import spark_log
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "spark"
 
@@ -79,3 +82,40 @@ def test_a_driver_without_deltas_jars_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^spark\.jars\.packages: expected Delta's jars .* --properties-file"):
         spark_jars.require_classes(without, with_s3=False)  # type: ignore[arg-type]
     assert stopped == [True]
+
+
+def java_option() -> str | None:
+    return spark_log.start_properties().get("spark.driver.defaultJavaOptions")
+
+
+def test_a_new_jvm_reads_the_log_settings_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*spark_log._JAVA_OPTIONS, "LOG4J_CONFIGURATION_FILE", "MINIPLM_SPARK_LOG_LEVEL", "MINIPLM_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    (tmp_path / "log4j2.properties.template").touch()
+    option = java_option()
+    assert option is not None
+    key, _, uri = option.partition("=")
+    assert key == "-Dlog4j2.configurationFile"
+    assert " " not in uri
+    assert "NativeCodeLoader" in Path(url2pathname(urlsplit(uri).path)).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SPARK_SUBMIT_OPTS", "-Dlog4j2.configurationFile=/mine.xml"),
+        ("LOG4J_CONFIGURATION_FILE", "/mine.xml"),
+        ("MINIPLM_SPARK_LOG_LEVEL", "ERROR"),
+        ("MINIPLM_LOG_LEVEL", "DEBUG"),
+        ("SPARK_CONF_DIR", "{folder}"),
+    ],
+)
+def test_log_settings_of_the_user_stay(name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log4j2.properties").touch()
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path / "none"))
+    for other in ("MINIPLM_SPARK_LOG_LEVEL", "MINIPLM_LOG_LEVEL"):
+        monkeypatch.delenv(other, raising=False)
+    assert java_option() is not None
+    monkeypatch.setenv(name, value.format(folder=tmp_path))
+    assert java_option() is None

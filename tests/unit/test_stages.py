@@ -65,8 +65,8 @@ def test_a_plan_follows_the_records_and_the_tables(config: ExperimentConfig) -> 
     make_table(config, "instances", version=1)
     found = outcomes(config, names)
     assert "would run: its config or its inputs have changed" in found["score"]
-    assert "would run if the stages before it change score_matrix" in found["refine"]
-    assert "would run if the stages before it change refined/" in found["pack"]
+    assert "would run if score changes score_matrix" in found["refine"]
+    assert "would run if refine changes refined/" in found["pack"]
     finish(config, stage_named("score"))
     storage.remove_folder(config.layout.table("refined/difference"))
     found = outcomes(config, names)
@@ -238,7 +238,11 @@ def test_a_plan_knows_that_files_of_a_model_change_the_model(config: ExperimentC
         finish(config, stage_named(name))
     lines = outcomes(config, ["reference", "score"], retrain_reference=True)
     assert "--retrain-reference" in lines["reference"]
-    assert "the stages before it change" in lines["score"]
+    assert "would run if reference changes" in lines["score"]
+    finish(config, stage_named("ingest"))
+    lines = outcomes(config, ["ingest", "reference", "score"], retrain_reference=True)
+    assert "would run if ingest or reference changes instances, " in lines["score"]
+    assert "would run if ingest changes instances" in outcomes(config, ["ingest", "score"])["score"]
 
 
 @pytest.mark.slow

@@ -18,10 +18,10 @@ import pytest
 from deltalake import write_deltalake
 
 from jobs import cli
-from miniplm_udf import storage
+from miniplm_udf import similar_paths, storage
 from miniplm_udf.config.experiment import load_config
 from miniplm_udf.config.targets import all_targets
-from miniplm_udf.ingestion import input_files
+from miniplm_udf.ingestion import input_files, path_hints
 from miniplm_udf.ingestion.input_files import list_files
 from miniplm_udf.upkeep import architectures, preflight
 from miniplm_udf.upkeep.tracking_checks import tracking_warnings
@@ -363,6 +363,64 @@ def test_students_with_one_mistake_are_named_together(place: Place, capsys: pyte
     (problem,) = named(place, capsys)
     assert problem.startswith("students.other.train.steps: expected at most 100 passes")
     assert problem.endswith("; the same for students.small.train")
+
+
+def test_corpora_with_one_mistake_are_named_together(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.set("refine.corpora.best.where", "techer_n_tokens > 3")
+    place.set("refine.corpora.other", place.config["refine"]["corpora"]["best"])
+    (problem,) = named(place, capsys)
+    assert problem.startswith("refine.corpora.best.where: 'techer_n_tokens > 3' names the column 'techer_n_tokens'")
+    assert problem.endswith("; did you mean 'teacher_n_tokens'?; the same for refine.corpora.other.where")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("{folder}/*.jsonl", "; {folder}/**/*.jsonl matches 1 file"),
+        ("{folder}/texts/*/x/*.jsonl", "; {folder}/texts/**/*.jsonl matches 1 file"),
+        ("{folder}/text/*.jsonl", "; did you mean '{folder}/texts/*.jsonl'?"),
+        ("file:{folder}/texts/b.jsonl", "; did you mean '{folder}/texts/a.jsonl'?"),
+        ("*.jsonl", "; **/*.jsonl matches 1 file"),
+        ("text/a.jsonl", "; did you mean 'texts/a.jsonl'?"),
+        ("{folder}/none", ""),
+        ("{folder}/*.parquet", ""),
+        ("{folder}/**/*.parquet", ""),
+    ],
+)
+def test_an_input_that_matches_no_file_has_a_hint(
+    path: str, hint: str, place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    place.set("ingest.input", path.format(folder=place.folder))
+    (problem,) = named(place, capsys)
+    assert problem.endswith(f"names that begin with _ or . are not read){hint.format(folder=place.folder)}")
+
+
+def test_a_hint_is_searched_in_some_thousand_names_at_most(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = place.folder / "many" / "below"
+    folder.mkdir(parents=True)
+    for n in range(9):
+        (folder / f"{n}.txt").touch()
+    pattern = place.folder / "many" / "*.txt"
+    assert path_hints.path_hint(str(pattern)).endswith("/many/**/*.txt matches 9 files")
+    monkeypatch.setattr(path_hints, "_MOST_ENTRIES", 5)
+    assert path_hints.path_hint(str(pattern)).endswith("/many/**/*.txt matches at least 4 files")
+    assert similar_paths.similar_path(f"{folder}/10.txt") is not None
+    monkeypatch.setattr(similar_paths, "_MOST_ENTRIES", 0)
+    assert similar_paths.similar_path(f"{folder}/10.txt") is None
+
+
+@pytest.mark.parametrize("path", ["{folder}/teachr", "./teachr", "teachr", "{folder}/teachr/", "file:{folder}/teachr"])
+def test_a_missing_teacher_has_a_hint(
+    path: str, place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(place.folder)
+    place.set("models.teacher.path", path.format(folder=place.folder))
+    (problem,) = named(place, capsys)
+    similar = f"{place.folder}/teacher" if "{folder}" in path else "teacher"
+    assert problem.startswith("models.teacher.path: ")
+    assert problem.endswith(f"; did you mean {similar!r}?")
 
 
 @pytest.mark.parametrize("name", ["small", "reference"])
