@@ -71,7 +71,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Aims:
-    """What the user wants from an experiment.
+    """The aims of an experiment, which the user chooses.
 
     Attributes:
         has_students: whether students are trained. Without them no text is held out.

@@ -197,7 +197,8 @@ def test_a_command_names_the_table_that_it_needs_and_how_to_get_it_back(
     config, folder = made
     right = Place(tmp_path).config
     kept = {"score": "teacher_nll_mean", "select": {"ratio": 0.5}}
-    student = {"corpus": "kept", "tokenizer": "bpe", "architecture": {"model_type": "llama"}}
+    train = {"steps": 4, "batch_sequences": 1}
+    student = {"corpus": "kept", "tokenizer": "bpe", "architecture": {"model_type": "llama"}, "train": train}
     experiment_file = {
         "root": config.root, "models": {"teacher": right["models"]["teacher"]}, "annotate": {"duplicates": True},
         "ingest": right["ingest"],
