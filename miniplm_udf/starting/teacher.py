@@ -115,7 +115,7 @@ def _files(path: str) -> Iterator[Path]:
         if not Path(path).expanduser().exists():
             raise ModelLoadError(
                 f"--teacher: {path}: expected a folder or a .gguf file, found none; a hub name or package: path needs "
-                "pip install 'miniplm[score]'{did_you_mean(path)}"
+                f"pip install 'miniplm[score]'{did_you_mean(path)}"
             )
         yield Path(path).expanduser().absolute()
         return

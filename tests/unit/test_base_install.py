@@ -57,6 +57,14 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         assert output.startswith(f"usage: miniplm {command}")
 
 
+def test_init_names_a_similar_teacher(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    words = ["init", "--input", str(place.texts), "--teacher", f"{place.folder}/teachr", "--out", f"{tmp_path}/e.yaml"]
+    ((code, _, errors),) = endings(tmp_path, [words])
+    assert code == 1
+    assert errors.rstrip().endswith(f"needs pip install 'miniplm[score]'; did you mean '{place.teacher}'?")
+
+
 def test_every_stage_has_a_dry_run(tmp_path: Path) -> None:
     config = str(Place(tmp_path).file())
     names = ["run", *(stage.name for stage in (*STAGES, *SERVICES))]
