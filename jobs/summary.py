@@ -119,7 +119,7 @@ def _next_commands(summary: PipelineSummary, options: Options) -> dict[str, str]
     config = shlex.join(["-c", options.config_path, *options.overrides])
     commands: dict[str, str] = {}
     if names := list(summary["refined"]):
-        commands["texts"] = f"miniplm inspect {names[0]} {config}"
+        commands["texts"] = f"miniplm inspect {names[0]} --highest {config}"
         commands["for another trainer"] = f"miniplm export {names[0]} --to jsonl {config}"
     if summary["students"]:
         commands["students"] = f"miniplm compare {config}"

@@ -95,10 +95,10 @@ def _of_reference(plan: Plan) -> Iterator[str]:
     reference = plan.reference
     if reference.tokens_per_parameter < sizes.TOKENS_PER_PARAMETER:
         yield (
-            f"the reference sees {reference.tokens_per_parameter:.2g} tokens for each weight outside its embeddings, "
-            f"and needs about {sizes.TOKENS_PER_PARAMETER}: its losses will hardly differ from text to text, and the "
-            "difference is the teacher's loss alone; add text, or name a small model that was trained on other text in "
-            "models.reference.path and remove the section reference"
+            f"the reference sees {reference.n_tokens:,} tokens, {reference.tokens_per_parameter:.2g} for each weight "
+            f"outside its embeddings, and about {sizes.TOKENS_PER_PARAMETER} are a good number: its losses may hardly "
+            "differ from text to text, and the difference is then the teacher's loss alone; add text, or name a small "
+            "model that was trained on other text in models.reference.path and remove the section reference"
         )
     if round(reference.epochs) > sizes.MOST_EPOCHS:
         yield (

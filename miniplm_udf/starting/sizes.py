@@ -1,7 +1,8 @@
 """Sizes of the models that an experiment trains, by the tokens and the FLOPs that there are for them. Pure.
 
 A model is the largest one that gets 20 tokens for each of its weights outside the embeddings (arXiv 2203.15556), within
-a budget of FLOPs (6 x parameters x tokens). Its text is seen at most four times (arXiv 2305.16264).
+a budget of FLOPs (6 x parameters x tokens). Its text is seen at most four times (arXiv 2305.16264). Little text gets a
+width of 128 all the same: a narrower model is worse on it, however few tokens it needs (docs/init.md).
 """
 
 import dataclasses
@@ -89,6 +90,10 @@ class PlannedTraining:
         return 6.0 * self.shape.n_parameters * self.n_tokens
 
 
+# Up to this width a wider model is better, whatever the text; and the tokens that it is worth at least.
+_LEAST_WIDTH, _LEAST_TOKENS = 128, 200_000
+
+
 def largest(n_ids: int, n_text: float, budget: float, most_parameters: float) -> Shape:
     """Returns the largest shape for some text and a budget.
 
@@ -103,10 +108,17 @@ def largest(n_ids: int, n_text: float, budget: float, most_parameters: float) ->
         shape
         for shape in shapes
         if shape.n_parameters <= most_parameters
-        and TOKENS_PER_PARAMETER * shape.n_body <= MOST_EPOCHS * n_text
-        and 6.0 * shape.n_parameters * TOKENS_PER_PARAMETER * shape.n_body <= budget
+        and (tokens := _needed_tokens(shape, n_text)) <= MOST_EPOCHS * n_text
+        and 6.0 * shape.n_parameters * tokens <= budget
     ]
     return fitting[-1] if fitting else shapes[0]
+
+
+def _needed_tokens(shape: Shape, n_text: float) -> float:
+    """The tokens without which a shape is too large; those of a narrow one are all that there are, if these are few."""
+    if shape.hidden <= _LEAST_WIDTH:
+        return min(_LEAST_TOKENS, MOST_EPOCHS * n_text)
+    return TOKENS_PER_PARAMETER * shape.n_body
 
 
 def wanted_tokens(shape: Shape, budget: float) -> float:

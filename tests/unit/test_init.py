@@ -1,5 +1,6 @@
 """`miniplm init`: what it sees of inputs and teachers, and that the checks before a run take what it writes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -193,7 +194,12 @@ def test_a_chat_token_is_not_taken_as_separator(place: Place, capsys: pytest.Cap
     assert init(place) == 0
     out = capsys.readouterr().out
     assert written(place).models["teacher"].document_separator == "<|endoftext|>"
-    for caution in ("chat-tuned", "quantised (quantization_config: awq)", "only 120 documents", "needs about 20"):
+    for caution in (
+        "chat-tuned",
+        "quantised (quantization_config: awq)",
+        "only 120 documents",
+        "about 20 are a good number",
+    ):
         assert caution in " ".join(out.split())
     assert init(place, "--force", "--separator", "no such token") == 2
 
@@ -235,6 +241,17 @@ def test_the_paper_gets_the_papers_numbers() -> None:
     small = make_plan(Corpus(n_documents=300, n_bytes=500_000), PILE, Machine(n_gpus=0, n_cores=2))
     assert (small.context, small.split.heldout) == (256, 0.1)
     assert round(small.reference.epochs) == 4
+
+
+@pytest.mark.parametrize(("n_ids", "hidden"), [(49_152, 128), (151_936, 64)])
+def test_little_text_gets_the_width_that_the_time_of_the_machine_allows(n_ids: int, hidden: int) -> None:
+    """A narrower model would need fewer tokens, and is worse on them."""
+    teacher = dataclasses.replace(PILE, n_ids=n_ids)
+    plan = make_plan(Corpus(n_documents=300, n_bytes=700_000), teacher, Machine(n_gpus=0, n_cores=2))
+    assert (plan.reference.shape.hidden, plan.student.shape.hidden) == (hidden, 128)
+    assert plan.reference.flops <= plan.machine.budget
+    close = dataclasses.replace(teacher, n_parameters=12 * 1_600_000)
+    assert make_plan(Corpus(300, 700_000), close, Machine(0, 2)).reference.shape.n_parameters <= 5_000_000
 
 
 def test_each_split_of_a_few_texts_has_a_text() -> None:
