@@ -2,7 +2,7 @@
 
 A model is the largest one that gets 20 tokens for each of its weights outside the embeddings (arXiv 2203.15556), within
 a budget of FLOPs (6 x parameters x tokens). Its text is seen at most four times (arXiv 2305.16264). Little text gets a
-width of 128 all the same: a narrower model is worse on it, however few tokens it needs (docs/init.md).
+width of 64 all the same: a narrower model is worse on it, however few tokens it needs (docs/init.md).
 """
 
 import dataclasses
@@ -90,8 +90,10 @@ class PlannedTraining:
         return 6.0 * self.shape.n_parameters * self.n_tokens
 
 
+# Highest learning rate up to a width; wider models have the paper's.
+_LEARNING_RATES = ((64, 3e-3), (384, 1e-3))
 # Up to this width a wider model is better, whatever the text; and the tokens that it is worth at least.
-_LEAST_WIDTH, _LEAST_TOKENS = 128, 200_000
+_LEAST_WIDTH, _LEAST_TOKENS = 64, 200_000
 
 
 def largest(n_ids: int, n_text: float, budget: float, most_parameters: float) -> Shape:
@@ -152,7 +154,7 @@ def training(shape: Shape, n_text: float, budget: float, sequence: int, has_gpu:
         steps=steps,
         batch=batch,
         micro_batch=min(batch, 16 if has_gpu else 8),
-        learning_rate=1e-3 if shape.hidden < 512 else 6e-4,
+        learning_rate=next((rate for width, rate in _LEARNING_RATES if shape.hidden <= width), 6e-4),
         n_tokens=steps * batch * sequence,
         n_text=round(n_text),
     )
