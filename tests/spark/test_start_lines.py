@@ -35,7 +35,7 @@ session.stop()
 """
 
 
-@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_start_is_quiet_and_the_log_is_not(tmp_path: Path, debug: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MINIPLM_", "SPARK_"))}
     environment |= {"PYTHONPATH": str(REPOSITORY)} | ({"MINIPLM_LOG_LEVEL": "DEBUG"} if debug else {})
