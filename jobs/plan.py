@@ -103,8 +103,4 @@ def _finished(record: StageRecord) -> str:
 
 
 def _names(places: Sequence[str]) -> str:
-    return ", ".join(map(_shown, dict.fromkeys(places))) or "nothing"
-
-
-def _shown(place: str) -> str:
-    return storage.local_path(place) if place.startswith("file:") else storage.redact(place)
+    return ", ".join(map(storage.shown, dict.fromkeys(places))) or "nothing"

@@ -124,6 +124,15 @@ def redact(uri: str) -> str:
     return re.sub(r"\?.*$", "", re.sub(r"(//)[^/@]+@", r"\1", uri))
 
 
+def shown(place: str) -> str:
+    """Returns a place as a message shows it: a `file:` URI as a path, any other URI without secrets.
+
+    Args:
+        place: a URI, or any other name.
+    """
+    return local_path(place) if place.startswith("file:") else redact(place)
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file or folder at `uri`.
 

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -21,6 +21,15 @@ def nearest(found: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def same_for(others: Sequence[str]) -> str:
+    """Returns `; the same for KEYS`, the end of a message that holds for several keys; empty without others.
+
+    Args:
+        others: the keys besides the one that the message names.
+    """
+    return f"; the same for {', '.join(others)}" if others else ""
 
 
 def dataclass_in(annotation: Any) -> tuple[type | None, bool]:

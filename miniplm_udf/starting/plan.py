@@ -197,9 +197,8 @@ def _split(corpus: Corpus, reference: float, has_heldout: bool) -> SplitConfig:
         return split
     while split.reference + split.heldout < 0.8:
         counts = _counts(corpus.texts, split)
-        grown = {name: 0.0 if counts[name] else 0.05 for name in ("reference", "heldout")}
-        if not has_heldout:
-            grown["heldout"] = 0.0
+        wanted = {"reference": True, "heldout": has_heldout}
+        grown = {name: 0.05 if is_wanted and not counts[name] else 0.0 for name, is_wanted in wanted.items()}
         if not any(grown.values()):
             return split
         split = SplitConfig(

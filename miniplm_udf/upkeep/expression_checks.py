@@ -13,6 +13,7 @@ from typing import Any
 
 from miniplm_udf import schemas
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.keys import same_for
 from miniplm_udf.config.rules import plain_score
 from miniplm_udf.storage import Json
 from miniplm_udf.store.delta_log import has_commits
@@ -43,7 +44,7 @@ def expression_problems(config: ExperimentConfig) -> Iterator[str]:
         if text is not None:
             find = _null_columns if kind == "rule" else _problems
             for problem in find(config, alike[0], text):
-                yield problem + (f"; the same for {', '.join(alike[1:])}" if alike[1:] else "")
+                yield problem + same_for(alike[1:])
 
 
 def _problems(config: ExperimentConfig, key: str, text: str) -> Iterator[str]:

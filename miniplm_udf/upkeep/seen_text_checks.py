@@ -69,7 +69,7 @@ def _corpus(record: TrainingRecord) -> str | None:
 def _start(config: ExperimentConfig, alias: str, record: TrainingRecord) -> str:
     corpus = _corpus(record)
     what = "the split reference" if corpus == _REFERENCE else f"the corpus {corpus}"
-    inputs = f" of {', '.join(map(_shown, record.text.inputs))}" if record.text is not None else ""
+    inputs = f" of {', '.join(map(storage.shown, record.text.inputs))}" if record.text is not None else ""
     return f"models.{alias}.path: {config.models[alias].path} was trained on {what}{inputs}"
 
 
@@ -82,7 +82,3 @@ def _remedy(alias: str, record: TrainingRecord) -> str:
         f"{wrong}; set ingest.split.reference={share}, which leaves these texts out, or name a model that was trained "
         "on other text"
     )
-
-
-def _shown(uri: str) -> str:
-    return storage.local_path(uri) if storage.is_local(uri) else storage.redact(uri)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
+from miniplm_udf.config.keys import same_for
 from miniplm_udf.config.sections import TokenizerConfig
 from miniplm_udf.config.targets import Target, reference_target, student_target
 from miniplm_udf.config.training import ReferenceConfig, TrainConfig
@@ -92,8 +93,8 @@ def _checkpoint_problems(config: ExperimentConfig, targets: Iterable[Target]) ->
         if differences and all(differences):
             yield (
                 f"{target.where.removesuffix('.architecture')}: expected the values of its unfinished training in "
-                f"{_shown(folder)}, found {differences[-1]}; go back to these values to resume it, or delete the "
-                "folder to give it up"
+                f"{storage.shown(folder)}, found {differences[-1]}; go back to these values to resume it, or delete "
+                "the folder to give it up"
             )
 
 
@@ -102,10 +103,6 @@ def _differences(recorded: Mapping[str, str], settings: Mapping[str, str]) -> st
     names = [name for name in settings if name in recorded and recorded[name] != settings[name]]
     names += [name for name in recorded if name.startswith("architecture.") and name not in settings]
     return ", ".join(f"{name} {settings.get(name, 'no value')} (there {recorded[name]})" for name in names)
-
-
-def _shown(uri: str) -> str:
-    return storage.local_path(uri) if storage.is_local(uri) else storage.redact(uri)
 
 
 def tokenizer_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -195,7 +192,7 @@ def _passes_of_students(config: ExperimentConfig) -> Iterator[str]:
     for (train, share), alike in keys.items():
         where = f"at most {share:.0%} of the input"
         for problem in _pass_problems(config, alike[0], train, share * n_bytes, where):
-            yield problem + (f"; the same for {', '.join(alike[1:])}" if alike[1:] else "")
+            yield problem + same_for(alike[1:])
 
 
 def _pass_problems(config: ExperimentConfig, key: str, train: TrainConfig, n_bytes: float, where: str) -> Iterator[str]:

@@ -115,10 +115,10 @@ def test_rows_with_the_highest_or_the_lowest_scores_come_first(
         if score is not None and (name in kept_ids()) == (side == "kept")
     }
     expected = sorted(finite, key=lambda name: (sign * finite[name], name))
-    found = asked(spark, config, side=side, order=order, n_rows=len(expected) - 1)
-    assert names(found) == expected[:-1]
+    answer = asked(spark, config, side=side, order=order, n_rows=len(expected) - 1)
+    assert names(answer) == expected[:-1]
     # The row without a finite score is not counted.
-    assert (found["order"], found["n_matching"]) == (f"{order} score first", len(expected))
+    assert (answer["order"], answer["n_matching"]) == (f"{order} score first", len(expected))
 
 
 @pytest.mark.long

@@ -123,8 +123,8 @@ def test_bad_lines(line: bytes, reason: str) -> None:
     ids=["deep", "many", "in a text"],
 )
 def test_lines_with_many_brackets_that_are_not_too_deep(field: bytes) -> None:
-    found = READER.read_line(b'{"text": "a", "lang": ' + field + b"}")
-    assert isinstance(found, Document), found
+    document = READER.read_line(b'{"text": "a", "lang": ' + field + b"}")
+    assert isinstance(document, Document), document
 
 
 def strict(text: str) -> Any:
