@@ -5,6 +5,7 @@ its remedy. Reads config.json, tokenizer.json and the headers of weight files; r
 nothing, and needs neither torch nor transformers. A model that only executors may have is not looked for.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -66,28 +67,30 @@ def model_warnings(config: ExperimentConfig, aliases: Sequence[str]) -> Iterator
 
     Args:
         config: the experiment, in which `model_problems` finds nothing.
-        aliases: the models that the command needs.
+        aliases: the models that the command needs; a model that only executors have is left out.
     """
     if find_spec("tokenizers") is None:
         return
-    from miniplm_udf.scoring.model_files import files_here
-    from miniplm_udf.scoring.separators import chat_doubt, chat_template, usual_separators
-
     for alias in aliases:
         model = config.models.get(alias)
-        if model is None or model.path is None or model.document_separator is None:
-            continue
-        folder = files_here(model)
-        if folder is None or not (folder / "tokenizer.json").is_file():
-            continue
-        has_token = _loaded(folder).get_vocab(with_added_tokens=True).__contains__
-        if doubt := chat_doubt(model.document_separator, chat_template(folder), has_token):
-            others = usual_separators(has_token)
-            yield (
-                f"models.{alias}.document_separator: {model.document_separator!r}{doubt}; if it did not end documents "
-                "in pre-training, the losses of first tokens are wrong"
-                + (f"; the vocabulary has {', '.join(others)}" if others else "")
-            )
+        if model is not None and model.path is not None and model.document_separator is not None:
+            with contextlib.suppress(MiniplmError):
+                yield from _chat_warnings(alias, model, model.document_separator)
+
+
+def _chat_warnings(alias: str, model: ModelConfig, separator: str) -> Iterator[str]:
+    from miniplm_udf.scoring.separators import chat_doubt, chat_template, usual_separators
+
+    folder = _folder_with_tokenizer(model)
+    if folder is None:
+        return
+    has_token = _loaded(folder).get_vocab(with_added_tokens=True).__contains__
+    if doubt := chat_doubt(separator, chat_template(folder), has_token):
+        others = usual_separators(has_token)
+        yield (
+            f"models.{alias}.document_separator: {separator!r}{doubt}; if it did not end documents in pre-training, "
+            "the losses of first tokens are wrong" + (f"; the vocabulary has {', '.join(others)}" if others else "")
+        )
 
 
 def has_no_prefix(config: ExperimentConfig, alias: str) -> bool:
@@ -102,12 +105,11 @@ def has_no_prefix(config: ExperimentConfig, alias: str) -> bool:
         return False
     if model.path is None:  # trained by this experiment, without a BOS
         return True
-    from miniplm_udf.scoring.model_files import files_here
     from miniplm_udf.scoring.prefix import find_prefix
 
     try:
-        folder = files_here(model)
-        if folder is None or not (folder / "tokenizer.json").is_file():
+        folder = _folder_with_tokenizer(model)
+        if folder is None:
             return False
         return find_prefix(alias, folder, _loaded(folder), model).token is None
     except MiniplmError:
@@ -143,10 +145,20 @@ def tokenizer_of(path: str, revision: str | None = None) -> Any:
     """
     if find_spec("tokenizers") is None:
         return None
+    folder = _folder_with_tokenizer(ModelConfig(path=path, revision=revision))
+    return None if folder is None else _loaded(folder)
+
+
+def _folder_with_tokenizer(model: ModelConfig) -> Path | None:
+    """The folder of a model with its tokenizer.json; None if it is not here, or is a .gguf file.
+
+    Raises:
+        ModelLoadError: the path does not exist.
+    """
     from miniplm_udf.scoring.model_files import files_here
 
-    folder = files_here(ModelConfig(path=path, revision=revision))
-    return _loaded(folder) if folder is not None and (folder / "tokenizer.json").is_file() else None
+    folder = files_here(model)
+    return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
 @functools.cache

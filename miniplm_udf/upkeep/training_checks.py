@@ -6,6 +6,7 @@ nothing.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from miniplm_udf import storage
 from miniplm_udf.config.experiment import ExperimentConfig
@@ -13,7 +14,7 @@ from miniplm_udf.config.keys import same_for
 from miniplm_udf.config.sections import TokenizerConfig
 from miniplm_udf.config.targets import Target, reference_target, student_target
 from miniplm_udf.config.training import ReferenceConfig, TrainConfig
-from miniplm_udf.errors import ConfigError, MiniplmError
+from miniplm_udf.errors import ConfigError, DamagedRecordError, MiniplmError
 from miniplm_udf.storage import Json
 from miniplm_udf.store.model_records import read_training
 from miniplm_udf.upkeep.architectures import architecture_problems, find_class
@@ -82,7 +83,7 @@ def _checkpoint_problems(config: ExperimentConfig, targets: Iterable[Target]) ->
             continue
         folder = config.layout.training(target.name)
         names = [name for name in storage.list_folder(folder) if name.startswith("step-")]
-        states = [storage.read_json(storage.join(folder, name, "state.json")) or {} for name in names]
+        states = [_state(storage.join(folder, name, "state.json")) for name in names]
         # A checkpoint of the finished model is replaced; one of an earlier release has no settings.
         others = [
             state["settings"]
@@ -96,6 +97,14 @@ def _checkpoint_problems(config: ExperimentConfig, targets: Iterable[Target]) ->
                 f"{storage.shown(folder)}, found {differences[-1]}; go back to these values to resume it, or delete "
                 "the folder to give it up"
             )
+
+
+def _state(uri: str) -> Mapping[str, Any]:
+    """The numbers of a checkpoint; empty if the file is damaged, since the trainer then takes another checkpoint."""
+    try:
+        return storage.read_json(uri) or {}
+    except DamagedRecordError:
+        return {}
 
 
 def _differences(recorded: Mapping[str, str], settings: Mapping[str, str]) -> str:
@@ -181,7 +190,8 @@ def _text_problems(config: ExperimentConfig, reference: ReferenceConfig) -> Iter
 def _passes_of_students(config: ExperimentConfig) -> Iterator[str]:
     """Students that go over their text again and again, even if their corpus has all the text that it can have."""
     n_bytes, split = text_bytes(config), config.ingest.split
-    if not n_bytes:
+    # The input of a root that has ingested may have been moved away since.
+    if not n_bytes or (config.root and storage.exists(config.layout.stage("ingest"))):
         return
     keys: dict[tuple[TrainConfig, float], list[str]] = {}
     for name, student in config.students.items():

@@ -448,6 +448,19 @@ def test_an_unfinished_training_of_other_values_is_named(
     assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
 
 
+def test_the_text_of_a_root_that_has_ingested_is_not_judged_by_its_input(place: Place) -> None:
+    sets(students__small__train={"steps": 100_000})(place)
+    storage.write_json(load_config(place.file(), []).layout.stage("ingest"), {})
+    assert cli.main(["train", "-c", str(place.file()), "--dry-run"]) == 0
+
+
+def test_a_damaged_checkpoint_is_left_to_the_trainer(place: Place) -> None:
+    folder = Path(storage.local_path(load_config(place.file(), []).layout.training("small"))) / "step-3"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"fingerprint": ')
+    assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
+
+
 def test_a_task_of_ones_own_folder_is_taken(place: Place) -> None:
     (place.folder / "tasks").mkdir()
     (place.folder / "tasks" / "mine.yaml").write_text('task: "our_task"\noutput_type: multiple_choice\n')
@@ -466,6 +479,14 @@ def test_a_separator_of_the_config_that_ends_chat_turns_is_a_warning(
     assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
     warnings = [message for message in caplog.messages if "models.teacher.document_separator" in message]
     assert [SEPARATOR in message and "ends a chat turn" in message for message in warnings] == [True] * is_chat
+
+
+def test_a_model_that_only_executors_have_is_taken(place: Place) -> None:
+    sets(
+        models__teacher__path="{folder}/none", models__teacher__document_separator=SEPARATOR,
+        spark__master="spark://host:7077",
+    )(place)  # fmt: skip
+    assert cli.main(["run", "-c", str(place.file()), "--dry-run"]) == 0
 
 
 def test_the_config_without_a_mistake_is_taken(place: Place) -> None:
